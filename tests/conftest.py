@@ -1,0 +1,25 @@
+"""Fixtures of every test."""
+
+import os
+from collections.abc import Iterator
+
+# Small tensors gain nothing from threads, and lose much where the machine is busy. Read when torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Deterministic cuBLAS wants it, and reads it once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """Fills `torch.empty` with NaN (integers with their largest value), so that an unwritten output shows."""
+    mode = torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # Filling comes with deterministic algorithms only; an operation that has none may warn, but must not fail.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.set_deterministic_debug_mode(mode)

@@ -1,0 +1,137 @@
+"""Which backend serves a call, and what is said where none can."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from side_level import make_level
+
+from xsmoe_kernels import BackendUnavailable, Utilization, dispatch, side_moe, side_moe_group, use_backend
+from xsmoe_kernels.side_moe import reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
+    counter: Counter[tuple[str, str]] = Counter()
+    monkeypatch.setattr(dispatch, "calls", counter)
+    return counter
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A second backend for side_moe, which takes the reference's functions under another name."""
+    kernels = {operator: dict(backends) for operator, backends in dispatch._kernels.items()}
+    monkeypatch.setattr(dispatch, "_kernels", kernels)
+    dispatch.register("side_moe", "triton", reference.forward)
+    dispatch.register("side_moe_backward", "triton", reference.backward)
+    return
+
+
+def test_the_reference_serves_forward_and_backward(calls: Counter[tuple[str, str]]) -> None:
+    with use_backend("reference"):
+        y = side_moe(*make_level(3, 4, 2, 2, dtype=torch.float32))
+    y.sum().backward()
+    assert calls == {("side_moe", "reference"): 1, ("side_moe_backward", "reference"): 1}
+
+
+def test_every_operator_has_a_reference() -> None:
+    assert "side_moe" in dispatch.operators()
+    for operator in dispatch.operators():
+        assert dispatch.unavailable(operator, "reference", CPU, torch.float32) is None
+
+
+def test_float64_is_served_by_the_reference(calls: Counter[tuple[str, str]]) -> None:
+    side_moe(*make_level(3, 4, 2, 2, dtype=torch.float64))
+    assert calls == {("side_moe", "reference"): 1}
+
+
+def test_a_backend_without_kernels_says_so_and_counts_nothing() -> None:
+    level, counters = make_level(3, 4, 2, 2), Utilization(2)
+    with pytest.raises(BackendUnavailable, match="backend 'triton'.* has no triton kernel"), use_backend("triton"):
+        side_moe(*level, utilization=counters)
+    assert not counters.gate.any()
+    assert dispatch.requested() == "auto"
+
+
+def test_a_named_backend_is_binding_for_each_operator(triton: None) -> None:
+    x, offsets = torch.zeros(2, 3), torch.tensor([0, 2])
+    from xsmoe_kernels import grouped_mm
+
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendUnavailable, match="backend 'triton' cannot serve grouped_mm on cpu torch.float32: this"),
+    ):
+        grouped_mm(x, torch.zeros(1, 3, 2), offsets)
+
+
+@pytest.mark.usefixtures("triton")
+def test_backward_follows_its_forward(calls: Counter[tuple[str, str]]) -> None:
+    level = make_level(3, 4, 2, 2, dtype=torch.float32)
+    with use_backend("triton"):
+        first = side_moe(*level)
+    with use_backend("reference"):
+        second = side_moe(*level)
+        first.sum().backward()
+    second.sum().backward()
+    assert calls == {
+        (operator, backend): 1 for operator in ("side_moe", "side_moe_backward") for backend in ("triton", "reference")
+    }
+
+
+@pytest.mark.usefixtures("triton")
+def test_backward_follows_its_forward_through_a_compiler(calls: Counter[tuple[str, str]]) -> None:
+    torch.compiler.reset()
+    level = make_level(3, 4, 2, 2, dtype=torch.float32)
+    function = torch.compile(side_moe, fullgraph=True, backend="aot_eager")
+    with use_backend("triton"):
+        y = function(*level)
+    y.sum().backward()
+    assert calls == {("side_moe", "triton"): 1, ("side_moe_backward", "triton"): 1}
+    function(*level)
+    assert calls["side_moe", "reference"] == 1, "the compiled code is made anew for another request"
+
+
+@pytest.mark.usefixtures("triton")
+def test_auto_prefers_kernels_to_the_reference_on_cuda_only() -> None:
+    assert dispatch.select("side_moe", "auto", torch.device("cuda"), torch.float32) == "triton"
+    assert dispatch.select("side_moe", "auto", torch.device("cuda"), torch.float64) == "reference"
+    assert dispatch.select("side_moe", "auto", CPU, torch.float32) == "reference"
+    assert dispatch.select("side_moe", "auto", torch.device("meta"), torch.float32) == "reference"
+
+
+def test_the_group_asks_for_the_same_backend(calls: Counter[tuple[str, str]]) -> None:
+    with use_backend("reference"):
+        side_moe_group([make_level(3, 4, 2, 2)._asdict()] * 2)
+    assert calls == {("side_moe", "reference"): 2}
+
+
+def test_nests_and_is_undone_after_an_error() -> None:
+    with use_backend("reference"):
+        with use_backend("auto"):
+            assert dispatch.requested() == "auto"
+        assert dispatch.requested() == "reference"
+        with pytest.raises(KeyError), use_backend("auto"):
+            raise KeyError
+        assert dispatch.requested() == "reference"
+    assert dispatch.requested() == "auto"
+
+
+def test_holds_in_every_thread() -> None:
+    seen: list[str] = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_an_unknown_backend_is_named() -> None:
+    message = "name must be one of auto, reference, native, triton, cuda, not 'fast'"
+    with pytest.raises(ValueError, match=message), use_backend("fast"):
+        pass
+    with pytest.raises(ValueError, match="backend must be one of reference, native, triton, cuda, not 'fast'"):
+        dispatch.register("side_moe", "fast", reference.forward)

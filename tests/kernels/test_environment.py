@@ -1,0 +1,69 @@
+"""What info() tells, and what importing the package loads."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import xsmoe_kernels
+from xsmoe_kernels import dispatch, info, use_backend
+
+ROOT = Path(xsmoe_kernels.__file__).parents[1]
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert xsmoe_kernels.__version__ == project["version"]
+
+
+def test_tells_versions_and_devices_and_is_json() -> None:
+    told = info()
+    assert json.loads(json.dumps(told)) == told
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["versions"]["xsmoe_kernels"] == xsmoe_kernels.__version__
+    assert told["devices"]["cpu"]["threads"] == torch.get_num_threads()
+    assert len(told["devices"]["cuda"]) == torch.cuda.device_count()
+    with use_backend("reference"):
+        assert info()["requested"] == "reference"
+
+
+def test_tells_for_each_operator_what_serves_it_and_why_not_the_others() -> None:
+    operators = info()["operators"]
+    assert set(operators) == set(dispatch.operators())
+    for service in operators.values():
+        cpu = service["cpu"]
+        assert cpu["backend"] in dispatch.BACKENDS
+        assert {cpu["backend"], *cpu["unavailable"]} <= set(dispatch.BACKENDS)
+        assert cpu["backend"] not in cpu["unavailable"]
+        assert all(cpu["unavailable"].values())
+    assert operators["side_moe"]["cpu"]["unavailable"]["cuda"]
+
+
+def test_tells_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    cuda = info()["operators"]["side_moe"]["cuda"]
+    assert cuda["backend"] is None
+    assert set(cuda["unavailable"].values()) == {"torch was built without CUDA"}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert set(info()["operators"]["side_moe"]["cuda"]["unavailable"].values()) == {"torch finds no CUDA device"}
+
+
+def test_importing_loads_no_optional_library_and_warns_of_nothing() -> None:
+    script = (
+        "import sys, xsmoe_kernels; xsmoe_kernels.info(); "
+        "print(sorted({'triton', 'xformers', 'xsmoe', 'transformers'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stderr == ""
+    assert ran.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_all_there() -> None:
+    for name in xsmoe_kernels.__all__:
+        assert getattr(xsmoe_kernels, name) is not None
+    assert callable(xsmoe_kernels.side_moe), "the function, not the folder of its name"

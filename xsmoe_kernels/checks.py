@@ -1,0 +1,90 @@
+"""Argument checks of the public functions: one voice for every operator.
+
+`tensor`, `floating`, `index`, `together` and `same_dtype` look at types, dtypes, shapes and devices, never at values,
+so that they neither synchronise a GPU nor break `torch.compile`. `in_range` and `ragged` read values.
+"""
+
+import os
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX = (torch.int64, torch.int32)
+
+
+def tensor(name: str, value: object, *shape: int | str) -> torch.Tensor:
+    """`value` if it is a Tensor of the given shape, where a string stands for any size.
+
+    Raises:
+        TypeError: not a Tensor.
+        ValueError: another rank or size; the message shows the shape that was expected.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a Tensor of shape {_format(shape)}, not {type(value).__name__}")
+    if value.dim() != len(shape) or any(
+        not isinstance(want, str) and have != want for have, want in zip(value.shape, shape, strict=True)
+    ):
+        raise ValueError(f"{name} must have shape {_format(shape)}, not {_format(tuple(value.shape))}")
+    return value
+
+
+def floating(name: str, value: object, *shape: int | str) -> torch.Tensor:
+    """`tensor`, of a floating dtype that the kernels take."""
+    checked = tensor(name, value, *shape)
+    if checked.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {checked.dtype}")
+    return checked
+
+
+def index(
+    name: str, value: object, *shape: int | str, dtypes: tuple[torch.dtype, ...] = (torch.int64,)
+) -> torch.Tensor:
+    """`tensor`, of an integer dtype that may index."""
+    checked = tensor(name, value, *shape)
+    if checked.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be {wanted}, not {checked.dtype}; call {name}.long()")
+    return checked
+
+
+def together(**tensors: torch.Tensor | None) -> None:
+    """Raises ValueError unless all tensors lie on the device of the first one."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, anchor = next(iter(given.items()))
+    for name, t in given.items():
+        if t.device != anchor.device:
+            raise ValueError(f"{name} is on {t.device}, but {first} is on {anchor.device}; move them to one device")
+
+
+def same_dtype(**tensors: torch.Tensor | None) -> None:
+    """Raises TypeError unless all tensors have the dtype of the first one."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, anchor = next(iter(given.items()))
+    for name, t in given.items():
+        if t.dtype != anchor.dtype:
+            raise TypeError(f"{name} is {t.dtype}, but {first} is {anchor.dtype}; cast one, or use torch.autocast")
+
+
+def values_visible(value: torch.Tensor) -> bool:
+    """Whether checks may read values of this tensor: free on a CPU, a synchronisation elsewhere (XSMOE_DEBUG=1)."""
+    return value.device.type == "cpu" or os.environ.get("XSMOE_DEBUG") == "1"
+
+
+def in_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
+    """Raises ValueError unless low <= value < high everywhere. Reads values: call it behind `values_visible`."""
+    if value.numel() == 0:
+        return
+    least, most = (int(v) for v in torch.aminmax(value))
+    if least < low or most >= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}), but holds values from {least} to {most}")
+
+
+def ragged(name: str, offsets: torch.Tensor, total: int) -> None:
+    """Raises ValueError unless offsets ascend within [0, total]. Reads values: call it behind `values_visible`."""
+    in_range(name, offsets, 0, total + 1)
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError(f"{name} must ascend, but some entry is smaller than the one before it")
+
+
+def _format(shape: tuple[object, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"

@@ -1,0 +1,108 @@
+"""Which backend serves an operator: the one place that knows.
+
+A backend is a set of kernels: "reference" (plain PyTorch, every device), "native" (C++ for CPUs), "triton" and "cuda".
+"auto" takes the first one in `PREFERENCE` that can serve the device and dtype at hand; any other name is binding, and
+raises `BackendUnavailable` where it cannot run.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "native", "triton", "cuda")
+PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+Kernel = Callable[..., Any]
+
+calls: Counter[tuple[str, str]] = Counter()
+"""How often each (operator, backend) ran, backward operators by their own name."""
+
+_kernels: dict[str, dict[str, Kernel]] = {}
+_requested = "auto"
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot serve the call; the message says why."""
+
+
+def register(operator: str, backend: str, kernel: Kernel) -> None:
+    """Makes `kernel` the implementation of `operator` on `backend`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    _kernels.setdefault(operator, {})[backend] = kernel
+
+
+def operators() -> tuple[str, ...]:
+    """The operators that have at least one kernel, in alphabetical order."""
+    return tuple(sorted(_kernels))
+
+
+def requested() -> str:
+    """The backend that `use_backend` asks for now; "auto" outside of it."""
+    return _requested
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serves every operator called inside the block from the backend `name`, in the whole process.
+
+    Args:
+        name: "auto" or one of "reference", "native", "triton", "cuda".
+
+    Raises:
+        ValueError: `name` is no backend.
+        BackendUnavailable: no operator has a kernel on that backend here. An operator that lacks one raises the same
+            when it is called; nothing falls back in silence.
+    """
+    global _requested
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"name must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
+        if not any(name in kernels for kernels in _kernels.values()):
+            raise BackendUnavailable(f"backend {name!r} cannot run: {_absent(name, 'any operator')}")
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def unavailable(operator: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve `operator` on this device and dtype, or None if it can."""
+    if backend not in _kernels.get(operator, {}):
+        return _absent(backend, operator)
+    return None
+
+
+def select(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves a call. The same request, device and dtype always give the same backend.
+
+    Raises:
+        BackendUnavailable: `requested` names a backend that cannot serve the call.
+    """
+    if requested != "auto":
+        if reason := unavailable(operator, requested, device, dtype):
+            raise BackendUnavailable(
+                f"backend {requested!r} cannot serve {operator} on {device.type} {dtype}: {reason}"
+            )
+        return requested
+    if dtype == torch.float64:
+        return "reference"
+    for backend in PREFERENCE.get(device.type, ("reference",)):
+        if unavailable(operator, backend, device, dtype) is None:
+            return backend
+    raise BackendUnavailable(f"no backend serves {operator} on {device.type} {dtype}")
+
+
+def run(operator: str, requested: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> Any:
+    """Runs `operator` on the backend that `select` names, and counts the call in `calls`."""
+    backend = select(operator, requested, device, dtype)
+    calls[operator, backend] += 1
+    return _kernels[operator][backend](*arguments)
+
+
+def _absent(backend: str, operator: str) -> str:
+    return f"this version of xsmoe_kernels has no {backend} kernel for {operator}"

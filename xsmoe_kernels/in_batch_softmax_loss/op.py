@@ -1,0 +1,156 @@
+"""Softmax cross-entropy over the items of a batch, with logQ correction."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels import checks, dispatch, library, precision
+from xsmoe_kernels.in_batch_softmax_loss import reference
+
+
+def in_batch_softmax_loss(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    rejected: Tensor,
+    *,
+    users: Tensor | None = None,
+    logq: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """The mean cross-entropy of each query's target against the items of the batch as negatives.
+
+    With z_i = q.e_i - logq_i, the loss of a query with target t is
+    `-z_t + log(exp(z_t) + sum of counts_i exp(z_i))`, the sum over all items but t and those the query rejects; a query
+    that rejects all of them has loss 0. Subtracting logq makes the sampled softmax estimate the full one
+    (arXiv 2508.05993; Bengio and Senecal, 2008). Accumulates in float32. Autocast casts queries and items
+    only. No (M, C) tensor exists at any time, neither here nor in backward. Queries and items are differentiable,
+    logq and counts are not.
+
+    Args:
+        queries: (M, d), float32, bfloat16, float16 or float64; M may be 0.
+        items: (C, d), of queries' dtype, distinct items.
+        targets: (M,) int64, the row in items of each query's target.
+        rejected: (M, W) int64, rows in items that are no negatives of the query, -1 for none; or (B, W) with users. W
+            may be 0. The target is a candidate even if it is listed.
+        users: (M,) int64, each query's row in rejected; None: rejected has a row per query.
+        logq: (C,) floating, the logarithm of each item's probability of being sampled; None: nothing is subtracted.
+        counts: (C,), any real dtype: how often each item stands in the batch. As a negative it counts so often, 0 for
+            never, as a target once; None: once each.
+
+    Returns:
+        A scalar, float32 (float64 for float64). M = 0 gives 0 and zero gradients.
+
+    Raises:
+        TypeError: an argument is no Tensor, or of a wrong dtype.
+        ValueError: shapes that do not fit, several devices, targets, rejected or users out of range, or counts below
+            0 (values are read on a CPU, elsewhere with XSMOE_DEBUG=1).
+    """
+    if not torch.compiler.is_compiling():
+        checks.floating("queries", queries, "M", "d")
+        num_queries, dim = queries.shape
+        checks.floating("items", items, "C", dim)
+        checks.index("targets", targets, num_queries)
+        if users is None:
+            checks.index("rejected", rejected, num_queries, "W")
+        else:
+            checks.index("rejected", rejected, "B", "W")
+            checks.index("users", users, num_queries)
+        if logq is not None:
+            checks.floating("logq", logq, items.shape[0])
+        if counts is not None and checks.tensor("counts", counts, items.shape[0]).is_complex():
+            raise TypeError(f"counts must be of a real dtype, not {counts.dtype}")
+        checks.together(
+            queries=queries, items=items, targets=targets, rejected=rejected, users=users, logq=logq, counts=counts
+        )
+    queries, items = library.autocast(queries, items)
+    if not torch.compiler.is_compiling():
+        checks.same_dtype(queries=queries, items=items)
+    loss, _ = torch.ops.xsmoe.in_batch_softmax_loss(
+        queries, items, targets, rejected, users, logq, counts, dispatch.requested()
+    )
+    return loss
+
+
+def _check(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    rejected: Tensor,
+    users: Tensor | None,
+    logq: Tensor | None,
+    counts: Tensor | None,
+) -> None:
+    if not checks.values_visible(queries):
+        return
+    checks.in_range("targets", targets, 0, items.shape[0])
+    checks.in_range("rejected", rejected, -1, items.shape[0])
+    if users is not None:
+        checks.in_range("users", users, 0, rejected.shape[0])
+    if counts is not None and not bool((counts >= 0).all()):
+        raise ValueError("counts must be 0 or more everywhere, but some are negative or NaN")
+
+
+def _fake(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    rejected: Tensor,
+    users: Tensor | None,
+    logq: Tensor | None,
+    counts: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = precision.wide_dtype(items.dtype)
+    return items.new_empty((), dtype=dtype), items.new_empty(queries.shape[0], dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, lse)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    need_queries, need_items, *_rest = ctx.needs_input_grad
+    grad_queries, grad_items = torch.ops.xsmoe.in_batch_softmax_loss_backward(
+        *ctx.saved_tensors, grad, need_queries, need_items, ctx.backend
+    )
+    return grad_queries if need_queries else None, grad_items if need_items else None, *(None,) * 6
+
+
+def _backward_fake(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    rejected: Tensor,
+    users: Tensor | None,
+    logq: Tensor | None,
+    counts: Tensor | None,
+    lse: Tensor,
+    grad: Tensor,
+    need_queries: bool,
+    need_items: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape if need_queries else 0), items.new_empty(items.shape if need_items else 0)
+
+
+_INPUTS = "Tensor queries, Tensor items, Tensor targets, Tensor rejected, Tensor? users, Tensor? logq, Tensor? counts"
+library.define(
+    "in_batch_softmax_loss",
+    f"({_INPUTS}, str backend) -> (Tensor loss, Tensor lse)",
+    reference=reference.forward,
+    fake=_fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+library.define(
+    "in_batch_softmax_loss_backward",
+    f"({_INPUTS}, Tensor lse, Tensor grad, bool need_queries, bool need_items, str backend) -> (Tensor, Tensor)",
+    reference=reference.backward,
+    fake=_backward_fake,
+)

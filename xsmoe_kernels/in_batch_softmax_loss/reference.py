@@ -1,0 +1,96 @@
+"""The in-batch softmax loss in plain PyTorch: the specification of `in_batch_softmax_loss`."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels import precision
+
+TILE = 1 << 18
+"""Logits that exist at one time, unless one query alone has more; they stay in a core's cache."""
+
+
+class Tile(NamedTuple):
+    """Some rows of the batch: queries (rows, d), targets (rows, 1), and their logits (rows, C), -inf: no candidate."""
+
+    rows: slice
+    queries: Tensor
+    targets: Tensor
+    logits: Tensor
+
+
+def forward(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    rejected: Tensor,
+    users: Tensor | None,
+    logq: Tensor | None,
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss (), and each row's logarithm of the sum over its candidates (M,), which backward wants."""
+    wide = precision.widen(items)
+    losses = wide.new_empty(queries.shape[0])
+    lse = torch.empty_like(losses)
+    for rows, _, target, logits in _tiles(queries, wide, targets, rejected, users, logq, counts):
+        lse[rows] = logits.logsumexp(1)
+        losses[rows] = lse[rows] - logits.gather(1, target).squeeze(1)
+    return losses.sum() / max(1, len(losses)), lse
+
+
+def backward(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    rejected: Tensor,
+    users: Tensor | None,
+    logq: Tensor | None,
+    counts: Tensor | None,
+    lse: Tensor,
+    grad: Tensor,
+    need_queries: bool,
+    need_items: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the queries (M, d) and of the items (C, d); `grad` is that of the loss."""
+    wide = precision.widen(items)
+    grad_queries = queries.new_empty(queries.shape if need_queries else 0)
+    grad_items = wide.new_zeros(wide.shape if need_items else 0)
+    scale = grad / max(1, len(lse))
+    for rows, block, target, logits in _tiles(queries, wide, targets, rejected, users, logq, counts):
+        share = (logits - lse[rows, None]).exp_()
+        share.scatter_(1, target, share.gather(1, target) - 1).mul_(scale)
+        if need_queries:
+            grad_queries[rows] = (share @ wide).to(queries.dtype)
+        if need_items:
+            grad_items.addmm_(share.T, block)
+    return grad_queries, grad_items.to(items.dtype)
+
+
+def _tiles(
+    queries: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    rejected: Tensor,
+    users: Tensor | None,
+    logq: Tensor | None,
+    counts: Tensor | None,
+) -> Iterator[Tile]:
+    num_queries, num_items = queries.shape[0], items.shape[0]
+    step = max(1, TILE // max(1, num_items))
+    for start in range(0, num_queries, step):
+        rows = slice(start, start + step)
+        block, target = queries[rows].to(items.dtype), targets[rows, None]
+        left_out = rejected[rows] if users is None else rejected[users[rows]]
+        logits = block @ items.T
+        if logq is not None:
+            logits -= logq.to(logits.dtype)
+        own = logits.gather(1, target)
+        if counts is not None:
+            logits += counts.to(logits.dtype).log()
+            # Not left to log(0) alone: an item that is never a negative may have any logit, +inf too.
+            logits.masked_fill_(counts == 0, -torch.inf)
+        # Where nothing is rejected the target stands in, whose logit comes back at once: it is a candidate, once.
+        logits.scatter_(1, torch.where(left_out < 0, target, left_out), -torch.inf).scatter_(1, target, own)
+        yield Tile(rows, block, target, logits)

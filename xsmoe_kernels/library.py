@@ -1,0 +1,83 @@
+"""Registration of operators with `torch.library`, so that each op.py holds only what is its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xsmoe_kernels import dispatch
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Registers `xsmoe::name` for every device.
+
+    Args:
+        name: the operator's name, without the namespace.
+        schema: arguments and results, functional; the first argument is a Tensor that tells device and dtype, the last
+            is `str backend`, the backend that was requested.
+        reference: the kernel in plain PyTorch; called without the `backend` argument.
+        fake: shapes and dtypes of the results; called with every argument of the schema.
+        check: called with the kernel's arguments before it, on real tensors only, under torch.compile too; raises on
+            values that no shape check can see (indices out of range).
+        setup_context, backward: as `torch.library.register_autograd` takes them.
+    """
+    qualified = f"xsmoe::{name}"
+    dispatch.register(name, "reference", reference)
+
+    def implementation(*arguments: Any) -> Any:
+        *inputs, requested = arguments
+        device, dtype = inputs[0].device, inputs[0].dtype
+        if check is not None:
+            check(*inputs)
+        if torch.is_autocast_enabled(device.type):
+            # The kernel chose its precisions; autocast is still on below the dispatcher and would cast its products.
+            with torch.autocast(device.type, enabled=False):
+                return dispatch.run(name, requested, device, dtype, *inputs)
+        return dispatch.run(name, requested, device, dtype, *inputs)
+
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation)
+    torch.library.register_fake(qualified)(fake)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+
+def define_in_place(name: str, schema: str, implementation: Callable[..., None]) -> None:
+    """Registers `xsmoe::name`, which changes arguments in place, returns nothing and has no gradient, for every device.
+
+    Args:
+        name: the operator's name, without the namespace.
+        schema: arguments, those that change marked `(a!)`, and no result.
+        implementation: runs on every device; compiled code calls it too, with real tensors.
+    """
+    qualified = f"xsmoe::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation)
+    torch.library.register_fake(qualified)(lambda *_: None)
+
+
+def no_second_derivative(operator: str) -> Callable[..., Any]:
+    """The `backward` of a backward operator: raises, where torch would go on with silently wrong gradients."""
+
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(f"{operator} can be differentiated once, not twice")
+
+    return backward
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on, as torch's own products cast theirs: float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

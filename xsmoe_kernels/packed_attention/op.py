@@ -1,0 +1,154 @@
+"""Causal attention over many sequences that lie end to end, without padding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels import checks, dispatch, library
+from xsmoe_kernels.packed_attention import reference
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    *,
+    max_length: int,
+    lengths: Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v per head, each row attending to itself and to earlier rows of its own sequence.
+
+    The softmax is taken in float32. Autocast casts q, k and v, all of which are differentiable.
+
+    Args:
+        q, k, v: (M, H, d), one dtype among float32, bfloat16, float16 and float64; M may be 0.
+        offsets: (B+1,) int32 or int64 on q's device, ascending within [0, M]; sequence b is the rows
+            `offsets[b]:offsets[b+1]`, and may be empty.
+        max_length: no sequence is longer; at least 1.
+        lengths: the B sequences' lengths as host integers, for backends that plan a launch by them (xformers on CUDA
+            builds its block-diagonal mask from them) and must not wait for the device's offsets. The reference does
+            without; what is given is checked all the same.
+        dropout_p: probability in [0, 1) with which an attention weight is dropped, the others growing by
+            1 / (1 - dropout_p); drawn from torch's generator at every call. A module passes 0 in evaluation.
+
+    Returns:
+        (M, H, d) in q's dtype, after autocast; rows outside the offsets are zeros.
+
+    Raises:
+        TypeError: an argument is no Tensor, or of a wrong dtype.
+        ValueError: shapes that do not fit, several devices, max_length or dropout_p out of range, lengths that are not
+            those of the offsets, offsets that descend or leave [0, M], or a sequence longer than max_length (values of
+            offsets are read on a CPU, elsewhere with XSMOE_DEBUG=1).
+    """
+    if not torch.compiler.is_compiling():
+        checks.floating("q", q, "M", "H", "d")
+        checks.floating("k", k, *q.shape)
+        checks.floating("v", v, *q.shape)
+        checks.index("offsets", offsets, "B+1", dtypes=checks.INDEX)
+        if offsets.shape[0] == 0:
+            raise ValueError("offsets must have shape (B+1,), not (0,); no sequences at all are offsets of [0]")
+        checks.together(q=q, k=k, v=v, offsets=offsets)
+        if not isinstance(max_length, int) or max_length < 1:
+            raise ValueError(f"max_length must be an int of at least 1, not {max_length!r}")
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p must lie in [0, 1), not {dropout_p!r}")
+        if lengths is not None:
+            _check_lengths(lengths, offsets, max_length)
+    q, k, v = library.autocast(q, k, v)
+    if not torch.compiler.is_compiling():
+        checks.same_dtype(q=q, k=k, v=v)
+    keep = None
+    if dropout_p > 0:
+        shape = (offsets.shape[0] - 1, q.shape[1], max_length, max_length)
+        keep = torch.rand(shape, device=q.device) >= dropout_p
+    return torch.ops.xsmoe.packed_attention(q, k, v, offsets, max_length, keep, dropout_p, dispatch.requested())
+
+
+def _check_lengths(lengths: Sequence[int], offsets: Tensor, max_length: int) -> None:
+    num_sequences = offsets.shape[0] - 1
+    if len(lengths) != num_sequences:
+        raise ValueError(f"lengths must hold {num_sequences} lengths, as many as offsets has, not {len(lengths)}")
+    if lengths and not (min(lengths) >= 0 and max(lengths) <= max_length):
+        raise ValueError(
+            f"lengths must lie in [0, {max_length}], max_length, but they go from {min(lengths)} to {max(lengths)}"
+        )
+    if checks.values_visible(offsets) and offsets.diff().tolist() != list(lengths):
+        raise ValueError("lengths must be the differences of offsets, but some is another")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None, dropout_p: float
+) -> None:
+    if not checks.values_visible(offsets):
+        return
+    checks.ragged("offsets", offsets, q.shape[0])
+    longest = max(offsets.diff().tolist(), default=0)
+    if longest > max_length:
+        raise ValueError(f"max_length must be at least {longest}, the longest sequence of offsets, not {max_length}")
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    keep: Tensor | None,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, offsets, keep)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, offsets, keep = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    gradients = torch.ops.xsmoe.packed_attention_backward(
+        grad, q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, *need, ctx.backend
+    )
+    return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *(None,) * 5
+
+
+def _backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    keep: Tensor | None,
+    dropout_p: float,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return tuple(q.new_empty(q.shape if need else 0) for need in (need_q, need_k, need_v))
+
+
+library.define(
+    "packed_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p, str backend)"
+    " -> Tensor",
+    reference=reference.forward,
+    fake=_fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+library.define(
+    "packed_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p,"
+    " bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",
+    reference=reference.backward,
+    fake=_backward_fake,
+)

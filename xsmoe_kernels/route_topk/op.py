@@ -1,0 +1,89 @@
+"""Top-k routing of rows to experts."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels import checks, dispatch, library
+from xsmoe_kernels.route_topk import reference
+
+
+class Routing(NamedTuple):
+    """Which experts serve which rows, N rows with k experts each.
+
+    Attributes:
+        gates: (N, k), the weight of each chosen expert, largest first, in the logits' dtype; differentiable.
+        experts: (N, k) int64, the chosen experts, in the order of their gates.
+        order: (N*k,) int64, the flat indices n*k + j sorted by expert, stably.
+        offsets: (E+1,) int64; `order[offsets[e]:offsets[e+1]]` are the places that chose expert e.
+    """
+
+    gates: Tensor
+    experts: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+def route_topk(logits: Tensor, k: int, *, renormalize: bool = True) -> Routing:
+    """Chooses the k experts with the largest logits for each row, and sorts the choices by expert.
+
+    The gates are those of a softmax over all E experts; with `renormalize` the gates of a row's k chosen experts are
+    divided by their sum. Computed in float32 (float64 for float64). Autocast leaves the logits as they are.
+
+    Args:
+        logits: (N, E) floating; N may be 0. Of equal logits the lower expert goes first.
+        k: how many experts a row gets, from 1 to E.
+        renormalize: whether a row's gates sum to 1.
+
+    Returns:
+        gates, experts, order and offsets; `order // k` are the rows that `grouped_mm` wants, with `offsets`.
+
+    Raises:
+        TypeError: logits is no floating Tensor.
+        ValueError: logits is not (N, E), or k is out of range.
+    """
+    if not torch.compiler.is_compiling():
+        checks.floating("logits", logits, "N", "E")
+        if not isinstance(k, int) or not 1 <= k <= logits.shape[1]:
+            raise ValueError(f"k must be an int from 1 to {logits.shape[1]}, the number of experts, not {k!r}")
+    return Routing(*torch.ops.xsmoe.route_topk(logits, k, renormalize, dispatch.requested()))
+
+
+def _fake(logits: Tensor, k: int, renormalize: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_experts = logits.shape
+    indices = logits.new_empty((num_rows, k), dtype=torch.int64)
+    order, offsets = indices.new_empty(num_rows * k), indices.new_empty(num_experts + 1)
+    return logits.new_empty((num_rows, k)), indices, order, offsets
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, ctx.renormalize, ctx.backend = inputs
+    ctx.save_for_backward(logits, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+    logits, experts = ctx.saved_tensors
+    grad_logits = torch.ops.xsmoe.route_topk_backward(grad, logits, experts, ctx.renormalize, ctx.backend)
+    return grad_logits, None, None, None
+
+
+def _backward_fake(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: bool, backend: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+library.define(
+    "route_topk",
+    "(Tensor logits, SymInt k, bool renormalize, str backend)"
+    " -> (Tensor gates, Tensor experts, Tensor order, Tensor offsets)",
+    reference=reference.forward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+library.define(
+    "route_topk_backward",
+    "(Tensor grad, Tensor logits, Tensor experts, bool renormalize, str backend) -> Tensor",
+    reference=reference.backward,
+    fake=_backward_fake,
+)
