@@ -1,0 +1,27 @@
+"""Logs of interactions, the items they are about, the windows of a stream and the sequences within them."""
+
+from xsmoe.data.catalogue import write_catalogue
+from xsmoe.data.dataset import Dataset, Items, write_dataset
+from xsmoe.data.interactions import Interactions, read_interactions
+from xsmoe.data.movielens import prepare_movielens
+from xsmoe.data.sequences import History, Sequences, WindowSplits, item_share, split_window
+from xsmoe.data.tables import DataError
+from xsmoe.data.windows import Window, make_windows
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "History",
+    "Interactions",
+    "Items",
+    "Sequences",
+    "Window",
+    "WindowSplits",
+    "item_share",
+    "make_windows",
+    "prepare_movielens",
+    "read_interactions",
+    "split_window",
+    "write_catalogue",
+    "write_dataset",
+]

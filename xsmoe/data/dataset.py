@@ -1,0 +1,147 @@
+"""A dataset on disk: a folder with interactions.parquet, items.parquet and the images that the latter names."""
+
+import os
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path, PurePath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from xsmoe.data.interactions import Interactions, read_interactions
+from xsmoe.data.tables import DataError, id_strings, optional_strings, read_columns
+
+INTERACTIONS = "interactions.parquet"
+ITEMS = "items.parquet"
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is known of each item. An item may lack its text, its image, or both.
+
+    Attributes:
+        ids: (N,) object array of str, distinct.
+        texts: (N,) object array of str, None where an item has no text.
+        images: (N,) object array of str, each the path of an image file relative to the dataset's folder, or None.
+
+    Raises:
+        ValueError: arrays of different lengths.
+    """
+
+    ids: np.ndarray
+    texts: np.ndarray
+    images: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.texts) == len(self.images):
+            raise ValueError(
+                f"ids, texts and images must have one length, not {len(self.ids)}, {len(self.texts)} and "
+                f"{len(self.images)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that was checked: item ids are distinct, and every interaction's item is among them.
+
+    Whether the image files exist is left to whoever opens them.
+    """
+
+    folder: Path
+    interactions: Interactions
+    items: Items
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> "Dataset":
+        """Reads a dataset's folder.
+
+        Its files are `interactions.parquet` (user, item, timestamp) and `items.parquet` (item, text, image), where
+        text and image may be null; an empty string counts as null.
+
+        Raises:
+            DataError: a missing file or column, a wrong type, a row without an id, an item that is listed twice, an
+                absolute image path, or interactions with items that are not listed.
+        """
+        folder = Path(folder)
+        path = folder / ITEMS
+        advice = "A dataset's items have the columns item, text and image; text and image may hold nulls."
+        columns = read_columns(path, dict.fromkeys(("item", "text", "image"), advice))
+        items = Items(
+            ids=id_strings(path, "item", columns["item"]),
+            texts=optional_strings(path, "text", columns["text"]),
+            images=optional_strings(path, "image", columns["image"]),
+        )
+        interactions = read_interactions(folder / INTERACTIONS)
+        _check(folder, interactions, items)
+        return cls(folder, interactions, items)
+
+
+def write_dataset(folder: str | PathLike[str], interactions: Interactions, items: Items) -> Dataset:
+    """Writes a dataset into a folder, which is made if need be; images are put there by the caller.
+
+    Each file is written under another name first and moved into place when complete, so that no reader ever sees half
+    a file.
+
+    Raises:
+        DataError: what `Dataset.load` would refuse.
+    """
+    folder = Path(folder)
+    if not len(items) or not len(interactions):
+        raise DataError(f"{folder}: a dataset needs at least one item and one interaction")
+    _check(folder, interactions, items)
+    string, integer = pa.string(), pa.int64()
+    tables = {
+        ITEMS: pa.table(
+            {
+                "item": pa.array(items.ids, string),
+                "text": pa.array(items.texts, string),
+                "image": pa.array(items.images, string),
+            }
+        ),
+        INTERACTIONS: pa.table(
+            {
+                "user": pa.array(interactions.users, string),
+                "item": pa.array(interactions.items, string),
+                "timestamp": pa.array(interactions.timestamps, integer),
+            }
+        ),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {folder / f".{name}.{os.getpid()}.tmp": folder / name for name in tables}
+    try:
+        for temporary, final in written.items():
+            pa.parquet.write_table(tables[final.name], temporary)
+        for temporary, final in written.items():
+            temporary.replace(final)
+    finally:
+        for temporary in written:
+            temporary.unlink(missing_ok=True)
+    return Dataset(folder, interactions, items)
+
+
+def _check(folder: Path, interactions: Interactions, items: Items) -> None:
+    listed = set(items.ids)
+    if len(listed) < len(items):
+        ids, counts = np.unique(items.ids, return_counts=True)
+        raise DataError(f"{folder / ITEMS}: item ids must be distinct, but {_some(ids[counts > 1])} are there twice")
+    absolute = np.array([image is not None and PurePath(image).is_absolute() for image in items.images], dtype=bool)
+    if absolute.any():
+        raise DataError(
+            f"{folder / ITEMS}: image paths must be relative to the folder, but {_some(items.images[absolute])} "
+            "are absolute"
+        )
+    unknown = sorted(set(interactions.items) - listed)
+    if unknown:
+        raise DataError(
+            f"{folder / INTERACTIONS}: {len(unknown)} items are not in {ITEMS}: {_some(unknown)}; list them there, "
+            "with null text and image if nothing is known of them"
+        )
+
+
+def _some(names: list[str] | np.ndarray, limit: int = 5) -> str:
+    shown = ", ".join(repr(str(name)) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

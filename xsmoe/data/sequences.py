@@ -1,0 +1,181 @@
+"""From a window's interactions to the sequences of items that a model learns from and is tested on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xsmoe.data.windows import Window
+
+Pairs = tuple[np.ndarray, np.ndarray]
+
+_ITEM_BITS = 32
+_ITEM_MASK = (1 << _ITEM_BITS) - 1
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The item sequences of B users, laid end to end.
+
+    Attributes:
+        users: (B,) int64.
+        items: (M,) int64, each user's items in time order.
+        offsets: (B+1,) int64; user b's items are `items[offsets[b]:offsets[b + 1]]`.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(B,) int64: how many items each sequence has."""
+        return np.diff(self.offsets)
+
+    def take(self, indices: np.ndarray) -> "Sequences":
+        """The sequences at these places, (K,) integers, in this order; a place may be taken twice."""
+        values, offsets = _gather(self.items, self.offsets[:-1][indices], self.lengths[indices])
+        return Sequences(self.users[indices], values, offsets)
+
+
+@dataclass(frozen=True)
+class WindowSplits:
+    """A window, split for training and validation; as a whole it tests the model of the window before.
+
+    Attributes:
+        train, validation, test: sequences of each part, the last items of its users.
+        train_pairs, validation_pairs, all_pairs: (users, items), each (N,) int64: all interactions of each part in
+            time order, after the k-core filter and before any cut.
+    """
+
+    train: Sequences
+    validation: Sequences
+    test: Sequences
+    train_pairs: Pairs
+    validation_pairs: Pairs
+    all_pairs: Pairs
+
+
+def split_window(window: Window, *, k_core: int = 5, train_fraction: float = 0.85, max_items: int = 11) -> WindowSplits:
+    """Splits a window as the protocol of arXiv 2508.05993 does.
+
+    Only users with at least `k_core` interactions in the window are kept (items are not filtered, and users are not
+    filtered again). The first part of what is left, by count in time order, is the training split, the rest the
+    validation split; the test sequences come from both. In each, a user's sequence is the last `max_items` items;
+    users with fewer than 2 have none. Users ascend.
+
+    Args:
+        window: in time order.
+        k_core: the least number of interactions that keeps a user; 1 keeps all.
+        train_fraction: share of the kept interactions that train, rounded down; above 0, below 1.
+        max_items: longest sequence, target included; at least 2.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+    if k_core < 1:
+        raise ValueError(f"k_core must be at least 1, which keeps every user, not {k_core}")
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction must lie between 0 and 1, both excluded, not {train_fraction}")
+    if max_items < 2:
+        raise ValueError(f"max_items must be at least 2, one input and the target, not {max_items}")
+    _, inverse, counts = np.unique(window.users, return_inverse=True, return_counts=True)
+    keep = counts[inverse] >= k_core
+    users, items = window.users[keep], window.items[keep]
+    cut = int(len(users) * train_fraction)
+    train, validation = (users[:cut], items[:cut]), (users[cut:], items[cut:])
+    return WindowSplits(
+        train=_sequences(*train, max_items),
+        validation=_sequences(*validation, max_items),
+        test=_sequences(users, items, max_items),
+        train_pairs=train,
+        validation_pairs=validation,
+        all_pairs=(users, items),
+    )
+
+
+def item_share(sequences: Sequences, num_items: int) -> np.ndarray:
+    """Each item's share of all items in the sequences, (num_items,) float64: the p(i) of the logQ correction.
+
+    Counted after the cut and the two-item filter, since that is what a batch is drawn from. Without any sequence all
+    shares are 0.
+
+    Raises:
+        ValueError: an item id outside of [0, num_items).
+    """
+    items = sequences.items
+    if len(items) and not 0 <= items.min() <= items.max() < num_items:
+        raise ValueError(f"sequences hold items from {items.min()} to {items.max()}, but num_items is {num_items}")
+    return np.bincount(items, minlength=num_items) / max(len(items), 1)
+
+
+class History:
+    """The distinct items of each user, growing.
+
+    A pair is kept as one integer, the user in the upper and the item in the lower bits, in one sorted array: adding is
+    a sort, looking up a binary search.
+    """
+
+    def __init__(self) -> None:
+        self._keys = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        """The number of distinct pairs of user and item."""
+        return len(self._keys)
+
+    def add(self, users: np.ndarray, items: np.ndarray) -> None:
+        """Adds pairs, each (N,) int64, in any order; those already there change nothing.
+
+        Raises:
+            ValueError: different lengths, a negative id, a user id of 2^31 or more, an item id of 2^32 or more.
+        """
+        if users.shape != items.shape:
+            raise ValueError(f"users and items must have one shape, not {users.shape} and {items.shape}")
+        for name, ids, limit in (("users", users, 1 << 31), ("items", items, 1 << _ITEM_BITS)):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < limit:
+                raise ValueError(f"{name} must lie in [0, {limit}), but holds ids from {ids.min()} to {ids.max()}")
+        added = (users.astype(np.int64) << _ITEM_BITS) | items
+        self._keys = np.unique(np.concatenate([self._keys, added]))
+
+    def of(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The items of these users, (B,) int64; a user who was never added has none.
+
+        Returns:
+            The items, (M,) int64, ascending within each user, and the offsets, (B+1,) int64: those of `users[b]` are
+            `values[offsets[b]:offsets[b + 1]]`.
+        """
+        first = np.searchsorted(self._keys, users.astype(np.int64) << _ITEM_BITS)
+        last = np.searchsorted(self._keys, users.astype(np.int64) << _ITEM_BITS | _ITEM_MASK, side="right")
+        keys, offsets = _gather(self._keys, first, last - first)
+        return keys & _ITEM_MASK, offsets
+
+    def pairs(self) -> Pairs:
+        """All pairs as (users, items), each int64, users ascending, items ascending within a user."""
+        return self._keys >> _ITEM_BITS, self._keys & _ITEM_MASK
+
+
+def _sequences(users: np.ndarray, items: np.ndarray, max_items: int) -> Sequences:
+    order = np.argsort(users, kind="stable")
+    distinct, counts = np.unique(users, return_counts=True)
+    ends = np.cumsum(counts)
+    enough = counts >= 2
+    lengths = np.minimum(counts, max_items)[enough]
+    values, offsets = _gather(items[order], ends[enough] - lengths, lengths)
+    return Sequences(distinct[enough], values, offsets)
+
+
+def _gather(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Stretches of an array laid end to end.
+
+    Args:
+        values: (N,) of any dtype.
+        starts, lengths: (B,) int64; stretch b is `values[starts[b]:starts[b] + lengths[b]]`.
+
+    Returns:
+        The stretches, (M,), and their offsets, (B+1,) int64.
+    """
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return values[places], offsets
