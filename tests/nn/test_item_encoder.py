@@ -1,0 +1,95 @@
+"""The item encoder: modalities, widths, growth, saving."""
+
+import json
+
+import pytest
+import torch
+
+from xsmoe.nn import Recommender, SideMoE, UserEncoder, XSMoE
+
+
+def hidden_of(model: XSMoE, rows: int = 5) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {name: torch.randn(rows, model.num_levels + 1, dim) for name, dim in model.dims.items()}
+
+
+@pytest.mark.parametrize("modalities", [("text",), ("image",), ("image", "text"), ("text", "audio", "image")])
+def test_any_subset_of_modalities(modalities: tuple[str, ...]) -> None:
+    model = XSMoE(modalities, dim={name: 4 + 2 * place for place, name in enumerate(modalities)}, rank=2, out_dim=3)
+    hidden = hidden_of(model)
+    tops = [model.sides[name](hidden[name]) for name in modalities]
+    torch.testing.assert_close(model(hidden), model.projection(torch.cat(tops, 1)))
+    model.expand()
+    assert model(hidden).shape == (5, 3)
+
+
+def test_levels_and_modalities_may_grow_apart() -> None:
+    model = XSMoE(("image", "text"), dim=6, rank=2, out_dim=3)
+    model.expand()
+    model(hidden_of(model))
+    model.sides["text"].levels()[1].utilization.norm[1] = 0
+    assert {name: len(pruned) for name, pruned in model.prune(0.1).items()} == {"image": 0, "text": 1}
+    assert [bank.num_experts for _, _, bank in model.banks()] == [2, 2, 2, 1]
+    assert model(hidden_of(model)).shape == (5, 3)
+
+
+def test_row_weight_counts_rows() -> None:
+    model = XSMoE(("text",), dim=6, rank=2, out_dim=3)
+    model(hidden_of(model), row_weight=torch.tensor([1.0, 0, 2, 0, 4]))
+    assert [b.utilization.gate.sum().item() for _, _, b in model.banks()] == pytest.approx([7, 7])
+    model.reset_utilization()
+    assert [b.utilization.gate.sum().item() for _, _, b in model.banks()] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"modalities": "text"}, "modalities must be a sequence of distinct names, not 'text'"),
+        ({"modalities": ()}, "modalities must be a sequence"),
+        ({"modalities": ("a", "a")}, "modalities must be a sequence of distinct"),
+        ({"dim": {"image": 6}}, "dim must name a width for each of"),
+    ],
+)
+def test_bad_modalities_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        XSMoE(**arguments)
+
+
+def test_a_missing_or_extra_modality_is_named() -> None:
+    model = XSMoE(("image", "text"), dim=6, rank=2, out_dim=3)
+    hidden = hidden_of(model)
+    with pytest.raises(ValueError, match=r"exactly the modalities \('image', 'text'\), not \('image',\)"):
+        model({"image": hidden["image"]})
+    with pytest.raises(ValueError, match="exactly the modalities"):
+        model({**hidden, "audio": hidden["text"]})
+    with pytest.raises(ValueError, match=r"text must be a Tensor \(N, 3, 6\)"):
+        model({**hidden, "text": hidden["text"][:, :2]})
+
+
+def test_saved_and_loaded_with_its_experts(tmp_path) -> None:
+    model = XSMoE(("image", "text"), dim={"image": 6, "text": 4}, rank=2, out_dim=8, num_experts=2)
+    model.expand()
+    recommender = Recommender(model, UserEncoder(8, num_blocks=1, inner_dim=16))
+    recommender.save_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = Recommender.from_pretrained(tmp_path / "model")
+    assert not loaded.training
+    assert [b.num_frozen for _, _, b in loaded.items.banks()] == [2, 2, 2, 2]
+    for name, value in recommender.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    torch.testing.assert_close(loaded.items(hidden_of(model)), recommender.eval().items(hidden_of(model)))
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path) -> None:
+    SideMoE(4, 2, 1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no config\.json; expected a folder that XSMoE\.save_pretrained wrote"):
+        XSMoE.from_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"holds a SideMoE; load it with SideMoE\.from_pretrained, not XSMoE"):
+        XSMoE.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dim": 5}))
+    with pytest.raises(ValueError, match="does not fit"):
+        SideMoE.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="is damaged"):
+        SideMoE.from_pretrained(tmp_path)

@@ -1,0 +1,10 @@
+"""Modules of the recommender: experts, side network, item encoder, user encoder."""
+
+from xsmoe.nn.batch import Batch
+from xsmoe.nn.experts import Expanded, ExpertBank, Pruned
+from xsmoe.nn.item_encoder import XSMoE
+from xsmoe.nn.recommender import Recommender
+from xsmoe.nn.side_network import SideMoE
+from xsmoe.nn.user_encoder import UserEncoder
+
+__all__ = ["Batch", "Expanded", "ExpertBank", "Pruned", "Recommender", "SideMoE", "UserEncoder", "XSMoE"]

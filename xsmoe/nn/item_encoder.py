@@ -1,0 +1,129 @@
+"""The item encoder: a side network for every modality, and one projection to the item embedding."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned
+from xsmoe.nn.optimizer import Optimizers
+from xsmoe.nn.pretrained import Pretrained
+from xsmoe.nn.side_network import Hidden, SideMoE, climb
+
+
+class XSMoE(Pretrained):
+    """Expandable side mixture of experts over the hidden states of frozen encoders, arXiv 2508.05993.
+
+    Args:
+        modalities: names of the modalities, in the order in which they are concatenated.
+        dim: width of the hidden states, one for all or one for every modality.
+        num_levels: side levels of every modality.
+        rank: width of an expert's bottleneck.
+        out_dim: width of the item embedding.
+        num_experts: experts at the start, one number or one for every side level.
+        top_k: route each row to its k best experts only; None mixes all (as published).
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = ("image", "text"),
+        dim: int | Mapping[str, int] = 768,
+        num_levels: int = 2,
+        rank: int = 64,
+        out_dim: int = 128,
+        num_experts: int | Sequence[int] = 1,
+        top_k: int | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(modalities, str) or not modalities or len(set(modalities)) != len(modalities):
+            raise ValueError(f"modalities must be a sequence of distinct names, not {modalities!r}")
+        widths = dict(dim) if isinstance(dim, Mapping) else dict.fromkeys(modalities, dim)
+        if set(widths) != set(modalities):
+            raise ValueError(f"dim must name a width for each of {tuple(modalities)}, not {widths}")
+        self.modalities = tuple(modalities)
+        self.dims = {name: widths[name] for name in modalities}
+        self.num_levels, self.rank, self.out_dim, self.top_k = num_levels, rank, out_dim, top_k
+        self.sides = nn.ModuleDict(
+            {name: SideMoE(width, rank, num_levels, num_experts, top_k) for name, width in self.dims.items()}
+        )
+        self.projection = nn.Linear(sum(self.dims.values()), out_dim)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "modalities": list(self.modalities),
+            "dim": self.dims,
+            "num_levels": self.num_levels,
+            "rank": self.rank,
+            "out_dim": self.out_dim,
+            "top_k": self.top_k,
+        }
+
+    def ladders(self) -> dict[str, SideMoE]:
+        """The side network of every modality."""
+        return {name: side for name, side in self.sides.items() if isinstance(side, SideMoE)}
+
+    def banks(self) -> Iterable[tuple[str, int, ExpertBank]]:
+        """All expert banks, as (modality, level, bank)."""
+        for modality, side in self.ladders().items():
+            for level, bank in enumerate(side.levels()):
+                yield modality, level, bank
+
+    def forward(self, hidden: Mapping[str, Hidden], *, row_weight: Tensor | None = None) -> Tensor:
+        """Encodes N items.
+
+        Args:
+            hidden: for every modality (N, levels + 1, D), or a sequence of levels, each (N, D) or (1, D).
+            row_weight: (N,), how often each item counts in the utilization; default once.
+
+        Returns:
+            (N, out_dim).
+
+        Raises:
+            TypeError, ValueError: `hidden` lacks a modality, has one too many, or has other levels or widths.
+        """
+        if set(hidden) != set(self.modalities):
+            raise ValueError(f"hidden must hold exactly the modalities {self.modalities}, not {tuple(hidden)}")
+        tops = climb(self.ladders(), hidden, row_weight)
+        return self.projection(torch.cat([tops[name] for name in self.modalities], dim=1))
+
+    def expand(
+        self, optimizer: Optimizers = None, *, new_gate: NewGate = "random", generator: torch.Generator | None = None
+    ) -> dict[str, list[Expanded]]:
+        """Freezes all experts and adds one to every level of every modality.
+
+        Args:
+            optimizer: an optimizer, or several, that train this module: replaced parameters are swapped in their
+                groups, and the state of all that remains is carried over.
+            new_gate: "random" as published, or "mean", which disturbs the function less.
+            generator: the source of the random gate rows.
+
+        Returns:
+            For every modality its levels as they are now.
+
+        Raises:
+            ValueError: an optimizer was given that does not hold a trainable parameter that is replaced.
+        """
+        self._require_held(optimizer)
+        return {
+            name: side.expand(optimizer, new_gate=new_gate, generator=generator)
+            for name, side in self.ladders().items()
+        }
+
+    def prune(self, threshold: float = 0.1, optimizer: Optimizers = None) -> dict[str, list[Pruned]]:
+        """Drops, in every level, the least used expert if its utilization share is below `threshold`.
+
+        The shares are those counted since the last `reset_utilization`; `optimizer` as in `expand`. Returns what was
+        dropped, by modality.
+        """
+        self._require_held(optimizer)
+        return {name: side.prune(threshold, optimizer) for name, side in self.ladders().items()}
+
+    def _require_held(self, optimizer: Optimizers) -> None:
+        for modality, level, bank in self.banks():
+            bank.require_held(optimizer, f"sides.{modality}.banks.{level}")
+
+    def reset_utilization(self) -> None:
+        """Sets all counters to zero."""
+        for _, _, bank in self.banks():
+            bank.utilization.reset()

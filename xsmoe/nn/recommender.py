@@ -1,0 +1,73 @@
+"""The recommender: items through the item encoder, users through the user encoder, trained by next-item prediction."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import Tensor
+from torch.nn import functional
+
+from xsmoe.nn.batch import Batch
+from xsmoe.nn.item_encoder import XSMoE
+from xsmoe.nn.pretrained import Pretrained
+from xsmoe.nn.side_network import Hidden
+from xsmoe.nn.user_encoder import UserEncoder
+from xsmoe_kernels import in_batch_softmax_loss
+
+
+class Recommender(Pretrained):
+    """Scores an item for a user by the dot product of the user's query and the item's embedding, arXiv 2508.05993.
+
+    Args:
+        items: the item encoder.
+        users: the user encoder; its `dim` must equal the item encoder's `out_dim`.
+    """
+
+    def __init__(self, items: XSMoE, users: UserEncoder | None = None) -> None:
+        super().__init__()
+        users = UserEncoder(items.out_dim) if users is None else users
+        if users.dim != items.out_dim:
+            raise ValueError(f"users.dim must equal items.out_dim = {items.out_dim}, but is {users.dim}")
+        self.items, self.users = items, users
+
+    def config(self) -> dict[str, Any]:
+        return {"items": self.items.config(), "users": self.users.config()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(XSMoE.from_config(config["items"]), UserEncoder.from_config(config["users"]))
+
+    def forward(self, hidden: Mapping[str, Hidden], batch: Batch) -> Tensor:
+        """The in-batch softmax loss with logQ correction, over the batch's distinct items.
+
+        Each distinct item is encoded once and counts in the utilization as often as it stands in the batch.
+
+        Args:
+            hidden: the hidden states of `batch.items`, as `XSMoE.forward` takes them.
+            batch: see `Batch`.
+
+        Returns:
+            The mean loss, a scalar.
+        """
+        embeddings = self.items(hidden, row_weight=batch.counts)
+        queries = self.users(functional.embedding(batch.inputs, embeddings), batch.offsets)
+        return in_batch_softmax_loss(
+            queries,
+            embeddings,
+            batch.targets,
+            batch.rejected,
+            users=batch.users,
+            logq=batch.logq,
+            counts=batch.counts,
+        )
+
+    def queries(self, embeddings: Tensor, offsets: Tensor) -> Tensor:
+        """The query of every sequence after its last item.
+
+        Args:
+            embeddings: (M, dim) of the sequences' items, laid end to end; no sequence is empty.
+            offsets: (B + 1,) int64.
+
+        Returns:
+            (B, dim).
+        """
+        return functional.embedding(offsets[1:] - 1, self.users(embeddings, offsets))

@@ -1,0 +1,120 @@
+"""The user encoder: a causal Transformer over the embeddings of a user's items."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xsmoe.nn.pretrained import Pretrained
+from xsmoe_kernels import checks, packed_attention
+
+NORM_EPS = 1e-6
+
+
+class UserEncoder(Pretrained):
+    """Post-norm causal Transformer over sequences laid end to end, arXiv 2508.05993.
+
+    Positions are right-aligned: the last item of every sequence stands at position `max_length - 1`.
+
+    Args:
+        dim: width of the item embeddings and of the queries.
+        num_blocks: Transformer blocks.
+        num_heads: attention heads; must divide `dim`.
+        inner_dim: width of the feed-forward layers.
+        dropout: on embeddings, attention weights and the outputs of both sublayers.
+        max_length: the most items of a sequence.
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        num_blocks: int = 2,
+        num_heads: int = 2,
+        inner_dim: int = 512,
+        dropout: float = 0.1,
+        max_length: int = 10,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim = {dim}, but is {num_heads}")
+        self.dim, self.num_heads, self.inner_dim, self.max_length = dim, num_heads, inner_dim, max_length
+        self.positions = nn.Embedding(max_length, dim)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, inner_dim, dropout) for _ in range(num_blocks))
+        self.reset_parameters()
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "dim": self.dim,
+            "num_blocks": len(self.blocks),
+            "num_heads": self.num_heads,
+            "inner_dim": self.inner_dim,
+            "dropout": self.dropout.p,
+            "max_length": self.max_length,
+        }
+
+    def reset_parameters(self) -> None:
+        """Draws the published initial weights: Xavier normal, zero bias."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.xavier_normal_(module.weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, items: Tensor, offsets: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
+        """Turns every item into the query for the item that follows it.
+
+        Args:
+            items: (M, dim), the embeddings of all sequences, laid end to end.
+            offsets: (B + 1,) int64; sequence b holds the rows offsets[b]:offsets[b + 1], at most `max_length`.
+            lengths: the sequences' lengths on the host, which attention on CUDA needs.
+
+        Returns:
+            (M, dim).
+        """
+        if checks.values_visible(offsets) and not torch.compiler.is_compiling():
+            longest = int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
+            if longest > self.max_length:
+                raise ValueError(f"offsets give a sequence {longest} items, but max_length is {self.max_length}")
+        row = torch.arange(items.shape[0], device=items.device)
+        ends = offsets[1:].contiguous()
+        end = ends[torch.searchsorted(ends, row, right=True)]
+        x = self.dropout(self.norm(items + self.positions(self.max_length - end + row)))
+        for block in self.blocks:
+            x = block(x, offsets, self.max_length, lengths)
+        return x
+
+
+class Block(nn.Module):
+    """Causal self-attention and a feed-forward layer, each with a residual and a LayerNorm after it."""
+
+    def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+        self.attention_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.inner = nn.Linear(dim, inner_dim)
+        self.outer = nn.Linear(inner_dim, dim)
+        self.feed_forward_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, offsets: Tensor, max_length: int, lengths: Sequence[int] | None) -> Tensor:
+        """(M, dim) to (M, dim)."""
+        q, k, v = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in (self.query, self.key, self.value))
+        attended = packed_attention(
+            q,
+            k,
+            v,
+            offsets,
+            max_length=max_length,
+            lengths=lengths,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        x = self.attention_norm(x + self.dropout(self.output(attended.flatten(1))))
+        return self.feed_forward_norm(x + self.dropout(self.outer(functional.relu(self.inner(x)))))
