@@ -1,0 +1,337 @@
+"""The streaming trainer: what it does in which order, and that nothing is lost when it is stopped."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from xsmoe.data import Window
+from xsmoe.nn import Recommender
+from xsmoe.stream import CheckpointError, Stream, StreamConfig, StreamingTrainer, TrainingDiverged
+from xsmoe.stream.folder import read_metrics
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing between the trainer and the test catches it."""
+
+
+def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> tuple[list[dict], Recommender]:
+    model = tiny.model()
+    with StreamingTrainer(model, tiny.stream(), tiny.config(**options), folder=folder, listener=listener) as trainer:
+        return trainer.fit(), model
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[list[dict], Recommender]:
+    return fit()
+
+
+def test_order_of_events_and_what_the_lines_hold(undisturbed) -> None:
+    lines, model = undisturbed
+    kinds = [line["kind"] for line in lines if line["kind"] != "epoch"]
+    assert kinds == ["window", "test", "window", "test", "window"]
+    tests = [line for line in lines if line["kind"] == "test"]
+    assert [(line["window"], line["tested_on"]) for line in tests] == [(0, 1), (1, 2)]
+    for line in tests:
+        assert set(line["all"]) == {"users", "HR@10", "NDCG@10", "HR@20", "NDCG@20", "MRR", "se"}
+        assert 0 < line["cold"]["users"] < line["all"]["users"]
+        assert set(line["popularity"]) == set(line["lift"]) == {"all_time", "last_window"}
+        assert line["lift"]["all_time"]["MRR"] == pytest.approx(
+            line["all"]["MRR"] - line["popularity"]["all_time"]["MRR"]
+        )
+        assert [e["num_frozen"] for e in line["expanded"]["text"]] == [line["window"] + 1] * 2
+    window = [line for line in lines if line["kind"] == "window"][-1]
+    assert window["experts"] == {name: side.num_experts for name, side in model.items.ladders().items()}
+    assert sum(window["shares"]["image"][0]) == pytest.approx(1)
+    assert json.loads(json.dumps(lines)) == lines
+
+
+def test_the_best_epoch_is_restored_with_its_counters(undisturbed) -> None:
+    lines, _ = undisturbed
+    kept = {}
+    model = tiny.model()
+
+    def listener(event: str, line: dict) -> None:
+        if event == "epoch" and line["best"]:
+            kept[line["window"]] = {name: value.clone() for name, value in model.state_dict().items()}
+        if event == "window":
+            assert (
+                line["best_epoch"]
+                == max(
+                    (e for e in lines if e["kind"] == "epoch" and e["window"] == line["window"] and e["validation"]),
+                    key=lambda e: e["validation"]["NDCG@10"],
+                )["epoch"]
+            )
+            for name, value in model.state_dict().items():
+                assert torch.equal(value, kept[line["window"]][name]), name
+
+    trainer = StreamingTrainer(model, tiny.stream(), tiny.config(), listener=listener)
+    assert tiny.without_time(trainer.fit()) == tiny.without_time(lines)
+    assert any(line["best_epoch"] + 1 < line["epochs"] for line in lines if line["kind"] == "window")
+
+
+def count_events() -> int:
+    events = []
+    fit(listener=lambda event, fields: events.append(event))
+    return len(events)
+
+
+@pytest.mark.parametrize("part", range(12))
+def test_killed_at_any_event_it_ends_the_same(undisturbed, tmp_path: Path, part: int) -> None:
+    lines, model = undisturbed
+    after = 1 + part * (count_events() - 1) // 11
+    seen = []
+
+    def listener(event: str, fields: dict) -> None:
+        seen.append(event)
+        if len(seen) == after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(tmp_path, listener)
+    resumed, again = fit(tmp_path)
+    assert tiny.without_time(resumed) == tiny.without_time(lines)
+    assert tiny.without_time(read_metrics(tmp_path)) == tiny.without_time(lines)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_killed_at_any_write_it_ends_the_same(undisturbed, tmp_path: Path, monkeypatch) -> None:
+    lines, _ = undisturbed
+    synced, replaced = os.fsync, os.replace
+    for attempt, (call, after) in enumerate(
+        [("fsync", 3), ("replace", 4), ("fsync", 11), ("replace", 9), ("fsync", 30)]
+    ):
+        folder, calls = tmp_path / str(attempt), []
+
+        def dying(*arguments: Any, real=None, name="", calls=calls, call=call, after=after) -> Any:
+            calls.append(name)
+            if calls.count(call) == after and name == call:
+                raise Killed
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda *a: dying(*a, real=synced, name="fsync"))
+            patch.setattr(os, "replace", lambda *a: dying(*a, real=replaced, name="replace"))
+            with pytest.raises(Killed):
+                fit(folder)
+        assert tiny.without_time(fit(folder)[0]) == tiny.without_time(lines)
+
+
+def test_a_finished_run_does_nothing_more(undisturbed, tmp_path: Path) -> None:
+    lines, _ = fit(tmp_path)
+    events = []
+    again, _ = fit(tmp_path, lambda event, fields: events.append(event))
+    assert events == ["resumed"]
+    assert again == lines
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    loaded = Recommender.from_pretrained(tmp_path / "model")
+    assert loaded.items.sides["text"].num_experts == lines[-1]["experts"]["text"]
+
+
+def test_step_takes_windows_from_anywhere(undisturbed, tmp_path: Path) -> None:
+    lines, _ = undisturbed
+    first, second, third = tiny.windows()
+    empty = Stream([], tiny.features())
+    with StreamingTrainer(tiny.model(), empty, tiny.config(), folder=tmp_path) as trainer:
+        trainer.step(first)
+        assert trainer.windows_done == 1
+    with StreamingTrainer(tiny.model(), empty, tiny.config(), folder=tmp_path) as trainer:
+        trainer.step(second)
+        trainer.step(third)
+        assert tiny.without_time(trainer.metrics) == tiny.without_time(lines)
+
+
+def test_another_window_cannot_take_the_place_of_one_cut_short(tmp_path: Path) -> None:
+    def listener(event: str, fields: dict) -> None:
+        if event == "epoch":
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(tmp_path, listener)
+    with StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), folder=tmp_path) as trainer:
+        with pytest.raises(ValueError, match="training of window 0 was cut short; go on with that window first"):
+            trainer.step(tiny.windows()[1])
+    other = tiny.stream(seed=5)
+    fit(tmp_path)
+    with StreamingTrainer(tiny.model(), other, tiny.config(), folder=tmp_path) as trainer:
+        with pytest.raises(ValueError, match="window 0 of the stream is not the one that this run was trained on"):
+            trainer.fit()
+
+
+@pytest.mark.parametrize(
+    "options, experts",
+    [({"expand": False}, [1, 1]), ({"prune": False}, [3, 3]), ({"prune_threshold": 1.0}, [2, 2])],
+)
+def test_expansion_and_pruning_can_be_switched_off(options: dict, experts: list[int]) -> None:
+    lines, _ = fit(**options)
+    assert lines[-1]["experts"] == {"image": experts, "text": experts}
+    tests = [line for line in lines if line["kind"] == "test"]
+    assert all(bool(line["expanded"]) == (options.get("expand") is None) for line in tests)
+    assert all(bool(line["pruned"]) == (options.get("prune") is None) for line in tests)
+
+
+def test_warm_up_only_and_an_empty_validation_split_keep_the_last_epoch() -> None:
+    told = []
+    lines, _ = fit(listener=lambda e, f: told.append(f) if e == "warning" else None, warmup_epochs=9)
+    assert {line["kept"] for line in lines if line["kind"] == "window"} == {"last"}
+    assert "all epochs were warm-up epochs without validation (9)" in told[0]["message"]
+    lines, _ = fit(train_fraction=0.999)
+    reasons = {line.get("reason") for line in lines if line["kind"] == "window"}
+    assert reasons == {"the validation split has no user with 2 items"}
+
+
+def test_a_window_without_users_is_passed_over() -> None:
+    lines, _ = fit(k_core=10_000)
+    window = lines[0]
+    assert (window["epochs"], window["users"], window["kept"]) == (0, 0, "last")
+    assert "10000 interactions in the window (k_core)" in window["reason"]
+    assert lines[1]["all"] == {
+        "users": 0,
+        **dict.fromkeys(["HR@10", "NDCG@10", "HR@20", "NDCG@20", "MRR"]),
+        "se": dict.fromkeys(["HR@10", "NDCG@10", "HR@20", "NDCG@20", "MRR"]),
+    }
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path: Path) -> None:
+    lines, _ = undisturbed
+    model = tiny.model()
+
+    def poison(event: str, fields: dict) -> None:
+        if event == "batch" and (fields["window"], fields["epoch"], fields["done"]) == (1, 1, 1):
+            with torch.no_grad():
+                model.items.projection.weight[0, 0] = torch.nan
+
+    with StreamingTrainer(model, tiny.stream(), tiny.config(), folder=tmp_path, listener=poison) as trainer:
+        with pytest.raises(
+            TrainingDiverged, match="loss of window 1, epoch 1 is nan at step 1 of 3; .* lower lr than 0.01"
+        ):
+            trainer.fit()
+    assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"config": tiny.config(lr=0.5)}, r"config\.lr was 0\.01, is now 0\.5"),
+        ({"config": tiny.config(protocol="paper")}, r"config\.protocol was 'default', is now 'paper'"),
+        ({"model": tiny.model(top_k=1)}, r"model_config\.items\.top_k was None, is now 1"),
+        ({"stream": Stream(tiny.windows(), tiny.features(seed=1))}, "features"),
+    ],
+)
+def test_a_run_of_another_configuration_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    lines, _ = fit(tmp_path)
+    arguments = {"model": tiny.model(), "stream": tiny.stream(), "config": tiny.config(), **change}
+    with pytest.raises(ValueError, match=message):
+        StreamingTrainer(**arguments, folder=tmp_path)
+    assert fit(tmp_path)[0] == lines
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(undisturbed, tmp_path: Path) -> None:
+    lines, _ = undisturbed
+
+    def listener(event: str, fields: dict) -> None:
+        if event == "begin" and fields["window"] == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(tmp_path, listener)
+    newest = max((tmp_path / "checkpoints").glob("*.ckpt"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    told = []
+    resumed, _ = fit(tmp_path, lambda event, fields: told.append(fields["message"]) if event == "warning" else None)
+    assert f"{newest} is damaged: its content does not match its digest; going on from the checkpoint before" in told[0]
+    assert tiny.without_time(resumed) == tiny.without_time(lines)
+
+    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; start the run anew"):
+        fit(tmp_path)
+
+
+def test_a_full_disk_loses_nothing(undisturbed, tmp_path: Path, monkeypatch) -> None:
+    lines, _ = undisturbed
+    calls = []
+    synced = os.fsync
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 17:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match="No space left on device.* make room and run the same command again"):
+            fit(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), folder=tmp_path):
+        with pytest.raises(ValueError, match="is in use by another process"):
+            StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), folder=tmp_path)
+
+
+def test_metrics_and_windows_that_were_tampered_with_are_refused(tmp_path: Path) -> None:
+    fit(tmp_path)
+    window = tmp_path / "windows" / "0000.npz"
+    kept = window.read_bytes()
+    window.write_bytes((tmp_path / "windows" / "0001.npz").read_bytes())
+    with pytest.raises(CheckpointError, match=r"0000\.npz is not the window that the checkpoint was made with"):
+        fit(tmp_path)
+    window.unlink()
+    with pytest.raises(CheckpointError, match=r"0000\.npz, which the run needs to go on, cannot be read"):
+        fit(tmp_path)
+    window.write_bytes(kept)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl has been shortened"):
+        fit(tmp_path)
+
+
+def test_bad_windows_and_models_are_named() -> None:
+    trainer = StreamingTrainer(tiny.model(), tiny.stream(), tiny.config())
+    one = np.array([99], dtype=np.int64)
+    with pytest.raises(ValueError, match=r"window\.items must lie in \[0, 40\)"):
+        trainer.step(Window(0, one, one, one))
+    with pytest.raises(ValueError, match="max_inputs is 11, but the user encoder takes 10 at most"):
+        StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(max_inputs=11))
+    text_only = tiny.features()
+    text_only._levels.pop("image")
+    with pytest.raises(ValueError, match=r"stream\.features lacks image"):
+        StreamingTrainer(tiny.model(), Stream([], text_only), tiny.config())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"protocol": "published"}, "protocol must be one of default, paper, not 'published'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"epochs": 1.5}, "epochs must be a whole number"),
+        ({"train_fraction": 1.0}, "train_fraction must lie between 0 and 1, not 1.0"),
+        ({"prune_threshold": 2}, "prune_threshold must be a share"),
+        ({"lr": 1e-5}, "need 0 < min_lr <= lr"),
+        ({"repeats": "drop"}, "repeats must be one of rank, miss, not 'drop'"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StreamConfig(**settings)
+
+
+def test_settings_follow_the_protocol_and_survive_json() -> None:
+    assert (StreamConfig().repeats, StreamConfig().validation_candidates) == ("rank", "known")
+    paper = StreamConfig(protocol="paper", repeats="rank")
+    assert (paper.repeats, paper.validation_candidates) == ("rank", "split")
+    assert StreamConfig.from_dict(json.loads(json.dumps(paper.to_dict()))) == paper
+    with pytest.raises(ValueError, match="unknown settings: colour"):
+        StreamConfig.from_dict({"colour": 1})

@@ -1,0 +1,9 @@
+"""Training on a stream: windows in, growth and per-window results out."""
+
+from xsmoe.stream.checkpoints import CheckpointError
+from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.epoch import TrainingDiverged
+from xsmoe.stream.source import Stream
+from xsmoe.stream.trainer import StreamingTrainer
+
+__all__ = ["CheckpointError", "Stream", "StreamConfig", "StreamingTrainer", "TrainingDiverged"]

@@ -1,0 +1,115 @@
+"""Checkpoints that survive a kill at any moment: written aside, synced, renamed; checked by digest when read."""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAGIC = b"XSMOE-CHECKPOINT-1\n"
+DIGEST_SIZE = hashlib.sha256().digest_size
+KEPT = 2
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or used; the message says why and what to do."""
+
+
+class Checkpoints:
+    """The numbered checkpoints of a run; the newest two are kept.
+
+    Args:
+        folder: where they lie; made if it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, payload: dict[str, Any]) -> Path:
+        """Writes the next checkpoint in one step and drops all but the newest two.
+
+        Args:
+            payload: tensors and plain values, nested in dicts and lists.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written; the checkpoints before it are untouched.
+        """
+        buffer = io.BytesIO()
+        torch.save(payload, buffer)
+        content = buffer.getvalue()
+        paths = self._paths()
+        path = self.folder / f"{int(paths[-1].stem) + 1 if paths else 0:06d}.ckpt"
+        write_atomically(path, MAGIC + hashlib.sha256(content).digest() + content)
+        for old in [*paths, path][:-KEPT]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def load_newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, or None where there is none at all.
+
+        Args:
+            warn: told of each damaged checkpoint that is passed over.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all of them are damaged.
+        """
+        paths = self._paths()
+        for path in reversed(paths):
+            try:
+                payload = _read(path)
+            except CheckpointError as error:
+                warn(f"{error}; going on from the checkpoint before it")
+                path.rename(path.with_suffix(".damaged"))
+                continue
+            return path, payload
+        if paths:
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start the run anew in another folder")
+        return None
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("*.ckpt"))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path` in one step, so that a reader finds the old content or the new, and never a part.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; what stood at `path` still stands there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {path} ({len(content)} bytes): {error.strerror}; what was saved before is untouched, so "
+            "make room and run the same command again"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    start = len(MAGIC) + DIGEST_SIZE
+    if not content.startswith(MAGIC):
+        raise CheckpointError(f"{path} is no checkpoint of this version")
+    if hashlib.sha256(content[start:]).digest() != content[len(MAGIC) : start]:
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+    payload: dict[str, Any] = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
+    return payload

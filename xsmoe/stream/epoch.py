@@ -1,0 +1,107 @@
+"""One epoch over the training sequences of a window."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xsmoe.data import Sequences
+from xsmoe.encoders import ItemFeatures
+from xsmoe.nn import Batch, Recommender
+from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.growth import count_padding
+from xsmoe.stream.seeds import derive, seeded
+
+
+class TrainingDiverged(ValueError):
+    """The loss is no longer finite; the last checkpoint holds the state before that epoch."""
+
+
+def train_epoch(
+    model: Recommender,
+    features: ItemFeatures,
+    sequences: Sequences,
+    log_share: np.ndarray,
+    optimizer: torch.optim.Optimizer,
+    config: StreamConfig,
+    *,
+    window: int,
+    epoch: int,
+    on_batch: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Trains on every sequence once, in an order drawn from the seed, the window and the epoch.
+
+    Args:
+        model: trained in place; its counters are reset first.
+        features: the items' hidden states.
+        sequences: (B,) of at least 2 items each.
+        log_share: for every item the log of its share of the training interactions.
+        optimizer: its learning rate is set for this epoch.
+        config: learning rate, batch size, precision, protocol.
+        window, epoch: where in the stream this is.
+        on_batch: told how many batches are done, and of how many.
+
+    Returns:
+        "lr", "steps", and the mean "loss" over all positions.
+
+    Raises:
+        TrainingDiverged: the loss of some step is not finite.
+    """
+    device = torch.device(config.device)
+    rate = max(config.min_lr, config.lr * config.lr_decay**epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    model.items.reset_utilization()
+    model.train()
+    order = np.random.default_rng(derive(config.seed, window, epoch, "order")).permutation(len(sequences))
+    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    losses, rows = [], []
+    with seeded(derive(config.seed, window, epoch, "dropout"), device):
+        for place, chosen in enumerate(batches):
+            users = sequences.take(chosen)
+            batch = Batch.from_sequences(users.items, users.offsets, log_share)
+            losses.append(_step(model, features, batch, optimizer, config, device))
+            rows.append(len(batch.inputs))
+            if config.protocol == "paper":
+                count_padding(model.items, len(chosen) * (config.max_inputs + 1) - len(users.items))
+            on_batch(place + 1, len(batches))
+    # Looked at once an epoch, because reading a loss makes the host wait for a GPU.
+    values = torch.stack(losses).double().cpu().numpy()
+    if not np.isfinite(values).all():
+        step = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise TrainingDiverged(
+            f"the loss of window {window}, epoch {epoch} is {values[step]} at step {step} of {len(values)}; the run "
+            f"stops here, and its last checkpoint is from before it. Try a lower lr than {config.lr}, or float32"
+        )
+    return {"lr": rate, "steps": len(batches), "loss": float(np.average(values, weights=rows))}
+
+
+@contextmanager
+def autocast(config: StreamConfig) -> Iterator[None]:
+    """The precision that the configuration asks for: bfloat16 on CUDA unless told otherwise, else float32."""
+    device = torch.device(config.device).type
+    on = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
+    with torch.autocast(device, torch.bfloat16, enabled=on):
+        yield
+
+
+def _step(
+    model: Recommender,
+    features: ItemFeatures,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    config: StreamConfig,
+    device: torch.device,
+) -> Tensor:
+    hidden = features.hidden(batch.items.numpy(), model.items.modalities)
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(config):
+        loss: Tensor = model(
+            {name: [level.to(device) for level in levels] for name, levels in hidden.items()}, batch.to(device)
+        )
+    loss.backward()
+    optimizer.step()
+    return loss.detach()

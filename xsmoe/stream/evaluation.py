@@ -1,0 +1,140 @@
+"""Full ranking of next items: model and popularity baselines answer the same task through the same operator."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xsmoe.data import History, Sequences
+from xsmoe.encoders import ItemFeatures
+from xsmoe.nn import Recommender
+from xsmoe.stream.config import Repeats
+from xsmoe_kernels import rank_of_target
+
+ITEMS_A_CHUNK = 4096
+USERS_A_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class RankingTask:
+    """For each of B users: up to ten input items, and the target to find among the candidates that they have not met.
+
+    Attributes:
+        candidates: (C,) int64 item ids, ascending.
+        inputs: (M,) int64 into candidates, the users' inputs laid end to end.
+        offsets: (B + 1,) int64, where each user's inputs begin.
+        targets: (B,) int64 into candidates.
+        seen, seen_offsets: the candidates that each user has met, ragged.
+        missed: (B,) bool, targets that count as a miss whatever their rank.
+    """
+
+    candidates: np.ndarray
+    inputs: np.ndarray
+    offsets: np.ndarray
+    targets: np.ndarray
+    seen: np.ndarray
+    seen_offsets: np.ndarray
+    missed: np.ndarray
+
+    @classmethod
+    def build(cls, sequences: Sequences, candidates: np.ndarray, history: History, repeats: Repeats) -> Self:
+        """The task of finding each sequence's last item from those before it.
+
+        Args:
+            sequences: of at least two items each, all of them among the candidates.
+            candidates: ascending item ids.
+            history: what the users met before.
+            repeats: "miss" makes a target that stands in the history a sure miss, "rank" ranks it.
+        """
+        codes = _find(candidates, sequences.items)
+        if (codes < 0).any():
+            raise ValueError(f"candidates lack item {sequences.items[codes < 0][0]}, which a sequence holds")
+        last = np.zeros(len(codes), dtype=bool)
+        last[sequences.offsets[1:] - 1] = True
+        values, bounds = history.of(sequences.users)
+        seen = _find(candidates, values)
+        row = np.repeat(np.arange(len(sequences)), np.diff(bounds))[seen >= 0]
+        seen = seen[seen >= 0]
+        targets = codes[last]
+        pairs, goals = row * len(candidates) + seen, np.arange(len(sequences)) * len(candidates) + targets
+        return cls(
+            candidates=candidates,
+            inputs=codes[~last],
+            offsets=sequences.offsets - np.arange(len(sequences) + 1),
+            targets=targets,
+            seen=seen,
+            seen_offsets=np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(sequences)))]).astype(np.int64),
+            missed=np.isin(goals, pairs) if repeats == "miss" else np.zeros(len(sequences), dtype=bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def chunk(self, start: int, stop: int) -> "RankingTask":
+        """The task of the users start:stop."""
+        inputs, seen = slice(*self.offsets[[start, stop]]), slice(*self.seen_offsets[[start, stop]])
+        return RankingTask(
+            candidates=self.candidates,
+            inputs=self.inputs[inputs],
+            offsets=self.offsets[start : stop + 1] - self.offsets[start],
+            targets=self.targets[start:stop],
+            seen=self.seen[seen],
+            seen_offsets=self.seen_offsets[start : stop + 1] - self.seen_offsets[start],
+            missed=self.missed[start:stop],
+        )
+
+
+@torch.no_grad()
+def embed_items(model: Recommender, features: ItemFeatures, items: np.ndarray, device: torch.device) -> Tensor:
+    """The embeddings (C, dim) of items (C,), encoded in chunks; the model is used in the mode it is in."""
+    chunks = [items[start : start + ITEMS_A_CHUNK] for start in range(0, len(items), ITEMS_A_CHUNK)]
+    parts = []
+    for chunk in chunks:
+        hidden = features.hidden(chunk, model.items.modalities)
+        parts.append(model.items({name: [level.to(device) for level in levels] for name, levels in hidden.items()}))
+    return torch.cat(parts) if parts else torch.empty(0, model.users.dim, device=device)
+
+
+@torch.no_grad()
+def rank_with_model(model: Recommender, features: ItemFeatures, task: RankingTask, device: torch.device) -> np.ndarray:
+    """Each target's rank, (B,) float64; a sure miss is infinite. The model is put into evaluation mode and back."""
+    training = model.training
+    model.eval()
+    try:
+        embeddings = embed_items(model, features, task.candidates, device)
+        ranks = []
+        for start in range(0, len(task), USERS_A_CHUNK):
+            part = task.chunk(start, min(start + USERS_A_CHUNK, len(task)))
+            inputs = functional.embedding(_tensor(part.inputs, device), embeddings)
+            ranks.append(_rank(model.queries(inputs, _tensor(part.offsets, device)), embeddings, part, device))
+    finally:
+        model.train(training)
+    return np.concatenate(ranks) if ranks else np.empty(0)
+
+
+def rank_with_popularity(popularity: np.ndarray, task: RankingTask) -> np.ndarray:
+    """Each target's rank, (B,) float64, when the same scores (C,) serve every user."""
+    cpu = torch.device("cpu")
+    return _rank(torch.ones(len(task), 1), torch.from_numpy(popularity).float()[:, None], task, cpu)
+
+
+def _rank(queries: Tensor, items: Tensor, task: RankingTask, device: torch.device) -> np.ndarray:
+    seen = (_tensor(task.seen, device), _tensor(task.seen_offsets, device))
+    ranks = rank_of_target(queries, items, _tensor(task.targets, device), seen).cpu().numpy().astype(np.float64)
+    ranks[task.missed] = np.inf
+    return ranks
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def _find(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Where each id stands among the ascending ones, -1 where it does not."""
+    place = np.searchsorted(sorted_ids, ids)
+    found = place < len(sorted_ids)
+    found[found] = sorted_ids[place[found]] == ids[found]
+    return np.where(found, place, -1)

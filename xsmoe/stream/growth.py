@@ -1,0 +1,50 @@
+"""What happens to the experts between two windows: little-used ones are dropped, then each level gets a new one."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from xsmoe.nn import XSMoE
+from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.seeds import derive
+
+
+def grow(items: XSMoE, config: StreamConfig, window: int) -> dict[str, Any]:
+    """Prunes and then expands every level, as far as the configuration has them on.
+
+    Args:
+        items: changed in place; its counters say how much each expert was used.
+        config: thresholds and switches.
+        window: the window that is about to be trained on.
+
+    Returns:
+        "pruned" and "expanded": by modality, what was done at each level, as plain values.
+    """
+    pruned = items.prune(config.prune_threshold) if config.prune else {}
+    generator = torch.Generator().manual_seed(derive(config.seed, window, 0, "growth"))
+    expanded = items.expand(new_gate=config.new_gate, generator=generator) if config.expand else {}
+    return {
+        "pruned": {modality: [asdict(done) for done in levels] for modality, levels in pruned.items()},
+        "expanded": {modality: [asdict(done) for done in levels] for modality, levels in expanded.items()},
+    }
+
+
+def count_padding(items: XSMoE, rows: int) -> None:
+    """Counts rows of padding as the published code does: zeros get a uniform gate, and add nothing to the norms."""
+    for _, _, bank in items.banks():
+        bank.utilization.gate += rows / (bank.num_experts + 1)
+
+
+def shares(items: XSMoE) -> dict[str, Any]:
+    """Each expert's utilization share and each gate's, by modality and level; None where nothing was counted."""
+    experts: dict[str, list[list[float | None]]] = {name: [] for name in items.modalities}
+    gates: dict[str, list[list[float | None]]] = {name: [] for name in items.modalities}
+    for modality, _, bank in items.banks():
+        experts[modality].append(_plain(bank.utilization.shares()))
+        gates[modality].append(_plain(bank.utilization.gate_shares()))
+    return {"shares": experts, "gate_shares": gates}
+
+
+def _plain(values: torch.Tensor) -> list[float | None]:
+    return [value if value == value else None for value in values.tolist()]

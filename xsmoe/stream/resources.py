@@ -1,0 +1,31 @@
+"""Wall time and peak memory of a stretch of work."""
+
+import resource
+import sys
+import time
+
+import torch
+
+MIB = 1 << 20
+
+
+class Stopwatch:
+    """Starts when it is made; `read` gives the seconds since then and the process's peak memory so far.
+
+    Args:
+        device: a CUDA device is waited for before the clock is read, and its allocator's peak is reported.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._start = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Seconds, peak resident memory of the process in MiB, and on CUDA the allocator's peak in MiB."""
+        reading = {}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            reading["cuda_peak_mib"] = torch.cuda.max_memory_allocated(self.device) / MIB
+        # Linux reports kilobytes, macOS bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"seconds": time.perf_counter() - self._start, "peak_rss_mib": peak / MIB, **reading}

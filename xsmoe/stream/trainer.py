@@ -1,0 +1,399 @@
+"""Training over a stream of windows: test on the new one, prune, expand, train, keep the best epoch, checkpoint."""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xsmoe.data import Sequences, Window, WindowSplits, item_share, split_window
+from xsmoe.nn import Recommender
+from xsmoe.stream.checkpoints import CheckpointError
+from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.epoch import autocast, train_epoch
+from xsmoe.stream.evaluation import RankingTask, rank_with_model, rank_with_popularity
+from xsmoe.stream.folder import RunFolder, window_digest
+from xsmoe.stream.growth import grow, shares
+from xsmoe.stream.memory import StreamMemory
+from xsmoe.stream.metrics import per_user, summarize
+from xsmoe.stream.resources import Stopwatch
+from xsmoe.stream.source import Stream
+
+Listener = Callable[[str, dict[str, Any]], None]
+SELECTED_BY = "NDCG@10"
+
+
+@dataclass
+class Progress:
+    """Where training stands: all that a checkpoint holds besides weights and optimizer.
+
+    Attributes:
+        digests: of the windows taken so far, the last of which may be in training.
+        epoch: the next epoch of the window in training; None between windows.
+        steps: optimizer steps in all.
+        best_epoch, best_value: of the window in training; None before its first validation.
+        stale: validations since the best one.
+    """
+
+    digests: list[str]
+    epoch: int | None = None
+    steps: int = 0
+    best_epoch: int | None = None
+    best_value: float | None = None
+    stale: int = 0
+
+
+class StreamingTrainer:
+    """Trains a recommender on a stream, window by window (arXiv 2508.05993).
+
+    Args:
+        model: trained in place.
+        stream: the windows that `fit` goes through, and the items' hidden states.
+        config: every choice of the protocol.
+        folder: where metrics, checkpoints and the exported model go; a run that is found there goes on. None keeps
+            everything in memory.
+        listener: told of every event as (name, fields): "resumed", "warning", "begin", "batch", "epoch", "window" and
+            "test".
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, model or store, or is in use; no checkpoint in it
+            is whole.
+    """
+
+    def __init__(
+        self,
+        model: Recommender,
+        stream: Stream,
+        config: StreamConfig | None = None,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        self.config = config or StreamConfig()
+        self.stream = stream
+        self.device = torch.device(self.config.device)
+        self.model = model.to(self.device)
+        self.memory = StreamMemory()
+        self.progress = Progress(digests=[])
+        self.metrics: list[dict[str, Any]] = []
+        self._tell = listener or (lambda event, fields: None)
+        self._best: dict[str, Tensor] | None = None
+        self._optimizer_state: dict[str, Any] | None = None
+        if model.users.max_length < self.config.max_inputs:
+            raise ValueError(
+                f"max_inputs is {self.config.max_inputs}, but the user encoder takes {model.users.max_length} at most"
+            )
+        if missing := set(model.items.modalities) - set(stream.features.modalities):
+            raise ValueError(f"stream.features lacks {', '.join(sorted(missing))}, which the model encodes")
+        for _, _, bank in model.items.banks():
+            bank.count_in_eval = self.config.protocol == "paper"
+        num_items = stream.features.num_items
+        self._saved_identity = {"num_items": num_items, **self._identity(num_items)}
+        self._folder = RunFolder(Path(folder)) if folder is not None else None
+        if self._folder is not None:
+            try:
+                self._resume(self._folder)
+            except BaseException:
+                self._folder.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the run's folder."""
+        if self._folder is not None:
+            self._folder.close()
+
+    @property
+    def windows_done(self) -> int:
+        """Windows that are trained to the end."""
+        return len(self.progress.digests) - (self.progress.epoch is not None)
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Takes all windows of the stream, those that the run has taken before excepted.
+
+        Returns:
+            The lines of metrics.jsonl.
+
+        Raises:
+            ValueError: the run has taken other windows before.
+            TrainingDiverged: the loss is not finite.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        for number, window in enumerate(self.stream.windows):
+            if number < self.windows_done:
+                if window_digest(window) != self.progress.digests[number]:
+                    raise ValueError(f"window {number} of the stream is not the one that this run was trained on")
+                continue
+            self.step(window)
+        return self.metrics
+
+    def step(self, window: Window) -> dict[str, Any]:
+        """Takes the next window: tests the model on it, prunes, expands, and trains on it.
+
+        The first window is only trained on. A window whose training was cut short goes on where it stopped.
+
+        Args:
+            window: item ids are rows of `stream.features`; its `number` is replaced by its place in the run.
+
+        Returns:
+            The window's line of metrics.jsonl.
+
+        Raises:
+            ValueError: another window's training has been cut short, or an item id is unknown.
+        """
+        features, digest = self.stream.features, window_digest(window)
+        if len(window.items) and not 0 <= window.items.min() <= window.items.max() < features.num_items:
+            raise ValueError(f"window.items must lie in [0, {features.num_items}), the rows of the features")
+        resuming = self.progress.epoch is not None
+        number = len(self.progress.digests) - resuming
+        if resuming and digest != self.progress.digests[-1]:
+            raise ValueError(f"the training of window {number} was cut short; go on with that window first")
+        window = Window(number, window.users, window.items, window.timestamps)
+        splits = self._split(window)
+        self._tell("begin", {"window": number, "of": len(self.stream.windows), "interactions": len(window)})
+        if not resuming:
+            if self._folder is not None:
+                self._folder.save_window(window)
+            if number > 0:
+                self._test_and_grow(number, splits)
+            self.progress = Progress([*self.progress.digests, digest], epoch=0, steps=self.progress.steps)
+            self._best = self._optimizer_state = None
+            self._checkpoint()
+        return self._train(number, window, splits)
+
+    def _split(self, window: Window) -> WindowSplits:
+        config = self.config
+        return split_window(
+            window, k_core=config.k_core, train_fraction=config.train_fraction, max_items=config.max_inputs + 1
+        )
+
+    def _test_and_grow(self, number: int, splits: WindowSplits) -> None:
+        """Tests the model of the window before on this one, then prunes and expands."""
+        watch = Stopwatch(self.device)
+        task = RankingTask.build(
+            splits.test, self.memory.known_with(splits), self.memory.history, self.config.repeats or "rank"
+        )
+        ranks = rank_with_model(self.model, self.stream.features, task, self.device)
+        cold = ~np.isin(task.candidates[task.targets], self.memory.trained)
+        popular = {
+            name: per_user(rank_with_popularity(counts, task))
+            for name, counts in self.memory.popularity(task.candidates).items()
+        }
+        mine = per_user(ranks)
+        self._record(
+            {
+                "kind": "test",
+                "window": number - 1,
+                "tested_on": number,
+                "candidates": len(task.candidates),
+                "all": summarize(mine),
+                "cold": summarize({name: values[cold] for name, values in mine.items()}),
+                "popularity": {name: summarize(values) for name, values in popular.items()},
+                "lift": {
+                    name: summarize({metric: mine[metric] - values[metric] for metric in mine})
+                    for name, values in popular.items()
+                },
+                **grow(self.model.items, self.config, number),
+                "time": watch.read(),
+            }
+        )
+
+    def _train(self, number: int, window: Window, splits: WindowSplits) -> dict[str, Any]:
+        config, progress, watch = self.config, self.progress, Stopwatch(self.device)
+        self.memory.add_training(splits)
+        with np.errstate(divide="ignore"):
+            log_share = np.log(item_share(splits.train, self.stream.features.num_items))
+        task = self._validation_task(splits)
+        parameters = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
+        optimizer = torch.optim.Adam(parameters, lr=config.lr)
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
+        while progress.epoch is not None and progress.epoch < config.epochs and progress.stale < config.patience:
+            if len(splits.train) == 0:
+                break
+            self._epoch(number, progress.epoch, splits.train, log_share, optimizer, task)
+        kept = self._keep_best(len(splits.train), len(task))
+        self.memory.add_rest(splits)
+        line = {
+            "kind": "window",
+            "window": number,
+            "interactions": len(window),
+            "users": len(splits.train),
+            "items": len(np.unique(splits.train.items)),
+            "epochs": progress.epoch,
+            **kept,
+            "experts": {name: side.num_experts for name, side in self.model.items.ladders().items()},
+            **shares(self.model.items),
+            "parameters": {
+                "trainable": sum(p.numel() for p in parameters),
+                "total": sum(t.numel() for t in [*self.model.parameters(), *self.model.buffers()]),
+            },
+            "time": watch.read(),
+        }
+        self._record(line)
+        self.progress = Progress(progress.digests, steps=progress.steps)
+        self._best = self._optimizer_state = None
+        if self._folder is not None:
+            self._export()
+        self._checkpoint()
+        return line
+
+    def _validation_task(self, splits: WindowSplits) -> RankingTask:
+        candidates = self.memory.known
+        if self.config.validation_candidates == "split":
+            candidates = np.unique(splits.validation.items)
+        return RankingTask.build(splits.validation, candidates, self.memory.history, self.config.repeats or "rank")
+
+    def _epoch(
+        self,
+        number: int,
+        epoch: int,
+        sequences: Sequences,
+        log_share: np.ndarray,
+        optimizer: torch.optim.Optimizer,
+        task: RankingTask,
+    ) -> None:
+        progress, watch = self.progress, Stopwatch(self.device)
+        trained = train_epoch(
+            self.model,
+            self.stream.features,
+            sequences,
+            log_share,
+            optimizer,
+            self.config,
+            window=number,
+            epoch=epoch,
+            on_batch=lambda done, of: self._tell("batch", {"window": number, "epoch": epoch, "done": done, "of": of}),
+        )
+        step_ms = 1000 * watch.read()["seconds"] / trained["steps"]
+        validation = None
+        if len(task) and epoch >= self.config.warmup_epochs:
+            with autocast(self.config):
+                ranks = rank_with_model(self.model, self.stream.features, task, self.device)
+            validation = summarize(per_user(ranks))
+            if progress.best_value is None or validation[SELECTED_BY] > progress.best_value:
+                progress.best_epoch, progress.best_value, progress.stale = epoch, validation[SELECTED_BY], 0
+                self._best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            else:
+                progress.stale += 1
+        progress.epoch = epoch + 1
+        progress.steps += trained["steps"]
+        self._record(
+            {
+                "kind": "epoch",
+                "window": number,
+                "epoch": epoch,
+                **trained,
+                "validation": validation,
+                "best": progress.best_epoch == epoch,
+                "time": {**watch.read(), "step_ms": step_ms},
+            }
+        )
+        self._optimizer_state = optimizer.state_dict()
+        self._checkpoint()
+
+    def _keep_best(self, train_users: int, validation_users: int) -> dict[str, Any]:
+        """Restores the best epoch, or says why the last one is kept."""
+        progress = self.progress
+        validation = next(
+            (line["validation"] for line in reversed(self.metrics) if line["kind"] == "epoch" and line["best"]), None
+        )
+        if self._best is not None:
+            counters = [
+                (b.utilization.norm.clone(), b.utilization.gate.clone()) for _, _, b in self.model.items.banks()
+            ]
+            self.model.load_state_dict(self._best)
+            if self.config.protocol == "paper":
+                for (_, _, bank), (norm, gate) in zip(self.model.items.banks(), counters, strict=True):
+                    bank.utilization.norm.copy_(norm)
+                    bank.utilization.gate.copy_(gate)
+            return {"kept": "best", "best_epoch": progress.best_epoch, "validation": validation}
+        if train_users == 0:
+            reason = f"no user has 2 items to train on and {self.config.k_core} interactions in the window (k_core)"
+        elif validation_users == 0:
+            reason = "the validation split has no user with 2 items"
+        else:
+            reason = f"all epochs were warm-up epochs without validation ({self.config.warmup_epochs})"
+        self._tell("warning", {"message": f"window {len(progress.digests) - 1} keeps its last epoch: {reason}"})
+        return {"kept": "last", "reason": reason, "best_epoch": None, "validation": None}
+
+    def _record(self, line: dict[str, Any]) -> None:
+        self.metrics.append(line)
+        if self._folder is not None:
+            self._folder.append(line)
+        self._tell(line["kind"], line)
+
+    def _export(self) -> None:
+        assert self._folder is not None
+        try:
+            self.model.save_pretrained(self._folder.path / "model")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self._folder.path / 'model'}: {error.strerror}; make room and run again"
+            ) from error
+
+    def _checkpoint(self) -> None:
+        if self._folder is None:
+            return
+        self._folder.checkpoints.save(
+            {
+                **self._saved_identity,
+                "progress": asdict(self.progress),
+                "model": self.model.state_dict(),
+                "best": self._best,
+                "optimizer": self._optimizer_state,
+                "metrics_size": self._folder.metrics_size(),
+            }
+        )
+
+    def _identity(self, num_items: int) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "model_config": self.model.config(),
+            "features": self.stream.features.fingerprint(num_items),
+        }
+
+    def _resume(self, folder: RunFolder) -> None:
+        found = folder.checkpoints.load_newest(lambda message: self._tell("warning", {"message": message}))
+        if found is None:
+            self.metrics = folder.rewind(0)
+            return
+        path, state = found
+        if self.stream.features.num_items < state["num_items"]:
+            raise ValueError(
+                f"{folder.path} was trained on {state['num_items']} items, but stream.features has "
+                f"{self.stream.features.num_items}; use the features that it was started with, or longer ones"
+            )
+        for name, mine in self._identity(state["num_items"]).items():
+            if differences := _differences(name, state[name], mine):
+                raise ValueError(
+                    f"{folder.path} holds a run of another configuration: {'; '.join(differences)}; use the settings "
+                    "that it was started with, or another folder"
+                )
+        self.model.load_state_dict(state["model"])
+        self.progress = Progress(**state["progress"])
+        self._best, self._optimizer_state = state["best"], state["optimizer"]
+        self.metrics = folder.rewind(state["metrics_size"])
+        for number, digest in enumerate(self.progress.digests[: self.windows_done]):
+            splits = self._split(folder.load_window(number, digest))
+            self.memory.add_training(splits)
+            self.memory.add_rest(splits)
+        self._tell(
+            "resumed", {"checkpoint": str(path), "windows_done": self.windows_done, "epoch": self.progress.epoch}
+        )
+
+
+def _differences(name: str, saved: Any, mine: Any) -> list[str]:
+    if isinstance(saved, dict) and isinstance(mine, dict):
+        keys = sorted(set(saved) | set(mine))
+        return [d for key in keys for d in _differences(f"{name}.{key}", saved.get(key), mine.get(key))]
+    return [] if saved == mine else [f"{name} was {saved!r}, is now {mine!r}"]
