@@ -1,0 +1,315 @@
+"""The hidden-state store: a folder of items' hidden states that grows by appending and is read row by row."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xsmoe.encoders import features
+from xsmoe.encoders.append import append_chunk, as_bits, integers, read_constant, write_lock
+from xsmoe.encoders.manifest import INDEX, MANIFEST, Manifest, ModalitySpec, Part, StoreError, check_specs
+
+READ_BYTES = 1 << 24
+
+
+class HiddenStateStore:
+    """Hidden states of items on disk, with the `ItemFeatures` interface. Made by `create` or `open`.
+
+    The folder holds `manifest.json`; `items.jsonl`, the item ids; and per modality `NAME.bin`, the memory-mapped array
+    (items, levels, D) in little-endian float16, bfloat16 or float32, without the levels that are the same row for every
+    item to the bit, which `NAME.constant.bin` holds once; and `NAME.present.bin`, one byte per item. Where an item
+    lacks a modality, its rows are zeros. A level that later turns out not to be the same for every item is converted.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._ids = _read_index(folder, manifest)
+        self._present = {name: _read_present(folder, manifest, part) for name, part in manifest.parts.items()}
+        self._rows: dict[str, int] | None = None
+        self._map()
+
+    @classmethod
+    def create(cls, folder: str | PathLike[str], modalities: Mapping[str, ModalitySpec]) -> "HiddenStateStore":
+        """Makes an empty store.
+
+        Args:
+            folder: made if need be; it must be empty.
+            modalities: what each modality's hidden states are; all with the same number of levels.
+
+        Raises:
+            StoreError: the folder holds something.
+            ValueError: modalities that cannot share a store.
+        """
+        folder = Path(folder)
+        manifest = Manifest.new(modalities)
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            raise StoreError(f"{folder} holds a hidden-state store already; open it, or give another folder")
+        strangers = sorted(path.name for path in folder.iterdir() if not path.name.startswith(MANIFEST))
+        if strangers:
+            raise StoreError(
+                f"{folder} must be empty to hold a new store, but holds {strangers[0]}; give another folder"
+            )
+        manifest.write(folder)
+        return cls(folder, manifest)
+
+    @classmethod
+    def open(cls, folder: str | PathLike[str]) -> "HiddenStateStore":
+        """Opens a store at its last commit; what an interrupted append left behind it is ignored.
+
+        Checked are the presence and the sizes of all files and the checksums of the item ids and of which item has
+        which modality; `verify` checks the hidden states too, which takes as long as reading them.
+
+        Raises:
+            StoreError: no store, one that is truncated or does not fit together, or one of another format version.
+        """
+        folder = Path(folder)
+        return cls(folder, Manifest.read(folder))
+
+    @property
+    def folder(self) -> Path:
+        """Where the store is."""
+        return self._folder
+
+    @property
+    def specs(self) -> dict[str, ModalitySpec]:
+        """What each modality's hidden states are."""
+        return {name: part.spec for name, part in self._manifest.parts.items()}
+
+    @property
+    def item_ids(self) -> np.ndarray:
+        """(num_items,) object array of str: the item of each row."""
+        return self._ids
+
+    @property
+    def num_items(self) -> int:
+        return len(self._ids)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self._manifest.parts)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {name: part.spec.dim for name, part in self._manifest.parts.items()}
+
+    @property
+    def num_levels(self) -> int:
+        return len(next(iter(self._manifest.parts.values())).spec.levels)
+
+    def index_of(self, ids: Sequence[str] | np.ndarray) -> np.ndarray:
+        """The rows of items: (N,) int64, -1 where an id is not in the store.
+
+        Raises:
+            TypeError: an id that is not a string.
+        """
+        _check_strings(ids)
+        if self._rows is None:
+            self._rows = dict(zip(self._ids, range(self.num_items), strict=True))
+        return np.fromiter(map(self._rows.get, ids, repeat(-1)), dtype=np.int64, count=len(ids))
+
+    def present(self, modality: str) -> np.ndarray:
+        features.select_modalities([modality], self.modalities)
+        return self._present[modality]
+
+    def hidden(
+        self, items: np.ndarray | Tensor, modalities: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> dict[str, list[Tensor]]:
+        """The hidden states of some items, as `ItemFeatures.hidden` says; reads no other rows than theirs."""
+        rows = features.row_indices(items, self.num_items)
+        hidden = {}
+        for name in features.select_modalities(modalities, self.modalities):
+            part = self._manifest.parts[name]
+            gathered = torch.from_numpy(self._data[name][rows]).view(part.spec.dtype)
+            levels = torch.empty(len(part.varying), len(rows), part.spec.dim, dtype=dtype)
+            levels.copy_(gathered.transpose(0, 1))
+            at = dict(zip(part.varying, levels.unbind(0), strict=True))
+            if part.constant:
+                once = torch.from_numpy(self._constant[name]).view(part.spec.dtype).to(dtype)
+                has = self._present[name][rows]
+                at |= {place: features.constant_rows(once[i : i + 1], has) for i, place in enumerate(part.constant)}
+            hidden[name] = [at[place] for place in range(len(part.spec.levels))]
+        return hidden
+
+    def fingerprint(self, num_items: int | None = None) -> str:
+        kinds = {name: part.spec.identity() for name, part in self._manifest.parts.items()}
+        digest = hashlib.sha256(json.dumps(kinds, sort_keys=True).encode())
+        if num_items is not None:
+            features.check_known(num_items, self.num_items)
+            digest.update(json.dumps(self._ids[:num_items].tolist()).encode())
+        return digest.hexdigest()
+
+    def check_specs(self, modalities: Mapping[str, ModalitySpec]) -> None:
+        """Raises StoreError, saying in what they differ, unless these are what the store holds."""
+        check_specs(self._folder, self.specs, modalities)
+
+    def append(
+        self,
+        item_ids: Sequence[str] | np.ndarray,
+        hidden: Mapping[str, np.ndarray | Tensor | Sequence[Tensor]],
+        present: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Adds items behind those that are there: all of them or, if it is interrupted at any moment, none.
+
+        Args:
+            item_ids: N ids, none of them in the store.
+            hidden: per modality (N, levels, D), or a sequence of levels, each (N, D) or (1, D). All N items lack a
+                modality that is left out.
+            present: per modality (N,) bool, False where an item lacks it; default all True.
+
+        Raises:
+            TypeError: an id that is not a string.
+            ValueError: another shape, values that are not finite or too large for the dtype, an item without any
+                modality, an unknown modality.
+            StoreError: an id twice or in the store already, or another process has appended or is appending.
+        """
+        self._check_new(item_ids)
+        ids = np.empty(len(item_ids), dtype=object)
+        ids[:] = [str(item) for item in item_ids]
+        rows, masks = self._checked(len(ids), hidden, present or {})
+        if not len(ids):
+            return
+        with write_lock(self._folder):
+            if Manifest.read(self._folder) != self._manifest:
+                raise StoreError(f"store {self._folder} was appended to by another process; open it again")
+            self._manifest = append_chunk(self._folder, self._manifest, ids.tolist(), rows, masks, self._present)
+        if self._rows is not None:
+            self._rows.update(zip(ids, range(self.num_items, self.num_items + len(ids)), strict=True))
+        self._ids = np.concatenate([self._ids, ids])
+        self._present = {name: np.concatenate([mask, masks[name]]) for name, mask in self._present.items()}
+        self._map()
+
+    def verify(self) -> None:
+        """Reads everything and compares it with the checksums of the manifest.
+
+        Raises:
+            StoreError: the first difference found: file, bytes, what was expected and what was found.
+        """
+        for part in self._manifest.parts.values():
+            path = self._folder / part.data_file
+            start = 0
+            with path.open("rb") as file:
+                for chunk in self._manifest.chunks:
+                    length = chunk.items * part.row_bytes
+                    checksum = 0
+                    for first in range(0, length, READ_BYTES):
+                        checksum = zlib.crc32(file.read(min(READ_BYTES, length - first)), checksum)
+                    _check_crc(path, start, length, chunk.crc32[part.data_file], checksum)
+                    start += length
+
+    def _check_new(self, ids: Sequence[str] | np.ndarray) -> None:
+        known = self.index_of(ids)
+        if (known >= 0).any():
+            place = int(np.flatnonzero(known >= 0)[0])
+            raise StoreError(f"item {ids[place]!r} is in store {self._folder} already; leave it out")
+        seen: set[str] = set()
+        for item in ids:
+            if item in seen:
+                raise StoreError(f"item {item!r} stands twice in item_ids; give each item once")
+            seen.add(item)
+
+    def _checked(
+        self,
+        count: int,
+        hidden: Mapping[str, np.ndarray | Tensor | Sequence[Tensor]],
+        present: Mapping[str, np.ndarray],
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        features.select_modalities([*hidden, *present], self.modalities)
+        rows, masks = {}, {}
+        for name, spec in self.specs.items():
+            mask = np.asarray(present.get(name, np.full(count, name in hidden)), dtype=bool)
+            if mask.shape != (count,):
+                raise ValueError(f"present[{name!r}] must have shape ({count},), not {mask.shape}")
+            if name not in hidden and mask.any():
+                raise ValueError(f"hidden lacks {name!r}, but present[{name!r}] says that some items have it")
+            given = hidden.get(name, torch.zeros(()).expand(count, len(spec.levels), spec.dim))
+            rows[name], masks[name] = as_bits(name, spec, given, mask), mask
+        bare = ~np.logical_or.reduce(list(masks.values()))
+        if bare.any():
+            raise ValueError(f"the item in row {int(np.flatnonzero(bare)[0])} has no modality at all; leave it out")
+        return rows, masks
+
+    def _map(self) -> None:
+        """Maps the committed rows of the data files into memory."""
+        self._data: dict[str, np.ndarray] = {}
+        self._constant: dict[str, np.ndarray] = {}
+        for name, part in self._manifest.parts.items():
+            shape = (self._manifest.items, len(part.varying), part.spec.dim)
+            if part.has_constant:
+                self._constant[name] = read_constant(self._folder, part).copy()
+            else:
+                self._constant[name] = np.zeros((len(part.constant), part.spec.dim), dtype=integers(part.spec))
+            if self._manifest.items == 0:
+                self._data[name] = np.zeros(shape, dtype=integers(part.spec))
+                continue
+            path = self._folder / part.data_file
+            _check_size(path, self._manifest.items * part.row_bytes)
+            self._data[name] = np.memmap(path, integers(part.spec), mode="r", shape=shape).view(np.ndarray)
+
+
+def _check_strings(ids: Sequence[str] | np.ndarray) -> None:
+    for kind in set(map(type, ids)):
+        if not issubclass(kind, str):
+            raise TypeError(f"item ids must be strings, but one is of type {kind.__name__}; convert them with str()")
+
+
+def _check_size(path: Path, expected: int) -> None:
+    found = path.stat().st_size if path.exists() else None
+    if found is None or found < expected:
+        size = "is missing" if found is None else f"has {found} bytes"
+        raise StoreError(f"{path} {size}, expected {expected}; restore it from a copy, or encode again")
+
+
+def _check_crc(path: Path, start: int, length: int, expected: int, found: int) -> None:
+    if found != expected:
+        raise StoreError(
+            f"{path}, bytes {start} to {start + length}: the checksum is {found}, expected {expected}; "
+            "restore the file from a copy, or encode again"
+        )
+
+
+def _committed(path: Path, lengths: Sequence[int], checksums: Sequence[int]) -> bytes:
+    """The committed bytes of a small file, checked."""
+    if not sum(lengths):
+        return b""
+    _check_size(path, sum(lengths))
+    with path.open("rb") as file:
+        content = file.read(sum(lengths))
+    start = 0
+    for length, expected in zip(lengths, checksums, strict=True):
+        _check_crc(path, start, length, expected, zlib.crc32(memoryview(content)[start : start + length]))
+        start += length
+    return content
+
+
+def _read_index(folder: Path, manifest: Manifest) -> np.ndarray:
+    lengths = [chunk.index_bytes for chunk in manifest.chunks]
+    content = _committed(folder / INDEX, lengths, [chunk.crc32[INDEX] for chunk in manifest.chunks])
+    ids = json.loads(b"[" + b",".join(content.splitlines()) + b"]")
+    if len(ids) != manifest.items:
+        raise StoreError(
+            f"{folder / INDEX} names {len(ids)} items, {MANIFEST} counts {manifest.items}; restore them from a copy"
+        )
+    array = np.empty(len(ids), dtype=object)
+    array[:] = ids
+    return array
+
+
+def _read_present(folder: Path, manifest: Manifest, part: Part) -> np.ndarray:
+    lengths = [chunk.items for chunk in manifest.chunks]
+    checksums = [chunk.crc32[part.present_file] for chunk in manifest.chunks]
+    mask = np.frombuffer(_committed(folder / part.present_file, lengths, checksums), dtype=np.uint8).astype(bool)
+    if int(mask.sum()) != part.num_present:
+        raise StoreError(
+            f"{folder / part.present_file} says that {int(mask.sum())} items have the modality, {MANIFEST} counts "
+            f"{part.num_present}; restore them from a copy, or encode again"
+        )
+    return mask
