@@ -1,6 +1,7 @@
 """The drifting catalogue: reproducible, well-formed, and such that contents tell what users take next."""
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -154,18 +155,16 @@ def test_contents_tell_what_comes_next_and_popularity_does_not() -> None:
     splits = windows_of(catalogue, 6)
     num_items = len(catalogue.attributes)
     history, rates = History(), []
-    for past, future in zip(splits[:-1], splits[1:], strict=True):
+    for past, future in itertools.pairwise(splits):
         history.add(*past.all_pairs)
         test = future.test
         known = np.union1d(history.pairs()[1], future.all_pairs[1])
         popularity = np.bincount(past.all_pairs[1], minlength=num_items)
         last = catalogue.attributes[test.items[test.offsets[1:] - 2]]
         tables = lifts(past.test, catalogue.attributes)
-
-        def by(places: range, last: np.ndarray = last, tables: list[np.ndarray] = tables) -> np.ndarray:
-            return sum(tables[at][last[:, at]][:, catalogue.attributes[:, at]] for at in places)  # type: ignore[return-value]
-
-        scores = [np.tile(popularity, (len(test), 1)), by(range(3)), by(range(3, 6)), by(range(6))]
+        scores = [np.tile(popularity, (len(test), 1))]
+        for places in (range(3), range(3, 6), range(6)):
+            scores.append(np.sum([tables[at][last[:, at]][:, catalogue.attributes[:, at]] for at in places], axis=0))
         rates.append([hit_rate(score, test, known, history) for score in scores])
     popular, seen, read, both = np.mean(rates, axis=0)
     assert both > 5 * popular

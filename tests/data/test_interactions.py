@@ -126,9 +126,10 @@ def test_null_and_unfit_ids_in_parquet_are_refused(tmp_path: Path) -> None:
 def test_files_without_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows"):
         read_interactions(write_csv(tmp_path, "user,item,timestamp"))
+    empty = pa.array([], pa.string())
+    path = write_parquet(tmp_path, user=empty, item=empty, timestamp=pa.array([], pa.int64()))
     with pytest.raises(DataError, match="has no rows"):
-        empty = pa.array([], pa.string())
-        read_interactions(write_parquet(tmp_path, user=empty, item=empty, timestamp=pa.array([], pa.int64())))
+        read_interactions(path)
     nothing = tmp_path / "nothing.csv"
     nothing.touch()
     with pytest.raises(DataError, match=r"nothing\.csv: cannot be read as csv"):

@@ -58,10 +58,10 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
 
 
 def test_real_log(tmp_path: Path) -> None:
-    folder = Path(
-        os.environ.get("XSMOE_MOVIELENS", Path(__file__).resolve().parents[3] / "shared" / "data" / "ml-latest-small")
-    )
-    if not folder.is_dir():
+    configured = os.environ.get("XSMOE_MOVIELENS")
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "ml-latest-small"
+    folder = Path(configured) if configured else beside
+    if not configured and not folder.is_dir():
         pytest.skip(f"needs MovieLens ml-latest-small, which is not at {folder}; set XSMOE_MOVIELENS to its folder")
     dataset = prepare_movielens(folder, tmp_path)
     assert (len(dataset.interactions), len(dataset.items)) == (100_836, 9_742)

@@ -2,13 +2,12 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
 from side_level import make_level
 
-from xsmoe_kernels import BackendUnavailable, Utilization, dispatch, side_moe, side_moe_group, use_backend
+from xsmoe_kernels import BackendUnavailable, Utilization, dispatch, grouped_mm, side_moe, side_moe_group, use_backend
 from xsmoe_kernels.side_moe import reference
 
 CPU = torch.device("cpu")
@@ -22,13 +21,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
 
 @pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second backend for side_moe, which takes the reference's functions under another name."""
     kernels = {operator: dict(backends) for operator, backends in dispatch._kernels.items()}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
     dispatch.register("side_moe", "triton", reference.forward)
     dispatch.register("side_moe_backward", "triton", reference.backward)
-    return
 
 
 def test_the_reference_serves_forward_and_backward(calls: Counter[tuple[str, str]]) -> None:
@@ -57,10 +55,9 @@ def test_a_backend_without_kernels_says_so_and_counts_nothing() -> None:
     assert dispatch.requested() == "auto"
 
 
-def test_a_named_backend_is_binding_for_each_operator(triton: None) -> None:
+@pytest.mark.usefixtures("triton")
+def test_a_named_backend_is_binding_for_each_operator() -> None:
     x, offsets = torch.zeros(2, 3), torch.tensor([0, 2])
-    from xsmoe_kernels import grouped_mm
-
     with (
         use_backend("triton"),
         pytest.raises(BackendUnavailable, match="backend 'triton' cannot serve grouped_mm on cpu torch.float32: this"),
