@@ -70,6 +70,12 @@ def test_ties_in_time_keep_the_order_of_the_log(rows: list[tuple[int, int, int]]
     assert as_dict(second.test) == naive_sequences(ordered[half:], 11)
 
 
+def test_long_sequences_stay_in_order() -> None:
+    """Long enough that a sort which is not stable shows."""
+    rows = [(item % 3, item) for item in range(3000)]
+    assert as_dict(split_window(window(rows), max_items=3000).test) == naive_sequences(rows, 3000)
+
+
 def test_published_sizes() -> None:
     """A user with 14 items, one with 5 and one with 4, of which 85 % of the 19 that stay, rounded down, are 16."""
     rows = [(2, item) for item in range(4)] + [(1, item) for item in range(14)] + [(0, item) for item in range(5)]

@@ -12,7 +12,7 @@ from published_names import our_name
 
 from xsmoe.data import make_windows
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
-from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, epoch, trainer
+from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, epoch, testing, trainer
 
 K_CORE, THRESHOLD = 3, 0.45
 
@@ -167,6 +167,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         (epoch, "_step", step),
         (trainer, "train_epoch", train_epoch),
         (trainer, "rank_with_model", rank_with_model),
+        (testing, "rank_with_model", rank_with_model),
         (trainer, "grow", grow),
     ]
     for module, name, function in replacements:

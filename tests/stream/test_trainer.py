@@ -287,7 +287,7 @@ def test_metrics_and_windows_that_were_tampered_with_are_refused(tmp_path: Path)
     window = tmp_path / "windows" / "0000.npz"
     kept = window.read_bytes()
     window.write_bytes((tmp_path / "windows" / "0001.npz").read_bytes())
-    with pytest.raises(CheckpointError, match=r"0000\.npz is not the window that the checkpoint was made with"):
+    with pytest.raises(CheckpointError, match="window 0 in .* is not the one that the checkpoint was made with"):
         fit(tmp_path)
     window.unlink()
     with pytest.raises(CheckpointError, match=r"0000\.npz, which the run needs to go on, cannot be read"):
