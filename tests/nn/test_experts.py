@@ -134,6 +134,24 @@ def test_state_dict_loads_into_another_number_of_experts(bank: ExpertBank) -> No
         ExpertBank(6, 3).load_state_dict({k: v for k, v in bank.state_dict().items() if k != "utilization.norm"})
 
 
+def test_a_partial_load_keeps_the_counters() -> None:
+    model = XSMoE(("text",), dim=6, rank=3, out_dim=4)
+    model({"text": torch.randn(5, 3, 6)})
+    counted = model.sides["text"].levels()[0].utilization.norm.clone()
+    model.load_state_dict({"projection.bias": torch.zeros(4)}, strict=False)
+    assert torch.equal(model.sides["text"].levels()[0].utilization.norm, counted)
+
+
+def test_built_on_meta_and_materialised() -> None:
+    with torch.device("meta"):
+        model = XSMoE(("text",), dim=6, rank=3, out_dim=4)
+    real = XSMoE(("text",), dim=6, rank=3, out_dim=4)
+    model.to_empty(device="cpu").load_state_dict(real.state_dict())
+    hidden = {"text": torch.randn(5, 3, 6)}
+    assert torch.equal(model(hidden), real(hidden))
+    assert model.sides["text"].levels()[0].utilization.norm.device.type == "cpu"
+
+
 def test_a_cast_keeps_the_counters_precise(bank: ExpertBank) -> None:
     bank(torch.randn(5, 6), torch.randn(5, 6))
     before = bank.utilization.norm.clone()
@@ -147,6 +165,7 @@ def test_a_cast_keeps_the_counters_precise(bank: ExpertBank) -> None:
 def test_loading_in_place_reaches_the_frozen_experts(bank: ExpertBank) -> None:
     x, backbone = torch.randn(5, 6), torch.randn(5, 6)
     bank(x, backbone)
+    assert bank._frozen_experts() is bank._frozen_experts()
     state = {name: value.clone() for name, value in bank.state_dict().items()}
     state["frozen_down"] += 1
     bank.load_state_dict(state)
@@ -256,6 +275,8 @@ def test_from_ladder_names_what_does_not_fit() -> None:
         SideMoE.from_ladder(state | {"moes.0.experts.0.fc_up.weight": torch.zeros(3, 6)})
     with pytest.raises(ValueError, match="num_frozen = 2"):
         SideMoE.from_ladder(state, num_frozen=2)
+    with pytest.raises(ValueError, match=r"expected \(E \+ 1, 6\) with E at least 1"):
+        SideMoE.from_ladder(state | {"routers.0.linear.weight": torch.zeros(1, 6)})
 
 
 @pytest.mark.parametrize(

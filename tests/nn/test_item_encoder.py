@@ -47,6 +47,8 @@ def test_row_weight_counts_rows() -> None:
         ({"modalities": "text"}, "modalities must be a sequence of distinct names, not 'text'"),
         ({"modalities": ()}, "modalities must be a sequence"),
         ({"modalities": ("a", "a")}, "modalities must be a sequence of distinct"),
+        ({"modalities": ("text.long",)}, "modalities holds 'text.long', which cannot name a module"),
+        ({"modalities": ("type",)}, "modalities holds 'type', which cannot name a module"),
         ({"dim": {"image": 6}}, "dim must name a width for each of"),
     ],
 )

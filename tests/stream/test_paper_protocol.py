@@ -101,7 +101,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         protocol="paper", batch_size=4, epochs=3, warmup_epochs=0, lr=1e-2, k_core=K_CORE, prune_threshold=THRESHOLD
     )
     twin = Twin(model, table, list(zip(users.tolist(), (items + 1).tolist(), times.tolist(), strict=True)))
-    run = StreamingTrainer(model, Stream(windows, features), config)
+    run = StreamingTrainer(model, Stream(windows, features, protocol="paper"), config)
     real_step, real_epoch, real_rank, real_grow = (
         epoch._step, trainer.train_epoch, trainer.rank_with_model, trainer.grow
     )  # fmt: skip

@@ -191,6 +191,7 @@ def test_a_window_without_users_is_passed_over() -> None:
     lines, _ = fit(k_core=10_000)
     window = lines[0]
     assert (window["epochs"], window["users"], window["kept"]) == (0, 0, "last")
+    assert lines[-1]["experts"]["text"] == [1, 1], "what was not trained does not grow"
     assert "10000 interactions in the window (k_core)" in window["reason"]
     assert lines[1]["all"] == {
         "users": 0,
@@ -210,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path: Path) ->
 
     with StreamingTrainer(model, tiny.stream(), tiny.config(), folder=tmp_path, listener=poison) as trainer:
         with pytest.raises(
-            TrainingDiverged, match="loss of window 1, epoch 1 is nan at step 1 of 3; .* lower lr than 0.01"
+            TrainingDiverged, match="window 1, epoch 1: the loss is nan at step 1 of 3. .* lower lr than 0.01"
         ):
             trainer.fit()
     assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
@@ -220,9 +221,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path: Path) ->
     "change, message",
     [
         ({"config": tiny.config(lr=0.5)}, r"config\.lr was 0\.01, is now 0\.5"),
-        ({"config": tiny.config(protocol="paper")}, r"config\.protocol was 'default', is now 'paper'"),
+        (
+            {
+                "config": tiny.config(protocol="paper"),
+                "stream": Stream(tiny.windows(), tiny.features(), protocol="paper"),
+            },
+            r"config\.protocol was 'default', is now 'paper'",
+        ),
         ({"model": tiny.model(top_k=1)}, r"model_config\.items\.top_k was None, is now 1"),
-        ({"stream": Stream(tiny.windows(), tiny.features(seed=1))}, "features"),
+        ({"stream": Stream(tiny.windows(), tiny.features(seed=1))}, "was trained on other hidden states"),
     ],
 )
 def test_a_run_of_another_configuration_is_refused(tmp_path: Path, change: dict, message: str) -> None:
@@ -253,8 +260,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(undisturbed, tmp_path: Pat
 
     for path in (tmp_path / "checkpoints").glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; start the run anew"):
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; start the run anew"):
+            fit(tmp_path)
+    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="has metrics but no checkpoint; restore it or use another folder"):
         fit(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_a_full_disk_loses_nothing(undisturbed, tmp_path: Path, monkeypatch) -> None:
@@ -274,6 +288,35 @@ def test_a_full_disk_loses_nothing(undisturbed, tmp_path: Path, monkeypatch) -> 
             fit(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
     assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
+
+
+def test_weights_that_are_not_finite_are_never_saved(undisturbed, tmp_path: Path) -> None:
+    lines, _ = undisturbed
+    model = tiny.model()
+
+    def poison(event: str, fields: dict) -> None:
+        if event == "batch" and (fields["window"], fields["epoch"], fields["done"]) == (0, 2, fields["of"]):
+            with torch.no_grad():
+                model.items.projection.weight[0, 0] = torch.inf
+
+    with StreamingTrainer(model, tiny.stream(), tiny.config(), folder=tmp_path, listener=poison) as trainer:
+        with pytest.raises(TrainingDiverged, match="window 0, epoch 2: the weights are not finite after the last step"):
+            trainer.fit()
+    assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
+
+
+def test_a_trainer_that_was_cut_short_or_closed_takes_no_more_windows(tmp_path: Path) -> None:
+    def listener(event: str, fields: dict) -> None:
+        if event == "epoch":
+            raise Killed
+
+    with StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), folder=tmp_path, listener=listener) as trainer:
+        with pytest.raises(Killed):
+            trainer.fit()
+        with pytest.raises(RuntimeError, match="takes no more windows: the training of window 0 was cut short; make a"):
+            trainer.fit()
+    with pytest.raises(RuntimeError, match="it was closed"):
+        trainer.step(tiny.windows()[0])
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -301,8 +344,20 @@ def test_metrics_and_windows_that_were_tampered_with_are_refused(tmp_path: Path)
 def test_bad_windows_and_models_are_named() -> None:
     trainer = StreamingTrainer(tiny.model(), tiny.stream(), tiny.config())
     one = np.array([99], dtype=np.int64)
-    with pytest.raises(ValueError, match=r"window\.items must lie in \[0, 40\)"):
+    with pytest.raises(ValueError, match=r"window\.items must lie in \[0, 40\), but goes from 99 to 99"):
         trainer.step(Window(0, one, one, one))
+    for users in (one - 100, one << 31):
+        with pytest.raises(ValueError, match=r"window\.users must lie in \[0, 2147483648\)"):
+            trainer.step(Window(0, users, one - 90, one))
+    first = tiny.windows()[0]
+    with pytest.raises(ValueError, match=r"window\.timestamps must ascend"):
+        trainer.step(Window(0, first.users, first.items, first.timestamps[::-1].copy()))
+    assert trainer.metrics == []
+    trainer.step(first)
+    with pytest.raises(ValueError, match="the run has taken these interactions as window 0"):
+        trainer.step(first)
+    with pytest.raises(ValueError, match=r"protocol 'default', but config\.protocol is 'paper'"):
+        StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(protocol="paper"))
     with pytest.raises(ValueError, match="max_inputs is 11, but the user encoder takes 10 at most"):
         StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(max_inputs=11))
     text_only = tiny.features()

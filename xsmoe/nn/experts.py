@@ -69,7 +69,7 @@ class ExpertBank(nn.Module):
         self.register_buffer("frozen_down", torch.empty(0, rank, dim))
         self.register_buffer("frozen_up", torch.empty(0, rank, dim))
         self.utilization = Utilization(num_experts, device=self.router.device)
-        self._frozen: FrozenExperts | None = None
+        self._frozen: tuple[Tensor, Tensor, FrozenExperts] | None = None
         self.reset_parameters()
 
     @property
@@ -200,12 +200,12 @@ class ExpertBank(nn.Module):
         return self.utilization if self.training or self.count_in_eval else None
 
     def _frozen_experts(self) -> FrozenExperts | None:
-        # Moving the module replaces its buffers, and growth does too: what was built on the old ones is then stale.
         if self.num_frozen == 0:
             return None
-        if self._frozen is None or self._frozen.down is not self.frozen_down or self._frozen.up is not self.frozen_up:
-            self._frozen = FrozenExperts(self.frozen_down, self.frozen_up)
-        return self._frozen
+        # Moving the module replaces its buffers, and growth does too: what was built on the old ones is then stale.
+        if self._frozen is None or self._frozen[0] is not self.frozen_down or self._frozen[1] is not self.frozen_up:
+            self._frozen = self.frozen_down, self.frozen_up, FrozenExperts(self.frozen_down, self.frozen_up)
+        return self._frozen[2]
 
     def _replace(self, optimizer: Optimizers, name: str, value: Tensor, carry: Carry | None) -> None:
         old = getattr(self, name)
@@ -220,7 +220,10 @@ class ExpertBank(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertBank":
         super()._apply(fn, recurse)
         self._frozen = None
-        self.utilization.to(self.router.device)
+        if self.utilization.norm.is_meta:
+            self._recount()
+        else:
+            self.utilization.to(self.router.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -241,7 +244,9 @@ class ExpertBank(nn.Module):
         counters = [f"{prefix}utilization.{part}" for part in ("norm", "gate")]
         self._resize(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        self._recount()
+        self._frozen = None
+        if self.utilization.num_experts != self.num_experts:
+            self._recount()
         for key, counter in zip(counters, (self.utilization.norm, self.utilization.gate), strict=True):
             if key in unexpected:
                 unexpected.remove(key)

@@ -38,6 +38,8 @@ class XSMoE(Pretrained):
         super().__init__()
         if isinstance(modalities, str) or not modalities or len(set(modalities)) != len(modalities):
             raise ValueError(f"modalities must be a sequence of distinct names, not {modalities!r}")
+        if unfit := [name for name in modalities if not name or "." in name or hasattr(nn.ModuleDict, name)]:
+            raise ValueError(f"modalities holds {unfit[0]!r}, which cannot name a module; choose another name")
         widths = dict(dim) if isinstance(dim, Mapping) else dict.fromkeys(modalities, dim)
         if set(widths) != set(modalities):
             raise ValueError(f"dim must name a width for each of {tuple(modalities)}, not {widths}")

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from xsmoe.files import replace_file
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -35,8 +37,8 @@ class Pretrained(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
         config = {"architecture": type(self).__name__, **self.config()}
-        _replace(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
-        _replace(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        replace_file(folder / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
@@ -62,9 +64,3 @@ class Pretrained(nn.Module, ABC):
         except RuntimeError as error:
             raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {error}") from error
         return module.eval()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

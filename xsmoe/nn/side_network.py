@@ -118,10 +118,10 @@ class SideMoE(Pretrained):
                 first = take("moes.0.experts.0.fc_down.weight")
                 (rank, dim), remaining["moes.0.experts.0.fc_down.weight"] = first.shape, first
             experts = router.shape[0] - 1
-            if tuple(router.shape) != (experts + 1, dim) or not 0 <= num_frozen <= experts:
+            if tuple(router.shape) != (experts + 1, dim) or experts < 1 or not 0 <= num_frozen <= experts:
                 raise ValueError(
                     f"routers.{level}.linear.weight has shape {tuple(router.shape)}; expected (E + 1, {dim}) with E at "
-                    f"least num_frozen = {num_frozen}"
+                    f"least 1 and num_frozen = {num_frozen}"
                 )
             keys = [f"moes.{level}.experts.{expert}" for expert in range(experts)]
             down = torch.stack([take(f"{key}.fc_down.weight", rank, dim) for key in keys])

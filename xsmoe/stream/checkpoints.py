@@ -2,12 +2,13 @@
 
 import hashlib
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from xsmoe.files import replace_file
 
 MAGIC = b"XSMOE-CHECKPOINT-1\n"
 DIGEST_SIZE = hashlib.sha256().digest_size
@@ -57,16 +58,18 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, and all of them are damaged.
         """
-        paths = self._paths()
-        for path in reversed(paths):
+        damaged: dict[Path, CheckpointError] = {}
+        for path in reversed(self._paths()):
             try:
                 payload = _read(path)
             except CheckpointError as error:
-                warn(f"{error}; going on from the checkpoint before it")
-                path.rename(path.with_suffix(".damaged"))
+                damaged[path] = error
                 continue
+            for other, error in damaged.items():
+                warn(f"{error}; going on from the checkpoint before it")
+                other.rename(other.with_suffix(".damaged"))
             return path, payload
-        if paths:
+        if damaged:
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start the run anew in another folder")
         return None
 
@@ -75,33 +78,18 @@ class Checkpoints:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` in one step, so that a reader finds the old content or the new, and never a part.
+    """Replaces `path` in one step.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; what stood at `path` still stands there.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        replace_file(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path} ({len(content)} bytes): {error.strerror}; what was saved before is untouched, so "
             "make room and run the same command again"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,9 +23,9 @@ class StreamConfig:
     """Settings of a `StreamingTrainer`; the defaults are those of arXiv 2508.05993.
 
     Attributes:
-        protocol: "paper" repeats the published code's evaluation to the letter (targets that were seen before are sure
-            misses, validation ranks only items of the validation split, counters also grow in evaluation and from
-            padding, and the last epoch's are used to prune); "default" mends these.
+        protocol: "paper" repeats the published code, the restored best epoch aside: targets that were met before are
+            sure misses, validation ranks only items of the validation split, counters also grow in evaluation and from
+            padding, and the last epoch's are used to prune. "default" mends these.
         batch_size: users a step.
         epochs: the most epochs a window.
         warmup_epochs: first epochs without validation.

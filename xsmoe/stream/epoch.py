@@ -17,7 +17,7 @@ from xsmoe.stream.seeds import derive, seeded
 
 
 class TrainingDiverged(ValueError):
-    """The loss is no longer finite; the last checkpoint holds the state before that epoch."""
+    """The loss or the weights are no longer finite; a checkpoint never holds such weights."""
 
 
 def train_epoch(
@@ -48,7 +48,7 @@ def train_epoch(
         "lr", "steps", and the mean "loss" over all positions.
 
     Raises:
-        TrainingDiverged: the loss of some step is not finite.
+        TrainingDiverged: the loss of some step, or a weight after the last one, is not finite.
     """
     device = torch.device(config.device)
     rate = max(config.min_lr, config.lr * config.lr_decay**epoch)
@@ -70,11 +70,14 @@ def train_epoch(
             on_batch(place + 1, len(batches))
     # Looked at once an epoch, because reading a loss makes the host wait for a GPU.
     values = torch.stack(losses).double().cpu().numpy()
-    if not np.isfinite(values).all():
-        step = int(np.flatnonzero(~np.isfinite(values))[0])
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad) or not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        what = (
+            f"loss is {values[bad[0]]} at step {bad[0]}" if len(bad) else "weights are not finite after the last step"
+        )
         raise TrainingDiverged(
-            f"the loss of window {window}, epoch {epoch} is {values[step]} at step {step} of {len(values)}; the run "
-            f"stops here, and its last checkpoint is from before it. Try a lower lr than {config.lr}, or float32"
+            f"window {window}, epoch {epoch}: the {what} of {len(values)}. Everything saved is from before this epoch; "
+            f"start another run with a lower lr than {config.lr}, or with float32 precision"
         )
     return {"lr": rate, "steps": len(batches), "loss": float(np.average(values, weights=rows))}
 

@@ -100,18 +100,26 @@ def embed_items(model: Recommender, features: ItemFeatures, items: np.ndarray, d
 
 @torch.no_grad()
 def rank_with_model(model: Recommender, features: ItemFeatures, task: RankingTask, device: torch.device) -> np.ndarray:
-    """Each target's rank, (B,) float64; a sure miss is infinite. The model is put into evaluation mode and back."""
+    """Each target's rank, (B,) float64; a sure miss is infinite. The model is put into evaluation mode and back.
+
+    Scores are computed in the model's own dtype, because half precision makes ties of close ones.
+    """
     training = model.training
     model.eval()
-    try:
-        embeddings = embed_items(model, features, task.candidates, device)
-        ranks = []
-        for start in range(0, len(task), USERS_A_CHUNK):
-            part = task.chunk(start, min(start + USERS_A_CHUNK, len(task)))
-            inputs = functional.embedding(_tensor(part.inputs, device), embeddings)
-            ranks.append(_rank(model.queries(inputs, _tensor(part.offsets, device)), embeddings, part, device))
-    finally:
-        model.train(training)
+    with torch.autocast(device.type, enabled=False):
+        try:
+            return _rank_in_chunks(model, features, task, device)
+        finally:
+            model.train(training)
+
+
+def _rank_in_chunks(model: Recommender, features: ItemFeatures, task: RankingTask, device: torch.device) -> np.ndarray:
+    embeddings = embed_items(model, features, task.candidates, device)
+    ranks = []
+    for start in range(0, len(task), USERS_A_CHUNK):
+        part = task.chunk(start, min(start + USERS_A_CHUNK, len(task)))
+        inputs = functional.embedding(_tensor(part.inputs, device), embeddings)
+        ranks.append(_rank(model.queries(inputs, _tensor(part.offsets, device)), embeddings, part, device))
     return np.concatenate(ranks) if ranks else np.empty(0)
 
 

@@ -7,11 +7,14 @@ import json
 import os
 from pathlib import Path
 from typing import IO, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from xsmoe.data import Window
 from xsmoe.stream.checkpoints import CheckpointError, Checkpoints, write_atomically
+
+WINDOWS = "windows"
 
 
 class RunFolder:
@@ -24,10 +27,12 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
-        self._windows = path / "windows"
+        self._windows = path / WINDOWS
         self._windows.mkdir(exist_ok=True)
         self._metrics = path / "metrics.jsonl"
         self._lock: IO[str] | None = _hold(path / ".lock")
+        if not self._metrics.exists():
+            write_atomically(self._metrics, b"")
 
     def close(self) -> None:
         """Lets another process have the folder."""
@@ -49,7 +54,7 @@ class RunFolder:
 
     def metrics_size(self) -> int:
         """Bytes of metrics.jsonl."""
-        return self._metrics.stat().st_size if self._metrics.exists() else 0
+        return self._metrics.stat().st_size
 
     def rewind(self, size: int) -> list[dict[str, Any]]:
         """Cuts metrics.jsonl to what a checkpoint knows of, and returns its lines.
@@ -71,14 +76,11 @@ class RunFolder:
 
     def load_window(self, number: int, digest: str) -> Window:
         """A window that was saved, checked against its digest."""
-        path = self._windows / f"{number:04d}.npz"
-        try:
-            with np.load(path) as arrays:
-                window = Window(number, arrays["users"], arrays["items"], arrays["timestamps"])
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}, which the run needs to go on, cannot be read: {error}") from error
+        window = read_window(self.path, number)
         if window_digest(window) != digest:
-            raise CheckpointError(f"{path} is not the window that the checkpoint was made with; restore it")
+            raise CheckpointError(
+                f"window {number} in {self._windows} is not the one that the checkpoint was made with; restore it"
+            )
         return window
 
 
@@ -91,9 +93,23 @@ def window_digest(window: Window) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none where there is no such file yet."""
+    """The lines of a run's metrics.jsonl, without one that is half written; none where there is no such file yet."""
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def read_window(path: Path, number: int) -> Window:
+    """A window that a run has taken, by its place in the stream.
+
+    Raises:
+        CheckpointError: its file is missing or damaged.
+    """
+    file = path / WINDOWS / f"{number:04d}.npz"
+    try:
+        with np.load(file) as arrays:
+            return Window(number, arrays["users"], arrays["items"], arrays["timestamps"])
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise CheckpointError(f"{file}, which the run needs to go on, cannot be read: {error}") from error
 
 
 def _hold(path: Path) -> IO[str]:

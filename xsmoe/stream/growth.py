@@ -11,7 +11,7 @@ from xsmoe.stream.seeds import derive
 
 
 def grow(items: XSMoE, config: StreamConfig, window: int) -> dict[str, Any]:
-    """Prunes and then expands every level, as far as the configuration has them on.
+    """Prunes and then expands every level, as far as the configuration has them on; a model that was not used stays.
 
     Args:
         items: changed in place; its counters say how much each expert was used.
@@ -21,6 +21,9 @@ def grow(items: XSMoE, config: StreamConfig, window: int) -> dict[str, Any]:
     Returns:
         "pruned" and "expanded": by modality, what was done at each level, as plain values.
     """
+    if not any(bank.utilization.gate.any() for _, _, bank in items.banks()):
+        # Nothing was trained since the last growth: another copy of the same mean would only dilute the gates.
+        return {"pruned": {}, "expanded": {}}
     pruned = items.prune(config.prune_threshold) if config.prune else {}
     generator = torch.Generator().manual_seed(derive(config.seed, window, 0, "growth"))
     expanded = items.expand(new_gate=config.new_gate, generator=generator) if config.expand else {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from xsmoe.data import DataError, Interactions, Window, make_windows
 from xsmoe.encoders import HiddenStateStore, ItemFeatures
@@ -30,12 +31,14 @@ class Stream:
         features: the items' hidden states.
         user_ids: the user that each integer stands for; empty where users have no names.
         dropped: what was left out on the way.
+        protocol: "paper" where timestamps were sorted as strings, as the published code does.
     """
 
     windows: Sequence[Window]
     features: ItemFeatures
     user_ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=object))
     dropped: Dropped = Dropped()
+    protocol: Protocol = "default"
 
     @classmethod
     def build(
@@ -64,7 +67,7 @@ class Stream:
         """
         users, items, times, user_ids, dropped = _encode(interactions, store, modalities, missing, np.empty(0, object))
         windows = make_windows(users, items, times, num_windows, string_sort=protocol == "paper")
-        return cls(windows, store, user_ids, dropped)
+        return cls(windows, store, user_ids, dropped, protocol)
 
     @classmethod
     def next_window(
@@ -76,16 +79,19 @@ class Stream:
         *,
         modalities: Sequence[str] | None = None,
         missing: Missing = "drop",
+        protocol: Protocol = "default",
     ) -> "Stream":
         """One window of all the interactions, for a run that goes on.
 
         Args:
             number: the window's place in the stream.
             user_ids: the users known to the run; new ones are put behind them.
-            interactions, store, modalities, missing: as for `build`.
+            interactions, store, modalities, missing, protocol: as for `build`.
         """
         users, items, times, user_ids, dropped = _encode(interactions, store, modalities, missing, user_ids)
-        return cls([Window(number, users, items, times)], store, user_ids, dropped)
+        order = np.argsort(times.astype(str)) if protocol == "paper" else np.argsort(times, kind="stable")
+        window = Window(number, users[order], items[order], times[order])
+        return cls([window], store, user_ids, dropped, protocol)
 
 
 def _encode(
@@ -100,8 +106,8 @@ def _encode(
     used = store.modalities if modalities is None else modalities
     if unknown := set(used) - set(store.modalities):
         raise DataError(f"the store has no {', '.join(sorted(unknown))}, only {', '.join(store.modalities)}")
-    distinct, inverse = np.unique(interactions.items.astype(str), return_inverse=True)
-    rows = store.index_of(distinct)[inverse]
+    distinct, codes = _factorize(interactions.items)
+    rows = store.index_of(distinct)[codes]
     present = np.stack([store.present(name) for name in used])
     usable = (np.logical_and if missing == "drop" else np.logical_or).reduce(present, axis=0)
     encoded = rows >= 0
@@ -113,15 +119,21 @@ def _encode(
             f"no interaction is left: the items of {dropped.not_encoded} are not in the store, those of "
             f"{dropped.lacking_modality} lack {' or '.join(used)}; encode the items first, or use missing='zero'"
         )
-    users, names = _number_users(interactions.users[keep].astype(str), user_ids)
+    users, names = _number_users(interactions.users[keep], user_ids)
     return users, rows[keep].astype(np.int64), interactions.timestamps[keep], names, dropped
 
 
 def _number_users(users: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each user's number: known ones keep theirs, new ones follow in the order in which they first appear."""
-    distinct, first, inverse = np.unique(users, return_index=True, return_inverse=True)
+    distinct, codes = _factorize(users)
     numbers = {name: number for number, name in enumerate(known.tolist())}
-    fresh = [name for name in distinct[np.argsort(first)].tolist() if name not in numbers]
+    fresh = [name for name in distinct if name not in numbers]
     numbers |= {name: len(known) + place for place, name in enumerate(fresh)}
-    codes = np.array([numbers[name] for name in distinct.tolist()], dtype=np.int64)
-    return codes[inverse.reshape(-1)], np.array([*known.tolist(), *fresh], dtype=object)
+    renumbered = np.array([numbers[name] for name in distinct], dtype=np.int64)
+    return renumbered[codes], np.array([*known.tolist(), *fresh], dtype=object)
+
+
+def _factorize(names: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The distinct names in the order in which they first appear, and for each name its place among them."""
+    encoded = pa.array(names, pa.string()).dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)

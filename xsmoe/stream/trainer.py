@@ -14,17 +14,19 @@ from xsmoe.data import Sequences, Window, WindowSplits, item_share, split_window
 from xsmoe.nn import Recommender
 from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.epoch import autocast, train_epoch
-from xsmoe.stream.evaluation import RankingTask, rank_with_model, rank_with_popularity
+from xsmoe.stream.epoch import train_epoch
+from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.folder import RunFolder, window_digest
 from xsmoe.stream.growth import grow, shares
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
 from xsmoe.stream.resources import Stopwatch
 from xsmoe.stream.source import Stream
+from xsmoe.stream.testing import evaluate_window
 
 Listener = Callable[[str, dict[str, Any]], None]
 SELECTED_BY = "NDCG@10"
+MAX_USERS = 1 << 31  # what a History can hold
 
 
 @dataclass
@@ -81,11 +83,17 @@ class StreamingTrainer:
         self.progress = Progress(digests=[])
         self.metrics: list[dict[str, Any]] = []
         self._tell = listener or (lambda event, fields: None)
+        self._unusable: str | None = None
         self._best: dict[str, Tensor] | None = None
         self._optimizer_state: dict[str, Any] | None = None
         if model.users.max_length < self.config.max_inputs:
             raise ValueError(
                 f"max_inputs is {self.config.max_inputs}, but the user encoder takes {model.users.max_length} at most"
+            )
+        if stream.windows and stream.protocol != self.config.protocol:
+            raise ValueError(
+                f"stream was cut for protocol {stream.protocol!r}, but config.protocol is {self.config.protocol!r}; "
+                "build the stream with the same protocol"
             )
         if missing := set(model.items.modalities) - set(stream.features.modalities):
             raise ValueError(f"stream.features lacks {', '.join(sorted(missing))}, which the model encodes")
@@ -108,7 +116,8 @@ class StreamingTrainer:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the run's folder."""
+        """Lets go of the run's folder; the trainer takes no more windows."""
+        self._unusable = "it was closed"
         if self._folder is not None:
             self._folder.close()
 
@@ -148,16 +157,19 @@ class StreamingTrainer:
             The window's line of metrics.jsonl.
 
         Raises:
-            ValueError: another window's training has been cut short, or an item id is unknown.
+            ValueError: users or items out of range, timestamps that do not ascend, a window that the run has taken, or
+                another window's training has been cut short.
+            RuntimeError: the trainer was closed, or an exception cut an earlier window short.
         """
-        features, digest = self.stream.features, window_digest(window)
-        if len(window.items) and not 0 <= window.items.min() <= window.items.max() < features.num_items:
-            raise ValueError(f"window.items must lie in [0, {features.num_items}), the rows of the features")
+        if self._unusable is not None:
+            raise RuntimeError(f"this trainer takes no more windows: {self._unusable}; make a new one on its folder")
         resuming = self.progress.epoch is not None
         number = len(self.progress.digests) - resuming
-        if resuming and digest != self.progress.digests[-1]:
-            raise ValueError(f"the training of window {number} was cut short; go on with that window first")
         window = Window(number, window.users, window.items, window.timestamps)
+        digest = window_digest(window)
+        self._check(window, digest, resuming)
+        # What follows changes weights and files together: after an exception only the last checkpoint is sound.
+        self._unusable = f"the training of window {number} was cut short"
         splits = self._split(window)
         self._tell("begin", {"window": number, "of": len(self.stream.windows), "interactions": len(window)})
         if not resuming:
@@ -168,7 +180,24 @@ class StreamingTrainer:
             self.progress = Progress([*self.progress.digests, digest], epoch=0, steps=self.progress.steps)
             self._best = self._optimizer_state = None
             self._checkpoint()
-        return self._train(number, window, splits)
+        line = self._train(number, window, splits)
+        self._unusable = None
+        return line
+
+    def _check(self, window: Window, digest: str, resuming: bool) -> None:
+        for name, ids, bound in (
+            ("users", window.users, MAX_USERS),
+            ("items", window.items, self.stream.features.num_items),
+        ):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < bound:
+                raise ValueError(f"window.{name} must lie in [0, {bound}), but goes from {ids.min()} to {ids.max()}")
+        # The published sort of timestamps as strings need not ascend.
+        if self.config.protocol != "paper" and (window.timestamps[1:] < window.timestamps[:-1]).any():
+            raise ValueError("window.timestamps must ascend; sort the window's interactions by time first")
+        if resuming and digest != self.progress.digests[-1]:
+            raise ValueError(f"the training of window {window.number} was cut short; go on with that window first")
+        if not resuming and digest in self.progress.digests:
+            raise ValueError(f"the run has taken these interactions as window {self.progress.digests.index(digest)}")
 
     def _split(self, window: Window) -> WindowSplits:
         config = self.config
@@ -179,29 +208,13 @@ class StreamingTrainer:
     def _test_and_grow(self, number: int, splits: WindowSplits) -> None:
         """Tests the model of the window before on this one, then prunes and expands."""
         watch = Stopwatch(self.device)
-        task = RankingTask.build(
-            splits.test, self.memory.known_with(splits), self.memory.history, self.config.repeats or "rank"
-        )
-        ranks = rank_with_model(self.model, self.stream.features, task, self.device)
-        cold = ~np.isin(task.candidates[task.targets], self.memory.trained)
-        popular = {
-            name: per_user(rank_with_popularity(counts, task))
-            for name, counts in self.memory.popularity(task.candidates).items()
-        }
-        mine = per_user(ranks)
+        tested = evaluate_window(self.model, self.stream.features, splits, self.memory, self.config)
         self._record(
             {
                 "kind": "test",
                 "window": number - 1,
                 "tested_on": number,
-                "candidates": len(task.candidates),
-                "all": summarize(mine),
-                "cold": summarize({name: values[cold] for name, values in mine.items()}),
-                "popularity": {name: summarize(values) for name, values in popular.items()},
-                "lift": {
-                    name: summarize({metric: mine[metric] - values[metric] for metric in mine})
-                    for name, values in popular.items()
-                },
+                **tested,
                 **grow(self.model.items, self.config, number),
                 "time": watch.read(),
             }
@@ -277,9 +290,7 @@ class StreamingTrainer:
         step_ms = 1000 * watch.read()["seconds"] / trained["steps"]
         validation = None
         if len(task) and epoch >= self.config.warmup_epochs:
-            with autocast(self.config):
-                ranks = rank_with_model(self.model, self.stream.features, task, self.device)
-            validation = summarize(per_user(ranks))
+            validation = summarize(per_user(rank_with_model(self.model, self.stream.features, task, self.device)))
             if progress.best_value is None or validation[SELECTED_BY] > progress.best_value:
                 progress.best_epoch, progress.best_value, progress.stale = epoch, validation[SELECTED_BY], 0
                 self._best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -365,7 +376,8 @@ class StreamingTrainer:
     def _resume(self, folder: RunFolder) -> None:
         found = folder.checkpoints.load_newest(lambda message: self._tell("warning", {"message": message}))
         if found is None:
-            self.metrics = folder.rewind(0)
+            if folder.metrics_size() > 0:
+                raise CheckpointError(f"{folder.path} has metrics but no checkpoint; restore it or use another folder")
             return
         path, state = found
         if self.stream.features.num_items < state["num_items"]:
@@ -373,7 +385,13 @@ class StreamingTrainer:
                 f"{folder.path} was trained on {state['num_items']} items, but stream.features has "
                 f"{self.stream.features.num_items}; use the features that it was started with, or longer ones"
             )
-        for name, mine in self._identity(state["num_items"]).items():
+        identity = self._identity(state["num_items"])
+        if state["features"] != identity.pop("features"):
+            raise ValueError(
+                f"{folder.path} was trained on other hidden states: stream.features comes from another encoder, other "
+                "levels or another order of items; use the store that the run was started with"
+            )
+        for name, mine in identity.items():
             if differences := _differences(name, state[name], mine):
                 raise ValueError(
                     f"{folder.path} holds a run of another configuration: {'; '.join(differences)}; use the settings "
