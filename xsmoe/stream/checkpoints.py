@@ -65,8 +65,8 @@ class Checkpoints:
             except CheckpointError as error:
                 damaged[path] = error
                 continue
-            for other, error in damaged.items():
-                warn(f"{error}; going on from the checkpoint before it")
+            for other, fault in damaged.items():
+                warn(f"{fault}; going on from the checkpoint before it")
                 other.rename(other.with_suffix(".damaged"))
             return path, payload
         if damaged:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from xsmoe.stream.folder import RunFolder, window_digest
 from xsmoe.stream.growth import grow, shares
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
+from xsmoe.stream.progress import Progress, differences
 from xsmoe.stream.resources import Stopwatch
 from xsmoe.stream.source import Stream
 from xsmoe.stream.testing import evaluate_window
@@ -27,26 +28,6 @@ from xsmoe.stream.testing import evaluate_window
 Listener = Callable[[str, dict[str, Any]], None]
 SELECTED_BY = "NDCG@10"
 MAX_USERS = 1 << 31  # what a History can hold
-
-
-@dataclass
-class Progress:
-    """Where training stands: all that a checkpoint holds besides weights and optimizer.
-
-    Attributes:
-        digests: of the windows taken so far, the last of which may be in training.
-        epoch: the next epoch of the window in training; None between windows.
-        steps: optimizer steps in all.
-        best_epoch, best_value: of the window in training; None before its first validation.
-        stale: validations since the best one.
-    """
-
-    digests: list[str]
-    epoch: int | None = None
-    steps: int = 0
-    best_epoch: int | None = None
-    best_value: float | None = None
-    stale: int = 0
 
 
 class StreamingTrainer:
@@ -392,9 +373,9 @@ class StreamingTrainer:
                 "levels or another order of items; use the store that the run was started with"
             )
         for name, mine in identity.items():
-            if differences := _differences(name, state[name], mine):
+            if changes := differences(name, state[name], mine):
                 raise ValueError(
-                    f"{folder.path} holds a run of another configuration: {'; '.join(differences)}; use the settings "
+                    f"{folder.path} holds a run of another configuration: {'; '.join(changes)}; use the settings "
                     "that it was started with, or another folder"
                 )
         self.model.load_state_dict(state["model"])
@@ -408,10 +389,3 @@ class StreamingTrainer:
         self._tell(
             "resumed", {"checkpoint": str(path), "windows_done": self.windows_done, "epoch": self.progress.epoch}
         )
-
-
-def _differences(name: str, saved: Any, mine: Any) -> list[str]:
-    if isinstance(saved, dict) and isinstance(mine, dict):
-        keys = sorted(set(saved) | set(mine))
-        return [d for key in keys for d in _differences(f"{name}.{key}", saved.get(key), mine.get(key))]
-    return [] if saved == mine else [f"{name} was {saved!r}, is now {mine!r}"]
