@@ -137,6 +137,42 @@ def test_nothing_to_write(tmp_path: Path) -> None:
         write_dataset(tmp_path, Interactions(nothing, nothing, np.empty(0, np.int64)), items())
 
 
+@pytest.mark.parametrize(
+    "users, taken, times, message",
+    [
+        ("ab", "xy", [-5, 3], r"interactions\.parquet: column 'timestamp' holds '-5' in data row 1"),
+        (["a", ""], "xy", [1, 3], r"interactions\.parquet: column 'user' is empty in data row 2"),
+        (["a", None], "xy", [1, 3], r"interactions\.parquet: column 'user' is empty in data row 2"),
+        ("ab", ["", "y"], [1, 3], r"interactions\.parquet: column 'item' is empty in data row 1"),
+        ("ab", "xy", np.array([1, 2**63], np.uint64), r"column 'timestamp' cannot be written as int64"),
+        ([1, 2], "xy", [1, 3], r"column 'user' cannot be written as string"),
+        (["a", "\ud800"], "xy", [1, 3], r"column 'user' cannot be written as string"),
+    ],
+)
+def test_interactions_that_could_not_be_loaded_are_not_written(
+    tmp_path: Path, users: list, taken: list, times: list, message: str
+) -> None:
+    log = Interactions(strings(*users), strings(*taken), np.asarray(times))
+    with pytest.raises(DataError, match=message):
+        write_dataset(tmp_path / "new", log, items())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_items_without_an_id_are_not_written(tmp_path: Path, name: str | None) -> None:
+    bad = Items(strings("x", "y", name), *[strings(None, None, None)] * 2)
+    with pytest.raises(DataError, match=r"items\.parquet: column 'item' is empty in data row 3"):
+        write_dataset(tmp_path / "new", interactions(), bad)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_written_is_returned_as_it_is_loaded(tmp_path: Path) -> None:
+    blank = Items(strings("x", "y"), strings("", "b"), strings("", None))
+    for dataset in (write_dataset(tmp_path, interactions(), blank), Dataset.load(tmp_path)):
+        assert dataset.items.texts.tolist() == [None, "b"]
+        assert dataset.items.images.tolist() == [None, None]
+
+
 def test_items_of_different_lengths() -> None:
     with pytest.raises(ValueError, match="one length, not 2, 1 and 2"):
         Items(strings("x", "y"), strings("a"), strings(None, None))

@@ -149,6 +149,37 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         read_interactions(text.rename(tmp_path / "log.parquet"))
 
 
+def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
+    names = [f"user {number}" for number in range(2000)]
+    path = write_parquet(tmp_path, user=names, item=names, timestamp=list(range(2000)))
+    content = bytearray(path.read_bytes())
+    content[4:100] = bytes(96)
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        read_interactions(path)
+
+
+def test_parquet_strings_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    bytes_only = pa.array([b"\xff"], pa.binary())
+    path = write_parquet(tmp_path, user=bytes_only.view(pa.string()), item=["x"], timestamp=[1])
+    with pytest.raises(DataError, match="cannot be read as parquet: .*UTF8"):
+        read_interactions(path)
+
+
+@pytest.mark.parametrize("kind", [np.uint64, np.uint8, np.int64])
+def test_order_is_checked_whatever_the_integer(kind: type) -> None:
+    names = np.array(["a", "b"], object)
+    Interactions(names, names, np.array([1, 2], kind))
+    with pytest.raises(ValueError, match="must ascend"):
+        Interactions(names, names, np.array([2, 1], kind))
+
+
+def test_timestamps_must_be_integers() -> None:
+    names = np.array(["a", "b"], object)
+    with pytest.raises(TypeError, match="timestamps must be integers, .* not float64"):
+        Interactions(names, names, np.array([2, np.nan]))
+
+
 def test_interactions_must_be_in_order_and_of_one_length() -> None:
     users, items = np.array(["a", "b"], object), np.array(["x", "y"], object)
     with pytest.raises(ValueError, match="must ascend"):

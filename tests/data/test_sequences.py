@@ -168,3 +168,25 @@ def test_history_refuses_ids_that_it_cannot_hold(user: int, item: int) -> None:
     with pytest.raises(ValueError, match="one shape"):
         history.add(np.array([0, 1]), np.array([0]))
     assert len(history) == 0
+
+
+@pytest.mark.parametrize("user", [-1, 2**31, 2**32, 2**32 + 1])
+def test_history_refuses_to_look_up_users_that_it_cannot_hold(user: int) -> None:
+    history = History()
+    history.add(np.array([0, 1]), np.array([5, 6]))
+    with pytest.raises(ValueError, match=rf"users must lie in \[0, 2147483648\), but holds .*{user}"):
+        history.of(np.array([0, user] if user > 0 else [user, 0]))
+
+
+def test_history_takes_integers_of_any_type_and_nothing_else() -> None:
+    history = History()
+    history.add(np.array([3, 2], np.uint64), np.array([200, 7], np.uint64))
+    history.add(np.array([3], np.uint8), np.array([201], np.uint8))
+    assert history.of(np.array([3], np.uint8))[0].tolist() == [200, 201]
+    with pytest.raises(TypeError, match="users must be integers, not float64"):
+        history.add(np.array([1.5]), np.array([1]))
+    with pytest.raises(TypeError, match="users must be integers, not float64"):
+        history.of(np.array([3.5]))
+    with pytest.raises(ValueError, match=r"users must have shape \(N,\), not \(1, 2\)"):
+        history.of(np.array([[2, 3]]))
+    assert len(history) == 3

@@ -1,6 +1,7 @@
 """A dataset on disk: a folder with interactions.parquet, items.parquet and the images that the latter names."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePath
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from xsmoe.data.interactions import Interactions, read_interactions
+from xsmoe.data.interactions import Interactions, parse_interactions, read_interactions
 from xsmoe.data.tables import DataError, id_strings, optional_strings, read_columns
 
 INTERACTIONS = "interactions.parquet"
@@ -70,11 +71,7 @@ class Dataset:
         path = folder / ITEMS
         advice = "A dataset's items have the columns item, text and image; text and image may hold nulls."
         columns = read_columns(path, dict.fromkeys(("item", "text", "image"), advice))
-        items = Items(
-            ids=id_strings(path, "item", columns["item"]),
-            texts=optional_strings(path, "text", columns["text"]),
-            images=optional_strings(path, "image", columns["image"]),
-        )
+        items = _parse_items(path, columns)
         interactions = read_interactions(folder / INTERACTIONS)
         _check(folder, interactions, items)
         return cls(folder, interactions, items)
@@ -86,30 +83,28 @@ def write_dataset(folder: str | PathLike[str], interactions: Interactions, items
     Each file is written under another name first and moved into place when complete, so that no reader ever sees half
     a file.
 
+    Returns:
+        The dataset as `Dataset.load` gives it.
+
     Raises:
         DataError: what `Dataset.load` would refuse.
     """
     folder = Path(folder)
     if not len(items) or not len(interactions):
         raise DataError(f"{folder}: a dataset needs at least one item and one interaction")
-    _check(folder, interactions, items)
-    string, integer = pa.string(), pa.int64()
     tables = {
-        ITEMS: pa.table(
-            {
-                "item": pa.array(items.ids, string),
-                "text": pa.array(items.texts, string),
-                "image": pa.array(items.images, string),
-            }
-        ),
-        INTERACTIONS: pa.table(
-            {
-                "user": pa.array(interactions.users, string),
-                "item": pa.array(interactions.items, string),
-                "timestamp": pa.array(interactions.timestamps, integer),
-            }
+        ITEMS: _table(folder / ITEMS, {"item": items.ids, "text": items.texts, "image": items.images}),
+        INTERACTIONS: _table(
+            folder / INTERACTIONS,
+            {"user": interactions.users, "item": interactions.items, "timestamp": interactions.timestamps},
         ),
     }
+    columns = {name: dict(zip(table.column_names, table.columns, strict=True)) for name, table in tables.items()}
+    items = _parse_items(folder / ITEMS, columns[ITEMS])
+    interactions = parse_interactions(
+        folder / INTERACTIONS, columns[INTERACTIONS], user="user", item="item", timestamp="timestamp"
+    )
+    _check(folder, interactions, items)
     folder.mkdir(parents=True, exist_ok=True)
     written = {folder / f".{name}.{os.getpid()}.tmp": folder / name for name in tables}
     try:
@@ -121,6 +116,25 @@ def write_dataset(folder: str | PathLike[str], interactions: Interactions, items
         for temporary in written:
             temporary.unlink(missing_ok=True)
     return Dataset(folder, interactions, items)
+
+
+def _parse_items(path: Path, columns: Mapping[str, pa.ChunkedArray]) -> Items:
+    return Items(
+        ids=id_strings(path, "item", columns["item"]),
+        texts=optional_strings(path, "text", columns["text"]),
+        images=optional_strings(path, "image", columns["image"]),
+    )
+
+
+def _table(path: Path, columns: Mapping[str, np.ndarray]) -> pa.Table:
+    arrays = {}
+    for name, values in columns.items():
+        kind = pa.int64() if name == "timestamp" else pa.string()
+        try:
+            arrays[name] = pa.array(values, kind)
+        except (pa.ArrowException, UnicodeError) as error:
+            raise DataError(f"{path}: column '{name}' cannot be written as {kind}: {error}") from error
+    return pa.table(arrays)
 
 
 def _check(folder: Path, interactions: Interactions, items: Items) -> None:

@@ -1,10 +1,12 @@
 """The log that a stream is made of: who took what, and when."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from xsmoe.data.tables import id_strings, read_columns, seconds
 
@@ -19,6 +21,7 @@ class Interactions:
         timestamps: (N,) int64, whole seconds since 1970, ascending.
 
     Raises:
+        TypeError: timestamps that are not integers.
         ValueError: arrays of different lengths, or timestamps that do not ascend.
     """
 
@@ -33,7 +36,10 @@ class Interactions:
                 f"users, items and timestamps must have one length, not {len(self.users)}, {len(self.items)} "
                 f"and {len(self.timestamps)}"
             )
-        if (np.diff(self.timestamps) < 0).any():
+        if self.timestamps.dtype.kind not in "iu":
+            raise TypeError(f"timestamps must be integers, whole seconds since 1970, not {self.timestamps.dtype}")
+        # Not the sign of a difference, which wraps where the type is unsigned.
+        if (self.timestamps[1:] < self.timestamps[:-1]).any():
             raise ValueError("timestamps must ascend; build with Interactions.in_time_order(users, items, timestamps)")
 
     def __len__(self) -> int:
@@ -67,6 +73,17 @@ def read_interactions(
     arguments = {user: "user", item: "item", timestamp: "timestamp"}
     advice = {name: f"Name the right one with the argument {argument}." for name, argument in arguments.items()}
     columns = read_columns(path, advice)
+    return parse_interactions(path, columns, user=user, item=item, timestamp=timestamp)
+
+
+def parse_interactions(
+    path: Path, columns: Mapping[str, pa.ChunkedArray], *, user: str, item: str, timestamp: str
+) -> Interactions:
+    """The columns of a file as interactions in time order; the names are theirs, the path is for messages.
+
+    Raises:
+        DataError: a column of another type, a row without an id, a timestamp that is no whole number or is negative.
+    """
     return Interactions.in_time_order(
         id_strings(path, user, columns[user]),
         id_strings(path, item, columns[item]),

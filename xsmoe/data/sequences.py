@@ -8,6 +8,7 @@ from xsmoe.data.windows import Window
 
 Pairs = tuple[np.ndarray, np.ndarray]
 
+_USER_BITS = 31
 _ITEM_BITS = 32
 _ITEM_MASK = (1 << _ITEM_BITS) - 1
 
@@ -129,14 +130,12 @@ class History:
         """Adds pairs, each (N,) int64, in any order; those already there change nothing.
 
         Raises:
+            TypeError: ids that are not integers.
             ValueError: different lengths, a negative id, a user id of 2^31 or more, an item id of 2^32 or more.
         """
         if users.shape != items.shape:
             raise ValueError(f"users and items must have one shape, not {users.shape} and {items.shape}")
-        for name, ids, limit in (("users", users, 1 << 31), ("items", items, 1 << _ITEM_BITS)):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < limit:
-                raise ValueError(f"{name} must lie in [0, {limit}), but holds ids from {ids.min()} to {ids.max()}")
-        added = (users.astype(np.int64) << _ITEM_BITS) | items
+        added = _checked("users", users, 1 << _USER_BITS) << _ITEM_BITS | _checked("items", items, 1 << _ITEM_BITS)
         # np.unique hashes, which takes several times as long as sorting what is sorted for the most part.
         keys = np.sort(np.concatenate([self._keys, added]), kind="stable")
         distinct = np.ones(len(keys), bool)
@@ -149,15 +148,31 @@ class History:
         Returns:
             The items, (M,) int64, ascending within each user, and the offsets, (B+1,) int64: those of `users[b]` are
             `values[offsets[b]:offsets[b + 1]]`.
+
+        Raises:
+            TypeError: ids that are not integers.
+            ValueError: a negative id, or one of 2^31 or more.
         """
-        first = np.searchsorted(self._keys, users.astype(np.int64) << _ITEM_BITS)
-        last = np.searchsorted(self._keys, users.astype(np.int64) << _ITEM_BITS | _ITEM_MASK, side="right")
+        least = _checked("users", users, 1 << _USER_BITS) << _ITEM_BITS
+        first = np.searchsorted(self._keys, least)
+        last = np.searchsorted(self._keys, least | _ITEM_MASK, side="right")
         keys, offsets = _gather(self._keys, first, last - first)
         return keys & _ITEM_MASK, offsets
 
     def pairs(self) -> Pairs:
         """All pairs as (users, items), each int64, users ascending, items ascending within a user."""
         return self._keys >> _ITEM_BITS, self._keys & _ITEM_MASK
+
+
+def _checked(name: str, ids: np.ndarray, limit: int) -> np.ndarray:
+    """Ids as int64, of shape (N,), each checked to lie in [0, limit)."""
+    if ids.ndim != 1:
+        raise ValueError(f"{name} must have shape (N,), not {ids.shape}")
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, not {ids.dtype}")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < limit:
+        raise ValueError(f"{name} must lie in [0, {limit}), but holds ids from {ids.min()} to {ids.max()}")
+    return ids.astype(np.int64, copy=False)
 
 
 def _sequences(users: np.ndarray, items: np.ndarray, max_items: int) -> Sequences:

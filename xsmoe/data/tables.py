@@ -32,7 +32,9 @@ def read_columns(path: Path, columns: Mapping[str, str]) -> dict[str, pa.Chunked
         raise DataError(f"{path}: a table must end in .csv or .parquet; convert it, or rename it if it is one of these")
     try:
         table = readers[path.suffix.lower()](path, columns)
-    except pa.ArrowInvalid as error:
+        # Parquet promises UTF-8, which reading does not check.
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
     if table.num_rows == 0:
         raise DataError(f"{path}: has no rows")

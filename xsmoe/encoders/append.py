@@ -18,7 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xsmoe.encoders.manifest import INDEX, Chunk, Manifest, ModalitySpec, Part, StoreError, sync_folder
+from xsmoe.encoders.manifest import (
+    INDEX,
+    Chunk,
+    Manifest,
+    MissingFileError,
+    ModalitySpec,
+    Part,
+    StoreError,
+    sync_folder,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -134,7 +143,7 @@ def read_constant(folder: Path, part: Part) -> np.ndarray:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise StoreError(f"{path} is missing; restore it from a copy, or encode again") from None
+        raise MissingFileError(f"{path} is missing; restore it from a copy, or encode again") from None
     if len(content) != expected or zlib.crc32(content) != part.constant_crc32:
         raise StoreError(
             f"{path} has {len(content)} bytes with checksum {zlib.crc32(content)}, expected {expected} bytes with "

@@ -22,6 +22,10 @@ class StoreError(ValueError):
     """A hidden-state store that is damaged, or that does not fit what is asked of it."""
 
 
+class MissingFileError(StoreError):
+    """A file that a manifest names is not there: lost, or superseded by another process since the manifest was read."""
+
+
 @dataclass(frozen=True)
 class ModalitySpec:
     """What one modality's hidden states are.

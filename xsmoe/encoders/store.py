@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,7 +17,16 @@ from torch import Tensor
 
 from xsmoe.encoders import features
 from xsmoe.encoders.append import append_chunk, as_bits, integers, read_constant, write_lock
-from xsmoe.encoders.manifest import INDEX, MANIFEST, Manifest, ModalitySpec, Part, StoreError, check_specs
+from xsmoe.encoders.manifest import (
+    INDEX,
+    MANIFEST,
+    Manifest,
+    MissingFileError,
+    ModalitySpec,
+    Part,
+    StoreError,
+    check_specs,
+)
 
 READ_BYTES = 1 << 24
 
@@ -45,21 +57,22 @@ class HiddenStateStore:
             modalities: what each modality's hidden states are; all with the same number of levels.
 
         Raises:
-            StoreError: the folder holds something.
+            StoreError: the folder holds something, or another process is writing to it.
             ValueError: modalities that cannot share a store.
         """
         folder = Path(folder)
         manifest = Manifest.new(modalities)
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / MANIFEST).exists():
-            raise StoreError(f"{folder} holds a hidden-state store already; open it, or give another folder")
-        strangers = sorted(path.name for path in folder.iterdir() if not path.name.startswith(MANIFEST))
-        if strangers:
-            raise StoreError(
-                f"{folder} must be empty to hold a new store, but holds {strangers[0]}; give another folder"
-            )
-        manifest.write(folder)
-        return cls(folder, manifest)
+        with write_lock(folder):
+            if (folder / MANIFEST).exists():
+                raise StoreError(f"{folder} holds a hidden-state store already; open it, or give another folder")
+            strangers = sorted(path.name for path in folder.iterdir() if not path.name.startswith(MANIFEST))
+            if strangers:
+                raise StoreError(
+                    f"{folder} must be empty to hold a new store, but holds {strangers[0]}; give another folder"
+                )
+            manifest.write(folder)
+            return cls(folder, manifest)
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> "HiddenStateStore":
@@ -72,7 +85,16 @@ class HiddenStateStore:
             StoreError: no store, one that is truncated or does not fit together, or one of another format version.
         """
         folder = Path(folder)
-        return cls(folder, Manifest.read(folder))
+        manifest = Manifest.read(folder)
+        while True:
+            try:
+                return cls(folder, manifest)
+            except MissingFileError:
+                # A writer that converts a level removes the old files once its manifest is in place.
+                current = Manifest.read(folder)
+                if current == manifest:
+                    raise
+                manifest = current
 
     @property
     def folder(self) -> Path:
@@ -181,22 +203,40 @@ class HiddenStateStore:
             if Manifest.read(self._folder) != self._manifest:
                 raise StoreError(f"store {self._folder} was appended to by another process; open it again")
             self._manifest = append_chunk(self._folder, self._manifest, ids.tolist(), rows, masks, self._present)
+            # Before another process can convert a level and remove the files.
+            self._map()
         if self._rows is not None:
             self._rows.update(zip(ids, range(self.num_items, self.num_items + len(ids)), strict=True))
         self._ids = np.concatenate([self._ids, ids])
         self._present = {name: np.concatenate([mask, masks[name]]) for name, mask in self._present.items()}
-        self._map()
 
     def verify(self) -> None:
         """Reads everything and compares it with the checksums of the manifest.
 
         Raises:
-            StoreError: the first difference found: file, bytes, what was expected and what was found.
+            StoreError: the first difference found: file, bytes, what was expected and what was found; or another
+                process has since replaced files, and the store must be opened again.
         """
+        try:
+            self._compare()
+        except MissingFileError as error:
+            if Manifest.read(self._folder) == self._manifest:
+                raise
+            raise StoreError(
+                f"store {self._folder} was converted by another process since it was opened; open it again"
+            ) from error
+
+    def _compare(self) -> None:
+        _read_index(self._folder, self._manifest)
         for part in self._manifest.parts.values():
+            _read_present(self._folder, self._manifest, part)
+            if part.has_constant:
+                read_constant(self._folder, part)
+            if self._manifest.items == 0:
+                continue
             path = self._folder / part.data_file
             start = 0
-            with path.open("rb") as file:
+            with _open(path, self._manifest.items * part.row_bytes) as file:
                 for chunk in self._manifest.chunks:
                     length = chunk.items * part.row_bytes
                     checksum = 0
@@ -250,9 +290,8 @@ class HiddenStateStore:
             if self._manifest.items == 0:
                 self._data[name] = np.zeros(shape, dtype=integers(part.spec))
                 continue
-            path = self._folder / part.data_file
-            _check_size(path, self._manifest.items * part.row_bytes)
-            self._data[name] = np.memmap(path, integers(part.spec), mode="r", shape=shape).view(np.ndarray)
+            with _open(self._folder / part.data_file, self._manifest.items * part.row_bytes) as file:
+                self._data[name] = np.memmap(file, integers(part.spec), mode="r", shape=shape).view(np.ndarray)
 
 
 def _check_strings(ids: Sequence[str] | np.ndarray) -> None:
@@ -261,11 +300,19 @@ def _check_strings(ids: Sequence[str] | np.ndarray) -> None:
             raise TypeError(f"item ids must be strings, but one is of type {kind.__name__}; convert them with str()")
 
 
-def _check_size(path: Path, expected: int) -> None:
-    found = path.stat().st_size if path.exists() else None
-    if found is None or found < expected:
-        size = "is missing" if found is None else f"has {found} bytes"
-        raise StoreError(f"{path} {size}, expected {expected}; restore it from a copy, or encode again")
+@contextmanager
+def _open(path: Path, expected: int) -> Iterator[BinaryIO]:
+    """Opens a file for reading that must have so many bytes or more."""
+    advice = f"expected {expected}; restore it from a copy, or encode again"
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} is missing, {advice}") from None
+    with file:
+        found = os.fstat(file.fileno()).st_size
+        if found < expected:
+            raise StoreError(f"{path} has {found} bytes, {advice}")
+        yield file
 
 
 def _check_crc(path: Path, start: int, length: int, expected: int, found: int) -> None:
@@ -280,8 +327,7 @@ def _committed(path: Path, lengths: Sequence[int], checksums: Sequence[int]) -> 
     """The committed bytes of a small file, checked."""
     if not sum(lengths):
         return b""
-    _check_size(path, sum(lengths))
-    with path.open("rb") as file:
+    with _open(path, sum(lengths)) as file:
         content = file.read(sum(lengths))
     start = 0
     for length, expected in zip(lengths, checksums, strict=True):
