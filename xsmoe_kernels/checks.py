@@ -1,10 +1,14 @@
 """Argument checks of the public functions: one voice for every operator.
 
-`tensor`, `floating`, `index`, `together` and `same_dtype` look at types, dtypes, shapes and devices, never at values,
-so that they neither synchronise a GPU nor break `torch.compile`. `in_range` and `ragged` read values.
+A public function checks, in eager mode only, what its operator's schema cannot say and what the function itself builds
+on: types and numbers of dimensions. All else is checked by the operator before its kernel, in compiled code too.
+
+`in_range` and `ragged` read values of tensors; all others look at types, dtypes, shapes and devices, and never
+synchronise a GPU.
 """
 
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -47,27 +51,56 @@ def index(
     return checked
 
 
-def together(**tensors: torch.Tensor | None) -> None:
-    """Raises ValueError unless all tensors lie on the device of the first one."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    first, anchor = next(iter(given.items()))
-    for name, t in given.items():
-        if t.device != anchor.device:
+def together(tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Raises ValueError unless all tensors, by name, lie on the device of the first one; None is passed over."""
+    first, *others = tensors
+    anchor = tensors[first]
+    assert anchor is not None
+    for name in others:
+        t = tensors[name]
+        if t is not None and t.device != anchor.device:
             raise ValueError(f"{name} is on {t.device}, but {first} is on {anchor.device}; move them to one device")
 
 
-def same_dtype(**tensors: torch.Tensor | None) -> None:
-    """Raises TypeError unless all tensors have the dtype of the first one."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    first, anchor = next(iter(given.items()))
-    for name, t in given.items():
-        if t.dtype != anchor.dtype:
+def same_dtype(tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Raises TypeError unless all tensors, by name, have the dtype of the first one; None is passed over."""
+    first, *others = tensors
+    anchor = tensors[first]
+    assert anchor is not None
+    for name in others:
+        t = tensors[name]
+        if t is not None and t.dtype != anchor.dtype:
             raise TypeError(f"{name} is {t.dtype}, but {first} is {anchor.dtype}; cast one, or use torch.autocast")
 
 
+def integer(name: str, value: object, low: int | None = None, high: int | None = None, *, bound: str = "") -> int:
+    """`value` if it is an int, and no bool, from `low` to `high`; None is no limit, `bound` says what `high` is.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: out of range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}{bound and ', '}{bound}"
+        raise ValueError(f"{name} must be {limits}, not {value}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """`value` if it is a bool; raises TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+    return value
+
+
 def values_visible(value: torch.Tensor) -> bool:
-    """Whether checks may read values of this tensor: free on a CPU, a synchronisation elsewhere (XSMOE_DEBUG=1)."""
-    return value.device.type == "cpu" or os.environ.get("XSMOE_DEBUG") == "1"
+    """Whether checks may read values of this tensor: free on a CPU, a synchronisation elsewhere (XSMOE_DEBUG=1).
+
+    On the meta device there are none.
+    """
+    return value.device.type == "cpu" or (value.device.type != "meta" and os.environ.get("XSMOE_DEBUG") == "1")
 
 
 def in_range(name: str, value: torch.Tensor, low: int, high: int) -> None:

@@ -21,7 +21,18 @@ calls: Counter[tuple[str, str]] = Counter()
 """How often each (operator, backend) ran, backward operators by their own name."""
 
 _kernels: dict[str, dict[str, Kernel]] = {}
-_requested = "auto"
+
+
+class _Request:
+    """One `use_backend` block that is open now."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+
+_requests = [_Request("auto")]
+"""The open blocks in the order of their entry, behind what holds outside of them. Each step on it is atomic, for a lock
+would not go through torch.compile."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -41,13 +52,15 @@ def operators() -> tuple[str, ...]:
 
 
 def requested() -> str:
-    """The backend that `use_backend` asks for now; "auto" outside of it."""
-    return _requested
+    """The backend that the `use_backend` block entered last, of those still open, asks for; "auto" outside of any."""
+    return _requests[-1].backend
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serves every operator called inside the block from the backend `name`, in the whole process.
+
+    Where blocks overlap, nested or in several threads, the one entered last holds, until it is left.
 
     Args:
         name: "auto" or one of "reference", "native", "triton", "cuda".
@@ -57,17 +70,17 @@ def use_backend(name: str) -> Iterator[None]:
         BackendUnavailable: no operator has a kernel on that backend here. An operator that lacks one raises the same
             when it is called; nothing falls back in silence.
     """
-    global _requested
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"name must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
         if not any(name in kernels for kernels in _kernels.values()):
             raise BackendUnavailable(f"backend {name!r} cannot run: {_absent(name, 'any operator')}")
-    before, _requested = _requested, name
+    request = _Request(name)
+    _requests.append(request)
     try:
         yield
     finally:
-        _requested = before
+        _requests.remove(request)
 
 
 def unavailable(operator: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:

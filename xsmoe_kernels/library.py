@@ -26,8 +26,9 @@ def define(
             is `str backend`, the backend that was requested.
         reference: the kernel in plain PyTorch; called without the `backend` argument.
         fake: shapes and dtypes of the results; called with every argument of the schema.
-        check: called with the kernel's arguments before it, on real tensors only, under torch.compile too; raises on
-            values that no shape check can see (indices out of range).
+        check: called with the kernel's arguments before it, under torch.compile too, where the public function checks
+            nothing, and on the meta device, where no kernel runs; raises on dtypes, shapes, devices and numbers that
+            the kernel cannot take, and on bad values where `checks.values_visible` says that they may be read.
         setup_context, backward: as `torch.library.register_autograd` takes them.
     """
     qualified = f"xsmoe::{name}"
@@ -38,17 +39,38 @@ def define(
         device, dtype = inputs[0].device, inputs[0].dtype
         if check is not None:
             check(*inputs)
-        if torch.is_autocast_enabled(device.type):
+        if _autocasts(device.type):
             # The kernel chose its precisions; autocast is still on below the dispatcher and would cast its products.
             with torch.autocast(device.type, enabled=False):
                 return dispatch.run(name, requested, device, dtype, *inputs)
         return dispatch.run(name, requested, device, dtype, *inputs)
 
+    def shapes(*arguments: Any) -> Any:
+        # One tensor on meta brings an eager call here. A compiler comes here as well, but its sizes may be no numbers.
+        if check is not None and any(isinstance(a, torch.Tensor) and a.device.type == "meta" for a in arguments):
+            check(*arguments[:-1])
+        return fake(*arguments)
+
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation)
-    torch.library.register_fake(qualified)(fake)
+    torch.library.register_fake(qualified)(shapes)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+
+def define_backward(operator: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers `xsmoe::<operator>_backward`, which cannot be differentiated: trying raises RuntimeError.
+
+    Args:
+        operator: the forward operator's name, without the namespace.
+        schema, reference, fake: as `define` takes them.
+    """
+
+    def refuse(*_: Any) -> Any:
+        # Without a backward of its own torch would go on, with gradients that are silently wrong.
+        raise RuntimeError(f"{operator} can be differentiated once, not twice")
+
+    define(f"{operator}_backward", schema, reference=reference, fake=fake, backward=refuse)
 
 
 def define_in_place(name: str, schema: str, implementation: Callable[..., None]) -> None:
@@ -65,19 +87,15 @@ def define_in_place(name: str, schema: str, implementation: Callable[..., None])
     torch.library.register_fake(qualified)(lambda *_: None)
 
 
-def no_second_derivative(operator: str) -> Callable[..., Any]:
-    """The `backward` of a backward operator: raises, where torch would go on with silently wrong gradients."""
-
-    def backward(*_: Any) -> Any:
-        raise RuntimeError(f"{operator} can be differentiated once, not twice")
-
-    return backward
-
-
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's own products cast theirs: float64 stays."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _autocasts(device_type: str) -> bool:
+    # Asking whether it is on is an error on a device that has none, such as meta.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -11,28 +11,32 @@ Seen = tuple[Tensor, Tensor]
 """Ragged rows of items: values (S,) int64 and offsets (M+1,); query m has seen `values[offsets[m]:offsets[m+1]]`."""
 
 TILE = 1 << 21
-"""Scores that exist at one time, unless one query alone has more."""
+"""Scores that exist at one time, unless two queries alone have more."""
 
 
-def check_arguments(queries: Tensor, items: Tensor, seen: Seen | None) -> None:
-    """Raises TypeError or ValueError on what shapes, dtypes and devices can tell."""
-    checks.floating("queries", queries, "M", "d")
-    num_queries, dim = queries.shape
-    checks.floating("items", items, "C", dim)
-    values, offsets = None, None
+def check_types(queries: Tensor, items: Tensor, seen: Seen | None) -> None:
+    """What a ranking function checks before it calls its operator."""
+    checks.tensor("queries", queries, "M", "d")
+    checks.tensor("items", items, "C", "d")
     if seen is not None:
         if not isinstance(seen, tuple | list) or len(seen) != 2:
             raise TypeError(f"seen must be None or a pair (values, offsets), not {type(seen).__name__}")
-        values = checks.index("seen values", seen[0], "S")
-        offsets = checks.index("seen offsets", seen[1], num_queries + 1, dtypes=checks.INDEX)
-    checks.together(queries=queries, items=items, seen_values=values, seen_offsets=offsets)
+        checks.tensor("seen values", seen[0], "S")
+        checks.tensor("seen offsets", seen[1], "M+1")
 
 
-def check_seen(items: Tensor, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
-    """Raises ValueError on values out of range, where they may be read."""
-    if seen is not None and seen_offsets is not None and checks.values_visible(seen):
-        checks.ragged("seen offsets", seen_offsets, seen.shape[0])
-        checks.in_range("seen values", seen, 0, items.shape[0])
+def check(queries: Tensor, items: Tensor, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
+    """What a ranking operator checks before its kernel."""
+    num_queries, dim = checks.floating("queries", queries, "M", "d").shape
+    num_items, _ = checks.floating("items", items, "C", dim).shape
+    checks.same_dtype({"queries": queries, "items": items})
+    checks.together({"queries": queries, "items": items, "seen values": seen, "seen offsets": seen_offsets})
+    if seen is not None and seen_offsets is not None:
+        checks.index("seen values", seen, "S")
+        checks.index("seen offsets", seen_offsets, num_queries + 1, dtypes=checks.INDEX)
+        if checks.values_visible(seen):
+            checks.ragged("seen offsets", seen_offsets, seen.shape[0])
+            checks.in_range("seen values", seen, 0, num_items)
 
 
 def tiles(
@@ -40,14 +44,17 @@ def tiles(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For some rows at a time: the rows, their scores (rows, C) in float32 or wider, and whether the query has seen it.
 
-    Both tensors are the caller's to change.
+    Equal items have equal scores. Both tensors are the caller's to change.
     """
     num_queries, num_items = queries.shape[0], items.shape[0]
     columns = precision.widen(items).T
     step = max(1, TILE // max(1, num_items))
     for start in range(0, num_queries, step):
         rows = slice(start, min(start + step, num_queries))
-        scores = precision.widen(queries[rows]) @ columns
+        block = precision.widen(queries[rows])
+        # A single row would become a product of matrix and vector, which may sum one column in another order than the
+        # next: equal items would not tie. So it is multiplied twice.
+        scores = block @ columns if len(block) > 1 else (block.expand(2, -1) @ columns)[:1]
         if seen is None or seen_offsets is None:
             yield rows, scores, torch.zeros_like(scores, dtype=torch.bool)
         else:

@@ -5,7 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
+from compilation import compiled
 from side_level import make_level
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from xsmoe_kernels import BackendUnavailable, Utilization, dispatch, grouped_mm, side_moe, side_moe_group, use_backend
 from xsmoe_kernels.side_moe import reference
@@ -115,6 +118,67 @@ def test_nests_and_is_undone_after_an_error() -> None:
             raise KeyError
         assert dispatch.requested() == "reference"
     assert dispatch.requested() == "auto"
+
+
+def test_blocks_that_overlap_leave_nothing_behind() -> None:
+    """As two threads may interleave them: the first to be entered is the first to be left."""
+    first, second, third = (use_backend(name) for name in ("reference", "auto", "reference"))
+    for block in (first, second, third):
+        block.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.requested() == "reference", "the third block holds"
+    third.__exit__(None, None, None)
+    assert dispatch.requested() == "auto", "the second block holds"
+    with use_backend("reference"):
+        second.__exit__(None, None, None)
+        assert dispatch.requested() == "reference"
+    assert dispatch.requested() == "auto"
+
+
+def test_many_threads_at_once_leave_nothing_behind() -> None:
+    seen: list[str] = []
+
+    def work() -> None:
+        for _ in range(200):
+            with use_backend("reference"):
+                seen.append(dispatch.requested())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["reference"] * 1600
+    assert dispatch.requested() == "auto"
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_block_inside_a_compiled_function_and_around_it(calls: Counter[tuple[str, str]]) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    level = make_level(3, 4, 2, 2, dtype=torch.float32)
+
+    def inside() -> Tensor:
+        with use_backend("triton"):
+            return side_moe(*level)
+
+    function = compiled(inside, backend=counter)
+    for _ in range(3):
+        function()
+        assert dispatch.requested() == "auto"
+    with use_backend("reference"):
+        function()
+        assert dispatch.requested() == "reference"
+    assert calls == {("side_moe", "triton"): 4}
+
+    calls.clear()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(lambda: side_moe(*level), backend=counter)
+    for _ in range(3):
+        for name in ("triton", "reference"):
+            with use_backend(name):
+                function()
+    assert calls == {("side_moe", "triton"): 3, ("side_moe", "reference"): 3}
+    assert counter.frame_count == 2, "once for each backend"
 
 
 def test_holds_in_every_thread() -> None:

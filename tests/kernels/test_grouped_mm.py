@@ -217,9 +217,10 @@ GOOD = {"x": torch.zeros(4, 3), "weight": torch.zeros(2, 3, 5), "offsets": torch
         ({"offsets": torch.tensor([0, 3, 2])}, ValueError, "offsets must ascend"),
         ({"offsets": torch.tensor([0, 3, 5])}, ValueError, "offsets must lie in [0, 5)"),
         ({"offsets": torch.tensor([-1, 3, 4])}, ValueError, "offsets must lie in [0, 5)"),
-        ({"num_frozen": 3}, ValueError, "num_frozen must be an int from 0 to 2, the number of experts, not 3"),
+        ({"num_frozen": 3}, ValueError, "num_frozen must be from 0 to 2, the number of experts, not 3"),
         ({"num_frozen": -1}, ValueError, "num_frozen must be"),
-        ({"num_frozen": 1.0}, ValueError, "num_frozen must be"),
+        ({"num_frozen": 1.0}, TypeError, "num_frozen must be an int, not float"),
+        ({"num_frozen": True}, TypeError, "num_frozen must be an int, not bool"),
     ],
 )
 def test_bad_input_is_named(bad: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -243,13 +243,35 @@ def test_a_count_of_zero_is_never_a_negative_whatever_its_logit() -> None:
     torch.testing.assert_close(actual, in_batch_softmax_loss(**without))
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float32, torch.float64]
-)
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_counts_of_any_dtype(dtype: torch.dtype) -> None:
     batch = make(4, 5, 3, 1) | {"counts": torch.tensor([1, 0, 1, 1, 0])}
     counts = batch["counts"].to(dtype)
     assert in_batch_softmax_loss(**batch | {"counts": counts}) == in_batch_softmax_loss(**batch)
+
+
+@pytest.mark.parametrize("tile", [1, 1 << 18])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_of_items_that_no_query_may_draw_do_not_matter(value: float, tile: int) -> None:
+    batch = make(4, 5, 3, 0, by_user=False) | {"targets": torch.tensor([0, 1, 2, 0])}
+    # The last item but one is drawn never, the last one rejected by every query.
+    batch |= {"counts": torch.tensor([1, 1, 1, 0, 2]), "rejected": torch.full((4, 1), 4)}
+    with mock.patch.object(reference, "TILE", tile):
+        expected = outputs(in_batch_softmax_loss, batch)
+        batch["items"] = batch["items"].detach().index_fill(0, torch.tensor([3, 4]), value).requires_grad_()
+        torch.testing.assert_close(outputs(in_batch_softmax_loss, batch), expected)
+
+
+def test_an_item_that_may_be_drawn_hides_no_nan() -> None:
+    batch = make(4, 5, 3, 0, by_user=False, counts=False)
+    batch["items"] = batch["items"].detach().index_fill(0, torch.tensor(3), torch.nan).requires_grad_()
+    loss, grad_queries, grad_items = outputs(in_batch_softmax_loss, batch)
+    assert loss.isnan()
+    assert grad_queries.isnan().all()
+    assert grad_items.isnan().all()
 
 
 def test_users_of_one_position_each() -> None:
@@ -287,6 +309,8 @@ def test_no_tensor_of_all_logits_exists() -> None:
 def test_opcheck() -> None:
     for options in ({}, {"by_user": False, "logq": False, "counts": False}):
         batch = make(6, 5, 3, 2, **options)
+        if batch["counts"] is not None:
+            batch["counts"] = batch["counts"].double()
         arguments = (*batch.values(), "auto")
         torch.library.opcheck(torch.ops.xsmoe.in_batch_softmax_loss, arguments)
         inputs = [t if t is None else t.detach() for t in batch.values()]
@@ -351,7 +375,7 @@ def index(*values: int) -> Tensor:
         ({"targets": index(0, 1).int()}, TypeError, "targets must be int64, not torch.int32"),
         ({"targets": index(0, 4)}, ValueError, "targets must lie in [0, 4), but holds values from 0 to 4"),
         ({"targets": index(-1, 0)}, ValueError, "targets must lie in [0, 4)"),
-        ({"rejected": index(0, 1)}, ValueError, "rejected must have shape (2, W), not (2,)"),
+        ({"rejected": index(0, 1)}, ValueError, "rejected must have shape (M, W), not (2,)"),
         ({"rejected": torch.zeros(3, 1).long()}, ValueError, "rejected must have shape (2, W), not (3, 1)"),
         ({"rejected": torch.zeros(2, 1)}, TypeError, "rejected must be int64, not torch.float32"),
         ({"rejected": index(0, 4).view(2, 1)}, ValueError, "rejected must lie in [-1, 4)"),

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compilation import compiled, unbacked
@@ -138,6 +139,15 @@ def test_dropout_drops_some_weights_and_scales_the_others() -> None:
     assert (packed_attention(ones, ones, ones, offsets, max_length=10, dropout_p=0.3) != y).any()
 
 
+def test_dropout_is_as_exact_as_float64() -> None:
+    inputs = make(10)
+    torch.manual_seed(0)
+    actual = outputs(packed_attention, inputs, OFFSETS, max_length=4, dropout_p=0.3)
+    torch.manual_seed(0)
+    keep = torch.rand(4, 2, 4, 4) >= 0.3
+    torch.testing.assert_close(actual, outputs(loop, inputs, OFFSETS, keep, 0.3), rtol=1e-12, atol=1e-12)
+
+
 def test_lengths_change_nothing() -> None:
     inputs = make(10)
     expected = packed_attention(*inputs, OFFSETS, max_length=4)
@@ -213,10 +223,23 @@ def test_the_reference_ran() -> None:
         ({"offsets": torch.tensor([0, 5])}, ValueError, "offsets must lie in [0, 5)"),
         ({"offsets": torch.tensor([0, 3, 2])}, ValueError, "offsets must ascend"),
         ({"max_length": 2}, ValueError, "max_length must be at least 3, the longest sequence of offsets, not 2"),
-        ({"max_length": 0}, ValueError, "max_length must be an int of at least 1, not 0"),
-        ({"max_length": 3.0}, ValueError, "max_length must be an int of at least 1, not 3.0"),
+        ({"max_length": 0}, ValueError, "max_length must be at least 1, not 0"),
+        ({"max_length": 3.0}, TypeError, "max_length must be an int, not float"),
+        ({"max_length": True}, TypeError, "max_length must be an int, not bool"),
+        ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a float, not str"),
+        ({"dropout_p": True}, TypeError, "dropout_p must be a float, not bool"),
+        ({"dropout_p": torch.tensor(0.1)}, TypeError, "dropout_p must be a float, not Tensor"),
+        ({"dropout_p": math.nan}, ValueError, "dropout_p must lie in [0, 1), not nan"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must lie in [0, 1), not 1.0"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in [0, 1), not -0.1"),
+        ({"lengths": 4}, TypeError, "lengths must be a sequence of ints, such as a list, not int"),
+        (
+            {"lengths": torch.tensor([1, 3])},
+            TypeError,
+            "lengths must be a sequence of ints, such as a list, not Tensor",
+        ),
+        ({"lengths": np.array([1, 3])}, TypeError, "lengths must be a sequence of ints, such as a list, not ndarray"),
+        ({"lengths": [1.0, 3.0]}, TypeError, "lengths must hold ints only, but holds float"),
         ({"lengths": [1]}, ValueError, "lengths must hold 2 lengths, as many as offsets has, not 1"),
         ({"lengths": [1, 4]}, ValueError, "lengths must lie in [0, 3], max_length, but they go from 1 to 4"),
         ({"lengths": [2, 2]}, ValueError, "lengths must be the differences of offsets"),

@@ -102,6 +102,21 @@ def test_items_equal_to_the_target_tie_with_it_in_any_catalogue() -> None:
     assert rank_of_target(torch.randn(3, 33), items, torch.tensor([0, 500, 1000]), None).tolist() == [501] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tile", "num_queries"), [(1 << 21, 1), (2 * 1001, 3), (1, 2)])
+def test_items_equal_to_the_target_tie_with_it_where_a_tile_has_one_row(
+    dtype: torch.dtype, tile: int, num_queries: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dim in (3, 33, 512):
+        items = torch.randn(1, dim, generator=generator).to(dtype).expand(1001, dim).contiguous()
+        queries = torch.randn(num_queries, dim, generator=generator).to(dtype)
+        for target in (0, 996, 1000):
+            with mock.patch.object(scoring, "TILE", tile):
+                ranks = rank_of_target(queries, items, torch.full((num_queries,), target), None)
+            assert ranks.tolist() == [501] * num_queries
+
+
 def test_seen_items_do_not_count_and_the_target_always_does() -> None:
     scores = (5.0, 4.0, 3.0, 2.0)
     assert rank(scores, 3) == 4

@@ -182,12 +182,18 @@ def test_the_reference_ran() -> None:
         (([[1.0]], 1), TypeError, "logits must be a Tensor of shape (N, E), not list"),
         ((torch.zeros(3), 1), ValueError, "logits must have shape (N, E), not (3,)"),
         ((torch.zeros(3, 2, dtype=torch.int64), 1), TypeError, "logits must be float32"),
-        ((torch.zeros(3, 2), 3), ValueError, "k must be an int from 1 to 2, the number of experts, not 3"),
+        ((torch.zeros(3, 2), 3), ValueError, "k must be from 1 to 2, the number of experts, not 3"),
         ((torch.zeros(3, 2), 0), ValueError, "k must be"),
-        ((torch.zeros(3, 2), 1.0), ValueError, "k must be"),
+        ((torch.zeros(3, 2), 1.0), TypeError, "k must be an int, not float"),
+        ((torch.zeros(3, 2), True), TypeError, "k must be an int, not bool"),
         ((torch.zeros(3, 0), 1), ValueError, "k must be"),
     ],
 )
 def test_bad_input_is_named(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         functools.partial(route_topk, *arguments)()
+
+
+def test_renormalize_that_is_no_bool_is_named() -> None:
+    with pytest.raises(TypeError, match="renormalize must be True or False, not int"):
+        route_topk(torch.zeros(3, 2), 1, renormalize=1)  # type: ignore[arg-type]

@@ -51,6 +51,28 @@ def test_no_levels() -> None:
     assert side_moe_group([]) == []
 
 
+def test_takes_an_iterator() -> None:
+    first, second = layers(), layers()
+    second[0]["row_weight"] = first[0]["row_weight"]
+    for y, want in zip(side_moe_group(iter(first)), side_moe_group(second), strict=True):
+        assert torch.equal(y, want)
+
+
+def test_layers_that_hold_nothing_are_named() -> None:
+    with pytest.raises(TypeError, match="layers must hold a mapping of side_moe's arguments for each level, not None"):
+        side_moe_group(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"layers\[0\]: a level must be a mapping of side_moe's arguments, not str"):
+        side_moe_group(layers()[0])  # type: ignore[arg-type]
+
+
+def test_an_iterator_compiles_as_one_graph() -> None:
+    levels, expected = layers(), layers()
+    expected[0]["row_weight"] = levels[0]["row_weight"]
+    results = compiled(lambda: side_moe_group(level for level in levels))()
+    for y, want in zip(results, side_moe_group(expected), strict=True):
+        torch.testing.assert_close(y, want)
+
+
 def test_compiles_as_one_graph() -> None:
     together, expected = layers(), layers()
     expected[0]["row_weight"] = together[0]["row_weight"]

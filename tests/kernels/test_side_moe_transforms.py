@@ -7,6 +7,7 @@ import torch
 from compilation import compiled
 from side_level import Level, make_level, naive, to
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from xsmoe_kernels import FrozenExperts, Utilization, side_moe
@@ -77,6 +78,20 @@ def test_one_graph_serves_every_number_of_rows() -> None:
     for rows in (6, 9, 17):
         check(function, make_level(rows, 5, 3, 4), num_frozen=1, recompute=True)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_growing_bank_does_not_recompile_for_ever(apart: bool) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(step, backend=counter)
+    for experts in range(2, 12):
+        level, options = make_level(6, 5, experts, 4), {"num_frozen": experts - 1}
+        if apart:
+            ahead = slice(None, experts - 1)
+            options = {"frozen": FrozenExperts(level.down[ahead].clone(), level.up[ahead].clone())}
+            level = level._replace(down=level.down[-1:].detach(), up=level.up[-1:].detach())
+        function(level, Utilization(experts), recompute=True, **options)
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("one_row", [False, True])
@@ -162,7 +177,7 @@ def test_autocast_lets_mixed_operands_in_but_no_float64() -> None:
     mixed = level._replace(backbone=level.backbone.detach().bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert side_moe(*mixed).dtype == torch.bfloat16
-        with pytest.raises(TypeError, match=r"backbone is torch.float64, but x is torch.float32"):
+        with pytest.raises(TypeError, match=r"backbone is torch.float64, but x is torch.bfloat16"):
             side_moe(*level._replace(backbone=level.backbone.double()))
         assert side_moe(*to(level, torch.float64)).dtype == torch.float64
 

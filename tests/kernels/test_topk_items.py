@@ -86,6 +86,21 @@ def test_ties_go_to_the_lower_id_and_at_the_last_place_too() -> None:
     assert best((1.0,) * 9, 9)[1] == list(range(9))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tile", "num_queries", "num_items"), [(1 << 21, 1, 13), (26, 5, 13), (1, 3, 21)])
+def test_equal_items_tie_where_a_tile_has_one_row(
+    dtype: torch.dtype, tile: int, num_queries: int, num_items: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dim in (3, 33, 512):
+        items = torch.randn(1, dim, generator=generator).to(dtype).expand(num_items, dim)
+        queries = torch.randn(num_queries, dim, generator=generator).to(dtype)
+        with mock.patch.object(scoring, "TILE", tile):
+            scores, ids = topk_items(queries, items.contiguous(), num_items, None)
+        assert ids.tolist() == [list(range(num_items))] * num_queries
+        assert (scores == scores[:, :1]).all()
+
+
 def test_a_seen_item_is_never_returned() -> None:
     assert best((5.0, 4.0, 3.0), 2, [0, 0]) == ([4.0, 3.0], [1, 2])
     assert best((5.0, 4.0, 3.0), 2, [0, 2]) == ([4.0, -math.inf], [1, -1])
@@ -170,8 +185,9 @@ VALUES, OFFSETS = torch.tensor([0, 3, 1]), torch.tensor([0, 1, 3])
         ({"items": torch.zeros(4, 2)}, ValueError, "items must have shape (C, 3), not (4, 2)"),
         ({"items": torch.zeros(4, 3).double()}, TypeError, "items is torch.float64, but queries is torch.float32"),
         ({"items": torch.zeros(4, 3, device="meta")}, ValueError, "items is on meta, but queries is on cpu"),
-        ({"k": 0}, ValueError, "k must be an int of at least 1, not 0"),
-        ({"k": 2.0}, ValueError, "k must be an int of at least 1, not 2.0"),
+        ({"k": 0}, ValueError, "k must be at least 1, not 0"),
+        ({"k": 2.0}, TypeError, "k must be an int, not float"),
+        ({"k": True}, TypeError, "k must be an int, not bool"),
         ({"seen": {}}, TypeError, "seen must be None or a pair (values, offsets), not dict"),
         ({"seen": (VALUES.int(), OFFSETS)}, TypeError, "seen values must be int64, not torch.int32"),
         ({"seen": (VALUES, OFFSETS[:2])}, ValueError, "seen offsets must have shape (3,), not (2,)"),

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from side_level import make_level
 
-from xsmoe_kernels import Utilization
+from xsmoe_kernels import Utilization, side_moe
 
 
 def counted() -> Utilization:
@@ -67,6 +68,17 @@ def test_a_state_of_another_number_of_experts_changes_nothing() -> None:
     with pytest.raises(ValueError, match=re.escape("state['gate'] must have shape (4,), not (3,)")):
         counters.load_state_dict(state)
     assert counters.norm.tolist() == [5.0, 1.0, 2.0, 1.0]
+
+
+def test_made_and_moved_in_inference_mode_it_serves_training_later() -> None:
+    level = make_level(6, 5, 3, 4)
+    with torch.inference_mode():
+        made, moved = Utilization(3), Utilization(3).to("meta")
+        side_moe(*level, utilization=made)
+    assert not any(counter.is_inference() for counter in (made.norm, made.gate, moved.norm, moved.gate))
+    once = made.gate.clone()
+    side_moe(*level, utilization=made).sum().backward()
+    torch.testing.assert_close(made.gate, 2 * once)
 
 
 def test_moves_in_place() -> None:

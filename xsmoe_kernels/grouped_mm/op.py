@@ -25,27 +25,26 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, num_frozen: int = 
         (M, P) in x's dtype, after autocast; rows outside the offsets are zeros.
 
     Raises:
-        TypeError: an argument is no Tensor, or of a wrong dtype.
+        TypeError: an argument is no Tensor, of a wrong dtype, or num_frozen is no int.
         ValueError: shapes that do not fit, several devices, num_frozen out of range, or offsets that descend or leave
             [0, M] (their values are read on a CPU, elsewhere with XSMOE_DEBUG=1).
     """
     if not torch.compiler.is_compiling():
-        checks.floating("x", x, "M", "K")
-        checks.floating("weight", weight, "E", x.shape[1], "P")
-        num_experts = weight.shape[0]
-        checks.index("offsets", offsets, num_experts + 1, dtypes=checks.INDEX)
-        checks.together(x=x, weight=weight, offsets=offsets)
-        if not isinstance(num_frozen, int) or not 0 <= num_frozen <= num_experts:
-            raise ValueError(
-                f"num_frozen must be an int from 0 to {num_experts}, the number of experts, not {num_frozen!r}"
-            )
+        checks.tensor("x", x, "M", "K")
+        checks.tensor("weight", weight, "E", "K", "P")
+        checks.tensor("offsets", offsets, "E+1")
+        checks.integer("num_frozen", num_frozen)
     x, weight = library.autocast(x, weight)
-    if not torch.compiler.is_compiling():
-        checks.same_dtype(x=x, weight=weight)
     return torch.ops.xsmoe.grouped_mm(x, weight, offsets, num_frozen, dispatch.requested())
 
 
 def _check(x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int) -> None:
+    _, inner = checks.floating("x", x, "M", "K").shape
+    num_experts, _, _ = checks.floating("weight", weight, "E", inner, "P").shape
+    checks.index("offsets", offsets, num_experts + 1, dtypes=checks.INDEX)
+    checks.together({"x": x, "weight": weight, "offsets": offsets})
+    checks.same_dtype({"x": x, "weight": weight})
+    checks.integer("num_frozen", num_frozen, 0, num_experts, bound="the number of experts")
     if checks.values_visible(offsets):
         checks.ragged("offsets", offsets, x.shape[0])
 
@@ -90,8 +89,8 @@ library.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define(
-    "grouped_mm_backward",
+library.define_backward(
+    "grouped_mm",
     "(Tensor grad, Tensor x, Tensor weight, Tensor offsets, SymInt num_frozen, bool need_x, bool need_weight,"
     " str backend) -> (Tensor, Tensor)",
     reference=reference.backward,

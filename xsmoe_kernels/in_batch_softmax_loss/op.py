@@ -25,19 +25,20 @@ def in_batch_softmax_loss(
     `-z_t + log(exp(z_t) + sum of counts_i exp(z_i))`, the sum over all items but t and those the query rejects; a query
     that rejects all of them has loss 0. Subtracting logq makes the sampled softmax estimate the full one
     (arXiv 2508.05993; Bengio and Senecal, 2008). Accumulates in float32. Autocast casts queries and items
-    only. No (M, C) tensor exists at any time, neither here nor in backward. Queries and items are differentiable,
-    logq and counts are not.
+    only. Here and in backward at most 2^18 logits exist at a time, or those of one query where C is larger. Queries and
+    items are differentiable, logq and counts are not.
 
     Args:
         queries: (M, d), float32, bfloat16, float16 or float64; M may be 0.
-        items: (C, d), of queries' dtype, distinct items.
+        items: (C, d), of queries' dtype, distinct items. Those that are no query's target, and that count 0 or that
+            every query rejects, may hold any values, NaN too; all others must be finite.
         targets: (M,) int64, the row in items of each query's target.
         rejected: (M, W) int64, rows in items that are no negatives of the query, -1 for none; or (B, W) with users. W
             may be 0. The target is a candidate even if it is listed.
         users: (M,) int64, each query's row in rejected; None: rejected has a row per query.
         logq: (C,) floating, the logarithm of each item's probability of being sampled; None: nothing is subtracted.
-        counts: (C,), any real dtype: how often each item stands in the batch. As a negative it counts so often, 0 for
-            never, as a target once; None: once each.
+        counts: (C,), any real dtype, taken in that of the loss: how often each item stands in the batch. As a negative
+            it counts so often, 0 for never, as a target once; None: once each.
 
     Returns:
         A scalar, float32 (float64 for float64). M = 0 gives 0 and zero gradients.
@@ -48,25 +49,20 @@ def in_batch_softmax_loss(
             0 (values are read on a CPU, elsewhere with XSMOE_DEBUG=1).
     """
     if not torch.compiler.is_compiling():
-        checks.floating("queries", queries, "M", "d")
-        num_queries, dim = queries.shape
-        checks.floating("items", items, "C", dim)
-        checks.index("targets", targets, num_queries)
-        if users is None:
-            checks.index("rejected", rejected, num_queries, "W")
-        else:
-            checks.index("rejected", rejected, "B", "W")
-            checks.index("users", users, num_queries)
+        checks.tensor("queries", queries, "M", "d")
+        checks.tensor("items", items, "C", "d")
+        checks.tensor("targets", targets, "M")
+        checks.tensor("rejected", rejected, "M" if users is None else "B", "W")
+        if users is not None:
+            checks.tensor("users", users, "M")
         if logq is not None:
-            checks.floating("logq", logq, items.shape[0])
-        if counts is not None and checks.tensor("counts", counts, items.shape[0]).is_complex():
+            checks.tensor("logq", logq, "C")
+        if counts is not None and checks.tensor("counts", counts, "C").is_complex():
             raise TypeError(f"counts must be of a real dtype, not {counts.dtype}")
-        checks.together(
-            queries=queries, items=items, targets=targets, rejected=rejected, users=users, logq=logq, counts=counts
-        )
     queries, items = library.autocast(queries, items)
-    if not torch.compiler.is_compiling():
-        checks.same_dtype(queries=queries, items=items)
+    if counts is not None:
+        # Of the unsigned dtypes some cannot even be compared.
+        counts = counts.to(precision.wide_dtype(items.dtype))
     loss, _ = torch.ops.xsmoe.in_batch_softmax_loss(
         queries, items, targets, rejected, users, logq, counts, dispatch.requested()
     )
@@ -82,10 +78,32 @@ def _check(
     logq: Tensor | None,
     counts: Tensor | None,
 ) -> None:
+    num_queries, dim = checks.floating("queries", queries, "M", "d").shape
+    num_items, _ = checks.floating("items", items, "C", dim).shape
+    checks.index("targets", targets, num_queries)
+    checks.index("rejected", rejected, num_queries if users is None else "B", "W")
+    if users is not None:
+        checks.index("users", users, num_queries)
+    if logq is not None:
+        checks.floating("logq", logq, num_items)
+    if counts is not None:
+        checks.floating("counts", counts, num_items)
+    checks.same_dtype({"queries": queries, "items": items})
+    checks.together(
+        {
+            "queries": queries,
+            "items": items,
+            "targets": targets,
+            "rejected": rejected,
+            "users": users,
+            "logq": logq,
+            "counts": counts,
+        }
+    )
     if not checks.values_visible(queries):
         return
-    checks.in_range("targets", targets, 0, items.shape[0])
-    checks.in_range("rejected", rejected, -1, items.shape[0])
+    checks.in_range("targets", targets, 0, num_items)
+    checks.in_range("rejected", rejected, -1, num_items)
     if users is not None:
         checks.in_range("users", users, 0, rejected.shape[0])
     if counts is not None and not bool((counts >= 0).all()):
@@ -148,8 +166,8 @@ library.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define(
-    "in_batch_softmax_loss_backward",
+library.define_backward(
+    "in_batch_softmax_loss",
     f"({_INPUTS}, Tensor lse, Tensor grad, bool need_queries, bool need_items, str backend) -> (Tensor, Tensor)",
     reference=reference.backward,
     fake=_backward_fake,

@@ -58,11 +58,14 @@ def backward(
     grad_queries = queries.new_empty(queries.shape if need_queries else 0)
     grad_items = wide.new_zeros(wide.shape if need_items else 0)
     scale = grad / max(1, len(lse))
+    # An item that no query may draw has shares of 0, and 0 times its NaN would still be NaN. Nothing is hidden: the
+    # shares of a query that may draw it are NaN themselves.
+    finite = wide.nan_to_num(0, 0, 0) if need_queries else wide
     for rows, block, target, logits in _tiles(queries, wide, targets, rejected, users, logq, counts):
         share = (logits - lse[rows, None]).exp_()
         share.scatter_(1, target, share.gather(1, target) - 1).mul_(scale)
         if need_queries:
-            grad_queries[rows] = (share @ wide).to(queries.dtype)
+            grad_queries[rows] = (share @ finite).to(queries.dtype)
         if need_items:
             grad_items.addmm_(share.T, block)
     return grad_queries, grad_items.to(items.dtype)

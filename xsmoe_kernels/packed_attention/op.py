@@ -39,28 +39,23 @@ def packed_attention(
         (M, H, d) in q's dtype, after autocast; rows outside the offsets are zeros.
 
     Raises:
-        TypeError: an argument is no Tensor, or of a wrong dtype.
+        TypeError: an argument is no Tensor, of a wrong dtype, max_length no int, dropout_p no float, or lengths no
+            sequence of ints.
         ValueError: shapes that do not fit, several devices, max_length or dropout_p out of range, lengths that are not
             those of the offsets, offsets that descend or leave [0, M], or a sequence longer than max_length (values of
             offsets are read on a CPU, elsewhere with XSMOE_DEBUG=1).
     """
     if not torch.compiler.is_compiling():
-        checks.floating("q", q, "M", "H", "d")
-        checks.floating("k", k, *q.shape)
-        checks.floating("v", v, *q.shape)
-        checks.index("offsets", offsets, "B+1", dtypes=checks.INDEX)
-        if offsets.shape[0] == 0:
-            raise ValueError("offsets must have shape (B+1,), not (0,); no sequences at all are offsets of [0]")
-        checks.together(q=q, k=k, v=v, offsets=offsets)
-        if not isinstance(max_length, int) or max_length < 1:
-            raise ValueError(f"max_length must be an int of at least 1, not {max_length!r}")
-        if not 0 <= dropout_p < 1:
-            raise ValueError(f"dropout_p must lie in [0, 1), not {dropout_p!r}")
+        checks.tensor("q", q, "M", "H", "d")
+        checks.tensor("k", k, "M", "H", "d")
+        checks.tensor("v", v, "M", "H", "d")
+        checks.tensor("offsets", offsets, "B+1")
+        if not isinstance(dropout_p, int | float) or isinstance(dropout_p, bool):
+            raise TypeError(f"dropout_p must be a float, not {type(dropout_p).__name__}")
+        _check_settings(offsets, max_length, dropout_p)
         if lengths is not None:
             _check_lengths(lengths, offsets, max_length)
     q, k, v = library.autocast(q, k, v)
-    if not torch.compiler.is_compiling():
-        checks.same_dtype(q=q, k=k, v=v)
     keep = None
     if dropout_p > 0:
         shape = (offsets.shape[0] - 1, q.shape[1], max_length, max_length)
@@ -68,7 +63,20 @@ def packed_attention(
     return torch.ops.xsmoe.packed_attention(q, k, v, offsets, max_length, keep, dropout_p, dispatch.requested())
 
 
+def _check_settings(offsets: Tensor, max_length: int, dropout_p: float) -> None:
+    """What the draw of dropout builds on, and so is checked before it as well as by the operator."""
+    if offsets.shape[0] == 0:
+        raise ValueError("offsets must have shape (B+1,), not (0,); no sequences at all are offsets of [0]")
+    checks.integer("max_length", max_length, 1)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), not {dropout_p!r}")
+
+
 def _check_lengths(lengths: Sequence[int], offsets: Tensor, max_length: int) -> None:
+    if not isinstance(lengths, Sequence):
+        raise TypeError(f"lengths must be a sequence of ints, such as a list, not {type(lengths).__name__}")
+    if others := set(map(type, lengths)) - {int}:
+        raise TypeError(f"lengths must hold ints only, but holds {min(t.__name__ for t in others)}")
     num_sequences = offsets.shape[0] - 1
     if len(lengths) != num_sequences:
         raise ValueError(f"lengths must hold {num_sequences} lengths, as many as offsets has, not {len(lengths)}")
@@ -83,6 +91,15 @@ def _check_lengths(lengths: Sequence[int], offsets: Tensor, max_length: int) -> 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None, dropout_p: float
 ) -> None:
+    shape = checks.floating("q", q, "M", "H", "d").shape
+    checks.floating("k", k, *shape)
+    checks.floating("v", v, *shape)
+    checks.index("offsets", offsets, "B+1", dtypes=checks.INDEX)
+    checks.same_dtype({"q": q, "k": k, "v": v})
+    checks.together({"q": q, "k": k, "v": v, "offsets": offsets, "keep": keep})
+    _check_settings(offsets, max_length, dropout_p)
+    if keep is not None:
+        checks.tensor("keep", keep, offsets.shape[0] - 1, shape[1], max_length, max_length)
     if not checks.values_visible(offsets):
         return
     checks.ragged("offsets", offsets, q.shape[0])
@@ -145,8 +162,8 @@ library.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define(
-    "packed_attention_backward",
+library.define_backward(
+    "packed_attention",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p,"
     " bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",
     reference=reference.backward,

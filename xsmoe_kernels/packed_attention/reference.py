@@ -19,7 +19,8 @@ def forward(
     if keep is None:
         padded = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     else:
-        padded = ((_shares(queries, keys) * _dropout(keep, dropout_p)) @ precision.widen(values)).to(q.dtype)
+        shares = _shares(queries, keys)
+        padded = ((shares * _dropout(keep, dropout_p, shares.dtype)) @ precision.widen(values)).to(q.dtype)
     return _unpad(padded, index, q.shape[0])
 
 
@@ -40,7 +41,7 @@ def backward(
     index = _places(offsets, max_length, q.shape[0])
     upstream, queries, keys, values = (precision.widen(_pad(t, index)) for t in (grad, q, k, v))
     shares = _shares(queries, keys)
-    factor = None if keep is None else _dropout(keep, dropout_p)
+    factor = None if keep is None else _dropout(keep, dropout_p, shares.dtype)
     kept = shares if factor is None else shares * factor
     grad_shares = upstream @ values.mT
     if factor is not None:
@@ -71,7 +72,9 @@ def _pad(rows: Tensor, index: Tensor) -> Tensor:
 def _unpad(padded: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """(B, H, max_length, d) -> (M, H, d), zeros in rows that stand nowhere."""
     rows = padded.transpose(1, 2).flatten(0, 1)
-    return rows.new_zeros(num_rows + 1, *rows.shape[1:]).index_copy_(0, index.flatten(), rows)[:-1]
+    unpadded = rows.new_zeros(num_rows + 1, *rows.shape[1:]).index_copy_(0, index.flatten(), rows)
+    # An operator's result must be no view, or the caller could not change it in place.
+    return unpadded[:-1].clone()
 
 
 def _shares(queries: Tensor, keys: Tensor) -> Tensor:
@@ -81,5 +84,5 @@ def _shares(queries: Tensor, keys: Tensor) -> Tensor:
     return scores.masked_fill_(future, -torch.inf).softmax(-1)
 
 
-def _dropout(keep: Tensor, dropout_p: float) -> Tensor:
-    return keep.float() / (1 - dropout_p)
+def _dropout(keep: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    return keep.to(dtype) / (1 - dropout_p)

@@ -32,20 +32,19 @@ def rank_of_target(queries: Tensor, items: Tensor, targets: Tensor, seen: scorin
             are read on a CPU, elsewhere with XSMOE_DEBUG=1).
     """
     if not torch.compiler.is_compiling():
-        scoring.check_arguments(queries, items, seen)
-        checks.index("targets", targets, queries.shape[0])
-        checks.together(queries=queries, targets=targets)
+        scoring.check_types(queries, items, seen)
+        checks.tensor("targets", targets, "M")
     queries, items = library.autocast(queries.detach(), items.detach())
-    if not torch.compiler.is_compiling():
-        checks.same_dtype(queries=queries, items=items)
     values, offsets = (None, None) if seen is None else seen
     return torch.ops.xsmoe.rank_of_target(queries, items, targets, values, offsets, dispatch.requested())
 
 
 def _check(queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
+    scoring.check(queries, items, seen, seen_offsets)
+    checks.index("targets", targets, queries.shape[0])
+    checks.together({"queries": queries, "targets": targets})
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, items.shape[0])
-    scoring.check_seen(items, seen, seen_offsets)
 
 
 def _fake(

@@ -40,14 +40,19 @@ def route_topk(logits: Tensor, k: int, *, renormalize: bool = True) -> Routing:
         gates, experts, order and offsets; `order // k` are the rows that `grouped_mm` wants, with `offsets`.
 
     Raises:
-        TypeError: logits is no floating Tensor.
+        TypeError: logits is no floating Tensor, k no int, or renormalize no bool.
         ValueError: logits is not (N, E), or k is out of range.
     """
     if not torch.compiler.is_compiling():
-        checks.floating("logits", logits, "N", "E")
-        if not isinstance(k, int) or not 1 <= k <= logits.shape[1]:
-            raise ValueError(f"k must be an int from 1 to {logits.shape[1]}, the number of experts, not {k!r}")
+        checks.tensor("logits", logits, "N", "E")
+        checks.integer("k", k)
+        checks.flag("renormalize", renormalize)
     return Routing(*torch.ops.xsmoe.route_topk(logits, k, renormalize, dispatch.requested()))
+
+
+def _check(logits: Tensor, k: int, renormalize: bool) -> None:
+    _, num_experts = checks.floating("logits", logits, "N", "E").shape
+    checks.integer("k", k, 1, num_experts, bound="the number of experts")
 
 
 def _fake(logits: Tensor, k: int, renormalize: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,11 +83,12 @@ library.define(
     " -> (Tensor gates, Tensor experts, Tensor order, Tensor offsets)",
     reference=reference.forward,
     fake=_fake,
+    check=_check,
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define(
-    "route_topk_backward",
+library.define_backward(
+    "route_topk",
     "(Tensor grad, Tensor logits, Tensor experts, bool renormalize, str backend) -> Tensor",
     reference=reference.backward,
     fake=_backward_fake,

@@ -22,8 +22,8 @@ class FrozenExperts:
     def __init__(self, down: Tensor, up: Tensor) -> None:
         checks.floating("down", down, "F", "R", "D")
         checks.floating("up", up, *down.shape)
-        checks.together(down=down, up=up)
-        checks.same_dtype(down=down, up=up)
+        checks.together({"down": down, "up": up})
+        checks.same_dtype({"down": down, "up": up})
         self.down = down.detach()
         self.up = up.detach()
 

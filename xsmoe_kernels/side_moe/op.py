@@ -65,37 +65,13 @@ def side_moe(
             `frozen`, or a `utilization` of another number of experts.
         BackendUnavailable: the backend asked for with `use_backend` cannot serve the call.
     """
-    if not torch.compiler.is_compiling():
-        check_arguments(
-            x, backbone, router, down, up, num_frozen, frozen, activation, utilization, row_weight, recompute
-        )
-    x, backbone, router, down, up = library.autocast(x, backbone, router, down, up)
-    frozen_down, frozen_up = (None, None) if frozen is None else library.autocast(frozen.down, frozen.up)
-    if recompute is None:
-        saved_columns, dim = (router.shape[0] - 1) * down.shape[1], x.shape[1]
-        recompute = not torch.is_grad_enabled() or saved_columns > 2 * dim
-    count = utilization is not None
-    y, _, _, norm, gate = torch.ops.xsmoe.side_moe(
-        x,
-        backbone,
-        router,
-        down,
-        up,
-        frozen_down,
-        frozen_up,
-        row_weight.detach() if count and row_weight is not None else None,
-        num_frozen,
-        recompute,
-        count,
-        activation,
-        dispatch.requested(),
+    operands = prepare(
+        x, backbone, router, down, up, num_frozen, frozen, activation, utilization, row_weight, recompute
     )
-    if utilization is not None:
-        utilization.add_(norm, gate)
-    return y
+    return apply(operands, utilization)
 
 
-def check_arguments(
+def prepare(
     x: Tensor,
     backbone: Tensor,
     router: Tensor,
@@ -107,8 +83,75 @@ def check_arguments(
     utilization: Utilization | None,
     row_weight: Tensor | None,
     recompute: bool | None,
+) -> tuple[Any, ...]:
+    """The operator's arguments from those of `side_moe`, whose types it checks in eager mode."""
+    if not torch.compiler.is_compiling():
+        checks.tensor("x", x, "N", "D")
+        checks.tensor("backbone", backbone, "N", "D")
+        checks.tensor("router", router, "E+1", "D")
+        checks.tensor("down", down, "E", "R", "D")
+        checks.tensor("up", up, "E", "R", "D")
+        checks.integer("num_frozen", num_frozen)
+        if frozen is not None and not isinstance(frozen, FrozenExperts):
+            raise TypeError(f"frozen must be a FrozenExperts or None, not {type(frozen).__name__}")
+        if not isinstance(activation, str):
+            raise TypeError(f"activation must be a str, not {type(activation).__name__}")
+        if utilization is not None:
+            if not isinstance(utilization, Utilization):
+                raise TypeError(f"utilization must be a Utilization or None, not {type(utilization).__name__}")
+            counted, gated = utilization.num_experts, router.shape[0] - 1
+            if counted != gated:
+                raise ValueError(f"utilization counts {counted} experts, but router has rows for {gated}")
+            checks.together({"x": x, "utilization": utilization.norm})
+        if row_weight is not None:
+            checks.tensor("row_weight", row_weight, "N")
+        if recompute is not None:
+            checks.flag("recompute", recompute)
+    x, backbone, router, down, up = library.autocast(x, backbone, router, down, up)
+    frozen_down, frozen_up = (None, None) if frozen is None else library.autocast(frozen.down, frozen.up)
+    if recompute is None:
+        saved_columns, dim = (router.shape[0] - 1) * down.shape[1], x.shape[1]
+        recompute = not torch.is_grad_enabled() or saved_columns > 2 * dim
+    return (
+        x,
+        backbone,
+        router,
+        down,
+        up,
+        frozen_down,
+        frozen_up,
+        None if row_weight is None else row_weight.detach(),
+        num_frozen,
+        recompute,
+        utilization is not None,
+        activation,
+        dispatch.requested(),
+    )
+
+
+def apply(operands: tuple[Any, ...], utilization: Utilization | None) -> Tensor:
+    """`side_moe` from what `prepare` gave."""
+    y, _, _, norm, gate = torch.ops.xsmoe.side_moe(*operands)
+    if utilization is not None:
+        utilization.add_(norm, gate)
+    return y
+
+
+def check(
+    x: Tensor,
+    backbone: Tensor,
+    router: Tensor,
+    down: Tensor,
+    up: Tensor,
+    frozen_down: Tensor | None,
+    frozen_up: Tensor | None,
+    row_weight: Tensor | None,
+    num_frozen: int,
+    recompute: bool,
+    count: bool,
+    activation: str,
 ) -> None:
-    """Raises what `side_moe` promises to raise, from types, dtypes, shapes and devices alone."""
+    """Raises what `side_moe` promises to raise of dtypes, shapes, devices and numbers, after autocast."""
     rows, dim = checks.floating("backbone", backbone, "N", "D").shape
     checks.floating("x", x, "N", dim)
     if x.shape[0] not in (1, rows):
@@ -116,49 +159,39 @@ def check_arguments(
     checks.floating("router", router, "E+1", dim)
     experts, rank, _ = checks.floating("down", down, "E", "R", dim).shape
     checks.floating("up", up, experts, rank, dim)
-    weights = {"router": router, "down": down, "up": up}
-    if frozen is not None:
-        if not isinstance(frozen, FrozenExperts):
-            raise TypeError(f"frozen must be a FrozenExperts or None, not {type(frozen).__name__}")
-        checks.tensor("frozen.down", frozen.down, "F", rank, dim)
-        experts += frozen.num_experts
-        weights |= {"frozen.down": frozen.down, "frozen.up": frozen.up}
+    held = f"{experts} experts"
+    if frozen_down is not None:
+        ahead, _, _ = checks.floating("frozen.down", frozen_down, "F", rank, dim).shape
+        checks.floating("frozen.up", frozen_up, ahead, rank, dim)
+        experts += ahead
+        held = f"{experts} experts ({ahead} of them frozen)"
     if experts == 0:
         raise ValueError("down and up hold no expert, and frozen none either; give at least one")
     if router.shape[0] != experts + 1:
-        held = f"{experts} experts" if frozen is None else f"{experts} experts ({frozen.num_experts} of them frozen)"
         raise ValueError(
             f"router must have {experts + 1} rows, one for the backbone and one for each of the {held}, "
             f"not {router.shape[0]}"
         )
-    _check_num_frozen(num_frozen, experts, frozen)
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
-    if utilization is not None:
-        if not isinstance(utilization, Utilization):
-            raise TypeError(f"utilization must be a Utilization or None, not {type(utilization).__name__}")
-        if utilization.num_experts != experts:
-            raise ValueError(f"utilization counts {utilization.num_experts} experts, but this level has {experts}")
-        checks.together(x=x, utilization=utilization.norm)
-    if row_weight is not None:
-        checks.floating("row_weight", row_weight, rows)
-    if recompute is not None and not isinstance(recompute, bool):
-        raise TypeError(f"recompute must be True, False or None, not {type(recompute).__name__}")
-    operands = {"x": x, "backbone": backbone, **weights}
-    checks.together(**operands, row_weight=row_weight)
-    if not torch.is_autocast_enabled(x.device.type) or any(t.dtype == torch.float64 for t in operands.values()):
-        checks.same_dtype(**operands)
-
-
-def _check_num_frozen(num_frozen: int, experts: int, frozen: FrozenExperts | None) -> None:
-    if not isinstance(num_frozen, int) or isinstance(num_frozen, bool):
-        raise TypeError(f"num_frozen must be an int, not {type(num_frozen).__name__}")
-    if frozen is not None and num_frozen != 0:
+    if frozen_down is not None and num_frozen != 0:
         raise ValueError(
             f"num_frozen must be 0 where frozen is given, not {num_frozen}: frozen holds the frozen experts"
         )
-    if not 0 <= num_frozen <= experts:
-        raise ValueError(f"num_frozen must lie between 0 and the {experts} experts, not {num_frozen}")
+    checks.integer("num_frozen", num_frozen, 0, experts, bound="the number of experts")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
+    if row_weight is not None:
+        checks.floating("row_weight", row_weight, rows)
+    operands = {
+        "x": x,
+        "backbone": backbone,
+        "router": router,
+        "down": down,
+        "up": up,
+        "frozen.down": frozen_down,
+        "frozen.up": frozen_up,
+    }
+    checks.together(operands | {"row_weight": row_weight})
+    checks.same_dtype(operands)
 
 
 def _fake(
@@ -237,20 +270,20 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 library.define(
     "side_moe",
     "(Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, Tensor? frozen_up, "
-    "Tensor? row_weight, int num_frozen, bool recompute, bool count, str activation, str backend) "
+    "Tensor? row_weight, SymInt num_frozen, bool recompute, bool count, str activation, str backend) "
     "-> (Tensor y, Tensor gates, Tensor hidden, Tensor norm, Tensor gate)",
     reference=reference.forward,
     fake=_fake,
+    check=check,
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define(
-    "side_moe_backward",
+library.define_backward(
+    "side_moe",
     "(Tensor grad, Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, "
-    "Tensor? frozen_up, Tensor gates, Tensor hidden, int num_frozen, bool recompute, str activation, bool need_x, "
+    "Tensor? frozen_up, Tensor gates, Tensor hidden, SymInt num_frozen, bool recompute, str activation, bool need_x, "
     "bool need_backbone, bool need_router, bool need_down, bool need_up, str backend) "
     "-> (Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up)",
     reference=reference.backward,
     fake=_backward_fake,
-    backward=library.no_second_derivative("side_moe"),
 )

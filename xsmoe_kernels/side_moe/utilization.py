@@ -22,12 +22,11 @@ class Utilization:
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:
-        if not isinstance(num_experts, int) or isinstance(num_experts, bool):
-            raise TypeError(f"num_experts must be an int, not {type(num_experts).__name__}")
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, not {num_experts}")
-        self.norm = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
-        self.gate = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
+        checks.integer("num_experts", num_experts, 1)
+        # Tensors made in inference mode could not be changed in place by the training that comes later.
+        with torch.inference_mode(False):
+            self.norm = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
+            self.gate = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
 
     @property
     def num_experts(self) -> int:
@@ -48,22 +47,21 @@ class Utilization:
         return self.gate / self.gate.sum()
 
     def add_(self, norm: Tensor, gate: Tensor) -> None:
-        """Adds increments of shape (E+1,), except while backward recomputes a forward whose rows were counted before.
+        """Adds increments of shape (E+1,), unless it is called while a backward runs: then it adds nothing.
 
         Activation checkpointing runs a forward a second time, inside backward; adding then would count its rows twice.
+        No other forward inside a backward, such as one that a hook starts, is counted either.
 
         Raises:
             ValueError: increments for another number of experts.
         """
-        if not torch.compiler.is_compiling():
-            checks.tensor("norm", norm, self.num_experts + 1)
-            checks.tensor("gate", gate, self.num_experts + 1)
         torch.ops.xsmoe.add_utilization(self.norm, self.gate, norm, gate)
 
     def to(self, device: torch.device | str) -> "Utilization":
         """Moves the counters to `device`, in place, and returns self."""
-        self.norm = self.norm.to(device)
-        self.gate = self.gate.to(device)
+        with torch.inference_mode(False):
+            self.norm = self.norm.to(device)
+            self.gate = self.gate.to(device)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -87,6 +85,8 @@ class Utilization:
 
 
 def _add_utilization(norm: Tensor, gate: Tensor, norm_increment: Tensor, gate_increment: Tensor) -> None:
+    checks.tensor("norm", norm_increment, norm.shape[0])
+    checks.tensor("gate", gate_increment, gate.shape[0])
     # Asked when it runs, not when it is traced: a compiled layer inside a checkpoint traces once and runs twice.
     if torch._C._current_graph_task_id() == -1:
         norm.add_(norm_increment)

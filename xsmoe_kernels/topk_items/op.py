@@ -25,23 +25,21 @@ def topk_items(queries: Tensor, items: Tensor, k: int, seen: scoring.Seen | None
         scores (M, k) float32 (float64 for float64), descending, and ids (M, k) int64.
 
     Raises:
-        TypeError: an argument is no Tensor, of a wrong dtype, or seen is no pair.
+        TypeError: an argument is no Tensor, of a wrong dtype, k is no int, or seen is no pair.
         ValueError: shapes that do not fit, several devices, k below 1, or seen values or offsets out of range (values
             are read on a CPU, elsewhere with XSMOE_DEBUG=1).
     """
     if not torch.compiler.is_compiling():
-        scoring.check_arguments(queries, items, seen)
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be an int of at least 1, not {k!r}")
+        scoring.check_types(queries, items, seen)
+        checks.integer("k", k)
     queries, items = library.autocast(queries.detach(), items.detach())
-    if not torch.compiler.is_compiling():
-        checks.same_dtype(queries=queries, items=items)
     values, offsets = (None, None) if seen is None else seen
     return torch.ops.xsmoe.topk_items(queries, items, k, values, offsets, dispatch.requested())
 
 
 def _check(queries: Tensor, items: Tensor, k: int, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
-    scoring.check_seen(items, seen, seen_offsets)
+    scoring.check(queries, items, seen, seen_offsets)
+    checks.integer("k", k, 1)
 
 
 def _fake(
