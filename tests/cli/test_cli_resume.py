@@ -1,0 +1,56 @@
+"""A training that is killed at any moment goes on with the same command, and ends with the same numbers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cli_helpers import Place, train_arguments
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from xsmoe.stream.folder import read_metrics
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(place: Place) -> list[str]:
+    return [sys.executable, "-m", "xsmoe", *map(str, train_arguments(place)), "--epochs", "12"]
+
+
+def kill_after(place: Place, epochs: int) -> None:
+    """Starts training and kills it without warning once so many epochs are recorded."""
+    process = subprocess.Popen(command(place), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    metrics = place.run / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b'"kind": "epoch"') < epochs:
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    return [{name: value for name, value in line.items() if name != "time"} for line in read_metrics(run)]
+
+
+def test_killed_and_started_again_it_ends_with_the_same_metrics(
+    prepared: Place, copy_of: Callable[[Place], Place]
+) -> None:
+    undisturbed, killed = copy_of(prepared), copy_of(prepared)
+    subprocess.run(command(undisturbed), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    kill_after(killed, epochs=9)
+    assert not (killed.run / "report" / "report.html").exists()
+    done = subprocess.run(command(killed), env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    assert "Going on" in done.stdout
+    assert done.stderr == ""
+    assert lines(killed.run) == lines(undisturbed.run)
+
+    # The epoch that was cut short left no event behind.
+    events = EventAccumulator(str(killed.run / "tensorboard")).Reload()
+    losses = events.Scalars("train/loss")
+    recorded = [line for line in lines(killed.run) if line["kind"] == "epoch"]
+    assert [event.step for event in losses] == list(range(len(recorded)))

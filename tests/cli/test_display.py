@@ -1,0 +1,70 @@
+"""Progress on a terminal and in a log."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from cli_helpers import succeed
+
+from xsmoe.app.display import Display, Ticker
+from xsmoe.report import tables
+
+
+def test_a_log_gets_lines_only(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display()
+    with display.progress("Working") as advance:
+        for done in range(1, 4):
+            advance(done, 3)
+    display.warn("a [bold]bracket[/bold] stays")
+    assert capsys.readouterr().out == "warning: a [bold]bracket[/bold] stays\n"
+
+
+def test_a_long_line_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    Display().say("word " * 100)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        display = Display()
+        assert display.live
+        with display.progress("Working") as advance:
+            advance(1, 2)
+        display.say("done")
+        terminal.flush()
+        shown = ""
+        while "done" not in shown:
+            shown += os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "Working" in shown
+    assert "1/2" in shown
+    # The bar is gone before the next line comes.
+    assert shown.rstrip().endswith("\x1b[2Kdone")
+
+
+def test_a_ticker_speaks_at_most_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    told: list[int] = []
+    tick = Ticker(lambda done, total: told.append(done), seconds=10)
+    for now in range(35):
+        tick(int(now), 35)
+    assert told == [10, 20, 30]
+
+
+def test_a_table_fits_the_terminal() -> None:
+    table = tables.columns(("image", "text"))
+    for width in (200, 100, 80, 60, 40):
+        kept = tables.fit(table, width)
+        assert all(len(line) <= width for line in tables.header(kept))
+        assert {"window", "model"} <= {column.title for column in kept}
+    assert tables.fit(table, 200) == table
+
+
+def test_the_catalogue_command_says_what_it_made(tmp_path: Path) -> None:
+    out = succeed("prepare", "catalogue", tmp_path / "c", "--windows", 2, "--users", 5, "--items", 32)
+    assert "112 items (112 with a text, 112 with an image)" in out

@@ -1,0 +1,137 @@
+"""What a report says, and that it stands alone."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_helpers import Place, succeed
+from PIL import Image
+
+from xsmoe.report import plots, results
+from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.metrics import per_user, summarize
+
+PLOTS = {"quality", "experts", "utilization", "cost", "training"}
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Collects references and text, and checks that every element is closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def close(self) -> None:
+        super().close()
+        assert not self._open
+
+
+def test_the_page_needs_nothing_but_itself(trained: Place) -> None:
+    succeed("report", trained.run)
+    text = (trained.run / "report" / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert len(page.references) == len(PLOTS)
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert not re.search(r"url\(|@import|https?:", style)
+    assert "<script" not in text
+    said = " ".join(page.text)
+    for part in ("Against popularity", "Windows", "Growth", "Time and memory", "Settings", "Versions", "batch_size"):
+        assert part in said
+    tests = [line for line in read_metrics(trained.run) if line["kind"] == "test"]
+    assert f"{100 * tests[-1]['all']['HR@10']:.2f}" in said
+
+
+def test_plots_are_written_and_show_something(trained: Place) -> None:
+    succeed("report", trained.run)
+    paths = sorted((trained.run / "report").glob("*.png"))
+    assert {path.stem for path in paths} == PLOTS
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        assert min(image.size) > 300
+        # More colours than a frame and its labels have.
+        assert len(image.getcolors(image.width * image.height)) > 100
+
+
+def test_a_report_of_a_run_without_tests_yet(trained: Place, tmp_path: Path) -> None:
+    metrics = [line for line in read_metrics(trained.run) if line["kind"] == "epoch" and line["window"] == 0]
+    written = plots.write_plots(results.window_results(metrics), tmp_path)
+    assert {plot.name for plot, _ in written} == {"cost", "training"}
+    assert results.compare([]) == []
+    assert results.cost(metrics) is None
+    assert "nothing can be said" in results.verdict([])
+
+
+def ranked(model: list[float], all_time: list[float], last_window: list[float]) -> dict[str, Any]:
+    mine, baselines = per_user(np.array(model)), {"all_time": all_time, "last_window": last_window}
+    popular = {name: per_user(np.array(ranks)) for name, ranks in baselines.items()}
+    return {
+        "all": summarize(mine),
+        "popularity": {name: summarize(values) for name, values in popular.items()},
+        "lift": {name: summarize({m: mine[m] - values[m] for m in mine}) for name, values in popular.items()},
+    }
+
+
+def test_the_comparison_is_with_the_better_baseline_user_by_user() -> None:
+    first = ranked([1, 1, 50, 50], [1, 50, 50, 50], [50, 50, 50, 50])
+    second = ranked([1, 1], [50, 50], [1, 50])
+    found = results.compare([first, second])[0]
+    assert (found.metric, found.users) == ("HR@10", 6)
+    assert found.model == pytest.approx(4 / 6)
+    assert found.baselines["all_time"][0] == pytest.approx(1 / 6)
+    # Both baselines hit once; the first of equals counts.
+    assert found.best == "all_time"
+    assert found.lift == pytest.approx(3 / 6)
+    differences = [np.array([0.0, 1, 0, 0]), np.array([1.0, 1])]
+    variance = sum((len(d) / 6) ** 2 * d.var(ddof=1) / len(d) for d in differences)
+    assert found.lift_se == pytest.approx(variance**0.5)
+
+
+def test_a_model_that_is_no_better_is_called_that() -> None:
+    test = ranked([1, 50, 50, 50, 50, 1], [50, 1, 50, 50, 50, 50], [50, 50, 50, 50, 50, 50])
+    compared = results.compare([test])
+    assert not compared[0].clear
+    assert results.verdict(compared).startswith("The model is NOT above popularity by more than two standard errors")
+    better = results.compare([ranked([1] * 6, [50] * 6, [50, 50, 50, 50, 50, 1])])
+    assert all(found.clear for found in better)
+    assert results.verdict(better).startswith("The model is above popularity")
+
+
+def test_experts_keep_their_identity_when_others_are_dropped() -> None:
+    def window(number: int, count: int) -> dict[str, Any]:
+        return {"kind": "window", "window": number, "experts": {"text": [count]}}
+
+    def test(number: int, dropped: int | None) -> dict[str, Any]:
+        drops = [] if dropped is None else [{"level": 0, "expert": dropped}]
+        return {"kind": "test", "window": number, "pruned": {"text": drops}, "expanded": {"text": [{"level": 0}]}}
+
+    metrics = [window(0, 1), test(0, None), window(1, 2), test(1, 0), window(2, 2), test(2, 1), window(3, 2)]
+    assert results.expert_births(results.window_results(metrics)) == {"text": [[[0], [0, 1], [1, 2], [1, 3]]]}
+
+
+def test_expert_births_agree_with_the_counts_of_a_run(trained: Place) -> None:
+    windows = results.window_results(read_metrics(trained.run))
+    births = results.expert_births(windows)
+    for place, result in enumerate(windows):
+        assert result.trained is not None
+        counts = {name: [len(level[place]) for level in levels] for name, levels in births.items()}
+        assert counts == result.trained["experts"]

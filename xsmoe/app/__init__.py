@@ -1,0 +1,1 @@
+"""What the commands of `xsmoe` do; `xsmoe.cli` says what they take."""

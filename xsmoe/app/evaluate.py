@@ -1,0 +1,68 @@
+"""Testing a run's model without training it."""
+
+from pathlib import Path
+
+from xsmoe.app.display import Display
+from xsmoe.app.runs import RunConfig
+from xsmoe.app.train import say_dropped, show_comparison
+from xsmoe.app.trained import TrainedRun
+from xsmoe.data import read_interactions
+from xsmoe.report import results, tables
+from xsmoe.stream import Stream
+from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.testing import evaluate_window
+
+
+def evaluate(folder: Path, interactions: Path | None, device: str | None, display: Display) -> None:
+    """Tests a run's model on interactions, or shows the tests that training has recorded.
+
+    Args:
+        folder: of the run.
+        interactions: a .csv or .parquet file with the columns user, item and timestamp; None shows the recorded tests.
+        device: where the model computes; default where it was trained.
+        display: where to say what came of it.
+
+    Raises:
+        ValueError: no run, nothing to show, or a mistake in the file.
+    """
+    if interactions is None:
+        _show_recorded(folder, display)
+        return
+    log = read_interactions(interactions)
+    run = TrainedRun.load(folder, device)
+    config = run.config
+    stream = Stream.next_window(
+        log, run.store, len(run.windows), run.users, modalities=config.modalities, missing=config.missing
+    )
+    say_dropped(stream, display)
+    splits = run.split(stream.windows[0])
+    if not len(splits.test):
+        raise ValueError(
+            f"{interactions}: no user has {max(2, run.stream.k_core)} interactions or more that can be used (k_core is "
+            f"{run.stream.k_core}), so that there is nothing to test on"
+        )
+    display.say(f"The model after window {len(run.windows) - 1}, tested on {len(stream.windows[0])} interactions:")
+    with display.working("Ranking all items for every user"):
+        tested = evaluate_window(run.model, run.store, splits, run.memory(), run.stream)
+    compared = results.compare([tested])
+    display.lines(tables.aligned(tables.comparison_rows(compared)))
+    cold = tested["cold"]
+    display.say(
+        f"{tested['all']['users']} users, {tested['candidates']} candidates, {cold['users']} targets never trained on "
+        f"(HR@10 {tables.percent(cold['HR@10'])} %, NDCG@10 {tables.percent(cold['NDCG@10'])} %)"
+    )
+    display.say(results.verdict(compared), wrap=True)
+
+
+def _show_recorded(folder: Path, display: Display) -> None:
+    config = RunConfig.read(folder)
+    metrics = read_metrics(folder)
+    tested = [result for result in results.window_results(metrics) if result.test is not None]
+    if not tested:
+        raise ValueError(f"{folder} has recorded no test yet: its second window has not come; go on with `xsmoe train`")
+    columns = tables.fit(tables.columns(config.modalities), display.width)
+    for line in tables.header(columns):
+        display.heading(line)
+    display.lines([tables.row(columns, result) for result in tested])
+    display.say(tables.LEGEND, style="dim", wrap=True)
+    show_comparison(metrics, display)

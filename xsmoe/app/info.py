@@ -1,0 +1,54 @@
+"""What runs here: versions, devices, backends."""
+
+import json
+from typing import Any
+
+from xsmoe.app.display import Display
+from xsmoe_kernels import info as kernel_info
+
+
+def info(display: Display, *, as_json: bool) -> None:
+    """Shows versions, devices, and for every operator which backend serves it and why the others do not."""
+    found = kernel_info()
+    if as_json:
+        display.say(json.dumps(found, indent=2))
+        return
+    display.heading("Versions")
+    rows = [[name, "absent" if version is None else str(version)] for name, version in found["versions"].items()]
+    display.lines(_indented(rows))
+    display.heading("Devices")
+    cpu = found["devices"]["cpu"]
+    lines = [["cpu", ", ".join(f"{name} {value}" for name, value in cpu.items())]]
+    for number, gpu in enumerate(found["devices"]["cuda"]):
+        capability = ".".join(map(str, gpu["capability"]))
+        lines.append([f"cuda:{number}", f"{gpu['name']}, capability {capability}, {gpu['memory'] / 2**30:.0f} GiB"])
+    if not found["devices"]["cuda"]:
+        lines.append(["cuda", "none"])
+    display.lines(_indented(lines))
+    for device in ("cpu", "cuda"):
+        _show_operators(device, {name: on[device] for name, on in found["operators"].items()}, display)
+
+
+def _show_operators(device: str, operators: dict[str, Any], display: Display) -> None:
+    """Who serves the operators on a type of device; reasons that operators share are given once."""
+    reasons: dict[str, list[tuple[str, str]]] = {}
+    for operator, service in operators.items():
+        for backend, reason in service["unavailable"].items():
+            general = reason.replace(operator, "this operator")
+            reasons.setdefault(general, []).append((operator, backend))
+    if len(reasons) == 1 and not any(service["backend"] for service in operators.values()):
+        display.heading(f"Operators on {device}: none, {next(iter(reasons))}")
+        return
+    display.heading(f"Operators on {device}, and the backends that serve them")
+    display.lines(_indented([[name, service["backend"] or "none"] for name, service in operators.items()]))
+    for reason, cases in reasons.items():
+        backends = dict.fromkeys(backend for _, backend in cases)
+        for backend in backends:
+            concerned = [operator for operator, other in cases if other == backend]
+            of = "any operator" if len(concerned) == len(operators) else ", ".join(concerned)
+            display.say(f"  not {backend} for {of}: {reason}", style="dim")
+
+
+def _indented(rows: list[list[Any]]) -> list[str]:
+    widths = max(len(row[0]) for row in rows)
+    return [f"  {name:<{widths}}  {value}" for name, value in rows]

@@ -1,0 +1,117 @@
+"""Writing a run's report."""
+
+import platform
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xsmoe.app.display import Display
+from xsmoe.app.runs import RunConfig
+from xsmoe.report import html, plots, results, tables
+from xsmoe.stream.checkpoints import write_atomically
+from xsmoe.stream.folder import read_metrics
+from xsmoe_kernels import __version__
+
+
+def report(folder: Path, display: Display) -> None:
+    """Writes a run's report anew."""
+    RunConfig.read(folder)
+    metrics = read_metrics(folder)
+    if not metrics:
+        raise ValueError(f"{folder} has no metrics yet: no epoch is done; go on with `xsmoe train`")
+    display.say(f"Report: {write_report(folder, metrics)}")
+
+
+def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
+    """Writes report/*.png and report/report.html, and returns the latter's path."""
+    config = RunConfig.read(folder)
+    windows = results.window_results(metrics)
+    compared = results.compare([line for line in metrics if line["kind"] == "test"])
+    pictures = plots.write_plots(windows, folder / "report")
+    page = html.Page(
+        title=f"XSMoE run {folder.resolve().name}",
+        about=_about(config, windows),
+        verdict=results.verdict(compared),
+        clear=bool(compared) and all(found.clear for found in compared),
+        sections=[
+            *_comparison(compared),
+            _windows(config, windows),
+            html.Section("Plots", pictures=[(path, plot.caption) for plot, path in pictures]),
+            _growth(windows),
+            _cost(metrics),
+            html.Section("Settings", table=html.settings_table(config.settings()), folded=True),
+            html.Section("Model", table=html.settings_table(config.model["items"] | _users(config)), folded=True),
+            html.Section("Versions", table=html.settings_table(_versions()), folded=True),
+        ],
+    )
+    path = folder / "report" / "report.html"
+    write_atomically(path, html.render(page).encode())
+    return path
+
+
+def _about(config: RunConfig, windows: Sequence[results.WindowResult]) -> str:
+    done = [result for result in windows if result.trained is not None]
+    interactions = sum(result.trained["interactions"] for result in done if result.trained is not None)
+    return (
+        f"{len(done)} windows trained, {interactions} interactions, modalities {', '.join(config.modalities)}, "
+        f"protocol {config.stream.protocol}, seed {config.stream.seed}. A window's model is tested on the next window: "
+        "for every user the last item of that window is to be found among all items known so far."
+    )
+
+
+def _comparison(compared: Sequence[results.Comparison]) -> list[html.Section]:
+    if not compared:
+        return []
+    heading, *rows = tables.comparison_rows(compared, results.BASELINES)
+    text = f"All {compared[0].users} users of all tests, in percent, ± one standard error over users."
+    return [html.Section("Against popularity", [text], html.Table(heading, rows))]
+
+
+def _windows(config: RunConfig, windows: Sequence[results.WindowResult]) -> html.Section:
+    columns = tables.columns(config.modalities)
+    groups = [(group, len(list(members))) for group, members in groupby(column.group for column in columns)]
+    table = html.Table(
+        [column.title for column in columns],
+        [[column.cell(result) for column in columns] for result in windows],
+        groups=groups,
+    )
+    return html.Section("Windows", [f"{tables.LEGEND[0].upper()}{tables.LEGEND[1:]}."], table)
+
+
+def _growth(windows: Sequence[results.WindowResult]) -> html.Section:
+    rows = []
+    for result in windows:
+        if result.test is None:
+            continue
+        for name in result.test["expanded"] | result.test["pruned"]:
+            drops = [
+                f"level {drop['level'] + 1}: expert {drop['expert']} (share {tables.percent(drop['share'])} %)"
+                for drop in result.test["pruned"].get(name, [])
+            ]
+            added = [f"level {level['level'] + 1}" for level in result.test["expanded"].get(name, [])]
+            rows.append([str(result.number), name, "; ".join(drops) or "none", ", ".join(added) or "none"])
+    table = html.Table(["after window", "modality", "dropped", "one expert added at"], rows, text=True)
+    return html.Section("Growth", [] if rows else ["Nothing yet."], table if rows else None)
+
+
+def _cost(metrics: Sequence[dict[str, Any]]) -> html.Section:
+    spent = results.cost(metrics)
+    return html.Section("Time and memory", [f"{spent}." if spent is not None else "No window is done yet."])
+
+
+def _users(config: RunConfig) -> dict[str, Any]:
+    return {f"user encoder, {name}": value for name, value in config.model["users"].items()}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "xsmoe": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {platform.system()}",
+    }

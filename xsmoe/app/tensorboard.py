@@ -1,0 +1,80 @@
+"""TensorBoard events of a run."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+Line = Mapping[str, Any]
+
+
+class TensorBoard:
+    """Writes a run's metrics as TensorBoard events.
+
+    The events are written anew from metrics.jsonl when a run goes on, so that those of an epoch that was cut short
+    are gone. Epochs count through all windows; tests stand at the window that they tested.
+
+    Args:
+        folder: holds nothing but these events; replaced.
+        metrics: the lines there are already.
+    """
+
+    def __init__(self, folder: Path, metrics: Sequence[Line]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+        self._epochs = 0
+        for line in metrics:
+            self(line["kind"], line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    def __call__(self, event: str, fields: Line) -> None:
+        """Takes an event of the trainer."""
+        if event == "epoch":
+            self._epoch(fields)
+        elif event == "window":
+            self._window(fields)
+        elif event == "test":
+            self._test(fields)
+
+    def _epoch(self, line: Line) -> None:
+        values = {"train/loss": line["loss"], "train/lr": line["lr"], "time/step_ms": line["time"]["step_ms"]}
+        values["time/peak_rss_mib"] = line["time"]["peak_rss_mib"]
+        if line["validation"] is not None:
+            values |= {f"validation/{name}": line["validation"][name] for name in ("HR@10", "NDCG@10")}
+        self._add(values, self._epochs)
+        self._epochs += 1
+
+    def _window(self, line: Line) -> None:
+        values = {}
+        for modality, counts in line["experts"].items():
+            for level, count in enumerate(counts):
+                values[f"experts/{modality}_{level + 1}"] = count
+                for expert, share in enumerate(line["shares"][modality][level]):
+                    if share is not None:
+                        values[f"utilization/{modality}_{level + 1}_expert_{expert}"] = share
+        self._add(values, line["window"])
+
+    def _test(self, line: Line) -> None:
+        summaries = {"model": line["all"], "cold": line["cold"], **line["popularity"]}
+        values = {
+            f"test_{metric}/{name}": summary[metric]
+            for name, summary in summaries.items()
+            for metric in ("HR@10", "NDCG@10")
+            if summary[metric] is not None
+        }
+        self._add(values, line["tested_on"])
+
+    def _add(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()

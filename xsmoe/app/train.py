@@ -1,0 +1,145 @@
+"""Training a run over a dataset's stream, from its beginning or from where it was left."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xsmoe.app.display import Display
+from xsmoe.app.report import write_report
+from xsmoe.app.runs import CONFIG, USERS, RunConfig, check_device, read_users, write_users
+from xsmoe.app.tensorboard import TensorBoard
+from xsmoe.app.training_display import TrainingDisplay
+from xsmoe.data import Dataset
+from xsmoe.encoders import HiddenStateStore
+from xsmoe.report import results, tables
+from xsmoe.stream import Stream, StreamingTrainer
+from xsmoe.stream.trainer import Listener
+
+
+def train(folder: Path, given: Mapping[str, Any], display: Display) -> None:
+    """Trains until all windows are done, and reports.
+
+    Args:
+        folder: of the run; one that is there goes on.
+        given: the settings that were named, see `RunConfig.new`.
+        display: where progress is shown.
+
+    Raises:
+        ValueError: a mistake in the settings, or settings that differ from those of the run that is there.
+    """
+    config = _settle(folder, given)
+    check_device(config.stream.device)
+    dataset, store = Dataset.load(config.dataset), HiddenStateStore.open(config.store)
+    stream = Stream.build(
+        dataset.interactions,
+        store,
+        config.windows,
+        modalities=config.modalities,
+        missing=config.missing,
+        protocol=config.stream.protocol,
+    )
+    say_dropped(stream, display)
+    if (folder / CONFIG).exists():
+        _require_same_users(folder, stream)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_users(folder, stream.user_ids)
+        config.write(folder)
+    run_trainer(folder, config, stream, display, StreamingTrainer.fit, of=len(stream.windows))
+
+
+def run_trainer(
+    folder: Path,
+    config: RunConfig,
+    stream: Stream,
+    display: Display,
+    work: Callable[[StreamingTrainer], object],
+    *,
+    of: int,
+    show_past: bool = True,
+) -> None:
+    """Lets a trainer work, shows and records what happens, and writes the report.
+
+    Args:
+        folder, config: of the run.
+        stream: its windows and features.
+        display: where progress is shown.
+        work: what the trainer does.
+        of: windows there are in all.
+        show_past: whether windows that were done before are shown too.
+    """
+    shown = TrainingDisplay(display, config.modalities, of)
+    listeners: list[Listener] = [shown]
+
+    def tell(event: str, fields: dict[str, Any]) -> None:
+        for listen in listeners:
+            listen(event, fields)
+
+    with StreamingTrainer(
+        config.build_model(),
+        stream,
+        config.stream,
+        folder=folder,
+        listener=tell,
+    ) as trainer:
+        shown.past(trainer.metrics, show=show_past)
+        with TensorBoard(folder / "tensorboard", trainer.metrics) as board, shown:
+            listeners.append(board)
+            work(trainer)
+        shown.finish()
+        if trainer.progress.epoch is not None:
+            display.warn("a window that came by `xsmoe update` was cut short; run that update again to go on with it")
+        metrics = trainer.metrics
+    show_comparison(metrics, display)
+    display.say(f"Report: {write_report(folder, metrics)}")
+
+
+def show_comparison(metrics: list[dict[str, Any]], display: Display) -> None:
+    """What the model is worth beside popularity, over all tests, and what it cost."""
+    compared = results.compare([line for line in metrics if line["kind"] == "test"])
+    if compared:
+        tests = sum(line["kind"] == "test" for line in metrics)
+        display.say()
+        display.heading(
+            f"All tests: {tests} windows, {compared[0].users} users tested, ± one standard error over users"
+        )
+        display.lines(tables.aligned(tables.comparison_rows(compared)))
+        clear = all(found.clear for found in compared)
+        display.say(results.verdict(compared), style="bold green" if clear else "bold yellow", wrap=True)
+    if (spent := results.cost(metrics)) is not None:
+        display.say(f"Cost: {spent}.", wrap=True)
+
+
+def say_dropped(stream: Stream, display: Display) -> None:
+    """Tells of interactions that did not enter the stream."""
+    dropped = stream.dropped
+    if dropped.not_encoded:
+        display.warn(f"{dropped.not_encoded} interactions are left out: their items are not in the store")
+    if dropped.lacking_modality:
+        display.warn(
+            f"{dropped.lacking_modality} interactions are left out: their items lack a modality (--missing zero keeps "
+            "them)"
+        )
+
+
+def _settle(folder: Path, given: Mapping[str, Any]) -> RunConfig:
+    if (folder / CONFIG).exists():
+        config = RunConfig.read(folder)
+        config.require(given, folder)
+        return config
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; a run needs one of its own")
+    for name in ("dataset", "store"):
+        if name not in given:
+            raise ValueError(f"{folder} holds no run yet, and a new one needs --{name}")
+    return RunConfig.new(given, HiddenStateStore.open(given["store"]))
+
+
+def _require_same_users(folder: Path, stream: Stream) -> None:
+    """An update adds users behind those of the dataset, which must still be the same."""
+    known = read_users(folder)[: len(stream.user_ids)]
+    if known.tolist() != stream.user_ids.tolist():
+        raise ValueError(
+            f"the dataset's users are not those in {folder / USERS}: the dataset or the store has changed since "
+            "the run began; restore it, or start another run"
+        )

@@ -1,0 +1,104 @@
+"""A run goes on with what has arrived: new interactions, and with them new users and new items."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from xsmoe.app.display import Display
+from xsmoe.app.encode import encode_more
+from xsmoe.app.prepare import read_items
+from xsmoe.app.runs import RunConfig, check_device, read_users, write_users
+from xsmoe.app.train import run_trainer, say_dropped
+from xsmoe.data import Dataset, Items, read_interactions, write_dataset
+from xsmoe.encoders import HiddenStateStore
+from xsmoe.stream import Stream, StreamingTrainer
+from xsmoe.stream.folder import read_metrics, window_digest
+
+
+def update(
+    folder: Path,
+    interactions: Path,
+    items: Path | None,
+    images_root: Path | None,
+    encoders: Mapping[str, str],
+    display: Display,
+) -> None:
+    """Takes new interactions as the run's next window: tests on them, grows and trains.
+
+    New items are encoded and appended to the store and to the dataset first; new users are numbered behind those that
+    are known. Every step is done once, however often the command is given.
+
+    Args:
+        folder: of the run, all windows of whose dataset are done.
+        interactions: a .csv or .parquet file with the columns user, item and timestamp.
+        items: a .csv or .parquet file with the columns item, text and image, of items that may be new.
+        images_root: what image paths are relative to; default the folder of `items`.
+        encoders: where encoders lie, by modality, if not where they were.
+        display: where progress is shown.
+
+    Raises:
+        ValueError: a mistake in the files, a run that is not ready, or encoders that are not the store's.
+    """
+    config = RunConfig.read(folder)
+    check_device(config.stream.device)
+    number = sum(line["kind"] == "window" for line in read_metrics(folder))
+    if number < config.windows:
+        raise ValueError(
+            f"{folder} has trained {number} of its {config.windows} windows; finish `xsmoe train {folder}` first"
+        )
+    log = read_interactions(interactions)
+    store = HiddenStateStore.open(config.store)
+    if items is not None:
+        _add_items(config, store, items, images_root, encoders, display)
+        store = HiddenStateStore.open(config.store)
+    stream = Stream.next_window(
+        log, store, number, read_users(folder), modalities=config.modalities, missing=config.missing
+    )
+    say_dropped(stream, display)
+    write_users(folder, stream.user_ids)
+    window = stream.windows[0]
+
+    def take(trainer: StreamingTrainer) -> None:
+        done = trainer.progress.digests[: trainer.windows_done]
+        if window_digest(window) in done:
+            display.say(
+                f"Nothing to do: the run has been trained on these interactions, as its window "
+                f"{done.index(window_digest(window))}."
+            )
+            return
+        trainer.step(window)
+
+    run_trainer(folder, config, stream, display, take, of=number + 1, show_past=False)
+
+
+def _add_items(
+    config: RunConfig,
+    store: HiddenStateStore,
+    path: Path,
+    images_root: Path | None,
+    encoders: Mapping[str, str],
+    display: Display,
+) -> None:
+    dataset = Dataset.load(config.dataset)
+    given = read_items(path, config.dataset, images_root=images_root)
+    rows = dict(zip(dataset.items.ids, range(len(dataset.items)), strict=True))
+    known = np.array([item in rows for item in given.ids], dtype=bool)
+    for place in np.flatnonzero(known):
+        row = rows[given.ids[place]]
+        if given.texts[place] != dataset.items.texts[row]:
+            raise ValueError(
+                f"{path}: item {given.ids[place]!r} is known with another text; an item's contents stay what they were "
+                "when it was encoded, so leave it out or give it a new id"
+            )
+    if (store.index_of(given.ids) < 0).any():
+        encode_more(given, config.dataset, store, encoders, display)
+    if not known.all():
+        fresh = ~known
+        old = dataset.items
+        grown = Items(
+            np.concatenate([old.ids, given.ids[fresh]]),
+            np.concatenate([old.texts, given.texts[fresh]]),
+            np.concatenate([old.images, given.images[fresh]]),
+        )
+        write_dataset(dataset.folder, dataset.interactions, grown)

@@ -1,0 +1,1 @@
+"""Reports of a run: what its metrics say, as tables, plots and one page."""

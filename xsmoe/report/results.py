@@ -1,0 +1,187 @@
+"""What a run's metrics say: its windows one by one, the comparison with popularity, and the cost."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xsmoe.stream.metrics import pool
+
+Line = Mapping[str, Any]
+
+BASELINES = {"all_time": "popular of all time", "last_window": "popular in the last window"}
+COMPARED = ("HR@10", "NDCG@10")
+ENOUGH_ERRORS = 2
+
+
+@dataclass
+class WindowResult:
+    """One window of a run.
+
+    Attributes:
+        number: its place in the stream.
+        trained: its line of kind "window"; None while it is in training.
+        test: the test of its model on the next window; None while that has not come.
+        epochs: its lines of kind "epoch".
+    """
+
+    number: int
+    trained: Line | None = None
+    test: Line | None = None
+    epochs: list[Line] = field(default_factory=list)
+
+
+def window_results(metrics: Iterable[Line]) -> list[WindowResult]:
+    """The lines of metrics.jsonl, gathered by window."""
+    results: dict[int, WindowResult] = {}
+    for line in metrics:
+        result = results.setdefault(line["window"], WindowResult(line["window"]))
+        if line["kind"] == "epoch":
+            result.epochs.append(line)
+        elif line["kind"] == "window":
+            result.trained = line
+        else:
+            result.test = line
+    return [results[number] for number in sorted(results)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The model against popularity in one metric, over the users of all tests.
+
+    Attributes:
+        metric: its name.
+        users: how many.
+        model, model_se: mean and standard error.
+        baselines: the mean and the standard error of each popularity baseline.
+        best: the baseline with the highest mean.
+        lift, lift_se: mean over users of the model's value less the best baseline's, and its standard error.
+    """
+
+    metric: str
+    users: int
+    model: float
+    model_se: float
+    baselines: dict[str, tuple[float, float]]
+    best: str
+    lift: float
+    lift_se: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the model is above the best baseline by more than two standard errors."""
+        return self.lift > ENOUGH_ERRORS * self.lift_se
+
+
+def compare(tests: Sequence[Line], metrics: Sequence[str] = COMPARED) -> list[Comparison]:
+    """The model against popularity over the tests given; nothing where no user was tested."""
+    model = pool(test["all"] for test in tests)
+    if not model["users"]:
+        return []
+    baselines = {name: pool(test["popularity"][name] for test in tests) for name in BASELINES}
+    comparisons = []
+    for metric in metrics:
+        best = max(baselines, key=lambda name: baselines[name][metric])
+        lift = pool(test["lift"][best] for test in tests)
+        comparisons.append(
+            Comparison(
+                metric=metric,
+                users=model["users"],
+                model=model[metric],
+                model_se=model["se"][metric],
+                baselines={name: (found[metric], found["se"][metric]) for name, found in baselines.items()},
+                best=best,
+                lift=lift[metric],
+                lift_se=lift["se"][metric],
+            )
+        )
+    return comparisons
+
+
+def verdict(comparisons: Sequence[Comparison]) -> str:
+    """In one sentence, whether the model is better than popularity."""
+    if not comparisons:
+        return "No user was tested, so that nothing can be said about quality."
+    unclear = [c for c in comparisons if not c.clear]
+    if unclear:
+        found = ", ".join(f"{c.metric} {100 * c.lift:+.2f} ± {100 * c.lift_se:.2f}" for c in unclear)
+        return f"The model is NOT above popularity by more than two standard errors: {found} (difference, in %)."
+    found = ", ".join(f"{_errors(c)} in {c.metric}" for c in comparisons)
+    return f"The model is above popularity by more than two standard errors: {found}."
+
+
+def _errors(comparison: Comparison) -> str:
+    if comparison.lift_se == 0:
+        return f"{100 * comparison.lift:+.2f} % for every user"
+    return f"{comparison.lift / comparison.lift_se:.1f} standard errors"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time and memory of a run.
+
+    Attributes:
+        seconds: spent in epochs and tests, work that was lost to interruptions left out.
+        step_ms: mean time of a training step.
+        users_a_second: users trained on per second of training.
+        peak_rss_mib: the most memory the process held.
+        cuda_peak_mib: the most GPU memory; None on a CPU.
+    """
+
+    seconds: float
+    step_ms: float
+    users_a_second: float
+    peak_rss_mib: float
+    cuda_peak_mib: float | None
+
+    def __str__(self) -> str:
+        cuda = "" if self.cuda_peak_mib is None else f", {self.cuda_peak_mib:.0f} MiB on the GPU"
+        return (
+            f"{self.seconds:.1f} s for training and tests, {self.step_ms:.1f} ms a step, "
+            f"{self.users_a_second:.0f} users/s, peak memory {self.peak_rss_mib:.0f} MiB{cuda}"
+        )
+
+
+def cost(metrics: Sequence[Line]) -> Cost | None:
+    """Time and memory of a run; None before its first window is done."""
+    done = {line["window"]: line["users"] for line in metrics if line["kind"] == "window"}
+    epochs = [line for line in metrics if line["kind"] == "epoch" and line["window"] in done]
+    if not epochs:
+        return None
+    steps = sum(line["steps"] for line in epochs)
+    training = sum(line["steps"] * line["time"]["step_ms"] for line in epochs) / 1000
+    return Cost(
+        seconds=sum(line["time"]["seconds"] for line in metrics if line["kind"] != "window"),
+        step_ms=1000 * training / steps,
+        users_a_second=sum(done[line["window"]] for line in epochs) / training,
+        peak_rss_mib=max(line["time"]["peak_rss_mib"] for line in metrics),
+        cuda_peak_mib=max((line["time"].get("cuda_peak_mib", 0.0) for line in metrics), default=0.0) or None,
+    )
+
+
+Births = dict[str, list[list[list[int]]]]
+
+
+def expert_births(results: Sequence[WindowResult]) -> Births:
+    """For each modality and level, window by window, the window in which each of its experts was added.
+
+    Experts keep their order when one is dropped, so that their index alone does not tell which one it is.
+    """
+    births: Births = {}
+    current: dict[str, list[list[int]]] = {}
+    for before, result in zip([None, *results], results, strict=False):
+        if result.trained is None:
+            break
+        if before is None or before.test is None:
+            current = {name: [[0] * count for count in counts] for name, counts in result.trained["experts"].items()}
+        else:
+            for name, drops in before.test["pruned"].items():
+                for drop in drops:
+                    del current[name][drop["level"]][drop["expert"]]
+            for name, levels in before.test["expanded"].items():
+                for level in levels:
+                    current[name][level["level"]].append(result.number)
+        for name, experts in current.items():
+            places = births.setdefault(name, [[] for _ in experts])
+            for place, alive in zip(places, experts, strict=True):
+                place.append(list(alive))
+    return births
