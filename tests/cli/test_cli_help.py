@@ -68,7 +68,7 @@ def test_info_names_a_backend_for_every_operator() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, xsmoe, xsmoe.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    code = "import sys, xsmoe, xsmoe.cli; sys.exit(not {'torch', 'numpy'}.isdisjoint(sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert {"XSMoE", "StreamingTrainer"} <= set(dir(xsmoe))
     assert xsmoe.XSMoE is XSMoE
