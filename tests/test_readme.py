@@ -1,5 +1,6 @@
 """The README's example runs as it stands there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -20,3 +21,17 @@ def test_example_stays_short() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     code = [line for line in example.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     assert len(code) <= 20
+
+
+def test_numbers_are_those_of_the_committed_result() -> None:
+    result = json.loads((README.parent / "bench" / "results" / "demo-cpu.json").read_text())
+    found, cost = result["quality"][0], result["cost"]
+    baseline, error = found["baselines"][found["best"]]
+    text = " ".join(README.read_text().split())
+    assert f"tests of {found['users']} users in all" in text
+    assert f"HR@10 of {100 * found['model']:.1f} ± {100 * found['model_se']:.1f} % against" in text
+    assert f"against {100 * baseline:.1f} ± {100 * error:.1f} % for popularity in the last window" in text
+    assert found["best"] == "last_window"
+    step, users = cost["step_ms"], result["settings"]["batch_size"]
+    assert f"{step:.1f} ms a training step of {users} users, {cost['seconds']:.0f} s for training" in text
+    assert f"{cost['peak_rss_mib']:.0f} MiB at the peak" in text

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cli_helpers import Place, train_arguments
+from cli_helpers import Place, succeed, train_arguments
+from movielens import movielens_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xsmoe.stream.folder import read_metrics
@@ -16,14 +17,18 @@ from xsmoe.stream.folder import read_metrics
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def command(place: Place) -> list[str]:
-    return [sys.executable, "-m", "xsmoe", *map(str, train_arguments(place)), "--epochs", "12"]
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "xsmoe", *map(str, arguments)]
 
 
-def kill_after(place: Place, epochs: int) -> None:
+def train(place: Place) -> list[str]:
+    return command(*train_arguments(place), "--epochs", "12")
+
+
+def kill_after(training: list[str], run: Path, epochs: int) -> None:
     """Starts training and kills it without warning once so many epochs are recorded."""
-    process = subprocess.Popen(command(place), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    metrics = place.run / "metrics.jsonl"
+    process = subprocess.Popen(training, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not metrics.exists() or metrics.read_bytes().count(b'"kind": "epoch"') < epochs:
         assert process.poll() is None, "training ended before it could be killed"
@@ -41,10 +46,10 @@ def test_killed_and_started_again_it_ends_with_the_same_metrics(
     prepared: Place, copy_of: Callable[[Place], Place]
 ) -> None:
     undisturbed, killed = copy_of(prepared), copy_of(prepared)
-    subprocess.run(command(undisturbed), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    kill_after(killed, epochs=9)
+    subprocess.run(train(undisturbed), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    kill_after(train(killed), killed.run, epochs=9)
     assert not (killed.run / "report" / "report.html").exists()
-    done = subprocess.run(command(killed), env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    done = subprocess.run(train(killed), env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert "Going on" in done.stdout
     assert done.stderr == ""
     assert lines(killed.run) == lines(undisturbed.run)
@@ -54,3 +59,17 @@ def test_killed_and_started_again_it_ends_with_the_same_metrics(
     losses = events.Scalars("train/loss")
     recorded = [line for line in lines(killed.run) if line["kind"] == "epoch"]
     assert [event.step for event in losses] == list(range(len(recorded)))
+
+
+def test_movielens_through_all_windows_with_a_pretrained_encoder(tmp_path: Path) -> None:
+    dataset, store = tmp_path / "dataset", tmp_path / "store"
+    succeed("prepare", "movielens", movielens_folder(), dataset)
+    succeed("encode", dataset, store, "--text", "minilm", "--levels", "0,1,2", "--max-tokens", "16")
+    settings = ["--dataset", dataset, "--store", store, "--batch-size", 32, "--epochs", 4, "--warmup-epochs", 2]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    subprocess.run(command("train", undisturbed, *settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    kill_after(command("train", killed, *settings), killed, epochs=21)
+    subprocess.run(command("train", killed, *settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    assert lines(killed) == lines(undisturbed)
+    kinds = [line["kind"] for line in lines(undisturbed)]
+    assert (kinds.count("window"), kinds.count("test")) == (10, 9)

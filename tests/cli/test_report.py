@@ -1,5 +1,6 @@
 """What a report says, and that it stands alone."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_the_page_needs_nothing_but_itself(trained: Place) -> None:
         assert part in said
     tests = [line for line in read_metrics(trained.run) if line["kind"] == "test"]
     assert f"{100 * tests[-1]['all']['HR@10']:.2f}" in said
+
+
+def test_the_summary_holds_what_the_metrics_say(trained: Place) -> None:
+    succeed("report", trained.run)
+    summary = json.loads((trained.run / "report" / "summary.json").read_text())
+    tests = [line for line in read_metrics(trained.run) if line["kind"] == "test"]
+    users = [line["all"]["users"] for line in tests]
+    mean = sum(n * line["all"]["HR@10"] for n, line in zip(users, tests, strict=True)) / sum(users)
+    assert (summary["quality"][0]["metric"], summary["quality"][0]["users"]) == ("HR@10", sum(users))
+    assert summary["quality"][0]["model"] == pytest.approx(mean)
+    assert summary["settings"]["batch_size"] == 8
+    assert str(trained.root) not in json.dumps(summary)
 
 
 def test_plots_are_written_and_show_something(trained: Place) -> None:

@@ -1,9 +1,9 @@
 """The MovieLens reader, on a handwritten log and on the real one."""
 
-import os
 from pathlib import Path
 
 import pytest
+from movielens import movielens_folder
 
 from xsmoe.data import DataError, Dataset, prepare_movielens
 
@@ -58,12 +58,7 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
 
 
 def test_real_log(tmp_path: Path) -> None:
-    configured = os.environ.get("XSMOE_MOVIELENS")
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "ml-latest-small"
-    folder = Path(configured) if configured else beside
-    if not configured and not folder.is_dir():
-        pytest.skip(f"needs MovieLens ml-latest-small, which is not at {folder}; set XSMOE_MOVIELENS to its folder")
-    dataset = prepare_movielens(folder, tmp_path)
+    dataset = prepare_movielens(movielens_folder(), tmp_path)
     assert (len(dataset.interactions), len(dataset.items)) == (100_836, 9_742)
     assert len(set(dataset.interactions.users)) == 610
     # March 29, 1996 and September 24, 2018, as the release's own README says.

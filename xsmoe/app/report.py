@@ -1,7 +1,10 @@
 """Writing a run's report."""
 
+import json
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from xsmoe.app.runs import RunConfig
 from xsmoe.report import html, plots, results, tables
 from xsmoe.stream.checkpoints import write_atomically
 from xsmoe.stream.folder import read_metrics
-from xsmoe_kernels import __version__
+from xsmoe_kernels import __version__, info
 
 
 def report(folder: Path, display: Display) -> None:
@@ -27,7 +30,7 @@ def report(folder: Path, display: Display) -> None:
 
 
 def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
-    """Writes report/*.png and report/report.html, and returns the latter's path."""
+    """Writes report/*.png, report/summary.json and report/report.html, and returns the latter's path."""
     config = RunConfig.read(folder)
     windows = results.window_results(metrics)
     compared = results.compare([line for line in metrics if line["kind"] == "test"])
@@ -48,9 +51,25 @@ def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
             html.Section("Versions", table=html.settings_table(_versions()), folded=True),
         ],
     )
+    write_atomically(folder / "report" / "summary.json", _summary(config, metrics, compared))
     path = folder / "report" / "report.html"
     write_atomically(path, html.render(page).encode())
     return path
+
+
+def _summary(config: RunConfig, metrics: Sequence[dict[str, Any]], compared: Sequence[results.Comparison]) -> bytes:
+    """The run in numbers, with what it ran on, for machines to read."""
+    spent = results.cost(metrics)
+    content = {
+        "date": date.today().isoformat(),
+        "versions": _versions(),
+        "devices": info()["devices"],
+        "settings": {name: value for name, value in config.settings().items() if name not in ("dataset", "store")},
+        "quality": [asdict(found) for found in compared],
+        "cost": None if spent is None else asdict(spent),
+        "experts": next((line["experts"] for line in reversed(metrics) if line["kind"] == "window"), None),
+    }
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _about(config: RunConfig, windows: Sequence[results.WindowResult]) -> str:
