@@ -1,5 +1,6 @@
 """The command line `xsmoe`: what each command takes. What it does lies in `xsmoe.app`."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,8 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             if ctx.params["debug"]:
                 raise
-            typer.echo("xsmoe: interrupted; the same command goes on where it stopped", err=True)
+            again = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
+            typer.echo(f"xsmoe: interrupted; what was done is kept, {again} goes on from there", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -71,6 +73,9 @@ prepare = typer.Typer(invoke_without_command=True)
 
 def main() -> None:
     """Runs the command line of this process and leaves with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale without some letter is no reason to stop
     app()
 
 
@@ -231,7 +236,8 @@ def encode(
 ) -> None:
     """Encode a dataset's items with frozen encoders into a hidden-state store.
 
-    Items that the store holds already are not encoded again; the same command goes on after an interruption.
+    The same command goes on after an interruption. Items that the store holds already are not encoded again, even if
+    their texts or images have changed since: encode into a new folder then.
     """
     from xsmoe.app.encode import EncodeSettings
     from xsmoe.app.encode import encode as run_encode

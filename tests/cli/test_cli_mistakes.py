@@ -1,6 +1,9 @@
 """A user's mistake: one line that says what is wrong, exit code 2, no traceback."""
 
 import fcntl
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,3 +160,44 @@ def test_training_refuses_a_dataset_that_changed(trained: Place, copy_of: Callab
     outcome = run(*train_arguments(place))
     assert outcome.code == 2
     assert "has changed since the run began" in outcome.err
+
+
+def test_a_shortened_list_of_users_is_refused(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+    place = copy_of(trained)
+    users = place.run / "users.txt"
+    users.write_text("\n".join(users.read_text().splitlines()[:5]) + "\n")
+    for command in (["update", place.run, "--interactions", place.more], ["recommend", place.run, "u7"]):
+        outcome = run(*command)
+        assert outcome.code == 2
+        assert "has 5 users, but the run's windows know at least 30; restore it" in outcome.err
+
+
+def test_damaged_metrics_are_named(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+    place = copy_of(trained)
+    metrics = place.run / "metrics.jsonl"
+    metrics.write_text("{" + metrics.read_text())
+    outcome = run("report", place.run)
+    assert outcome.code == 2
+    assert "metrics.jsonl is damaged" in outcome.err
+
+
+@pytest.mark.parametrize("width", [0, -2, 7])
+def test_an_embedding_that_heads_cannot_share_is_refused(prepared: Place, tmp_path: Path, width: int) -> None:
+    stream = ["--dataset", prepared.dataset, "--store", prepared.store]
+    outcome = run("train", tmp_path / "run", *stream, f"--out-dim={width}")
+    assert outcome.code == 2
+    assert f"out_dim must be even and at least 2, since two attention heads share it, not {width}" in outcome.err
+
+
+@pytest.mark.parametrize("mistake", ["--items=10", "--epochs=0", "--windows=1"])
+def test_a_mistaken_demo_claims_no_folder(tmp_path: Path, mistake: str) -> None:
+    outcome = run("demo", "--folder", tmp_path / "demo", mistake)
+    assert outcome.code == 2
+    assert not (tmp_path / "demo" / "demo.json").exists()
+
+
+def test_letters_that_the_output_cannot_show_stop_nothing(trained: Place) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "xsmoe", "evaluate", str(trained.run)]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"All tests: 2 windows" in done.stdout

@@ -133,9 +133,66 @@ def test_update_that_was_interrupted_goes_on_to_the_same_end(
         patch.setattr(StreamingTrainer, "_epoch", interrupted)
         outcome = run(*command)
     assert outcome.code == 130
-    assert outcome.err == "xsmoe: interrupted; the same command goes on where it stopped\n"
-    assert "cut short" in run("update", place.run, "--interactions", place.root / "raw" / "log.csv").err
+    assert outcome.err == "xsmoe: interrupted; what was done is kept, the same command goes on from there\n"
+    users = (place.run / "users.txt").read_bytes()
+    other = place.root / "other.csv"
+    other.write_text("user,item,timestamp\nstranger,i1,1800000000\nstranger,i2,1800000001\n")
+    assert "cut short" in run("update", place.run, "--interactions", other).err
+    assert (place.run / "users.txt").read_bytes() == users, "a refused update leaves no users behind"
     assert "run that update again" in succeed("train", place.run)
     succeed(*command)
     succeed("update", undisturbed.run, "--interactions", place.more, "--items", undisturbed.more_items)
     assert without_time(read_metrics(place.run)) == without_time(read_metrics(undisturbed.run))
+
+
+def test_a_run_under_the_published_protocol_is_updated_and_evaluated(prepared: Place, copy_of: Copy) -> None:
+    place = copy_of(prepared)
+    succeed(*train_arguments(place), "--protocol", "paper", "--epochs", 1, "--warmup-epochs", 0)
+    assert "tested on" in succeed("evaluate", place.run, "--interactions", place.more)
+    succeed("update", place.run, "--interactions", place.more)
+    assert [line["window"] for line in read_metrics(place.run) if line["kind"] == "window"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (None, "900 of 900 interactions are in the run's windows already; give only new ones"),
+        (["u1,i1,1800000000"], "nobody to train on, since no user has 5 interactions"),
+    ],
+)
+def test_update_refuses_what_was_trained_on_or_cannot_be(
+    trained: Place, copy_of: Copy, rows: list[str] | None, message: str
+) -> None:
+    place = copy_of(trained)
+    log = place.root / "raw" / "log.csv"
+    if rows is not None:
+        log.write_text("\n".join(["user,item,timestamp", *rows]) + "\n")
+    before = (place.run / "metrics.jsonl").read_bytes(), (place.run / "users.txt").read_bytes()
+    outcome = run("update", place.run, "--interactions", log)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert ((place.run / "metrics.jsonl").read_bytes(), (place.run / "users.txt").read_bytes()) == before
+
+
+def test_a_dataset_and_a_store_may_move(trained: Place, copy_of: Copy) -> None:
+    place = copy_of(trained)
+    moved = [place.root / "moved" / name for name in ("dataset", "store")]
+    moved[0].parent.mkdir()
+    place.dataset.rename(moved[0])
+    place.store.rename(moved[1])
+    assert run("train", place.run).code == 2
+    succeed("train", place.run, "--dataset", moved[0], "--store", moved[1])
+    assert "Recommended" in succeed("recommend", place.run, "u7")
+
+
+def test_a_modality_that_came_too_late_is_said(prepared: Place, copy_of: Copy) -> None:
+    place = copy_of(prepared)
+    items = pyarrow.parquet.read_table(place.root / "raw" / "items.parquet").to_pydict()
+    (place.root / "raw" / "late.png").write_bytes((place.root / "raw" / items["image"][0]).read_bytes())
+    items["image"][1] = "late.png"
+    pyarrow.parquet.write_table(pyarrow.table(items), place.root / "raw" / "late.parquet")
+    files = ["--interactions", place.root / "raw" / "log.csv", "--items", place.root / "raw" / "late.parquet"]
+    succeed("prepare", "table", place.root / "late", *files)
+    encoders = ["--text", place.root / "encoders" / "text", "--image", place.root / "encoders" / "image"]
+    out = succeed("encode", place.root / "late", place.store, *encoders)
+    assert "the store holds 1 items without image, although the dataset names one" in out

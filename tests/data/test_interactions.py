@@ -94,12 +94,12 @@ def test_other_types_of_timestamps_are_refused(tmp_path: Path, values: object) -
 
 def test_missing_column_lists_what_is_there_and_the_argument(tmp_path: Path) -> None:
     path = write_csv(tmp_path, "userId,item,timestamp", "a,x,1")
-    with pytest.raises(DataError, match=r"no column 'user'.*userId, item, timestamp.*argument user"):
+    with pytest.raises(DataError, match=r"no column 'user'.*userId, item, timestamp.*--user-column"):
         read_interactions(path)
-    with pytest.raises(DataError, match=r"no column 'when'.*userId, item, timestamp.*argument timestamp"):
+    with pytest.raises(DataError, match=r"no column 'when'.*userId, item, timestamp.*--timestamp-column"):
         read_interactions(path, user="userId", timestamp="when")
     parquet = write_parquet(tmp_path, user=["a"], product=["x"], timestamp=[1])
-    with pytest.raises(DataError, match=r"no column 'item'.*user, product, timestamp.*argument item"):
+    with pytest.raises(DataError, match=r"no column 'item'.*user, product, timestamp.*--item-column"):
         read_interactions(parquet)
 
 

@@ -200,6 +200,18 @@ def test_a_window_without_users_is_passed_over() -> None:
     }
 
 
+def test_a_window_that_trains_nobody_changes_no_expert() -> None:
+    first, second, third = tiny.windows()
+    alone = Window(0, second.users[:3], second.items[:3], second.timestamps[:3])
+    trainer = StreamingTrainer(tiny.model(), tiny.stream(), tiny.config())
+    trainer.step(first)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert trainer.step(alone)["epochs"] == 0
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert trainer.step(third)["experts"]["text"] == [2, 2]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path: Path) -> None:
     lines, _ = undisturbed
     model = tiny.model()

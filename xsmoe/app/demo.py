@@ -20,6 +20,7 @@ from xsmoe.app.training_display import TrainingDisplay
 from xsmoe.data import Dataset, write_catalogue
 from xsmoe.data.dataset import INTERACTIONS
 from xsmoe.encoders import build_small_image_encoder, build_small_text_encoder
+from xsmoe.stream import StreamConfig
 from xsmoe.stream.checkpoints import write_atomically
 from xsmoe.stream.folder import read_metrics
 
@@ -65,12 +66,18 @@ def demo(folder: Path, settings: DemoSettings, display: Display, *, fresh: bool 
         ValueError: the folder holds something else, or a demonstration of other settings.
     """
     start = time.monotonic()
+    StreamConfig(epochs=settings.epochs, seed=settings.seed)  # raises before anything is made
     _claim(folder, settings, fresh=fresh)
     if _finished(folder):
         _show_again(folder, display)
         return
     display.heading("1. The drifting catalogue: synthetic items with images and captions, and a log of who took what")
-    _catalogue(folder / "catalogue", settings, display)
+    try:
+        _catalogue(folder / "catalogue", settings, display)
+    except ValueError:
+        # Settings that no catalogue can be drawn with must not claim the folder.
+        (folder / MARK).unlink()
+        raise
     display.heading("2. Frozen encoders (small, with random weights) and the hidden states of all items")
     _encode(folder, settings, display)
     display.heading(f"3. Training over {settings.windows} windows, each one tested on the next")

@@ -170,6 +170,11 @@ def _run(
             items, root, store_folder, encoders, batch_size=batch_size, dtype=DTYPES[dtype], progress=advance
         )
     display.say(f"{store_folder}: {report}")
+    for name, count in report.outdated.items():
+        display.warn(
+            f"the store holds {count} items without {name}, although the dataset names one for them: it could not be "
+            "read when they were encoded, or is new; encode into a new folder to have it"
+        )
     for value in report.unreadable[:SHOWN]:
         display.warn(f"item {value.item}: {value.reason}")
     if len(report.unreadable) > SHOWN:

@@ -32,7 +32,13 @@ def evaluate(folder: Path, interactions: Path | None, device: str | None, displa
     run = TrainedRun.load(folder, device)
     config = run.config
     stream = Stream.next_window(
-        log, run.store, len(run.windows), run.users, modalities=config.modalities, missing=config.missing
+        log,
+        run.store,
+        len(run.windows),
+        run.users,
+        modalities=config.modalities,
+        missing=config.missing,
+        protocol=config.stream.protocol,
     )
     say_dropped(stream, display)
     splits = run.split(stream.windows[0])

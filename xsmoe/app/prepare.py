@@ -86,7 +86,7 @@ def read_items(
     Raises:
         DataError: the file cannot be read, lacks a column, or has neither texts nor images.
     """
-    wanted = {item_column: "Name the right one with --item-column."}
+    wanted = {item_column: "Rename it, or name the right one with --item-column of `xsmoe prepare table`."}
     ids = id_strings(path, item_column, read_columns(path, wanted)[item_column])
     names = _column_names(path)
     chosen = {
@@ -95,8 +95,8 @@ def read_items(
     }
     if not any(chosen.values()):
         raise DataError(
-            f"{path}: has neither texts nor images; its columns are {', '.join(names)}. Name one with --text-column or "
-            "--image-column"
+            f"{path}: has neither texts nor images; its columns are {', '.join(names)}. Name one text or image, or "
+            "use --text-column or --image-column of `xsmoe prepare table`"
         )
     found = {kind: np.full(len(ids), None, dtype=object) for kind in chosen}
     for kind, name in chosen.items():
@@ -112,7 +112,7 @@ def read_items(
 def _column_names(path: Path) -> list[str]:
     if path.suffix.lower() == ".parquet":
         return list(pyarrow.parquet.read_schema(path).names)
-    with pyarrow.csv.open_csv(path) as reader:
+    with pyarrow.csv.open_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)) as reader:
         return list(reader.schema.names)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from xsmoe.data import Window
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream import StreamConfig
@@ -58,6 +59,8 @@ class RunConfig:
         stream = StreamConfig.from_dict(
             {name: given[name] for name in StreamConfig.__dataclass_fields__ if name in given}
         )
+        if (width := given.get("out_dim", 2)) < 2 or width % 2:
+            raise ValueError(f"out_dim must be even and at least 2, since two attention heads share it, not {width}")
         modalities = tuple(given.get("modalities", store.modalities))
         if unknown := [name for name in modalities if name not in store.modalities]:
             raise ValueError(f"modality {unknown[0]!r} is not in the store, which has {', '.join(store.modalities)}")
@@ -172,12 +175,24 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def read_users(folder: Path) -> np.ndarray:
-    """The users of a run, (N,) object array of str, in the order of their numbers."""
+def read_users(folder: Path, windows: Iterable[Window]) -> np.ndarray:
+    """The users of a run, (N,) object array of str, in the order of their numbers.
+
+    Args:
+        folder: of the run.
+        windows: those it has taken, all of whose users must be there.
+
+    Raises:
+        ValueError: the file is missing or has been shortened.
+    """
     path = folder / USERS
     if not path.is_file():
         raise ValueError(f"{path} is missing; restore it, since it says which user is which")
-    return np.array(path.read_bytes().decode().split("\n")[:-1], dtype=object)
+    users = np.array(path.read_bytes().decode().split("\n")[:-1], dtype=object)
+    most = max((int(window.users.max()) for window in windows if len(window)), default=-1)
+    if most >= len(users):
+        raise ValueError(f"{path} has {len(users)} users, but the run's windows know at least {most + 1}; restore it")
+    return users
 
 
 def write_users(folder: Path, users: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """Training a run over a dataset's stream, from its beginning or from where it was left."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,22 @@ def say_dropped(stream: Stream, display: Display) -> None:
         display.warn(f"{dropped.not_encoded} interactions are left out: their items are not in the store")
     if dropped.lacking_modality:
         display.warn(
-            f"{dropped.lacking_modality} interactions are left out: their items lack a modality (--missing zero keeps "
-            "them)"
+            f"{dropped.lacking_modality} interactions are left out: their items lack a modality (a run that is started "
+            "with --missing zero keeps them)"
         )
 
 
 def _settle(folder: Path, given: Mapping[str, Any]) -> RunConfig:
     if (folder / CONFIG).exists():
         config = RunConfig.read(folder)
+        # What the run was made of may have been moved since; the trainer checks that the contents are the same.
+        before = config
+        if "dataset" in given and not config.dataset.exists():
+            config = replace(config, dataset=Path(given["dataset"]).resolve())
+        if "store" in given and not config.store.exists():
+            config = replace(config, store=Path(given["store"]).resolve())
+        if config != before:
+            config.write(folder)
         config.require(given, folder)
         return config
     if folder.exists() and not folder.is_dir():
@@ -137,7 +146,7 @@ def _settle(folder: Path, given: Mapping[str, Any]) -> RunConfig:
 
 def _require_same_users(folder: Path, stream: Stream) -> None:
     """An update adds users behind those of the dataset, which must still be the same."""
-    known = read_users(folder)[: len(stream.user_ids)]
+    known = read_users(folder, ())[: len(stream.user_ids)]
     if known.tolist() != stream.user_ids.tolist():
         raise ValueError(
             f"the dataset's users are not those in {folder / USERS}: the dataset or the store has changed since "

@@ -55,14 +55,15 @@ class TrainedRun:
             raise ValueError(
                 f"{folder} has no trained model yet: its first window is not done; go on with `xsmoe train`"
             )
+        windows = [read_window(folder, number) for number in range(count)]
         return cls(
             folder=folder,
             config=config,
             stream=stream,
             model=Recommender.from_pretrained(folder / MODEL).to(stream.device),
             store=HiddenStateStore.open(config.store),
-            users=read_users(folder),
-            windows=[read_window(folder, number) for number in range(count)],
+            users=read_users(folder, windows),
+            windows=windows,
         )
 
     def memory(self) -> StreamMemory:

@@ -1,6 +1,6 @@
 """A run goes on with what has arrived: new interactions, and with them new users and new items."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,10 @@ from xsmoe.app.encode import encode_more
 from xsmoe.app.prepare import read_items
 from xsmoe.app.runs import RunConfig, check_device, read_users, write_users
 from xsmoe.app.train import run_trainer, say_dropped
-from xsmoe.data import Dataset, Items, read_interactions, write_dataset
+from xsmoe.data import Dataset, Items, Window, read_interactions, split_window, write_dataset
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.stream import Stream, StreamingTrainer
-from xsmoe.stream.folder import read_metrics, window_digest
+from xsmoe.stream.folder import read_metrics, read_window, window_digest
 
 
 def update(
@@ -52,11 +52,18 @@ def update(
     if items is not None:
         _add_items(config, store, items, images_root, encoders, display)
         store = HiddenStateStore.open(config.store)
+    taken = [read_window(folder, window) for window in range(number)]
+    known = read_users(folder, taken)
     stream = Stream.next_window(
-        log, store, number, read_users(folder), modalities=config.modalities, missing=config.missing
+        log,
+        store,
+        number,
+        known,
+        modalities=config.modalities,
+        missing=config.missing,
+        protocol=config.stream.protocol,
     )
     say_dropped(stream, display)
-    write_users(folder, stream.user_ids)
     window = stream.windows[0]
 
     def take(trainer: StreamingTrainer) -> None:
@@ -67,9 +74,41 @@ def update(
                 f"{done.index(window_digest(window))}."
             )
             return
+        if len(done) != number or read_users(folder, taken).tolist() != known.tolist():
+            raise ValueError(f"{folder} has changed since the command began; give it again")
+        trainer.check(window)
+        _require_new(interactions, config, window, taken, display)
+        # Under the trainer's lock, and only for a window that it takes.
+        write_users(folder, stream.user_ids)
         trainer.step(window)
 
     run_trainer(folder, config, stream, display, take, of=number + 1, show_past=False)
+
+
+def _require_new(path: Path, config: RunConfig, window: Window, taken: Sequence[Window], display: Display) -> None:
+    """Refuses interactions that the run has been trained on, and those of which none can be trained on."""
+    repeated = int(np.isin(_rows(window), np.concatenate([_rows(before) for before in taken])).sum())
+    if repeated:
+        raise ValueError(
+            f"{path}: {repeated} of {len(window)} interactions are in the run's windows already; give only new ones"
+        )
+    stream = config.stream
+    if not len(split_window(window, k_core=stream.k_core, train_fraction=stream.train_fraction).train):
+        raise ValueError(
+            f"{path}: nobody to train on, since no user has {stream.k_core} interactions (the run's k_core) with 2 of "
+            "them in its first part; wait until more have come"
+        )
+    latest = max(int(before.timestamps.max()) for before in taken)
+    if older := int((window.timestamps < latest).sum()):
+        display.warn(
+            f"{older} of {len(window)} interactions are older than the latest that the run has been trained on"
+        )
+
+
+def _rows(window: Window) -> np.ndarray:
+    """A window's interactions, each as one value that can be compared."""
+    columns = np.stack([window.users, window.items, window.timestamps], axis=1)
+    return np.ascontiguousarray(columns).view([("user", "<i8"), ("item", "<i8"), ("timestamp", "<i8")])[:, 0]
 
 
 def _add_items(

@@ -71,7 +71,10 @@ def read_interactions(
     """
     path = Path(path)
     arguments = {user: "user", item: "item", timestamp: "timestamp"}
-    advice = {name: f"Name the right one with the argument {argument}." for name, argument in arguments.items()}
+    advice = {
+        name: f"Rename it, or name the right one with {argument}= (--{argument}-column of `xsmoe prepare table`)."
+        for name, argument in arguments.items()
+    }
     columns = read_columns(path, advice)
     return parse_interactions(path, columns, user=user, item=item, timestamp=timestamp)
 

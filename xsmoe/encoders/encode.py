@@ -45,6 +45,7 @@ class EncodeReport:
         missing: per modality, how many of the encoded items lack it, an unreadable value included.
         dropped: ids of items of which no modality is left; they are not stored.
         unreadable: values that could not be read.
+        outdated: per modality, how many items the store holds without a value that they have now.
     """
 
     encoded: int = 0
@@ -52,6 +53,7 @@ class EncodeReport:
     missing: dict[str, int] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
+    outdated: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         missing = "".join(f", {count} without {name}" for name, count in self.missing.items() if count)
@@ -120,6 +122,10 @@ def encode_items(
     wanted = some & ~known
     report = EncodeReport(already_present=int(known.sum()), missing=dict.fromkeys(encoders, 0))
     report.dropped = [ids[place] for place in np.flatnonzero(~some & ~known)]
+    if store is not None and known.any():
+        rows = store.index_of([ids[place] for place in np.flatnonzero(known)])
+        outdated = {name: int((given[name][known] & ~store.present(name)[rows]).sum()) for name in encoders}
+        report.outdated = {name: count for name, count in outdated.items() if count}
     for name, encoder in encoders.items():
         if encoder.kind == "image" and (store is None or not store.present(name).any()):
             _check_some_exist([values[name][place] for place in np.flatnonzero(wanted)], Path(image_root))

@@ -95,7 +95,11 @@ def window_digest(window: Window) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without one that is half written; none where there is no such file yet."""
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} is damaged: {error}; restore it") from error
 
 
 def read_window(path: Path, number: int) -> Window:

@@ -10,19 +10,20 @@ from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.seeds import derive
 
 
-def grow(items: XSMoE, config: StreamConfig, window: int) -> dict[str, Any]:
+def grow(items: XSMoE, config: StreamConfig, window: int, *, trains: bool) -> dict[str, Any]:
     """Prunes and then expands every level, as far as the configuration has them on; a model that was not used stays.
 
     Args:
         items: changed in place; its counters say how much each expert was used.
         config: thresholds and switches.
         window: the window that is about to be trained on.
+        trains: whether it has anyone to train on.
 
     Returns:
         "pruned" and "expanded": by modality, what was done at each level, as plain values.
     """
-    if not any(bank.utilization.gate.any() for _, _, bank in items.banks()):
-        # Nothing was trained since the last growth: another copy of the same mean would only dilute the gates.
+    if not trains or not any(bank.utilization.gate.any() for _, _, bank in items.banks()):
+        # A random gate that is never trained, or another copy of the same mean, would only do harm.
         return {"pruned": {}, "expanded": {}}
     pruned = items.prune(config.prune_threshold) if config.prune else {}
     generator = torch.Generator().manual_seed(derive(config.seed, window, 0, "growth"))

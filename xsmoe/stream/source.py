@@ -117,7 +117,8 @@ def _encode(
     if not keep.any():
         raise DataError(
             f"no interaction is left: the items of {dropped.not_encoded} are not in the store, those of "
-            f"{dropped.lacking_modality} lack {' or '.join(used)}; encode the items first, or use missing='zero'"
+            f"{dropped.lacking_modality} lack {' or '.join(used)}; encode the items first (`xsmoe update` takes new "
+            "ones with --items), or start with missing='zero'"
         )
     users, names = _number_users(interactions.users[keep], user_ids)
     return users, rows[keep].astype(np.int64), interactions.timestamps[keep], names, dropped

@@ -144,11 +144,11 @@ class StreamingTrainer:
         """
         if self._unusable is not None:
             raise RuntimeError(f"this trainer takes no more windows: {self._unusable}; make a new one on its folder")
+        self.check(window)
         resuming = self.progress.epoch is not None
         number = len(self.progress.digests) - resuming
         window = Window(number, window.users, window.items, window.timestamps)
         digest = window_digest(window)
-        self._check(window, digest, resuming)
         # What follows changes weights and files together: after an exception only the last checkpoint is sound.
         self._unusable = f"the training of window {number} was cut short"
         splits = self._split(window)
@@ -165,7 +165,9 @@ class StreamingTrainer:
         self._unusable = None
         return line
 
-    def _check(self, window: Window, digest: str, resuming: bool) -> None:
+    def check(self, window: Window) -> None:
+        """Raises what `step` would raise of a window before it changes anything."""
+        resuming, digest = self.progress.epoch is not None, window_digest(window)
         for name, ids, bound in (
             ("users", window.users, MAX_USERS),
             ("items", window.items, self.stream.features.num_items),
@@ -176,7 +178,7 @@ class StreamingTrainer:
         if self.config.protocol != "paper" and (window.timestamps[1:] < window.timestamps[:-1]).any():
             raise ValueError("window.timestamps must ascend; sort the window's interactions by time first")
         if resuming and digest != self.progress.digests[-1]:
-            raise ValueError(f"the training of window {window.number} was cut short; go on with that window first")
+            raise ValueError(f"the training of window {self.windows_done} was cut short; go on with that window first")
         if not resuming and digest in self.progress.digests:
             raise ValueError(f"the run has taken these interactions as window {self.progress.digests.index(digest)}")
 
@@ -196,7 +198,7 @@ class StreamingTrainer:
                 "window": number - 1,
                 "tested_on": number,
                 **tested,
-                **grow(self.model.items, self.config, number),
+                **grow(self.model.items, self.config, number, trains=len(splits.train) > 0),
                 "time": watch.read(),
             }
         )
