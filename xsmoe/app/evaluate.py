@@ -41,7 +41,7 @@ def evaluate(folder: Path, interactions: Path | None, device: str | None, displa
         protocol=config.stream.protocol,
     )
     say_dropped(stream, display)
-    splits = run.split(stream.windows[0])
+    splits = run.stream.split(stream.windows[0])
     if not len(splits.test):
         raise ValueError(
             f"{interactions}: no user has {max(2, run.stream.k_core)} interactions or more that can be used (k_core is "

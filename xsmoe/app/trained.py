@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from xsmoe.app.runs import MODEL, RunConfig, check_device, read_users
-from xsmoe.data import Window, WindowSplits, split_window
+from xsmoe.data import Window
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.nn import Recommender
 from xsmoe.stream import StreamConfig
@@ -70,16 +70,5 @@ class TrainedRun:
         """What the windows have shown, as training sees it."""
         memory = StreamMemory()
         for window in self.windows:
-            splits = self.split(window)
-            memory.add_training(splits)
-            memory.add_rest(splits)
+            memory.add(self.stream.split(window))
         return memory
-
-    def split(self, window: Window) -> WindowSplits:
-        """A window's sequences, by the run's settings."""
-        return split_window(
-            window,
-            k_core=self.stream.k_core,
-            train_fraction=self.stream.train_fraction,
-            max_items=self.stream.max_inputs + 1,
-        )

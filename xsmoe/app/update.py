@@ -10,7 +10,7 @@ from xsmoe.app.encode import encode_more
 from xsmoe.app.prepare import read_items
 from xsmoe.app.runs import RunConfig, check_device, read_users, write_users
 from xsmoe.app.train import run_trainer, say_dropped
-from xsmoe.data import Dataset, Items, Window, read_interactions, split_window, write_dataset
+from xsmoe.data import Dataset, Items, Window, read_interactions, write_dataset
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.folder import read_metrics, read_window, window_digest
@@ -92,11 +92,10 @@ def _require_new(path: Path, config: RunConfig, window: Window, taken: Sequence[
         raise ValueError(
             f"{path}: {repeated} of {len(window)} interactions are in the run's windows already; give only new ones"
         )
-    stream = config.stream
-    if not len(split_window(window, k_core=stream.k_core, train_fraction=stream.train_fraction).train):
+    if not len(config.stream.split(window).train):
         raise ValueError(
-            f"{path}: nobody to train on, since no user has {stream.k_core} interactions (the run's k_core) with 2 of "
-            "them in its first part; wait until more have come"
+            f"{path}: nobody to train on, since no user has {config.stream.k_core} interactions (the run's k_core) "
+            "with 2 of them in its first part; wait until more have come"
         )
     latest = max(int(before.timestamps.max()) for before in taken)
     if older := int((window.timestamps < latest).sum()):

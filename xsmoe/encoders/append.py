@@ -26,8 +26,8 @@ from xsmoe.encoders.manifest import (
     ModalitySpec,
     Part,
     StoreError,
-    sync_folder,
 )
+from xsmoe.files import sync_folder
 
 if sys.platform != "win32":
     import fcntl

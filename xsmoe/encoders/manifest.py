@@ -1,7 +1,6 @@
 """The manifest of a hidden-state store: what its files hold, which encoder made them, and what is committed."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from xsmoe.files import replace_file
 
 MANIFEST = "manifest.json"
 INDEX = "items.jsonl"
@@ -65,11 +66,6 @@ class ModalitySpec:
             raise ValueError(f"levels must be two or more ascending layer numbers from 0 on, not {self.levels}")
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(f'torch.{name}' for name in DTYPES)}, not {self.dtype}")
-
-    @property
-    def row_values(self) -> int:
-        """Numbers per item: levels * D."""
-        return len(self.levels) * self.dim
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two sets of hidden states to be of one kind."""
@@ -191,14 +187,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replaces the manifest of `folder` in one step, after all that was written before it is on disk."""
-        path = folder / MANIFEST
-        draft = path.with_suffix(".json.tmp")
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(self._as_json(), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        sync_folder(folder)
+        replace_file(folder / MANIFEST, json.dumps(self._as_json(), indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -282,14 +271,3 @@ class Manifest:
             for name in files:
                 int(chunk.crc32[name])
         return cls(parts, chunks)
-
-
-def sync_folder(folder: Path) -> None:
-    """Puts the names in `folder` on disk, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,12 @@
 """Plots of a run, drawn without a display and without touching matplotlib's global state."""
 
-import os
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xsmoe.files import replace_file
 from xsmoe.report.results import BASELINES, WindowResult, expert_births
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -52,9 +53,9 @@ def write_plots(results: Sequence[WindowResult], folder: Path) -> list[tuple[Plo
             if figure is None:
                 path.unlink(missing_ok=True)
                 continue
-            temporary = path.with_name(f".{path.name}.tmp")
-            figure.savefig(temporary, dpi=DPI, format="png")
-            os.replace(temporary, path)
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=DPI, format="png")
+            replace_file(path, picture.getvalue())
             written.append((plot, path))
     return written
 

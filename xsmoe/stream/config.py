@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+from xsmoe.data import Window, WindowSplits, split_window
+
 Protocol = Literal["default", "paper"]
 Repeats = Literal["rank", "miss"]
 ValidationCandidates = Literal["known", "split"]
@@ -89,6 +91,12 @@ class StreamConfig:
                 f"need 0 < min_lr <= lr and 0 < lr_decay <= 1, but lr = {self.lr}, lr_decay = {self.lr_decay}, "
                 f"min_lr = {self.min_lr}"
             )
+
+    def split(self, window: Window) -> WindowSplits:
+        """A window's sequences for training, validation and test, by these settings."""
+        return split_window(
+            window, k_core=self.k_core, train_fraction=self.train_fraction, max_items=self.max_inputs + 1
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

@@ -18,6 +18,11 @@ class StreamMemory:
         self._all_time = np.empty(0, dtype=np.int64)
         self._last = np.empty(0, dtype=np.int64)
 
+    def add(self, splits: WindowSplits) -> None:
+        """Takes in a whole window that was trained on before."""
+        self.add_training(splits)
+        self.add_rest(splits)
+
     def add_training(self, splits: WindowSplits) -> None:
         """Takes in a window's training split, before the window is trained on."""
         self.history.add(*splits.train_pairs)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xsmoe.data import Sequences, Window, WindowSplits, item_share, split_window
+from xsmoe.data import Sequences, Window, WindowSplits, item_share
 from xsmoe.nn import Recommender
 from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.config import StreamConfig
@@ -145,13 +145,12 @@ class StreamingTrainer:
         if self._unusable is not None:
             raise RuntimeError(f"this trainer takes no more windows: {self._unusable}; make a new one on its folder")
         self.check(window)
-        resuming = self.progress.epoch is not None
-        number = len(self.progress.digests) - resuming
+        resuming, number = self.progress.epoch is not None, self.windows_done
         window = Window(number, window.users, window.items, window.timestamps)
         digest = window_digest(window)
         # What follows changes weights and files together: after an exception only the last checkpoint is sound.
         self._unusable = f"the training of window {number} was cut short"
-        splits = self._split(window)
+        splits = self.config.split(window)
         self._tell("begin", {"window": number, "of": len(self.stream.windows), "interactions": len(window)})
         if not resuming:
             if self._folder is not None:
@@ -181,12 +180,6 @@ class StreamingTrainer:
             raise ValueError(f"the training of window {self.windows_done} was cut short; go on with that window first")
         if not resuming and digest in self.progress.digests:
             raise ValueError(f"the run has taken these interactions as window {self.progress.digests.index(digest)}")
-
-    def _split(self, window: Window) -> WindowSplits:
-        config = self.config
-        return split_window(
-            window, k_core=config.k_core, train_fraction=config.train_fraction, max_items=config.max_inputs + 1
-        )
 
     def _test_and_grow(self, number: int, splits: WindowSplits) -> None:
         """Tests the model of the window before on this one, then prunes and expands."""
@@ -385,9 +378,7 @@ class StreamingTrainer:
         self._best, self._optimizer_state = state["best"], state["optimizer"]
         self.metrics = folder.rewind(state["metrics_size"])
         for number, digest in enumerate(self.progress.digests[: self.windows_done]):
-            splits = self._split(folder.load_window(number, digest))
-            self.memory.add_training(splits)
-            self.memory.add_rest(splits)
+            self.memory.add(self.config.split(folder.load_window(number, digest)))
         self._tell(
             "resumed", {"checkpoint": str(path), "windows_done": self.windows_done, "epoch": self.progress.epoch}
         )
