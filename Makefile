@@ -6,15 +6,29 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
 
-.PHONY: demo test test-all lint clean
+# The compiler that setup.py takes: make's own default would be another name for it, and compile all anew.
+COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
+# What runs under the sanitizers: the tests of native kernels, but for those of builds and of memory, which take minutes
+# there and see nothing more; on tiers that between them have all the code. Matrix tiles are emulated, so that what they
+# read is seen as well.
+SANITIZED := sanitize-emulate-amx
+SANITIZED_TIERS := baseline avx2 avx512_bf16 amx
+NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/test_native_*.py)) \
+	tests/kernels/test_route_topk.py tests/kernels/test_grouped_mm.py
+
+.PHONY: demo test test-all native sanitize bench bench-quick lint clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@
 
-demo: $(STAMP)
+# Compiles what has changed under csrc/, which is nothing right after the installation.
+native: $(STAMP)
+	$(BIN)/python setup.py -q build_ext --inplace
+
+demo: native
 	$(BIN)/xsmoe demo --folder $(DEMO)
 
 lint: $(STAMP)
@@ -22,11 +36,31 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(STAMP) lint
+test: native lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(STAMP) lint
+test-all: native lint
 	$(BIN)/python -m pytest
 
+# What bench/results/ holds of the kernels; about twenty minutes, and nothing else may run meanwhile.
+bench: native
+	$(BIN)/python -m bench kernels side_moe --json bench/results/side_moe-cpu-float32.json
+	$(BIN)/python -m bench kernels side_moe --dtype bfloat16 --sizes N=256,2816 E=1,10,32 \
+		--json bench/results/side_moe-cpu-bfloat16.json
+	$(BIN)/python -m bench kernels route_topk grouped_mm --json bench/results/routing-cpu-float32.json
+
+bench-quick: native
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# The runtimes have to be there before Python is, and C++'s with them, for its exceptions pass through theirs. Leaks are
+# not looked for, because Python keeps what it has until it ends; pytest must not capture what a report is written to.
+sanitize: $(STAMP)
+	XSMOE_SANITIZE=1 XSMOE_EMULATE_AMX=1 XSMOE_BUILD_TIERS="$(SANITIZED_TIERS)" \
+	$(BIN)/python setup.py -q build_ext --inplace
+	runtimes="$$(for name in asan ubsan stdc++; do $(COMPILER) -print-file-name=lib$$name.so; done | paste -sd:)"; \
+	LD_PRELOAD="$$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	XSMOE_NATIVE_LIBRARY=$(CURDIR)/build/$(SANITIZED)/libxsmoe_cpu.so \
+	$(BIN)/python -m pytest -q --capture=sys -m "not slow" $(NATIVE_TESTS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build xsmoe_kernels/*.so xsmoe_kernels/_build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

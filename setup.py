@@ -1,5 +1,323 @@
-"""Build of the package. The project's metadata lies in pyproject.toml."""
+"""Build of the native CPU extension. The project's metadata lies in pyproject.toml.
 
-from setuptools import setup
+    python setup.py build_ext --inplace
 
-setup()
+compiles csrc/ with ninja into two files of xsmoe_kernels: libxsmoe_cpu.so, the operators, and _build_facts, a module
+that tells how they were built. Where something is missing that compiling takes (a C++ compiler, ninja, torch) the
+package still installs, and the reason is kept in xsmoe_kernels/_build_failure.txt for `xsmoe_kernels.info()`. Errors in
+the sources fail the build.
+
+Variables: CXX, CXXFLAGS and LDFLAGS as ever; MAX_JOBS bounds the compilers that run at once; XSMOE_NO_NATIVE=1 leaves
+native code out. For tests, which build aside into build/<name> and leave the package as it is:
+
+    XSMOE_SANITIZE=1        build/sanitize, with AddressSanitizer and UndefinedBehaviorSanitizer
+    XSMOE_EMULATE_AMX=1     build/emulate-amx, whose amx tier runs wherever avx512_bf16 does, on tiles that
+                            csrc/cpu/amx.h emulates; with both variables, build/sanitize-emulate-amx
+    XSMOE_BUILD_TIERS       the tiers to compile, such as "baseline amx", instead of all; the others count as left out
+"""
+
+import importlib.util
+import json
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "xsmoe_kernels"
+LIBRARY = "libxsmoe_cpu.so"
+FACTS = "_build_facts"
+FAILURE = "_build_failure.txt"
+ASIDE = {"sanitize": "XSMOE_SANITIZE", "emulate-amx": "XSMOE_EMULATE_AMX"}
+"""The kinds of build that stay out of the package, and the variables that ask for them."""
+
+MINIMUM_TORCH = (2, 11)
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+KERNELS = [
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-ffp-contract=fast",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+]
+OPTIMIZED = ["-O3"]
+# Line numbers alone: all of -g makes compilers half as fast.
+SANITIZERS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+EMULATED = "-DXSMOE_EMULATE_AMX"
+
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+TIERS = {
+    "baseline": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+
+RULES = """\
+rule compile
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+rule link
+  command = $cxx $flags -shared $in -o $out $libraries
+  description = link $out
+"""
+
+
+class Missing(Exception):
+    """What the build lacks, and what to do about it."""
+
+
+class Toolchain(NamedTuple):
+    """All that compiling takes."""
+
+    cxx: list[str]
+    compiler: str
+    ninja: str
+    torch: Path
+    torch_version: str
+
+
+def toolchain() -> Toolchain:
+    """What is there to compile with; raises Missing."""
+    if _is_set("XSMOE_NO_NATIVE"):
+        raise Missing("XSMOE_NO_NATIVE was set when this package was built; unset it")
+    if not sys.platform.startswith("linux"):
+        raise Missing(f"native kernels are built on Linux only so far, not on {sys.platform}")
+    cxx, compiler = _compiler()
+    ninja = shutil.which("ninja") or _packaged_ninja()
+    if ninja is None:
+        raise Missing("ninja was not found when this package was built; `pip install ninja`")
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        raise Missing("torch was not installed when this package was built; install torch and use --no-build-isolation")
+    folder = Path(torch.origin).parent
+    # The file alone: importing torch takes seconds, and a build that has nothing to do should take none.
+    version = str(runpy.run_path(str(folder / "version.py"))["__version__"])
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+        raise Missing(f"torch {version} was installed when this package was built; it takes 2.11 or newer")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise Missing("Python's C headers were not found when this package was built; install python3-dev or its like")
+    return Toolchain(cxx, compiler, ninja, folder, version)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def _tiers(cxx: list[str]) -> dict[str, list[str]]:
+    """The tiers to compile, and their flags."""
+    named = os.environ.get("XSMOE_BUILD_TIERS", "").split() or [*TIERS]
+    if unknown := sorted(set(named) - set(TIERS)):
+        raise CompileError(f"XSMOE_BUILD_TIERS names no tiers: {', '.join(unknown)}; there are {', '.join(TIERS)}")
+    return {name: flags for name, flags in TIERS.items() if name in named and _accepts(cxx, flags)}
+
+
+def _compiler() -> tuple[list[str], str]:
+    named = os.environ.get("CXX")
+    candidates = [shlex.split(named)] if named else [[name] for name in ("c++", "g++", "clang++")]
+    for command in candidates:
+        try:
+            ran = subprocess.run([*command, "--version"], capture_output=True, text=True)
+        except OSError:
+            continue
+        if ran.returncode == 0:
+            return command, ran.stdout.splitlines()[0]
+    if named:
+        raise Missing(f"the C++ compiler that CXX named when this package was built does not run: {named}; correct CXX")
+    raise Missing("no C++ compiler was found when this package was built; install one, g++ for example")
+
+
+def _packaged_ninja() -> str | None:
+    if importlib.util.find_spec("ninja") is None:
+        return None
+    import ninja
+
+    return shutil.which("ninja", path=ninja.BIN_DIR)
+
+
+class BuildNative(build_ext):
+    """Writes a build.ninja, runs it, and puts what it made where it belongs."""
+
+    def run(self) -> None:
+        aside = [kind for kind, variable in ASIDE.items() if _is_set(variable)]
+        if aside:
+            target = ROOT / "build" / "-".join(aside)
+        elif self.inplace or self.editable_mode:
+            target = ROOT / PACKAGE
+        else:
+            target = Path(self.build_lib, PACKAGE)
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            tools = toolchain()
+        except Missing as missing:
+            if aside:
+                raise CompileError(str(missing)) from missing
+            again = "`python setup.py build_ext --inplace`" if target == ROOT / PACKAGE else "the installation"
+            reason = f"{missing}, then run {again} again"
+            print(f"xsmoe: the native kernels are left out: {reason}")
+            for stale in (target / LIBRARY, *target.glob(f"{FACTS}.*.so")):
+                stale.unlink(missing_ok=True)
+            (target / FAILURE).write_text(reason + "\n", encoding="utf-8")
+            return
+        self._build(tools, target, aside)
+        (target / FAILURE).unlink(missing_ok=True)
+
+    def _build(self, tools: Toolchain, target: Path, aside: list[str]) -> None:
+        kind = "-".join(aside) or "native"
+        # Of its own for each Python and torch, so that going from one to the other and back compiles nothing anew.
+        folder = Path("build", f"{kind}-{sys.implementation.cache_tag}-torch-{tools.torch_version}")
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        facts = FACTS + sysconfig.get_config_var("EXT_SUFFIX")
+        plan = Plan(tools, folder, facts, aside)
+        with _alone_in(ROOT / folder):
+            _write(ROOT / folder / "facts.h", plan.facts_header())
+            _write(ROOT / folder / "build.ninja", plan.ninja())
+            command = [tools.ninja, "-f", str(folder / "build.ninja")]
+            if jobs := os.environ.get("MAX_JOBS"):
+                command += ["-j", jobs]
+            if subprocess.run(command, cwd=ROOT).returncode != 0:
+                raise CompileError("the native kernels do not compile; what the compiler said stands above")
+        for stale in set(target.glob(f"{FACTS}.*.so")) - {target / facts}:
+            stale.unlink()  # of a library that is replaced now
+        for product in (LIBRARY, facts):
+            _replace(ROOT / folder / product, target / product)
+
+    def get_source_files(self) -> list[str]:
+        return [*_sources("csrc/**/*.cpp"), *_sources("csrc/**/*.h")]
+
+    def get_outputs(self) -> list[str]:
+        if self.inplace or self.editable_mode:
+            return []
+        names = (LIBRARY, FACTS + sysconfig.get_config_var("EXT_SUFFIX"), FAILURE)
+        paths = [Path(self.build_lib, PACKAGE, name) for name in names]
+        return [str(path) for path in paths if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Plan:
+    """Which file is compiled with what; sources are named from the root, where ninja runs."""
+
+    def __init__(self, tools: Toolchain, folder: Path, facts: str, aside: list[str]) -> None:
+        self.tools, self.folder, self.facts = tools, folder, facts
+        self.sanitize = "sanitize" in aside
+        self.extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        self.linked = shlex.split(os.environ.get("LDFLAGS", ""))
+        self.tiers = _tiers(tools.cxx)
+        # Of its own intrinsics, for the values that these leave open, GCC warns by the hundred.
+        self.quiet = [flag for flag in ("-Wno-maybe-uninitialized",) if _accepts(tools.cxx, [flag])]
+        self.common = [*COMMON, *([EMULATED] if "emulate-amx" in aside else [])]
+        self.flags = [*self.common, *KERNELS, *(SANITIZERS if self.sanitize else OPTIMIZED)]
+
+    def facts_header(self) -> str:
+        facts = {
+            "compiler": self.tools.compiler,
+            "flags": shlex.join([*self.flags, *self.extra]),
+            "torch": self.tools.torch_version,
+            "tiers": {name: shlex.join(flags) for name, flags in self.tiers.items()},
+            "left_out": [name for name in TIERS if name not in self.tiers],
+        }
+        # JSON's escapes of plain text are those of C++.
+        return f"namespace facts {{\nconstexpr char json[] = {json.dumps(json.dumps(facts))};\n}}\n"
+
+    def ninja(self) -> str:
+        headers = ["-Icsrc", "-isystem", str(self.tools.torch / "include")]
+        tiers = "XSMOE_TIERS(X)=" + " ".join(f"X({name})" for name in self.tiers)
+        flags = [*self.flags, "-D" + tiers, *headers]
+        self.lines = [f"builddir = {_escape(str(self.folder))}", f"cxx = {_escape(shlex.join(self.tools.cxx))}", RULES]
+        objects = [
+            self._compile(source, [*flags, *self.extra])
+            for source in ("csrc/cpu/features.cpp", "csrc/cpu/library.cpp", *_sources("csrc/*/cpu.cpp"))
+        ]
+        objects += [
+            self._compile(source, [*flags, *self.quiet, *tier_flags, f"-DXSMOE_TIER={tier}", *self.extra], "." + tier)
+            for source in _sources("csrc/*/cpu_kernels.cpp")
+            for tier, tier_flags in self.tiers.items()
+        ]
+        linked = [flag for flag in self.flags if flag.startswith("-fsanitize")]
+        if not self.sanitize:
+            linked.append("-Wl,-z,defs")  # a function that nobody defines fails here, not when the library is loaded
+        torch = ["-L" + str(self.tools.torch / "lib"), "-ltorch_cpu"]
+        self._link(LIBRARY, objects, [*linked, *self.extra], [*torch, *self.linked])
+        # Nothing here is worth a wait: no optimization, no sanitizer. pybind11 comes with torch's headers.
+        plain = [*self.common, "-D" + tiers, *headers, "-I" + str(self.folder), "-I" + sysconfig.get_path("include")]
+        modules = [self._compile(f"csrc/{name}.cpp", plain, ".facts") for name in ("build_facts", "cpu/features")]
+        self._link(self.facts, modules, [], [])
+        return "\n".join(self.lines) + "\n"
+
+    def _compile(self, source: str, flags: list[str], suffix: str = "") -> str:
+        name = source.removeprefix("csrc/").removesuffix(".cpp").replace("/", ".")
+        target = str(self.folder / f"{name}{suffix}.o")
+        self.lines += [f"build {_path(target)}: compile {_path(source)}", f"  flags = {_escape(shlex.join(flags))}"]
+        return target
+
+    def _link(self, product: str, objects: list[str], flags: list[str], libraries: list[str]) -> None:
+        self.lines += [
+            f"build {_path(str(self.folder / product))}: link {' '.join(map(_path, objects))}",
+            f"  flags = {_escape(shlex.join(flags))}",
+            f"  libraries = {_escape(shlex.join(libraries))}",
+        ]
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other build works in the folder: two at once would spoil each other's files."""
+    import fcntl  # Linux has it, and elsewhere no build comes this far
+
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def _accepts(cxx: list[str], flags: list[str]) -> bool:
+    command = [*cxx, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
+    return not flags or subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _path(text: str) -> str:
+    return _escape(text).replace(" ", "$ ").replace(":", "$:")
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copies a file in one step: a process that has the old one loaded keeps it whole."""
+    if target.exists() and target.read_bytes() == source.read_bytes():
+        return
+    aside = target.with_name(target.name + ".new")
+    shutil.copyfile(source, aside)
+    aside.replace(target)
+
+
+setup(
+    ext_modules=[Extension(f"{PACKAGE}.{FACTS}", ["csrc/build_facts.cpp"])],
+    cmdclass={"build_ext": BuildNative},
+)

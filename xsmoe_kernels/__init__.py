@@ -3,6 +3,7 @@
 Each operator is a function of tensors, and is registered with `torch.library` as `xsmoe::<name>`.
 """
 
+from xsmoe_kernels import native
 from xsmoe_kernels.dispatch import BackendUnavailable, use_backend
 from xsmoe_kernels.environment import __version__, info
 from xsmoe_kernels.grouped_mm import grouped_mm
@@ -30,3 +31,5 @@ __all__ = [
     "topk_items",
     "use_backend",
 ]
+
+native.load()

@@ -8,7 +8,7 @@ raises `BackendUnavailable` where it cannot run.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,18 @@ Kernel = Callable[..., Any]
 calls: Counter[tuple[str, str]] = Counter()
 """How often each (operator, backend) ran, backward operators by their own name."""
 
+
+class _Limits(NamedTuple):
+    """The types of device and the dtypes that a kernel takes; None for all."""
+
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
+
+
 _kernels: dict[str, dict[str, Kernel]] = {}
+_limits: dict[tuple[str, str], _Limits] = {}
+_reasons: dict[str, str] = {}
+"""Why a backend has no kernel for any operator here."""
 
 
 class _Request:
@@ -39,11 +50,31 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot serve the call; the message says why."""
 
 
-def register(operator: str, backend: str, kernel: Kernel) -> None:
-    """Makes `kernel` the implementation of `operator` on `backend`."""
+def register(
+    operator: str,
+    backend: str,
+    kernel: Kernel,
+    *,
+    devices: tuple[str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> None:
+    """Makes `kernel` the implementation of `operator` on `backend`.
+
+    Args:
+        operator: its name, without the namespace.
+        backend: one of `BACKENDS`.
+        kernel: called with the operator's arguments without the last, the backend.
+        devices, dtypes: the types of device and the dtypes that the kernel takes, all if None.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     _kernels.setdefault(operator, {})[backend] = kernel
+    _limits[operator, backend] = _Limits(devices, dtypes)
+
+
+def declare_absent(backend: str, reason: str) -> None:
+    """Makes `reason` what is said where `backend` is asked for and has no kernel."""
+    _reasons[backend] = reason
 
 
 def operators() -> tuple[str, ...]:
@@ -87,6 +118,11 @@ def unavailable(operator: str, backend: str, device: torch.device | str, dtype: 
     """Why `backend` cannot serve `operator` on this device and dtype, or None if it can."""
     if backend not in _kernels.get(operator, {}):
         return _absent(backend, operator)
+    devices, dtypes = _limits[operator, backend]
+    if devices is not None and (device_type := torch.device(device).type) not in devices:
+        return f"the {backend} kernels run on {' and '.join(devices)} only, not on {device_type}"
+    if dtypes is not None and dtype not in dtypes:
+        return f"the {backend} kernels take {' and '.join(map(str, dtypes))}, not {dtype}"
     return None
 
 
@@ -118,4 +154,4 @@ def run(operator: str, requested: str, device: torch.device, dtype: torch.dtype,
 
 
 def _absent(backend: str, operator: str) -> str:
-    return f"this version of xsmoe_kernels has no {backend} kernel for {operator}"
+    return _reasons.get(backend) or f"this version of xsmoe_kernels has no {backend} kernel for {operator}"

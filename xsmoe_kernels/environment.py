@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xsmoe_kernels import dispatch
+from xsmoe_kernels import dispatch, native
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,8 @@ def info() -> dict[str, Any]:
             absent. Neither triton nor xformers is imported.
         "devices": "cpu" (architecture, vector instructions torch uses, threads) and "cuda" (for each GPU its name,
             compute capability and bytes of memory).
+        "native": what `native.describe` tells of the native CPU kernels: "tier", the instructions in use, "tiers", all
+            that run here, "compiler", "flags", "torch" and more of the build; or "unavailable", why there are none.
         "requested": what `use_backend` asks for, else "auto".
         "operators": for each operator, backward ones included, and each type of device: "backend", the one that serves
             float32 under "auto", and "unavailable", the reason why each other one that cannot serve does not.
@@ -34,6 +36,7 @@ def info() -> dict[str, Any]:
             "xformers": _installed("xformers"),
         },
         "devices": {"cpu": _cpu(), "cuda": [_gpu(index) for index in range(torch.cuda.device_count())]},
+        "native": native.describe(),
         "requested": dispatch.requested(),
         "operators": {
             operator: {device: _service(operator, device) for device in dispatch.PREFERENCE}

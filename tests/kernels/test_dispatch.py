@@ -28,6 +28,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second backend for side_moe, which takes the reference's functions under another name."""
     kernels = {operator: dict(backends) for operator, backends in dispatch._kernels.items()}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
+    monkeypatch.setattr(dispatch, "_limits", dict(dispatch._limits))
     dispatch.register("side_moe", "triton", reference.forward)
     dispatch.register("side_moe_backward", "triton", reference.backward)
 
@@ -91,7 +92,8 @@ def test_backward_follows_its_forward_through_a_compiler(calls: Counter[tuple[st
         y = function(*level)
     y.sum().backward()
     assert calls == {("side_moe", "triton"): 1, ("side_moe_backward", "triton"): 1}
-    function(*level)
+    with use_backend("reference"):
+        function(*level)
     assert calls["side_moe", "reference"] == 1, "the compiled code is made anew for another request"
 
 
@@ -99,8 +101,34 @@ def test_backward_follows_its_forward_through_a_compiler(calls: Counter[tuple[st
 def test_auto_prefers_kernels_to_the_reference_on_cuda_only() -> None:
     assert dispatch.select("side_moe", "auto", torch.device("cuda"), torch.float32) == "triton"
     assert dispatch.select("side_moe", "auto", torch.device("cuda"), torch.float64) == "reference"
-    assert dispatch.select("side_moe", "auto", CPU, torch.float32) == "reference"
+    assert dispatch.select("side_moe", "auto", CPU, torch.float32) in ("native", "reference")
     assert dispatch.select("side_moe", "auto", torch.device("meta"), torch.float32) == "reference"
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_kernel_may_be_for_some_devices_and_dtypes_only(calls: Counter[tuple[str, str]]) -> None:
+    dispatch.register("side_moe", "native", reference.forward, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16))
+    cuda = torch.device("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert dispatch.select("side_moe", "auto", CPU, dtype) == "native"
+        assert dispatch.select("side_moe", "native", CPU, dtype) == "native"
+    assert dispatch.select("side_moe", "auto", CPU, torch.float16) == "reference"
+    with pytest.raises(BackendUnavailable, match=r"side_moe on cuda .* kernels run on cpu only, not on cuda"):
+        dispatch.select("side_moe", "native", cuda, torch.float32)
+    message = r"the native kernels take torch.float32 and torch.bfloat16, not torch.float64"
+    with pytest.raises(BackendUnavailable, match=message), use_backend("native"):
+        side_moe(*make_level(3, 4, 2, 2, dtype=torch.float64))
+    assert not calls
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_reasons", {})
+    dispatch.declare_absent("cuda", "its library is not built: build it")
+    with pytest.raises(BackendUnavailable, match="'cuda' cannot run: its library is not built"), use_backend("cuda"):
+        pass
+    assert dispatch.unavailable("side_moe", "cuda", CPU, torch.float32) == "its library is not built: build it"
+    assert dispatch.unavailable("side_moe", "triton", CPU, torch.float32) is None
 
 
 def test_the_group_asks_for_the_same_backend(calls: Counter[tuple[str, str]]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import xsmoe_kernels
-from xsmoe_kernels import dispatch, info, use_backend
+from xsmoe_kernels import dispatch, info, native, use_backend
 
 ROOT = Path(xsmoe_kernels.__file__).parents[1]
 
@@ -41,6 +41,33 @@ def test_tells_for_each_operator_what_serves_it_and_why_not_the_others() -> None
         assert cpu["backend"] not in cpu["unavailable"]
         assert all(cpu["unavailable"].values())
     assert operators["side_moe"]["cpu"]["unavailable"]["cuda"]
+
+
+@pytest.mark.skipif(native.library is None, reason=native.describe().get("unavailable", ""))
+def test_tells_how_the_native_kernels_were_built() -> None:
+    told = info()["native"]
+    assert "unavailable" not in told
+    if told["compiler"] is None:
+        pytest.skip("another Python built the library")
+    assert told["tier"] in told["tiers"]
+    assert told["tiers"][0] == "baseline"
+    assert set(told["tiers"]) <= set(told["compiled"])
+    assert not set(told["compiled"]) & set(told["left_out"])
+    assert "-std=c++" in told["flags"]
+    assert told["torch"][0].isdigit()
+
+
+def test_tells_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "xsmoe_kernels")
+    (tmp_path / "xsmoe_kernels").mkdir()
+    assert info()["native"]["unavailable"].startswith("the native kernels are not built: install xsmoe anew")
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "setup.py").touch()
+    reason = f"the native kernels are not built: run `python setup.py build_ext --inplace` in {tmp_path}"
+    assert info()["native"] == {"unavailable": reason}
+    (tmp_path / "xsmoe_kernels" / native.FAILURE).write_text("no C++ compiler was found\n")
+    assert info()["native"] == {"unavailable": "no C++ compiler was found"}
 
 
 def test_tells_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,23 @@ def info(display: Display, *, as_json: bool) -> None:
     if not found["devices"]["cuda"]:
         lines.append(["cuda", "none"])
     display.lines(_indented(lines))
+    _show_native(found["native"], display)
     for device in ("cpu", "cuda"):
         _show_operators(device, {name: on[device] for name, on in found["operators"].items()}, display)
+
+
+def _show_native(native: dict[str, Any], display: Display) -> None:
+    """What the native CPU kernels were built with and use, or why they are not there."""
+    if "unavailable" in native:
+        display.heading(f"Native CPU kernels: none, {native['unavailable']}")
+        return
+    display.heading("Native CPU kernels")
+    rows = [["instructions", native["tier"] + (f", of {', '.join(native['tiers'])}" if native["tiers"] else "")]]
+    rows += [[name, native[name]] for name in ("compiler", "torch") if native[name]]
+    if native["left_out"]:
+        rows.append(["left out", ", ".join(native["left_out"])])
+    rows.append(["library", native["library"]])
+    display.lines(_indented(rows))
 
 
 def _show_operators(device: str, operators: dict[str, Any], display: Display) -> None:

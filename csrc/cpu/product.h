@@ -1,0 +1,361 @@
+// Products of matrices that lie in cache: a tile of rows times weights that were packed for it.
+//
+// A product runs over blocks of rows and panels of columns. A block's sums stay in registers (or in the processor's
+// matrix tiles) over the whole inner dimension, then reach the caller's epilogue in a buffer in the first-level cache.
+//
+// Numbers are read in 32-bit words along the inner dimension: a float, or a pair of bfloat16. Where the processor has
+// no products of bfloat16, the tiles and the packed weights of a bfloat16 call hold floats.
+#pragma once
+
+#include "cpu/vec.h"
+
+#ifdef __AMX_BF16__
+#include "cpu/amx.h"
+#endif
+
+namespace xsmoe {
+
+// Two bfloat16 numbers that follow each other along the inner dimension, the first in the lower half.
+struct Pair {
+    uint32_t bits;
+};
+
+}  // namespace xsmoe
+
+namespace xsmoe::XSMOE_TIER {
+namespace {
+
+// Columns that a block of a product covers.
+constexpr int panel = 2 * lanes;
+
+// How products read numbers of type Value.
+template <class Value>
+struct Words;
+
+template <>
+struct Words<float> {
+    typedef float Word;
+    static constexpr int values = 1;  // in a word
+    static constexpr int inner = 1;   // inner dimensions are padded with zeros to a multiple of so many values
+    static constexpr int block_rows = lanes == 16 ? 14 : 6;
+};
+
+template <>
+struct Words<BFloat16> {
+    typedef Pair Word;
+    static constexpr int values = 2;
+    static constexpr int inner = 32;
+#ifdef __AMX_BF16__
+    static constexpr int block_rows = 32;
+#else
+    static constexpr int block_rows = 14;
+#endif
+};
+
+// What tiles and packed weights hold for tensors of type T.
+template <class T>
+struct Held {
+    typedef float Value;
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Held<BFloat16> {
+    typedef BFloat16 Value;
+};
+#endif
+
+// The left factor: rows of values, or, `transposed`, the transpose of such rows (of floats only).
+template <class Value>
+struct Left {
+    const Value* at;
+    int64_t stride;
+};
+
+// A stretch of the inner dimension: where it begins in the left factor's rows, and `words` rows of the right factor,
+// whose panels of columns are `panels` words apart.
+template <class Value>
+struct Segment {
+    int64_t left;
+    const typename Words<Value>::Word* right;
+    int64_t words;
+    int64_t panels;
+};
+
+// The right factor: what its segments hold, with rows `stride` words apart.
+template <class Value>
+struct Right {
+    const Segment<Value>* segments;
+    int64_t count;
+    int64_t stride;
+};
+
+// Begins to read a panel's columns of a row.
+template <class T>
+XSMOE_INLINE void prefetch_panel(const T* from) {
+    constexpr int bytes = panel * int{sizeof(T)};
+    const char* at = reinterpret_cast<const char*>(from);
+#pragma GCC unroll 2
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
+// Rows of the right factor that are fetched before they are needed: weights come from beyond the second-level cache.
+constexpr int64_t ahead = 16;
+
+// Sums of `Rows` rows and `Vecs` vectors of columns over one segment.
+template <int Rows, int Vecs, bool transposed>
+XSMOE_INLINE void accumulate(
+    const float* left, int64_t left_stride, const float* right, int64_t right_stride, int64_t words,
+    Vec (&sums)[Rows][Vecs]
+) {
+    // Row 3q + r is reached as base[q] + r * stride, so that few registers hold addresses.
+    const char* base[(Rows + 2) / 3];
+    const int64_t row_bytes = transposed ? int64_t{sizeof(float)} : left_stride * int64_t{sizeof(float)};
+    const int64_t step = transposed ? left_stride * int64_t{sizeof(float)} : int64_t{sizeof(float)};
+#pragma GCC unroll 8
+    for (int q = 0; q < (Rows + 2) / 3; ++q) base[q] = reinterpret_cast<const char*>(left) + 3 * q * row_bytes;
+    for (int64_t k = 0; k < words; ++k) {
+        Vec columns[Vecs];
+#pragma GCC unroll 2
+        for (int v = 0; v < Vecs; ++v) {
+            columns[v] = load(right + v * lanes);
+            __builtin_prefetch(right + ahead * right_stride + v * lanes);
+        }
+        right += right_stride;
+#pragma GCC unroll 16
+        for (int row = 0; row < Rows; ++row) {
+            float value;
+            std::memcpy(&value, base[row / 3] + (row % 3) * row_bytes + k * step, sizeof(value));
+#pragma GCC unroll 2
+            for (int v = 0; v < Vecs; ++v) sums[row][v] += splat(value) * columns[v];
+        }
+    }
+}
+
+#ifdef __AVX512BF16__
+template <int Rows, int Vecs, bool transposed>
+XSMOE_INLINE void accumulate(
+    const BFloat16* left, int64_t left_stride, const Pair* right, int64_t right_stride, int64_t words,
+    Vec (&sums)[Rows][Vecs]
+) {
+    static_assert(!transposed, "pairs lie along rows");
+    const char* base[(Rows + 2) / 3];
+    const int64_t row_bytes = left_stride * int64_t{sizeof(BFloat16)};
+#pragma GCC unroll 8
+    for (int q = 0; q < (Rows + 2) / 3; ++q) base[q] = reinterpret_cast<const char*>(left) + 3 * q * row_bytes;
+    for (int64_t k = 0; k < words; ++k) {
+        __m512bh columns[Vecs];
+#pragma GCC unroll 2
+        for (int v = 0; v < Vecs; ++v) {
+            std::memcpy(&columns[v], right + v * lanes, sizeof(columns[v]));
+            __builtin_prefetch(right + ahead * right_stride + v * lanes);
+        }
+        right += right_stride;
+#pragma GCC unroll 16
+        for (int row = 0; row < Rows; ++row) {
+            int32_t pair;
+            std::memcpy(&pair, base[row / 3] + (row % 3) * row_bytes + k * int64_t{sizeof(pair)}, sizeof(pair));
+            const __m512bh value = bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 2
+            for (int v = 0; v < Vecs; ++v) {
+                sums[row][v] = bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sums[row][v]), value, columns[v]));
+            }
+        }
+    }
+}
+#endif
+
+// Words summed in one go. Sums of longer inner dimensions are sums of such sums, which keeps float32's rounding in
+// bounds.
+constexpr int64_t stretch = 256;
+
+template <int Rows, int Vecs>
+XSMOE_INLINE void clear(Vec (&sums)[Rows][Vecs]) {
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 2
+        for (int v = 0; v < Vecs; ++v) sums[row][v] = Vec{};
+    }
+}
+
+// Writes sums to the block, or adds them to it.
+template <int Rows, int Vecs>
+XSMOE_INLINE void leave(const Vec (&sums)[Rows][Vecs], bool add, float* block) {
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; ++row) {
+#pragma GCC unroll 2
+        for (int v = 0; v < Vecs; ++v) {
+            float* at = block + row * panel + v * lanes;
+            store(at, add ? load(at) + sums[row][v] : sums[row][v]);
+        }
+    }
+}
+
+template <int Rows, int Vecs, bool transposed, class Value>
+__attribute__((noinline)) void vector_block(
+    const Left<Value>& left, const Right<Value>& right, int64_t index, float* block
+) {
+    Vec sums[Rows][Vecs];
+    clear(sums);
+    int64_t summed = 0;
+    bool added = false;
+    for (int64_t s = 0; s < right.count; ++s) {
+        const Segment<Value> segment = right.segments[s];
+        const typename Words<Value>::Word* words = segment.right + index * segment.panels;
+        for (int64_t first = 0; first < segment.words; first += stretch) {
+            if (summed >= stretch) {
+                leave(sums, added, block);
+                clear(sums);
+                added = true;
+                summed = 0;
+            }
+            const int64_t count = segment.words - first < stretch ? segment.words - first : stretch;
+            const int64_t step = transposed ? left.stride : int64_t{Words<Value>::values};
+            accumulate<Rows, Vecs, transposed>(
+                left.at + segment.left + first * step, left.stride, words + first * right.stride, right.stride, count,
+                sums
+            );
+            summed += count;
+        }
+    }
+    leave(sums, added, block);
+}
+
+template <int Rows, bool transposed, class Value>
+XSMOE_INLINE void vector_blocks(
+    int rows, int vecs, const Left<Value>& left, const Right<Value>& right, int64_t index, float* block
+) {
+    if constexpr (Rows > 0) {
+        if (rows < Rows) return vector_blocks<Rows - 1, transposed>(rows, vecs, left, right, index, block);
+        if (vecs == 2) return vector_block<Rows, 2, transposed>(left, right, index, block);
+        vector_block<Rows, 1, transposed>(left, right, index, block);
+    }
+}
+
+#ifdef __AMX_BF16__
+
+// Tiles 0 and 1 hold sums of the block's first 16 rows, 2 and 3 of the others; 4 and 5 rows of the left factor; 6 and 7
+// words of the right one.
+struct BlockShapes {
+    TileShapes of[33];
+
+    constexpr BlockShapes() {
+        for (int rows = 0; rows <= 32; ++rows) {
+            const int first = rows < 16 ? rows : 16;
+            for (int tile = 0; tile < 8; ++tile) {
+                const bool second = tile == 2 || tile == 3 || tile == 5;
+                const int tile_rows = tile >= 6 ? 16 : second ? rows - first : first;
+                of[rows].rows[tile] = static_cast<uint8_t>(tile_rows);
+                of[rows].row_bytes[tile] = tile_rows > 0 ? 64 : 0;
+            }
+        }
+    }
+};
+
+constexpr BlockShapes block_shapes;
+
+__attribute__((noinline)) void matrix_block(
+    int rows, int vecs, const Left<BFloat16>& left, const Right<BFloat16>& right, int64_t index, float* block
+) {
+    // The tile instructions do not tell the compiler what memory they read.
+    __asm__ volatile("" ::: "memory");
+    if (rows != 32) XSMOE_TILE_CONFIGURE(&block_shapes.of[rows]);
+    const int64_t left_bytes = left.stride * int64_t{sizeof(BFloat16)};
+    const int64_t right_bytes = right.stride * int64_t{sizeof(Pair)};
+    XSMOE_TILE_ZERO(0);
+    if (vecs == 2) XSMOE_TILE_ZERO(1);
+    if (rows > 16) {
+        XSMOE_TILE_ZERO(2);
+        if (vecs == 2) XSMOE_TILE_ZERO(3);
+    }
+    for (int64_t s = 0; s < right.count; ++s) {
+        const Segment<BFloat16> segment = right.segments[s];
+        const BFloat16* l = left.at + segment.left;
+        const Pair* r = segment.right + index * segment.panels;
+        for (int64_t k = 0; k < segment.words; k += 16, l += 32, r += 16 * right.stride) {
+            XSMOE_TILE_LOAD(4, l, left_bytes);
+            XSMOE_TILE_LOAD(6, r, right_bytes);
+            XSMOE_TILE_MULTIPLY(0, 4, 6);
+            if (vecs == 2) {
+                XSMOE_TILE_LOAD(7, r + 16, right_bytes);
+                XSMOE_TILE_MULTIPLY(1, 4, 7);
+            }
+            if (rows > 16) {
+                XSMOE_TILE_LOAD(5, l + 16 * left.stride, left_bytes);
+                XSMOE_TILE_MULTIPLY(2, 5, 6);
+                if (vecs == 2) XSMOE_TILE_MULTIPLY(3, 5, 7);
+            }
+        }
+    }
+    XSMOE_TILE_STORE(0, block, panel * 4);
+    if (vecs == 2) XSMOE_TILE_STORE(1, block + 16, panel * 4);
+    if (rows > 16) {
+        XSMOE_TILE_STORE(2, block + 16 * panel, panel * 4);
+        if (vecs == 2) XSMOE_TILE_STORE(3, block + 16 * panel + 16, panel * 4);
+    }
+    if (rows != 32) XSMOE_TILE_CONFIGURE(&block_shapes.of[32]);
+    __asm__ volatile("" ::: "memory");
+}
+
+#endif
+
+// Held by a thread while it multiplies: the shapes of the processor's matrix tiles.
+struct MatrixUnit {
+#ifdef __AMX_BF16__
+    MatrixUnit() { XSMOE_TILE_CONFIGURE(&block_shapes.of[32]); }
+    ~MatrixUnit() { XSMOE_TILE_RELEASE(); }
+#else
+    MatrixUnit() {}
+#endif
+    MatrixUnit(const MatrixUnit&) = delete;
+    MatrixUnit& operator=(const MatrixUnit&) = delete;
+};
+
+// left (rows, K) times right (K, columns), block by block: `epilogue(row, rows, column, columns, sums)` gets the sums
+// of some rows and columns, at most `panel` columns, with rows `panel` floats apart; before a block is computed,
+// `prologue(row, rows, column)` may begin to read what its epilogue needs. `columns` is a multiple of `lanes`.
+template <bool transposed, class Value, class Prologue, class Epilogue>
+XSMOE_INLINE void product(
+    int64_t rows, int64_t columns, const Left<Value>& left, const Right<Value>& right, const Prologue& prologue,
+    const Epilogue& epilogue
+) {
+    constexpr int height = Words<Value>::block_rows;
+    alignas(64) float block[height * panel];
+    const auto compute = [&](int64_t row, int64_t column) {
+        const int block_rows = static_cast<int>(rows - row < height ? rows - row : height);
+        const int vecs = columns - column >= panel ? 2 : 1;
+        const int64_t index = column / panel;
+        const Left<Value> from = {left.at + (transposed ? row : row * left.stride), left.stride};
+        prologue(row, block_rows, column);
+#ifdef __AMX_BF16__
+        if constexpr (sizeof(Value) == sizeof(BFloat16)) {
+            matrix_block(block_rows, vecs, from, right, index, block);
+        } else {
+            vector_blocks<height, transposed>(block_rows, vecs, from, right, index, block);
+        }
+#else
+        vector_blocks<height, transposed>(block_rows, vecs, from, right, index, block);
+#endif
+        epilogue(row, block_rows, column, vecs * lanes, static_cast<const float*>(block));
+    };
+    // The weights of all experts are larger than the tile: each panel of them is then read once for the whole tile.
+    if (right.count > 1) {
+        for (int64_t column = 0; column < columns; column += panel) {
+            for (int64_t row = 0; row < rows; row += height) compute(row, column);
+        }
+    } else {
+        for (int64_t row = 0; row < rows; row += height) {
+            for (int64_t column = 0; column < columns; column += panel) compute(row, column);
+        }
+    }
+}
+
+template <bool transposed, class Value, class Epilogue>
+XSMOE_INLINE void product(
+    int64_t rows, int64_t columns, const Left<Value>& left, const Right<Value>& right, const Epilogue& epilogue
+) {
+    product<transposed>(rows, columns, left, right, [](int64_t, int, int64_t) {}, epilogue);
+}
+
+}  // namespace
+}  // namespace xsmoe::XSMOE_TIER
