@@ -89,11 +89,17 @@ def define_in_place(name: str, schema: str, implementation: Callable[..., None])
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch's own products cast theirs: float64 stays."""
-    device = tensors[0].device.type
-    if not _autocasts(device):
+    if not _autocasts(tensors[0].device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t.to(autocast_dtype(t)) for t in tensors)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that `autocast` gives a tensor."""
+    device = tensor.device.type
+    if not _autocasts(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _autocasts(device_type: str) -> bool:

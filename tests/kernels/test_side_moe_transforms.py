@@ -19,7 +19,7 @@ from xsmoe_kernels import FrozenExperts, Utilization, side_moe
 def test_opcheck(one_row: bool, apart: bool, recompute: bool) -> None:
     dtype = torch.bfloat16 if recompute else torch.float32
     level = make_level(6, 5, 3, 4, one_row=one_row, dtype=dtype)
-    apart_weights = (level.down.detach(), level.up.detach()) if apart else (None, None)
+    apart_weights = (level.down.detach(), level.up.detach(), None) if apart else (None, None, None)
     if apart:
         level = level._replace(router=torch.randn(7, 5, dtype=dtype).requires_grad_())
     num_frozen = 0 if apart else 2

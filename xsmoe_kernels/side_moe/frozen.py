@@ -1,14 +1,27 @@
 """The frozen experts of a side level."""
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
-from xsmoe_kernels import checks
+from xsmoe_kernels import checks, dispatch
+
+
+class _Derived(NamedTuple):
+    """What kernels keep of the weights, and the versions of down and up that it was derived from."""
+
+    versions: tuple[int, int] | None
+    pack: Tensor | None
+    casts: "dict[torch.dtype, FrozenExperts]"
 
 
 class FrozenExperts:
     """Experts that take no gradient, kept apart from the trainable ones; lives for as long as they are frozen.
 
-    The weights must not change meanwhile, so that kernels may keep what they derive from them.
+    Where the native CPU kernels can serve them, it also holds their weights in the layouts that these read, which take
+    twice the memory of the weights and save packing them in every call. Changes of the weights in place are noticed,
+    except by code that `torch.compile` has made.
 
     Args:
         down: (F, R, D), the frozen experts' down projections; detached, not copied.
@@ -26,11 +39,53 @@ class FrozenExperts:
         checks.same_dtype({"down": down, "up": up})
         self.down = down.detach()
         self.up = up.detach()
+        self._derived = _Derived(None, None, {})
+        if not torch.compiler.is_compiling():
+            self._refreshed()
 
     @property
     def num_experts(self) -> int:
         """How many experts are frozen."""
         return self.down.shape[0]
+
+    def to(self, dtype: torch.dtype) -> "FrozenExperts":
+        """These experts in another dtype, made once; themselves in their own."""
+        if dtype == self.down.dtype:
+            return self
+        if torch.compiler.is_compiling():
+            return FrozenExperts(self.down.to(dtype), self.up.to(dtype))
+        casts = self._refreshed().casts
+        cast = casts.get(dtype)
+        if cast is None:
+            cast = casts[dtype] = FrozenExperts(self.down.to(dtype), self.up.to(dtype))
+        return cast
+
+    def pack(self) -> Tensor | None:
+        """The weights as the native kernels read them, bytes for this process only; None where those cannot serve."""
+        return (self._derived if torch.compiler.is_compiling() else self._refreshed()).pack
+
+    def _refreshed(self) -> "_Derived":
+        """What is derived from the weights as they are now."""
+        derived, versions = self._derived, self._current()
+        if derived.versions != versions:
+            pack = torch.ops.xsmoe_native.pack_experts(self.down, self.up) if self._packable() else None
+            # In one assignment: several threads may be here.
+            self._derived = derived = _Derived(versions, pack, {})
+        return derived
+
+    def _current(self) -> tuple[int, int]:
+        # Tensors made in inference mode cannot change outside of it, and count no versions.
+        counted = (0 if tensor.is_inference() else tensor._version for tensor in (self.down, self.up))
+        return next(counted), next(counted)
+
+    def _packable(self) -> bool:
+        if self.num_experts == 0 or type(self.down) is not Tensor:
+            return False
+        return dispatch.unavailable("side_moe", "native", self.down.device, self.down.dtype) is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process may run on another processor.
+        return self.__dict__ | {"_derived": _Derived(None, None, {})}
 
     def __repr__(self) -> str:
         experts, rank, dim = self.down.shape

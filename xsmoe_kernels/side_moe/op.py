@@ -108,7 +108,10 @@ def prepare(
         if recompute is not None:
             checks.flag("recompute", recompute)
     x, backbone, router, down, up = library.autocast(x, backbone, router, down, up)
-    frozen_down, frozen_up = (None, None) if frozen is None else library.autocast(frozen.down, frozen.up)
+    frozen_down = frozen_up = frozen_pack = None
+    if frozen is not None:
+        frozen = frozen.to(library.autocast_dtype(frozen.down))
+        frozen_down, frozen_up, frozen_pack = frozen.down, frozen.up, frozen.pack()
     if recompute is None:
         saved_columns, dim = (router.shape[0] - 1) * down.shape[1], x.shape[1]
         recompute = not torch.is_grad_enabled() or saved_columns > 2 * dim
@@ -120,6 +123,7 @@ def prepare(
         up,
         frozen_down,
         frozen_up,
+        frozen_pack,
         None if row_weight is None else row_weight.detach(),
         num_frozen,
         recompute,
@@ -145,6 +149,7 @@ def check(
     up: Tensor,
     frozen_down: Tensor | None,
     frozen_up: Tensor | None,
+    frozen_pack: Tensor | None,
     row_weight: Tensor | None,
     num_frozen: int,
     recompute: bool,
@@ -202,6 +207,7 @@ def _fake(
     up: Tensor,
     frozen_down: Tensor | None,
     frozen_up: Tensor | None,
+    frozen_pack: Tensor | None,
     row_weight: Tensor | None,
     num_frozen: int,
     recompute: bool,
@@ -231,6 +237,7 @@ def _backward_fake(
     up: Tensor,
     frozen_down: Tensor | None,
     frozen_up: Tensor | None,
+    frozen_pack: Tensor | None,
     gates: Tensor,
     hidden: Tensor,
     num_frozen: int,
@@ -249,29 +256,44 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, backbone, router, down, up, frozen_down, frozen_up, _, num_frozen, recompute, _, activation, backend = inputs
+    (
+        x,
+        backbone,
+        router,
+        down,
+        up,
+        frozen_down,
+        frozen_up,
+        frozen_pack,
+        _,
+        num_frozen,
+        recompute,
+        _,
+        activation,
+        backend,
+    ) = inputs
     _, gates, hidden, norm, gate = output
     # Only y has a gradient; zeros for the others would be tensors of E*R columns.
     ctx.mark_non_differentiable(gates, hidden, norm, gate)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, backbone, router, down, up, frozen_down, frozen_up, gates, hidden)
+    ctx.save_for_backward(x, backbone, router, down, up, frozen_down, frozen_up, frozen_pack, gates, hidden)
     ctx.settings = num_frozen, recompute, activation
     ctx.backend = backend
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     needed = ctx.needs_input_grad[:5]
     gradients = torch.ops.xsmoe.side_moe_backward(grad, *ctx.saved_tensors, *ctx.settings, *needed, ctx.backend)
-    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 8
+    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 9
 
 
 library.define(
     "side_moe",
     "(Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, Tensor? frozen_up, "
-    "Tensor? row_weight, SymInt num_frozen, bool recompute, bool count, str activation, str backend) "
-    "-> (Tensor y, Tensor gates, Tensor hidden, Tensor norm, Tensor gate)",
+    "Tensor? frozen_pack, Tensor? row_weight, SymInt num_frozen, bool recompute, bool count, str activation, "
+    "str backend) -> (Tensor y, Tensor gates, Tensor hidden, Tensor norm, Tensor gate)",
     reference=reference.forward,
     fake=_fake,
     check=check,
@@ -281,8 +303,8 @@ library.define(
 library.define_backward(
     "side_moe",
     "(Tensor grad, Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, "
-    "Tensor? frozen_up, Tensor gates, Tensor hidden, SymInt num_frozen, bool recompute, str activation, bool need_x, "
-    "bool need_backbone, bool need_router, bool need_down, bool need_up, str backend) "
+    "Tensor? frozen_up, Tensor? frozen_pack, Tensor gates, Tensor hidden, SymInt num_frozen, bool recompute, "
+    "str activation, bool need_x, bool need_backbone, bool need_router, bool need_down, bool need_up, str backend) "
     "-> (Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up)",
     reference=reference.backward,
     fake=_backward_fake,

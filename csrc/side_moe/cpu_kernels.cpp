@@ -1,0 +1,62 @@
+// side_moe on tiles of rows that stay in the second-level cache. Compiled once for each tier.
+
+#include "side_moe/backward.h"
+#include "side_moe/forward.h"
+#include "side_moe/single_row.h"
+
+namespace xsmoe::XSMOE_TIER {
+namespace {
+
+using side_moe::Kernels;
+
+template <class T>
+void gather(
+    const float* from, int64_t chunks, int64_t chunk_stride, int64_t sum_rows, int64_t dim, int64_t first, int64_t last,
+    void* to
+) {
+    for (int64_t row = first; row < last; ++row) {
+        for (int64_t column = 0; column < dim; column += lanes) {
+            const float* at = from + (column / panel * sum_rows + row) * panel + column % panel;
+            Vec total = load(at);
+            for (int64_t chunk = 1; chunk < chunks; ++chunk) total += load(at + chunk * chunk_stride);
+            store(static_cast<T*>(to) + (row - first) * dim + column, total, dim - column);
+        }
+    }
+}
+
+template <class T>
+int64_t packed_bytes(int64_t inner, int64_t columns) {
+    return packed_words<typename Held<T>::Value>(inner, columns) * int64_t{sizeof(float)};
+}
+
+template <class T>
+void pack_matrix(
+    const void* from, int64_t inner, int64_t columns, int64_t inner_stride, int64_t column_stride, void* to
+) {
+    typedef typename Held<T>::Value Value;
+    pack<Value>(
+        static_cast<const T*>(from), inner, columns, inner_stride, column_stride, static_cast<Word<Value>*>(to)
+    );
+}
+
+template <class T>
+constexpr Kernels table = {
+    panel,
+    Words<typename Held<T>::Value>::block_rows,
+    packed_bytes<T>,
+    pack_matrix<T>,
+    forward_bytes<T>,
+    forward<T>,
+    backward_bytes<T>,
+    backward<T>,
+    gather<T>,
+    broadcast<T>,
+    collect<T>,
+};
+
+}  // namespace
+
+extern const Kernels side_moe_float = table<float>;
+extern const Kernels side_moe_bfloat16 = table<BFloat16>;
+
+}  // namespace xsmoe::XSMOE_TIER

@@ -1,0 +1,347 @@
+// A tile of x through router and experts.
+//
+// With counters an expert's output x + a up stands in registers for a moment: there its squares are summed, and it is
+// added to y, gated. Without counters all experts' gated activations meet all up projections in one product.
+#pragma once
+
+#include "side_moe/activations.h"
+#include "side_moe/tiles.h"
+
+namespace xsmoe::XSMOE_TIER {
+namespace {
+
+using side_moe::Forward;
+using side_moe::Totals;
+
+// Gates from logits in place, row by row; columns beyond `gated` come out as zeros.
+void softmax(float* logits, int64_t rows, int64_t gated, int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+        float* at = logits + row * stride;
+        for (int64_t column = gated; column < stride; ++column) at[column] = -__builtin_inff();
+        Vec most = load(at);
+        for (int64_t column = lanes; column < stride; column += lanes) most = maximum(most, load(at + column));
+        float top = most[0];
+        for (int i = 1; i < lanes; ++i) top = most[i] > top ? most[i] : top;
+        Vec total = {};
+        for (int64_t column = 0; column < stride; column += lanes) {
+            const Vec grown = exp_negative(load(at + column) - top);
+            store(at + column, grown);
+            total += grown;
+        }
+        const float scale = 1.0f / sum(total);
+        for (int64_t column = 0; column < stride; column += lanes) store(at + column, load(at + column) * scale);
+    }
+}
+
+template <class T>
+struct ForwardScratch {
+    typedef typename Held<T>::Value Value;
+
+    int64_t gate_stride, rank_stride, activated_stride, mixed_stride;
+    LeftTile<T> x;
+    float* gates;         // (tile, gate_stride)
+    float* expert_gates;  // (tile,): the sum of a row's gates but the backbone's
+    Value* activated;     // (tile, activated_stride): one expert's with counters, else all experts', gated
+    int64_t activated_size;
+    float* squares;           // (tile, lanes)
+    float* backbone_squares;  // (tile, lanes)
+    float* mixed;             // (tile, mixed_stride): y so far, where y itself cannot hold it
+
+    ForwardScratch(Arena& arena, const Forward& call)
+        : gate_stride(round_up(call.sizes.experts + 1, lanes)),
+          rank_stride(round_up(call.sizes.rank, column_multiple<Value>)),
+          activated_stride(rank_stride * (call.count ? 1 : call.sizes.experts) + lanes),
+          mixed_stride(round_up(call.sizes.dim, lanes)),
+          x(arena, call.sizes.dim, true),
+          gates(arena.take<float>(tile_rows<Value> * gate_stride)),
+          expert_gates(arena.take<float>(tile_rows<Value>)),
+          activated(arena.take<Value>(tile_rows<Value> * activated_stride)),
+          activated_size(tile_rows<Value> * activated_stride),
+          squares(arena.take<float>(tile_rows<Value> * lanes)),
+          backbone_squares(arena.take<float>(tile_rows<Value> * lanes)),
+          mixed(
+              call.count && sizeof(T) != sizeof(float) ? arena.take<float>(tile_rows<Value> * mixed_stride) : nullptr
+          ) {}
+};
+
+// Adds an expert's gated outputs x + a up to y, and their squares to the sums of the rows. With `backbone`, which comes
+// with the first expert, y begins with the backbone's gated rows, whose squares are summed too.
+template <class T>
+struct Mixing {
+    int64_t dim;
+    const float* gates;  // the backbone's, and `gate` the expert's
+    const float* gate;
+    int64_t gate_stride;
+    const T* x;
+    int64_t x_stride;
+    const T* backbone;
+    int64_t backbone_stride;
+    float* squares;
+    float* backbone_squares;
+    float* so_far;
+    int64_t so_far_stride;
+    T* y;
+
+    // Starts reading what the block's epilogue will read.
+    XSMOE_INLINE void prefetch(int64_t first, int count, int64_t column) const {
+        for (int64_t row = first; row < first + count; ++row) {
+            prefetch_panel(x + row * x_stride + column);
+            prefetch_panel(so_far + row * so_far_stride + column);
+            if (backbone != nullptr) prefetch_panel(backbone + row * backbone_stride + column);
+        }
+    }
+
+    template <bool begins, bool ends>
+    void add(int64_t first, int count, int64_t column, int width, const float* sums) const {
+        for (int64_t row = first; row < first + count; ++row, sums += panel) {
+            const T* from = x + row * x_stride + column;
+            const T* beside = backbone == nullptr ? nullptr : backbone + row * backbone_stride + column;
+            float* sum = so_far + row * so_far_stride + column;
+            T* to = y + row * dim + column;
+            const Vec own = splat(gate[row * gate_stride]), other = splat(gates[row * gate_stride]);
+            Vec total = load(squares + row * lanes), other_total = {};
+            if (begins) other_total = load(backbone_squares + row * lanes);
+            each_vector(width, dim - column, [&](int i, int64_t here) {
+                // Beyond the row's end an infinite activation times a zero is NaN.
+                const Vec output = leading(load(sums + i) + load(from + i, here), here);
+                total += output * output;
+                Vec mixed = own * output;
+                if constexpr (!begins) {
+                    mixed += load(sum + i, here);
+                } else if (beside != nullptr) {
+                    const Vec h = load(beside + i, here);
+                    mixed += other * h;
+                    other_total += h * h;
+                }
+                if constexpr (ends) {
+                    store(to + i, mixed, here);
+                } else {
+                    store(sum + i, mixed, here);
+                }
+            });
+            store(squares + row * lanes, total);
+            if (begins) store(backbone_squares + row * lanes, other_total);
+        }
+    }
+};
+
+template <class T, Activation activation>
+struct ForwardTile {
+    typedef typename Held<T>::Value Value;
+
+    const Forward& call;
+    const ForwardScratch<T>& scratch;
+    int64_t first, rows;
+    const T* x;
+    const T* backbone;
+    Left<Value> left;
+
+    ForwardTile(const Forward& call, const ForwardScratch<T>& scratch, int64_t first, int64_t rows)
+        : call(call),
+          scratch(scratch),
+          first(first),
+          rows(rows),
+          x(static_cast<const T*>(call.x) + first * call.x_stride),
+          backbone(
+              call.backbone == nullptr ? nullptr : static_cast<const T*>(call.backbone) + first * call.backbone_stride
+          ),
+          left(scratch.x.of(x, call.x_stride, rows)) {}
+
+    void run(Segment<Value>* segments, Totals totals) const {
+        if (call.count) {
+            for (int64_t e = 0; e < call.sizes.experts; ++e) {
+                activate_expert(e);
+                // Only now, so that x is first read under the cover of a product.
+                if (e == 0) gate_rows(totals);
+                mix_expert(e, totals);
+            }
+        } else {
+            gate_rows(totals);
+            for (int64_t e = 0; e < call.sizes.experts; ++e) activate_expert(e);
+            mix_experts(segments);
+        }
+    }
+
+    double weight(int64_t row) const { return call.row_weight == nullptr ? 1.0 : double{call.row_weight[first + row]}; }
+
+    void gate_rows(Totals totals) const {
+        const int64_t dim = call.sizes.dim, gated = call.sizes.experts + 1, stride = scratch.gate_stride;
+        float* gates = scratch.gates;
+        if (call.router_rows != nullptr) {
+            const T* router = static_cast<const T*>(call.router_rows);
+            for (int64_t row = 0; row < rows; ++row) {
+                for (int64_t e = 0; e < gated; ++e) {
+                    gates[row * stride + e] = dot(x + row * call.x_stride, router + e * dim, dim);
+                }
+            }
+        } else {
+            const Segment<Value> router = packed_segment<Value>(call.router, dim);
+            product<false>(
+                rows, stride, left, Right<Value>{&router, 1, panel},
+                [&](int64_t row, int count, int64_t column, int width, const float* sums) {
+                    for (int64_t at = row; at < row + count; ++at, sums += panel) {
+                        std::memcpy(gates + at * stride + column, sums, width * sizeof(float));
+                    }
+                }
+            );
+        }
+        softmax(gates, rows, gated, stride);
+        for (int64_t row = 0; row < rows; ++row) {
+            std::memcpy(call.gates + (first + row) * gated, gates + row * stride, gated * sizeof(float));
+            if (!call.count) continue;
+            const double counted = weight(row);
+            for (int64_t e = 0; e < gated; ++e) totals.gate[e] += counted * gates[row * stride + e];
+        }
+    }
+
+    // An expert's activations, gated unless they are counted, and its hidden states where they are kept.
+    void activate_expert(int64_t e) const {
+        const auto [dim, experts, rank] = call.sizes;
+        const Segment<Value> down = packed_segment<Value>(call.experts[e].part[side_moe::down_columns], dim);
+        Value* activated = scratch.activated + (call.count ? 0 : e * scratch.rank_stride);
+        T* kept = call.hidden == nullptr ? nullptr : static_cast<T*>(call.hidden) + first * experts * rank + e * rank;
+        product<false>(
+            rows, round_up(rank, lanes), left, Right<Value>{&down, 1, panel},
+            [&](int64_t row, int count, int64_t column, int width, const float* sums) {
+                for (int64_t at = row; at < row + count; ++at, sums += panel) {
+                    const Vec gate = splat(call.count ? 1.0f : scratch.gates[at * scratch.gate_stride + e + 1]);
+                    T* keep = kept == nullptr ? nullptr : kept + at * experts * rank + column;
+                    Value* to = activated + at * scratch.activated_stride + column;
+                    each_vector(width, rank - column, [&](int i, int64_t here) {
+                        const Vec hidden = load(sums + i);
+                        if (keep != nullptr) store(keep + i, hidden, here);
+                        store(to + i, gate * activate<activation>(hidden).value);
+                    });
+                }
+            }
+        );
+    }
+
+    // Adds an expert to y and to the counters.
+    void mix_expert(int64_t e, Totals totals) const {
+        const auto [dim, experts, rank] = call.sizes;
+        const float* gates = scratch.gates;
+        float* floats = call.mixture;
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (floats == nullptr) floats = static_cast<float*>(call.y);
+        }
+        std::memset(scratch.squares, 0, rows * lanes * sizeof(float));
+        if (e == 0) std::memset(scratch.backbone_squares, 0, rows * lanes * sizeof(float));
+        Mixing<T> mixing{};
+        mixing.dim = dim;
+        mixing.gates = gates;
+        mixing.gate = gates + e + 1;
+        mixing.gate_stride = scratch.gate_stride;
+        mixing.x = x;
+        mixing.x_stride = call.x_stride;
+        mixing.backbone = e == 0 ? backbone : nullptr;
+        mixing.backbone_stride = call.backbone_stride;
+        mixing.squares = scratch.squares;
+        mixing.backbone_squares = scratch.backbone_squares;
+        mixing.so_far = floats != nullptr ? floats + first * dim : scratch.mixed;
+        mixing.so_far_stride = floats != nullptr ? dim : scratch.mixed_stride;
+        mixing.y = static_cast<T*>(call.y) + first * dim;
+        const bool begins = e == 0, ends = e + 1 == experts && floats == nullptr;
+        const Segment<Value> up = packed_segment<Value>(call.experts[e].part[side_moe::up_rows], rank);
+        product<false>(
+            rows, round_up(dim, lanes), Left<Value>{scratch.activated, scratch.activated_stride},
+            Right<Value>{&up, 1, panel},
+            [&](int64_t row, int count, int64_t column) { mixing.prefetch(row, count, column); },
+            [&](int64_t row, int count, int64_t column, int width, const float* sums) {
+                if (begins && ends) {
+                    mixing.template add<true, true>(row, count, column, width, sums);
+                } else if (begins) {
+                    mixing.template add<true, false>(row, count, column, width, sums);
+                } else if (ends) {
+                    mixing.template add<false, true>(row, count, column, width, sums);
+                } else {
+                    mixing.template add<false, false>(row, count, column, width, sums);
+                }
+            }
+        );
+        for (int64_t row = 0; row < rows; ++row) {
+            const float* gate = gates + row * scratch.gate_stride;
+            totals.norm[e + 1] += weight(row) * gate[e + 1] * norm(scratch.squares + row * lanes);
+            if (begins) totals.norm[0] += weight(row) * gate[0] * norm(scratch.backbone_squares + row * lanes);
+        }
+    }
+
+    static float norm(const float* squares) { return __builtin_sqrtf(sum(load(squares))); }
+
+    // y of all experts at once, without counters.
+    void mix_experts(Segment<Value>* segments) const {
+        const auto [dim, experts, rank] = call.sizes;
+        sum_expert_gates(scratch.gates, rows, experts, scratch.gate_stride, scratch.expert_gates);
+        for (int64_t e = 0; e < experts; ++e) {
+            segments[e] = packed_segment<Value>(call.experts[e].part[side_moe::up_rows], rank, e * scratch.rank_stride);
+        }
+        product<false>(
+            rows, round_up(dim, lanes), Left<Value>{scratch.activated, scratch.activated_stride},
+            Right<Value>{segments, experts, panel},
+            [&](int64_t row, int count, int64_t column) {
+                for (int64_t at = row; at < row + count; ++at) {
+                    prefetch_panel(x + at * call.x_stride + column);
+                    if (backbone != nullptr) prefetch_panel(backbone + at * call.backbone_stride + column);
+                }
+            },
+            [&, dim = dim](int64_t row, int count, int64_t column, int width, const float* sums) {
+                for (int64_t at = row; at < row + count; ++at, sums += panel) {
+                    const Vec own = splat(scratch.expert_gates[at]),
+                              other = splat(scratch.gates[at * scratch.gate_stride]);
+                    const T* from = x + at * call.x_stride + column;
+                    const T* beside = backbone == nullptr ? nullptr : backbone + at * call.backbone_stride + column;
+                    const int64_t to = (first + at) * dim + column;
+                    each_vector(width, dim - column, [&](int i, int64_t here) {
+                        const Vec mixed = load(sums + i) + own * load(from + i, here);
+                        if (beside == nullptr) {
+                            store(call.mixture + to + i, mixed, here);
+                        } else {
+                            store(static_cast<T*>(call.y) + to + i, mixed + other * load(beside + i, here), here);
+                        }
+                    });
+                }
+            }
+        );
+    }
+};
+
+template <class T, Activation activation>
+void forward_tiles(
+    const Forward& call, const ForwardScratch<T>& scratch, int64_t first, int64_t last,
+    Segment<typename Held<T>::Value>* segments, Totals totals
+) {
+    const int64_t height = tile_height<typename Held<T>::Value>(last - first);
+    for (int64_t row = first; row < last; row += height) {
+        ForwardTile<T, activation>(call, scratch, row, least(height, last - row)).run(segments, totals);
+    }
+}
+
+template <class T>
+void forward(const Forward& call, int64_t first, int64_t last, void* memory, Totals totals) {
+    typedef typename Held<T>::Value Value;
+    Arena arena(memory);
+    const ForwardScratch<T> scratch(arena, call);
+    auto* segments = arena.take<Segment<Value>>(call.sizes.experts);
+    // Columns beyond the experts' ranks are never written, and meet zeros in the other factor.
+    std::memset(scratch.activated, 0, scratch.activated_size * sizeof(Value));
+    const MatrixUnit unit;
+    switch (call.activation) {
+        case Activation::gelu:
+            return forward_tiles<T, Activation::gelu>(call, scratch, first, last, segments, totals);
+        case Activation::gelu_tanh:
+            return forward_tiles<T, Activation::gelu_tanh>(call, scratch, first, last, segments, totals);
+        case Activation::relu:
+            return forward_tiles<T, Activation::relu>(call, scratch, first, last, segments, totals);
+    }
+}
+
+template <class T>
+int64_t forward_bytes(const Forward& call) {
+    Arena arena(nullptr);
+    const ForwardScratch<T> scratch(arena, call);
+    arena.take<Segment<typename Held<T>::Value>>(call.sizes.experts);
+    return arena.used();
+}
+
+}  // namespace
+}  // namespace xsmoe::XSMOE_TIER

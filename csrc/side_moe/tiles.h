@@ -1,0 +1,103 @@
+// Tiles of rows, and what forward and backward both do to them.
+#pragma once
+
+#include "cpu/arena.h"
+#include "cpu/pack.h"
+#include "cpu/product.h"
+#include "side_moe/kernels.h"
+
+namespace xsmoe::XSMOE_TIER {
+namespace {
+
+using side_moe::Sizes;
+
+template <class Value>
+using Word = typename Words<Value>::Word;
+
+// Columns of tiles that are left factors or are added up in vectors.
+template <class Value>
+constexpr int64_t column_multiple = Words<Value>::inner > lanes ? Words<Value>::inner : lanes;
+
+// Rows of a tile: so many that weights stream through the cache seldom, so few that the tile stays in it.
+template <class Value>
+constexpr int64_t tile_rows = (139 / Words<Value>::block_rows + 1) / 2 * 2 * Words<Value>::block_rows;
+
+XSMOE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Cuts rows into tiles of nearly equal height, whole blocks each but for the last.
+template <class Value>
+int64_t tile_height(int64_t rows) {
+    const int64_t tiles = (rows + tile_rows<Value> - 1) / tile_rows<Value>;
+    return tiles == 0 ? 0 : round_up((rows + tiles - 1) / tiles, Words<Value>::block_rows);
+}
+
+// Rows of a tensor as left factor of a product: in place where products can read them there, else a padded copy.
+template <class T>
+struct LeftTile {
+    typedef typename Held<T>::Value Value;
+
+    int64_t dim, padded;
+    bool in_place;
+    Value* copy;
+
+    LeftTile(Arena& arena, int64_t dim, bool needed)
+        : dim(dim),
+          padded(round_up(dim, column_multiple<Value>)),
+          in_place(sizeof(T) == sizeof(Value) && dim == padded),
+          copy(in_place || !needed ? nullptr : arena.take<Value>(tile_rows<Value> * padded)) {}
+
+    Left<Value> of(const T* from, int64_t stride, int64_t rows) const {
+        if constexpr (sizeof(T) == sizeof(Value)) {
+            if (in_place) return {reinterpret_cast<const Value*>(from), stride};
+        }
+        for (int64_t row = 0; row < rows; ++row) {
+            const T* source = from + row * stride;
+            Value* to = copy + row * padded;
+            for (int64_t column = 0; column < padded; column += lanes) {
+                store(to + column, column < dim ? load(source + column, dim - column) : Vec{});
+            }
+        }
+        return {copy, padded};
+    }
+};
+
+template <class Value>
+XSMOE_INLINE Segment<Value> packed_segment(const void* packed, int64_t inner, int64_t left = 0) {
+    const int64_t words = packed_inner<Value>(inner);
+    return {left, static_cast<const Word<Value>*>(packed), words, words * panel};
+}
+
+// body(i, count) for each vector of a block's row: `width` columns, of which `room` exist outside of the block.
+template <class Body>
+XSMOE_INLINE void each_vector(int width, int64_t room, const Body& body) {
+    if (width == panel && room >= panel) {
+        body(0, int64_t{lanes});
+        body(lanes, int64_t{lanes});
+    } else {
+        for (int i = 0; i < width; i += lanes) body(i, room - i);
+    }
+}
+
+// The sum of each row's gates but the first, which is the backbone's.
+void sum_expert_gates(const float* gates, int64_t rows, int64_t experts, int64_t stride, float* to) {
+    for (int64_t row = 0; row < rows; ++row) {
+        float total = 0;
+        for (int64_t e = 1; e <= experts; ++e) total += gates[row * stride + e];
+        to[row] = total;
+    }
+}
+
+template <class T>
+float dot(const T* a, const T* b, int64_t dim) {
+    Vec even = {}, odd = {};
+    int64_t column = 0;
+    for (; column + panel <= dim; column += panel) {
+        even += load(a + column) * load(b + column);
+        odd += load(a + column + lanes) * load(b + column + lanes);
+    }
+    for (; column < dim; column += lanes) even += load(a + column, dim - column) * load(b + column, dim - column);
+    return sum(even + odd);
+}
+
+}  // namespace
+}  // namespace xsmoe::XSMOE_TIER
