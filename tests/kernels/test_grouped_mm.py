@@ -10,6 +10,7 @@ from compilation import compiled, unbacked
 from error_budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_library import needs_library
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -127,7 +128,7 @@ def test_error_budget(dtype: torch.dtype, way: str) -> None:
     x, weight, offsets = make(96, [0, 40, 40, 41, 90], 48, 33)
     rounded = [t.detach().to(dtype).requires_grad_() for t in (x, weight)]
     exact = [t.detach().double().requires_grad_() for t in rounded]
-    with going(way):
+    with going(way), dispatch.use_backend("reference"):
         actual = outputs(grouped_mm, *rounded, offsets)
     for name, *values in zip(
         ("y", "gradient of x", "gradient of weight"),
@@ -198,6 +199,139 @@ def test_the_reference_ran() -> None:
         y = grouped_mm(x, weight, offsets)
     y.sum().backward()
     assert dispatch.calls - before == {("grouped_mm", "reference"): 1, ("grouped_mm_backward", "reference"): 1}
+
+
+def on(backend: str, grad: Tensor, *arguments: Any, needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor, ...]:
+    """What the operator and its backward give; `arguments` are x, weight, offsets and num_frozen."""
+    y = torch.ops.xsmoe.grouped_mm(*arguments, backend)
+    return y, *torch.ops.xsmoe.grouped_mm_backward(grad, *arguments, *needs, backend)
+
+
+def strided(*shape: int, dtype: torch.dtype, layout: str, generator: torch.Generator) -> Tensor:
+    if layout == "transposed":
+        return torch.randn(*shape[:-2], shape[-1], shape[-2], generator=generator).to(dtype).mT
+    if layout == "apart":
+        return torch.randn(*shape[:-1], 2 * shape[-1] + 3, generator=generator).to(dtype)[..., 3::2]
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+LAYOUTS = st.sampled_from(["plain", "transposed", "apart"])
+# Around what products and panels of columns take at once, in every tier.
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 16, 17, 31, 32, 33, 64, 65, 100, 290])
+
+
+@needs_library
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    # Groups that are empty, that are too small to pack weights for, and that are longer than a tile.
+    sizes=st.lists(st.sampled_from([0, 0, 1, 2, 5, 8, 9, 14, 15, 33, 70, 300]), min_size=2, max_size=35),
+    inner=SIZES,
+    columns=SIZES,
+    frozen=st.integers(0, 33),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
+    index=st.sampled_from([torch.int32, torch.int64]),
+    needs=st.sampled_from([(True, True), (True, False), (False, True), (False, False)]),
+    seed=st.integers(0, 100),
+)
+def test_native_stays_within_the_error_budget(
+    sizes: list[int],
+    inner: int,
+    columns: int,
+    frozen: int,
+    dtype: torch.dtype,
+    layouts: tuple[str, str, str],
+    index: torch.dtype,
+    needs: tuple[bool, bool],
+    seed: int,
+) -> None:
+    # The first and the last of the sizes are rows outside of all groups.
+    offsets = torch.tensor(sizes[:-1]).cumsum(0).to(index)
+    num_rows, num_experts = sum(sizes), len(sizes) - 2
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (num_rows, inner), (num_experts, inner, columns), (num_rows, columns)
+    x, weight, grad = (
+        strided(*shape, dtype=dtype, layout=layout, generator=generator)
+        for shape, layout in zip(shapes, layouts, strict=True)
+    )
+    rest = offsets, min(frozen, num_experts)
+    actual, same_dtype, exact = (
+        on(backend, grad.to(wide), x.to(wide), weight.to(wide), *rest, needs=needs)
+        for backend, wide in (("native", dtype), ("reference", dtype), ("reference", torch.float64))
+    )
+    for name, *values in zip(("y", "gradient of x", "gradient of weight"), actual, same_dtype, exact, strict=True):
+        assert_within_budget(*values, name)
+    outside = torch.ones(num_rows, dtype=torch.bool)
+    outside[int(offsets[0]) : int(offsets[-1])] = False
+    assert (actual[0][outside] == 0).all()
+    assert not needs[0] or (actual[1][outside] == 0).all()
+    assert not needs[1] or (actual[2][: rest[1]] == 0).all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_skips_the_weight_gradients_of_every_number_of_frozen_experts(dtype: torch.dtype) -> None:
+    x, weight, grad = torch.randn(40, 17).to(dtype), torch.randn(4, 17, 9).to(dtype), torch.randn(40, 9).to(dtype)
+    offsets = torch.tensor([0, 11, 11, 20, 40])
+    expected = on("native", grad, x, weight, offsets, 0)[2]
+    for num_frozen in range(5):
+        actual = on("native", grad, x, weight, offsets, num_frozen)[2]
+        assert (actual[:num_frozen] == 0).all()
+        assert torch.equal(actual[num_frozen:], expected[num_frozen:])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_does_not_read_rows_outside_the_offsets(dtype: torch.dtype) -> None:
+    x, weight, grad = torch.randn(60, 33).to(dtype), torch.randn(2, 33, 20).to(dtype), torch.randn(60, 20).to(dtype)
+    offsets = torch.tensor([7, 10, 50])
+    expected = on("native", grad, x, weight, offsets, 0)
+    for outside in (slice(0, 7), slice(50, 60)):
+        x[outside], grad[outside] = torch.nan, torch.inf
+    for actual, wanted in zip(on("native", grad, x, weight, offsets, 0), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["plain", "transposed"])
+def test_native_gives_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, layout: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(700, 100, generator=generator).to(dtype), torch.randn(700, 200, generator=generator).to(dtype)
+    weight = strided(6, 100, 200, dtype=dtype, layout=layout, generator=generator)
+    # A cut between threads may leave a few rows of a large group to one of them.
+    offsets = torch.tensor([0, 3, 300, 300, 309, 310, 690])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 1, 2, 3, 8):
+            torch.set_num_threads(number)
+            results.append(on("native", grad, x, weight, offsets, 1))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("inner, columns", [(3000, 200), (200, 3000)])
+def test_native_cuts_weights_that_are_larger_than_the_cache(inner: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(50, inner, generator=generator), torch.randn(50, columns, generator=generator)
+    weight, offsets = torch.randn(2, inner, columns, generator=generator), torch.tensor([0, 5, 50])
+    actual, same_dtype = (on(backend, grad, x, weight, offsets, 0) for backend in ("native", "reference"))
+    exact = on("reference", grad.double(), x.double(), weight.double(), offsets, 0)
+    for name, *values in zip(("y", "gradient of x", "gradient of weight"), actual, same_dtype, exact, strict=True):
+        assert_within_budget(*values, name)
+
+
+@needs_library
+def test_native_ran() -> None:
+    before = dispatch.calls.copy()
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, offsets = (t.detach() for t in make(6, [0, 2, 6], 3, 2))
+        grouped_mm(x.to(dtype).requires_grad_(), weight.to(dtype), offsets).sum().backward()
+    assert dispatch.calls - before == {("grouped_mm", "native"): 2, ("grouped_mm_backward", "native"): 2}
 
 
 GOOD = {"x": torch.zeros(4, 3), "weight": torch.zeros(2, 3, 5), "offsets": torch.tensor([0, 1, 4])}

@@ -11,6 +11,7 @@ from compilation import compiled, unbacked
 from error_budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_library import needs_library
 from torch import Tensor
 
 from xsmoe_kernels import dispatch
@@ -174,6 +175,107 @@ def test_the_reference_ran() -> None:
     gates.sum().backward()
     ran = dispatch.calls - before
     assert ran == {("route_topk", "reference"): 1, ("route_topk_backward", "reference"): 1}
+
+
+def on(backend: str, logits: Tensor, k: int, renormalize: bool, grad: Tensor) -> tuple[Routing, Tensor]:
+    """The routing and the gradient of the logits, for an upstream gradient of the gates."""
+    logits = logits.detach().requires_grad_()
+    with dispatch.use_backend(backend):
+        routing = route_topk(logits, k, renormalize=renormalize)
+    (grad_logits,) = torch.autograd.grad(routing.gates, logits, grad.to(logits.dtype))
+    return routing, grad_logits
+
+
+def assert_native_agrees(logits: Tensor, k: int, renormalize: bool, grad: Tensor) -> None:
+    """Choices exactly as the reference makes them, gates and gradients within the error budget."""
+    native, *others = (
+        on(backend, x, k, renormalize, grad)
+        for backend, x in (("native", logits), ("reference", logits), ("reference", logits.double()))
+    )
+    results = [(routing.gates, gradient) for routing, gradient in (native, *others)]
+    choices = zip(native[0][1:], others[0][0][1:], strict=True)
+    for name, values in zip(("experts", "order", "offsets"), choices, strict=True):
+        assert torch.equal(*values), name
+    for name, (actual, same_dtype, exact) in zip(("gates", "gradient"), zip(*results, strict=True), strict=True):
+        assert torch.equal(actual.isnan(), same_dtype.isnan()), name
+        assert_within_budget(actual.nan_to_num(), same_dtype.nan_to_num(), exact.nan_to_num(), name)
+
+
+def random_logits(num_rows: int, num_experts: int, dtype: torch.dtype, kind: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_rows, num_experts, generator=generator).to(dtype)
+    if kind == "ties":
+        return logits.round()
+    if kind == "special":
+        values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0], dtype=dtype)
+        place = torch.rand(num_rows, num_experts, generator=generator)
+        special = values[torch.randint(6, (num_rows, num_experts), generator=generator)]
+        return torch.where(place < 0.2, special, logits)
+    if kind == "strided":
+        return torch.randn(num_experts, 2 * num_rows, generator=generator).to(dtype)[:, ::2].T
+    return logits
+
+
+@needs_library
+@settings(deadline=None, derandomize=True, max_examples=120)
+@given(
+    # One past the rows that are routed together, and several times as many.
+    num_rows=st.sampled_from([0, 1, 2, 4, 5, 8, 9, 16, 17, 50]),
+    num_experts=st.integers(1, 33),
+    share=st.floats(0, 1),
+    renormalize=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kind=st.sampled_from(["plain", "ties", "special", "strided"]),
+    seed=st.integers(0, 100),
+)
+def test_native_equals_the_reference(
+    num_rows: int, num_experts: int, share: float, renormalize: bool, dtype: torch.dtype, kind: str, seed: int
+) -> None:
+    k = max(1, round(share * num_experts))
+    logits = random_logits(num_rows, num_experts, dtype, kind, seed)
+    grad = torch.randn(k, num_rows, generator=torch.Generator().manual_seed(seed)).T
+    assert_native_agrees(logits, k, renormalize, grad)
+
+
+@needs_library
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "special"])
+@pytest.mark.parametrize("num_experts, k", [(1000, 1), (1000, 8), (1000, 700), (2500, 2500)])
+def test_native_takes_thousands_of_experts(num_experts: int, k: int, kind: str, renormalize: bool) -> None:
+    logits = random_logits(21, num_experts, torch.float32, kind, 0)
+    assert_native_agrees(logits, k, renormalize, torch.randn(21, k, generator=torch.Generator().manual_seed(0)))
+
+
+@needs_library
+def test_native_ranks_nan_first_and_both_zeros_alike() -> None:
+    logits = torch.tensor([[1.0, torch.nan, torch.inf, -torch.nan, 2.0], [-0.0, 0.0, -0.0, -1.0, -torch.inf]])
+    with dispatch.use_backend("native"):
+        assert route_topk(logits, 5).experts.tolist() == [[1, 3, 2, 4, 0], [0, 1, 2, 3, 4]]
+
+
+@needs_library
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_native_gives_the_same_bits_for_any_number_of_threads(renormalize: bool) -> None:
+    logits, grad = torch.randn(3000, 21), torch.randn(3000, 4)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 1, 2, 3, 7):
+            torch.set_num_threads(number)
+            routing, gradient = on("native", logits, 4, renormalize, grad)
+            results.append((*routing, gradient))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+def test_native_ran() -> None:
+    before = dispatch.calls.copy()
+    for dtype in (torch.float32, torch.bfloat16):
+        route_topk(torch.randn(3, 4, dtype=dtype, requires_grad=True), 2).gates.sum().backward()
+    assert dispatch.calls - before == {("route_topk", "native"): 2, ("route_topk_backward", "native"): 2}
 
 
 @pytest.mark.parametrize(
