@@ -1,0 +1,25 @@
+"""`python -m bench`: a subcommand per question."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bench import kernels_command
+
+COMMANDS = (kernels_command,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code is 0 only if no result was wrong."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m bench", description="What our kernels are worth on this machine.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_to(commands)
+    options = parser.parse_args(given)
+    options.given = given
+    return int(options.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

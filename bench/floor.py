@@ -1,0 +1,81 @@
+"""The floor: the time that the least possible work takes at the rates which this machine shows in the same run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from bench.measure import Samples, Stopwatch, Task, quantiles
+from bench.workload import Product, Work
+
+COPIED_BYTES = 96 << 20
+_COPY = "probe copy"
+_LAYOUTS = ("as it is", "transposed")
+
+
+class Rates(NamedTuple):
+    """What the machine reaches, a second; `flop` is 0 where no product was measured."""
+
+    flop: float
+    bytes: float
+
+
+def seconds(work: Work, rates: Rates) -> float:
+    """The larger of FLOP over the matrix rate and bytes over the bandwidth."""
+    arithmetic = work.flop / rates.flop if work.flop else 0.0
+    return max(arithmetic, work.bytes / rates.bytes)
+
+
+def probes(products: Sequence[Product], dtype: torch.dtype, device: torch.device) -> dict[str, Task]:
+    """Tasks to interleave with the variants: each product by `torch.mm`, in both layouts of the weight, and a copy."""
+    tasks: dict[str, Task] = {}
+    for product in products:
+        for one in _dtypes(dtype):
+            left = torch.randn(product.rows, product.inner, device=device).to(one)
+            right = torch.randn(product.inner, product.columns, device=device).to(one)
+            # A weight lies either way; libraries differ in which they like.
+            for layout, weight in zip(_LAYOUTS, (right, right.T.contiguous().T), strict=True):
+                tasks[_name(product, one, layout)] = _timed(device, partial(torch.mm, left, weight))
+    source = torch.ones(COPIED_BYTES // 4, device=device)
+    tasks[_COPY] = _timed(device, partial(torch.zeros_like(source).copy_, source))
+    return tasks
+
+
+def rates(samples: Samples, products: Sequence[Product], dtype: torch.dtype) -> Rates:
+    """The best product's and the copy's rate, from their median times."""
+    flop = [
+        product.flop / _median(samples, _name(product, one, layout))
+        for product in products
+        for one in _dtypes(dtype)
+        for layout in _LAYOUTS
+    ]
+    return Rates(max(flop, default=0.0), 2 * COPIED_BYTES / _median(samples, _COPY))
+
+
+def total(work: Mapping[str, Work]) -> Work:
+    """What all passes must do together."""
+    return sum(work.values(), start=Work())
+
+
+def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    # Where a library is slow in a narrow dtype, a kernel may widen; that must not take it below the floor.
+    return (dtype,) if dtype == torch.float32 else (dtype, torch.float32)
+
+
+def _median(samples: Samples, name: str) -> float:
+    return quantiles([laps[0] for laps in samples[name]]).median
+
+
+def _name(product: Product, dtype: torch.dtype, layout: str) -> str:
+    return f"probe {dtype} {product.rows}x{product.inner}x{product.columns} {layout}"
+
+
+def _timed(device: torch.device, run: Callable[[], object]) -> Task:
+    def task(_: int) -> tuple[float, ...]:
+        watch = Stopwatch(device)
+        run()
+        watch.mark()
+        return watch.laps()
+
+    return task

@@ -1,0 +1,148 @@
+"""Which machine the numbers come from."""
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import xsmoe_kernels
+
+ROOT = Path(__file__).parents[1]
+# Settings from outside that change times.
+_VARIABLES = (
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "MALLOC_",
+    "XSMOE_",
+    "ONEDNN_",
+    "DNNL_",
+    "TORCHINDUCTOR_",
+    "CUDA_VISIBLE",
+)
+_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Processor, memory, versions, settings and date, as JSON holds them; `info` is what xsmoe_kernels says."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "device": device.type,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "memory_bytes": memory("MemTotal"),
+        "allocator": _allocator(),
+        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "mkl": torch.backends.mkl.is_available(),
+            "onednn": torch.backends.mkldnn.is_available(),
+        },
+        "info": xsmoe_kernels.info(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def line(machine: dict[str, Any]) -> str:
+    """The same in one line for a person."""
+    cpu, versions = machine["cpu"], machine["versions"]
+    parts = [f"{cpu['model']}, {cpu['cores']} cores, {machine['threads']} threads"]
+    if cpu["mhz"]:
+        parts[0] += f" at {cpu['mhz']:.0f} MHz"
+    if machine["memory_bytes"]:
+        parts.append(f"{machine['memory_bytes'] / 2**30:.0f} GiB")
+    parts.append(
+        f"torch uses {cpu['capability']}, we {machine['info'].get('native', {}).get('tier', 'no native tier')}"
+    )
+    if "gpu" in machine:
+        parts.insert(0, f"{machine['gpu']['name']}, CUDA {machine['gpu']['cuda']}")
+    parts.append(f"torch {versions['torch']}, Python {versions['python']}")
+    parts.append(f"commit {machine['commit']}")
+    if machine["load"] is not None:
+        parts.append(f"load {machine['load'][0]:.1f}")
+    return "; ".join([*parts, machine["date"]])
+
+
+def busy(machine: dict[str, Any]) -> bool:
+    """Whether other programs kept a good part of the cores busy in the last minute."""
+    return machine["load"] is not None and machine["load"][0] > 0.25 * machine["cpu"]["cores"]
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes of memory that are free on the device, or None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return memory("MemAvailable")
+
+
+def memory(field: str) -> int | None:
+    """A field of /proc/meminfo in bytes, or None where there is none."""
+    for row in (_read("/proc/meminfo") or "").splitlines():
+        name, _, amount = row.partition(":")
+        if name == field:
+            return int(amount.split()[0]) << 10
+    return None
+
+
+def _cpu() -> dict[str, Any]:
+    fields: dict[str, str] = {}
+    clocks = []
+    for row in (_read("/proc/cpuinfo") or "").splitlines():
+        name, _, value = (part.strip() for part in row.partition(":"))
+        fields.setdefault(name, value)
+        if name == "cpu MHz":
+            clocks.append(float(value))
+    model = fields.get("model name", platform.processor() or platform.machine())
+    if "model" in fields:
+        model += f" (family {fields.get('cpu family', '?')}, model {fields['model']})"
+    flags = fields.get("flags", "").split()
+    return {
+        "model": model,
+        "architecture": platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "mhz": max(clocks, default=None),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "features": [flag for flag in flags if flag.startswith(("avx", "amx", "fma"))],
+        "cache": fields.get("cache size"),
+    }
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+
+
+def _allocator() -> str:
+    mapped = _read("/proc/self/maps") or ""
+    return next((name for name in _ALLOCATORS if name in mapped), "system")
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,97 @@
+"""Time: interleaved rounds of all variants, of which medians and paired ratios are taken."""
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+Task = Callable[[int], tuple[float, ...]]
+Samples = dict[str, list[tuple[float, ...]]]
+
+FEWEST_ROUNDS = 5
+FEWEST_LONG_ROUNDS = 3
+
+
+class Quantiles(NamedTuple):
+    """The median, and the 10th and 90th of a hundred."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def quantiles(values: Sequence[float]) -> Quantiles:
+    """Quantiles of at least one value."""
+    return Quantiles(*(float(q) for q in np.quantile(np.asarray(values, dtype=np.float64), (0.5, 0.1, 0.9))))
+
+
+class Stopwatch:
+    """Laps between marks, on the device's own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+        if self._cuda:
+            torch.cuda.synchronize(device)
+        self.mark()
+
+    def mark(self) -> None:
+        """Ends a lap and starts the next."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        else:
+            self._times.append(time.perf_counter())
+
+    def laps(self) -> tuple[float, ...]:
+        """Seconds of each lap so far; waits for the device."""
+        if self._cuda:
+            self._events[-1].synchronize()
+            pairs = zip(self._events, self._events[1:], strict=False)
+            return tuple(first.elapsed_time(last) / 1e3 for first, last in pairs)
+        return tuple(last - first for first, last in zip(self._times, self._times[1:], strict=False))
+
+
+def interleave(
+    tasks: Mapping[str, Task], *, seconds: float, most_rounds: int = 200, warm_up: int = 1, seed: int = 0
+) -> Samples:
+    """Runs every task once a round, in an order drawn anew each time, so that what disturbs one disturbs all.
+
+    Args:
+        tasks: by name, from the round's number to the seconds of its laps.
+        seconds: when this much time has passed, no further round begins; but there are at least `FEWEST_ROUNDS`, or
+            `FEWEST_LONG_ROUNDS` where even that takes twice this time.
+        most_rounds: the largest number of rounds.
+        warm_up: rounds ahead of these that are not counted.
+        seed: for the order.
+
+    Returns:
+        For each task the laps of each round, all of the same number of rounds.
+    """
+    samples: Samples = {name: [] for name in tasks}
+    order, shuffle = list(tasks), random.Random(seed).shuffle
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(warm_up):
+            for name in order:
+                tasks[name](turn)
+        begin = time.perf_counter()
+        for turn in range(most_rounds):
+            passed = time.perf_counter() - begin
+            if (turn >= FEWEST_ROUNDS and passed > seconds) or (turn >= FEWEST_LONG_ROUNDS and passed > 2 * seconds):
+                break
+            shuffle(order)
+            for name in order:
+                samples[name].append(tasks[name](warm_up + turn))
+    finally:
+        if collecting:
+            gc.enable()
+    return samples

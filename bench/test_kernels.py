@@ -1,0 +1,81 @@
+"""The same set-ups for pytest-benchmark: `python -m pytest bench --benchmark-only`."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.case import Checked, Rows, Truth, examine
+from bench.kernels import ROOMS, room
+from bench.kernels_command import combinations
+from bench.workload import Variant, Workload
+
+pytest.importorskip("pytest_benchmark")
+from pytest_benchmark.fixture import BenchmarkFixture
+
+CPU = torch.device("cpu")
+# For forward and for a whole step.
+PASSES = ("forward", "both")
+
+
+class Bench:
+    """A workload whose rows and exact results all of its variants share."""
+
+    def __init__(self, workload: Workload) -> None:
+        torch._dynamo.reset()
+        self.workload = workload
+        self.rows = Rows(workload)
+        self.truth = Truth(workload, self.rows.get(0, None))
+        self.checked: dict[str, Checked] = {}
+
+    def check(self, name: str) -> Checked:
+        """The variant behind the gate, which each passes once."""
+        if name not in self.checked:
+            self.checked[name] = examine(self.workload, name, self.rows, self.truth)
+        return self.checked[name]
+
+
+@lru_cache(maxsize=1)
+def bench(operator: str, sizes: tuple[tuple[str, int], ...]) -> Bench:
+    """The bench of one case; the last one is let go, with its memory, when the next begins."""
+    return Bench(room(operator)(dict(sizes), torch.float32, CPU))
+
+
+def cases() -> Iterator[object]:
+    """Operator, sizes and variant, for the sizes of `--quick`."""
+    for operator in ROOMS:
+        kind = room(operator)
+        for sizes in filter(kind.sensible, combinations({**kind.letters, **kind.quick_sizes})):
+            label = f"{operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
+            for name in kind(dict.fromkeys(sizes, 1), torch.float32, CPU).variants():
+                yield pytest.param(operator, tuple(sizes.items()), name, id=f"{label}-{name}")
+
+
+@pytest.mark.parametrize("one_pass", PASSES)
+@pytest.mark.parametrize(("operator", "sizes", "name"), cases())
+@pytest.mark.benchmark(min_rounds=5, max_time=0.5, disable_gc=True)
+def test_speed(
+    benchmark: BenchmarkFixture, operator: str, sizes: tuple[tuple[str, int], ...], name: str, one_pass: str
+) -> None:
+    """Times a variant that is right; one that cannot run here is skipped, one that is wrong fails."""
+    mine = bench(operator, sizes)
+    checked = mine.check(name)
+    variant, row = checked.variant, checked.row
+    if row.status in ("absent", "skipped") or variant is None:
+        pytest.skip(f"{name} is {row.status}: {row.reason}")
+    assert row.status == "measured", row.reason
+    benchmark.group = f"{operator} {' '.join(f'{letter}={size}' for letter, size in sizes)} {one_pass}"
+    benchmark.extra_info.update(backend=row.backend, error=row.error, saved_bytes=row.saved_bytes)
+    turns = iter(range(1 << 30))
+    benchmark(step, variant, mine.rows, turns, one_pass)
+
+
+def step(variant: Variant, rows: Rows, turns: Iterator[int], one_pass: str) -> Tensor:
+    """One forward, and one backward if the pass has it."""
+    taken = rows.get(next(turns), variant.dtype)
+    y = variant.forward(taken)["y"]
+    if one_pass == "both":
+        torch.autograd.grad(y, list(variant.leaves(taken).values()), taken["grad"])
+    return y

@@ -1,0 +1,115 @@
+"""`python -m bench kernels` from end to end, its file, and what it says to mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import kernels_command, results
+from bench.__main__ import main
+
+TINY = ["--sizes", "N=67", "E=1,3", "D=24", "R=6", "--seconds", "0.01"]
+NAMES = ["naive", "eager", "ours", "ours-recompute"]
+
+
+def test_kernels_prints_the_machine_and_a_table_per_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "run.json"
+    code = main(["kernels", "side_moe", *TINY, "--variants", ",".join(NAMES), "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert code == 0
+    first = printed.splitlines()[0]
+    assert "threads" in first
+    assert "torch" in first
+    assert printed.count("### side_moe float32, N 67, E ") == 2
+    assert printed.count("| naive ") == 2
+
+    run = results.load(path)
+    assert run.command[0] == "kernels"
+    assert [case.sizes["E"] for case in run.cases] == [1, 3]
+    for case in run.cases:
+        assert results.table(case) in printed
+        assert [row.variant for row in case.rows] == NAMES
+        for row in case.rows:
+            assert row.status == "measured"
+            assert set(row.passes) == {"forward", "backward", "both"}
+            both = row.passes["both"]
+            assert len(both.samples) == case.rounds >= 3
+            assert both.p10 <= both.median <= both.p90
+            assert both.floor > 0
+            assert both.flop
+            assert set(both.against) == {"naive"}
+            assert row.saved_bytes
+        assert case.rows[0].passes["both"].against["naive"] == (1.0, 1.0, 1.0)
+        assert case.rows[0].backend is None
+        assert case.rows[2].backend in ("native", "reference")
+
+
+def test_results_survive_their_file(tmp_path: Path) -> None:
+    timing = results.Timing(0.25, 0.125, 0.5, [0.25, 0.125, 0.5], {"naive": (2.0, 1.5, 3.0)}, 0.0625, 0.25, None)
+    rows = [
+        results.Row("ours", "measured", error=1.5, worst="y", saved_bytes=12, passes={"forward": timing}),
+        results.Row("naive", "skipped", "too large"),
+    ]
+    case = results.Case(
+        "op", "title", {"N": 3}, "float32", "cpu", 1e9, 2e9, {"forward": 5.0}, {"forward": 6.0}, 3, rows
+    )
+    run = results.Run(["kernels"], {"cpu": {"model": "x"}, "load": None}, [case], 1.5)
+    path = tmp_path / "run.json"
+    results.save(run, path)
+    assert results.load(path) == run
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 0}))
+    with pytest.raises(ValueError, match="schema 0"):
+        results.load(path)
+
+
+def test_a_table_says_why_a_row_is_empty() -> None:
+    rows = [results.Row("torch", "absent", "no such function"), results.Row("ours", "refused", "y: error 1")]
+    case = results.Case("op", "what it does", {"N": 3}, "float32", "cpu", 0.0, 1e9, {"forward": 0.0}, {}, 0, rows)
+    text = results.table(case)
+    assert "| torch   |     absent |" in text
+    assert "- torch absent: no such function" in text
+    assert "- ours refused: y: error 1" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_refused_row_makes_the_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = kernels_command.measure
+
+    def measure(*arguments: object, **settings: object) -> results.Case:
+        case = whole(*arguments, **settings)  # type: ignore[arg-type]
+        case.rows[-1] = results.Row("ours", "refused", "y: error 1")
+        return case
+
+    monkeypatch.setattr(kernels_command, "measure", measure)
+    assert (
+        main(["kernels", "route_topk", "--sizes", "N=5", "E=3", "--variants", "eager,ours", "--seconds", "0.01"]) == 1
+    )
+    assert "refused: route_topk ours at {'N': 5, 'E': 3, 'k': 2}: y: error 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["side_mo"], "there is no benchmark of 'side_mo'; there is side_moe"),
+        (["side_moe", "--sizes", "Q=3"], "has a size Q"),
+        (["side_moe", "--sizes", "N"], "as in N=256,2816, not 'N'"),
+        (["side_moe", "--sizes", "N=0"], "must be at least 1"),
+        (["side_moe", "--variants", "fast"], "side_moe has no variant 'fast'; it has compiled"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_baseline_is_measured_though_nobody_asked_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    given = ["kernels", "side_moe", "--sizes", "N=5", "E=2", "D=8", "R=2", "--seconds", "0.01", "--json", str(path)]
+    assert main([*given, "--variants", "ours", "--against", "eager"]) == 0
+    (case,) = results.load(path).cases
+    assert [row.variant for row in case.rows] == ["eager", "ours"]
+    assert set(case.rows[1].passes["both"].against) == {"eager"}

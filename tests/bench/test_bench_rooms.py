@@ -1,0 +1,135 @@
+"""Every room: all its variants are right, in every dtype, and its published formulation equals ours."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.case import Rows, Truth, examine, measure, outcome
+from bench.kernels import ROOMS, room
+from bench.kernels.side_moe import SideMoE
+from bench.kernels_command import combinations
+from bench.workload import Variant, Workload
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def tiny(operator: str, dtype: torch.dtype) -> list[Workload]:
+    kind = room(operator)
+    letters = {**kind.letters, **kind.tiny_sizes}
+    return [kind(sizes, dtype, torch.device("cpu")) for sizes in filter(kind.sensible, combinations(letters))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", ROOMS)
+def test_every_variant_is_right(operator: str, dtype: torch.dtype) -> None:
+    for workload in tiny(operator, dtype):
+        rows = Rows(workload)
+        truth = Truth(workload, rows.get(0, None))
+        for name in (*workload.variants(), *workload.optional()):
+            if not name.startswith("compiled"):
+                row = examine(workload, name, rows, truth).row
+                assert row.status in ("measured", "absent"), f"{workload.sizes} {name}: {row.reason}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", ROOMS)
+def test_every_compiled_variant_is_right_and_does_not_compile_again(operator: str, dtype: torch.dtype) -> None:
+    workload = tiny(operator, dtype)[-1]
+    names = [name for name in (*workload.variants(), *workload.optional()) if name.startswith("compiled")]
+    case = measure(workload, names, (), seconds=0.01)
+    assert [row.status for row in case.rows] == ["measured"] * len(names), case.rows
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_published_formulation_is_ours_to_rounding(cpu: torch.device, experts: int) -> None:
+    workload = SideMoE({"N": 67, "E": experts, "D": 24, "R": 6}, torch.float32, cpu)
+    rows = workload.draw()
+    naive, ours = (outcome(workload.build(name), rows) for name in ("naive", "ours"))
+    assert set(naive) == set(ours) == set(workload.exact(rows))
+    assert {name.split()[-1] for name in ours} == {"y", "router", "down", "up", "norm", "gate"}
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, naive[name], rtol=1e-4, atol=1e-4, check_dtype=False, msg=name)
+
+
+def test_the_exact_result_does_not_depend_on_its_chunks(cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = SideMoE({"N": 67, "E": 3, "D": 24, "R": 6}, torch.float32, cpu)
+    rows = workload.draw()
+    whole = workload.exact(rows)
+    monkeypatch.setattr("bench.kernels.side_moe.EXACT_ROWS", 10)
+    for name, tensor in workload.exact(rows).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_published_formulation_saves_every_output_and_ours_does_not(cpu: torch.device) -> None:
+    rows, experts, dim, rank = 256, 10, 96, 8
+    workload = SideMoE({"N": rows, "E": experts, "D": dim, "R": rank}, torch.float32, cpu)
+    case = measure(workload, ["naive", "ours", "ours-recompute"], ["naive"], seconds=0.01)
+    naive, ours, lean = (row.saved_bytes or 0 for row in case.rows)
+    assert naive > 2 * rows * (experts + 1) * dim * 4
+    # The first level's output, the gates, and what is E*R wide.
+    assert ours >= lean + 2 * rows * experts * rank * 4
+    assert lean < rows * (dim + 4 * experts) * 4
+
+
+def wrong_y(variant: Variant) -> Variant:
+    def forward(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        y = variant.forward(rows)["y"]
+        return {"y": torch.cat((y[:-1], y[-1:] * 1.01))}
+
+    return replace(variant, forward=forward)
+
+
+def wrong_gradient(variant: Variant) -> Variant:
+    def tidy(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        return variant.tidy(name, gradient) * (1.001 if name.endswith("down") else 1)
+
+    return replace(variant, tidy=tidy)
+
+
+def wrong_counter(variant: Variant) -> Variant:
+    def counters() -> dict[str, torch.Tensor]:
+        return {name: counter * 1.0001 for name, counter in variant.counters().items()}
+
+    return replace(variant, counters=counters)
+
+
+def unwritten(variant: Variant) -> Variant:
+    def forward(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        y = variant.forward(rows)["y"]
+        return {"y": torch.cat((y[:-1], y[-1:] * 0 + torch.empty_like(y[-1:])))}
+
+    return replace(variant, forward=forward)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (wrong_y, "y: error"),
+        (wrong_gradient, "level 1 down: error"),
+        (wrong_counter, "level 1 norm: error"),
+        (unwritten, "y: error nan"),
+    ],
+)
+def test_a_wrong_kernel_gets_no_time(
+    cpu: torch.device, monkeypatch: pytest.MonkeyPatch, wrong: object, found: str
+) -> None:
+    assert callable(wrong)
+    workload = SideMoE({"N": 67, "E": 3, "D": 24, "R": 6}, torch.float32, cpu)
+    build = workload.build
+    monkeypatch.setattr(workload, "build", lambda name: wrong(build(name)) if name == "ours" else build(name))
+    case = measure(workload, ["naive", "ours"], ["naive"], seconds=0.01)
+    naive, ours = case.rows
+    assert (naive.status, ours.status) == ("measured", "refused")
+    assert found in (ours.reason or "")
+    assert not ours.passes
+    assert naive.passes["both"].median > 0
+
+
+def test_what_does_not_fit_is_skipped(cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = SideMoE({"N": 67, "E": 3, "D": 24, "R": 6}, torch.float32, cpu)
+    monkeypatch.setattr("bench.machine.available", lambda device: 1000)
+    (row,) = measure(workload, ["naive"], ["naive"], seconds=0.01).rows
+    assert row.status == "skipped"
+    assert "are free" in (row.reason or "")
