@@ -9,10 +9,9 @@ DEMO ?= runs/demo
 # The compiler that setup.py takes: make's own default would be another name for it, and compile all anew.
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 # What runs under the sanitizers: the tests of native kernels, but for those of builds and of memory, which take minutes
-# there and see nothing more; on tiers that between them have all the code. Matrix tiles are emulated, so that what they
-# read is seen as well.
+# there and see nothing more. Matrix tiles are emulated, so that what they read is seen as well.
 SANITIZED := sanitize-emulate-amx
-SANITIZED_TIERS := baseline avx2 avx512_bf16 amx
+SANITIZED_TIERS := baseline avx2 avx512 amx
 NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/test_native_*.py)) \
 	tests/kernels/test_route_topk.py tests/kernels/test_grouped_mm.py
 

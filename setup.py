@@ -43,6 +43,13 @@ ASIDE = {"sanitize": "XSMOE_SANITIZE", "emulate-amx": "XSMOE_EMULATE_AMX"}
 """The kinds of build that stay out of the package, and the variables that ask for them."""
 
 MINIMUM_TORCH = (2, 11)
+# What of the sources older compilers refuse: their errors would look like faults of ours.
+MODERN = """
+typedef int Quad __attribute__((vector_size(16)));
+Quad reversed(Quad a) { return __builtin_shufflevector(a, a, 3, 2, 1, 0); }
+struct Two { int a, b; };
+int sum(Two two) { const auto [a, b] = two; return [&] { return a + b; }(); }
+"""
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNELS = [
     "-fno-math-errno",
@@ -100,6 +107,8 @@ def toolchain() -> Toolchain:
     if not sys.platform.startswith("linux"):
         raise Missing(f"native kernels are built on Linux only so far, not on {sys.platform}")
     cxx, compiler = _compiler()
+    if not _accepts(cxx, ["-std=c++20"], MODERN):
+        raise Missing(f"{compiler} is too old: it takes g++ 12 or clang 16; install one and name it in CXX")
     ninja = shutil.which("ninja") or _packaged_ninja()
     if ninja is None:
         raise Missing("ninja was not found when this package was built; `pip install ninja`")
@@ -290,9 +299,9 @@ def _sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
-def _accepts(cxx: list[str], flags: list[str]) -> bool:
-    command = [*cxx, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
-    return not flags or subprocess.run(command, capture_output=True).returncode == 0
+def _accepts(cxx: list[str], flags: list[str], source: str = "") -> bool:
+    command = [*cxx, *flags, "-Werror", "-fsyntax-only", "-x", "c++", "-"]
+    return not flags or subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 
 
 def _escape(text: str) -> str:

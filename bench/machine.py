@@ -49,7 +49,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "mkl": torch.backends.mkl.is_available(),
             "onednn": torch.backends.mkldnn.is_available(),
         },
-        "info": xsmoe_kernels.info(),
+        "info": _info(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -146,3 +146,10 @@ def _read(path: str) -> str | None:
         return Path(path).read_text().strip()
     except OSError:
         return None
+
+
+def _info() -> dict[str, Any]:
+    """Our own account, without where it lies on this disk."""
+    info = xsmoe_kernels.info()
+    info["native"].pop("library", None)
+    return info

@@ -35,3 +35,21 @@ def test_numbers_are_those_of_the_committed_result() -> None:
     step, users = cost["step_ms"], result["settings"]["batch_size"]
     assert f"{step:.1f} ms a training step of {users} users, {cost['seconds']:.0f} s for training" in text
     assert f"{cost['peak_rss_mib']:.0f} MiB at the peak" in text
+
+
+def test_table_of_speed_is_that_of_the_committed_result() -> None:
+    run = json.loads((README.parent / "bench" / "results" / "side_moe-cpu-float32.json").read_text())
+    cases = {case["sizes"]["E"]: case["rows"] for case in run["cases"] if case["sizes"]["N"] == 2816}
+    quoted = re.findall(
+        r"^\| (\d+) \| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) % \| ([\d.]+) \|$", README.read_text(), re.MULTILINE
+    )
+    assert len(quoted) >= 12
+    for experts, variant, *numbers in quoted:
+        (row,) = [row for row in cases[int(experts)] if row["variant"] == variant]
+        step = row["passes"]["both"]
+        ratio = step["against"]["naive"][0] if variant != "naive" else 1
+        found = 1e3 * step["median"], ratio, 100 * step["share"], row["saved_bytes"] / 2**20
+        assert [f"{found[0]:.1f}", f"{found[1]:.2f}", f"{found[2]:.0f}", f"{found[3]:.1f}"] == numbers, (
+            experts,
+            variant,
+        )

@@ -30,9 +30,7 @@ struct Features {
 
 #if defined(__x86_64__)
 
-bool bit(uint32_t word, int index) {
-    return (word >> index & 1) != 0;
-}
+bool bit(uint32_t word, int index) { return (word >> index & 1) != 0; }
 
 // The register states that the operating system saves when it switches threads.
 uint64_t saved_states() {
@@ -41,7 +39,7 @@ uint64_t saved_states() {
     return uint64_t{high} << 32 | low;
 }
 
-// Linux gives a process the tile registers only when it asks; threads that start later inherit the permission.
+// Linux gives a process the tile registers only when it asks, once for all its threads.
 bool tiles_granted() {
 #if defined(__linux__)
     constexpr long request_permission = 0x1023, tile_data = 18;
@@ -94,9 +92,7 @@ Features detect() {
 
 #else
 
-Features detect() {
-    return {};
-}
+Features detect() { return {}; }
 
 #endif
 
@@ -105,9 +101,7 @@ const Features& features() {
     return found;
 }
 
-bool can_run(Tier tier) {
-    return compiled(tier) && supported(tier);
-}
+bool can_run(Tier tier) { return compiled(tier) && supported(tier); }
 
 Tier best() {
     Tier best = Tier::baseline;

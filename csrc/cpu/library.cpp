@@ -8,16 +8,10 @@
 
 namespace {
 
-std::string cpu_tier() {
-    return xsmoe::name(xsmoe::tier());
-}
+std::string cpu_tier() { return xsmoe::name(xsmoe::tier()); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(xsmoe_native, m) {
-    m.def("cpu_tier() -> str");
-}
+STABLE_TORCH_LIBRARY(xsmoe_native, m) { m.def("cpu_tier() -> str"); }
 
-STABLE_TORCH_LIBRARY_IMPL(xsmoe_native, CompositeExplicitAutograd, m) {
-    m.impl("cpu_tier", TORCH_BOX(&cpu_tier));
-}
+STABLE_TORCH_LIBRARY_IMPL(xsmoe_native, CompositeExplicitAutograd, m) { m.impl("cpu_tier", TORCH_BOX(&cpu_tier)); }

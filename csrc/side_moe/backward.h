@@ -141,8 +141,8 @@ void backward_tile(
         for (int64_t row = 0; row < rows; ++row) {
             const T* go = grad + row * call.grad_stride;
             float* dgates = scratch.dgates + row * gate_stride;
-            dgates[0] = backbone == nullptr ? call.backbone_dot[first + row]
-                                            : dot(go, backbone + row * call.backbone_stride, dim);
+            dgates[0] = call.backbone_dot != nullptr ? call.backbone_dot[first + row]
+                                                     : dot(go, backbone + row * call.backbone_stride, dim);
             const float shared = dot(go, x + row * call.x_stride, dim);
             for (int64_t e = 1; e < gated; ++e) dgates[e] += shared;
         }

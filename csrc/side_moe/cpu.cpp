@@ -9,7 +9,6 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/arena.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
@@ -134,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
             all_norm += norm[chunk];
             all_counted += counted[chunk];
         }
-        for (double& total : totals) total *= all_counted;
+        // No rows count nothing, even where the row of x is not finite.
+        for (double& total : totals) total = rows == 0 ? 0.0 : total * all_counted;
         totals[0] = all_norm;
     }
 

@@ -293,7 +293,7 @@ struct ForwardTile {
                     const int64_t to = (first + at) * dim + column;
                     each_vector(width, dim - column, [&](int i, int64_t here) {
                         const Vec mixed = load(sums + i) + own * load(from + i, here);
-                        if (beside == nullptr) {
+                        if (call.mixture != nullptr) {
                             store(call.mixture + to + i, mixed, here);
                         } else {
                             store(static_cast<T*>(call.y) + to + i, mixed + other * load(beside + i, here), here);

@@ -112,9 +112,9 @@ def _assert_near(actual: Tensor, reference: Tensor, exact: Tensor, name: str, le
     """The budget for few rows: one draw of rounding errors, which may by luck be tiny in the reference."""
     assert actual.shape == exact.shape, name
     error, reference_error = (torch.linalg.vector_norm(t.double() - exact) for t in (actual, reference))
-    dtype, dim = level.x.dtype, level.x.shape[1]
-    # What a sum of `dim` numbers, one after the other, loses in float32; bfloat16 has rounded its terms by much more.
-    digits = 8 if dtype == torch.bfloat16 else 4 + 4 * dim**0.5
+    dtype, terms = level.x.dtype, max(level.backbone.shape)
+    # What a sum of so many numbers, one after the other, loses in float32; bfloat16 has rounded its terms by much more.
+    digits = 8 if dtype == torch.bfloat16 else 4 + 4 * terms**0.5
     bound = 2 * reference_error + digits * torch.finfo(dtype).eps * torch.linalg.vector_norm(exact)
     assert error <= bound, f"{name}: error {float(error):.3e}, of which {float(bound):.3e} are allowed"
 

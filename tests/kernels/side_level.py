@@ -46,9 +46,9 @@ def make_level(
     return Level(
         x=normal(1 if one_row else rows, dim),
         backbone=normal(rows, dim),
-        router=normal(experts + 1, dim, scale=dim**-0.5),
-        down=normal(experts, rank, dim, scale=dim**-0.5),
-        up=normal(experts, rank, dim, scale=rank**-0.5),
+        router=normal(experts + 1, dim, scale=max(dim, 1) ** -0.5),
+        down=normal(experts, rank, dim, scale=max(dim, 1) ** -0.5),
+        up=normal(experts, rank, dim, scale=max(rank, 1) ** -0.5),
     )
 
 

@@ -31,9 +31,9 @@ def plain_level(*shape: int, dtype: torch.dtype, one_row: bool = False, seed: in
 @given(
     # One past a tile of rows, whose height the tier and the dtype decide, and several tiles.
     rows=st.sampled_from([0, 1, 2, 5, 31, 33, 128, 129, 140, 141, 144, 145, 300, 433]),
-    dim=st.sampled_from([1, 3, 7, 17, 33, 48, 64, 100, 768]),
+    dim=st.sampled_from([0, 1, 3, 7, 17, 33, 48, 64, 100, 768]),
     experts=st.integers(1, 33),
-    rank=st.sampled_from([1, 3, 7, 17, 33, 48, 64, 100]),
+    rank=st.sampled_from([0, 1, 3, 7, 17, 33, 48, 64, 100]),
     one_row=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     call=st.builds(
@@ -49,6 +49,8 @@ def plain_level(*shape: int, dtype: torch.dtype, one_row: bool = False, seed: in
 )
 @example(rows=283, dim=768, experts=10, rank=64, one_row=False, dtype=torch.float32, call=Call(num_frozen=9))
 @example(rows=257, dim=768, experts=10, rank=64, one_row=False, dtype=torch.bfloat16, call=Call(num_frozen=9))
+@example(rows=3, dim=0, experts=5, rank=3, one_row=False, dtype=torch.float32, call=Call(num_frozen=0))
+@example(rows=3, dim=5, experts=2, rank=0, one_row=True, dtype=torch.bfloat16, call=Call(num_frozen=1))
 def test_stays_within_the_error_budget(
     rows: int, dim: int, experts: int, rank: int, one_row: bool, dtype: torch.dtype, call: Call
 ) -> None:
@@ -408,3 +410,43 @@ def test_a_pack_for_other_experts_is_refused() -> None:
     arguments = (*level, frozen.down, frozen.up, pack[:-64], None, 0, True, False, "gelu", "native")
     with pytest.raises(ValueError, match="frozen_pack has .* it was packed for others"):
         torch.ops.xsmoe.side_moe(*arguments)
+
+
+def test_no_rows_count_nothing_even_where_the_row_is_not_finite() -> None:
+    level = plain_level(0, 5, 2, 3, dtype=torch.float32, one_row=True)
+    utilization = Utilization(2)
+    with use_backend("native"):
+        side_moe(torch.full((1, 5), torch.inf), *level[1:], utilization=utilization)
+    assert utilization.norm.tolist() == utilization.gate.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("changed", [False, True])
+def test_frozen_experts_train_after_inference(autocast: bool, changed: bool) -> None:
+    x, backbone, router, down, up = make_level(4, 16, 3, 4, dtype=torch.float32)
+    frozen = FrozenExperts(down[:2].detach().clone(), up[:2].detach().clone())
+    if changed:
+        frozen.down.mul_(2)
+
+    def run() -> Tensor:
+        with use_backend("native"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return side_moe(x, backbone, router, down[2:], up[2:], frozen=frozen)
+
+    with torch.inference_mode():
+        seen = run()
+    y = run()
+    y.sum().backward()
+    assert torch.equal(y, seen)
+    assert down.grad is not None
+
+
+def test_frozen_experts_made_and_changed_in_inference_mode_are_read_anew() -> None:
+    with torch.inference_mode(), use_backend("native"):
+        x, backbone, router, down, up = plain_level(4, 16, 3, 4, dtype=torch.float32)
+        frozen_down = down[:2].clone()
+        frozen = FrozenExperts(frozen_down, up[:2].clone())
+        side_moe(x, backbone, router, down[2:], up[2:], frozen=frozen)
+        frozen_down.mul_(3)
+        y = side_moe(x, backbone, router, down[2:], up[2:], frozen=frozen)
+        joined = torch.cat([frozen_down, down[2:]])
+        assert torch.equal(y, side_moe(x, backbone, router, joined, up))

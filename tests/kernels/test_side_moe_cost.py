@@ -125,7 +125,7 @@ def test_no_tensor_holds_an_output_of_every_expert() -> None:
     counters = Utilization(experts)
 
     def step() -> None:
-        # test_native_side_moe.py has more rows, for the tiles of native kernels are of this size.
+        # test_native_memory.py has more rows, for the tiles of native kernels are of this size.
         with use_backend("reference"):
             side_moe(*level, utilization=counters).sum().backward()
 

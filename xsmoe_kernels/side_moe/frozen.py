@@ -20,8 +20,9 @@ class FrozenExperts:
     """Experts that take no gradient, kept apart from the trainable ones; lives for as long as they are frozen.
 
     Where the native CPU kernels can serve them, it also holds their weights in the layouts that these read, which take
-    twice the memory of the weights and save packing them in every call. Changes of the weights in place are noticed,
-    except by code that `torch.compile` has made.
+    twice the memory of the weights and save packing them in every call. Weights that autograd sees change in place are
+    packed anew. It does not see changes through `.data`, NumPy or shared memory, and code that `torch.compile` made
+    does not look: make a new FrozenExperts then.
 
     Args:
         down: (F, R, D), the frozen experts' down projections; detached, not copied.
@@ -57,7 +58,8 @@ class FrozenExperts:
         casts = self._refreshed().casts
         cast = casts.get(dtype)
         if cast is None:
-            cast = casts[dtype] = FrozenExperts(self.down.to(dtype), self.up.to(dtype))
+            with torch.inference_mode(False):
+                cast = casts[dtype] = FrozenExperts(self.down.to(dtype), self.up.to(dtype))
         return cast
 
     def pack(self) -> Tensor | None:
@@ -67,16 +69,21 @@ class FrozenExperts:
     def _refreshed(self) -> "_Derived":
         """What is derived from the weights as they are now."""
         derived, versions = self._derived, self._current()
-        if derived.versions != versions:
-            pack = torch.ops.xsmoe_native.pack_experts(self.down, self.up) if self._packable() else None
+        if versions is None or derived.versions != versions:
+            pack = None
+            if versions is not None and self._packable():
+                # Autograd will save it, which it cannot with what inference mode makes.
+                with torch.inference_mode(False):
+                    pack = torch.ops.xsmoe_native.pack_experts(self.down, self.up)
             # In one assignment: several threads may be here.
             self._derived = derived = _Derived(versions, pack, {})
         return derived
 
-    def _current(self) -> tuple[int, int]:
-        # Tensors made in inference mode cannot change outside of it, and count no versions.
-        counted = (0 if tensor.is_inference() else tensor._version for tensor in (self.down, self.up))
-        return next(counted), next(counted)
+    def _current(self) -> tuple[int, int] | None:
+        """The versions of down and up; None where changes are not counted, so that nothing can be kept."""
+        if self.down.is_inference() or self.up.is_inference():
+            return None
+        return self.down._version, self.up._version
 
     def _packable(self) -> bool:
         if self.num_experts == 0 or type(self.down) is not Tensor:
