@@ -43,10 +43,11 @@ test-all: native lint
 
 # What bench/results/ holds of the kernels; about twenty minutes, and nothing else may run meanwhile.
 bench: native
-	$(BIN)/python -m bench kernels side_moe --json bench/results/side_moe-cpu-float32.json
-	$(BIN)/python -m bench kernels side_moe --dtype bfloat16 --sizes N=256,2816 E=1,10,32 \
+	$(BIN)/python -m bench kernels side_moe --sizes N=2816 --seconds 10 --json bench/results/side_moe-cpu-float32.json
+	$(BIN)/python -m bench kernels side_moe --seconds 4 --json bench/results/side_moe-cpu-float32-all-sizes.json
+	$(BIN)/python -m bench kernels side_moe --dtype bfloat16 --sizes N=256,2816 E=1,10,32 --seconds 4 \
 		--json bench/results/side_moe-cpu-bfloat16.json
-	$(BIN)/python -m bench kernels route_topk grouped_mm --json bench/results/routing-cpu-float32.json
+	$(BIN)/python -m bench kernels route_topk grouped_mm --seconds 3 --json bench/results/routing-cpu-float32.json
 
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only
