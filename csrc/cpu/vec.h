@@ -38,6 +38,8 @@ typedef uint16_t HalfVec __attribute__((vector_size(2 * lanes)));
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class To, class From>
 XSMOE_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");

@@ -12,8 +12,6 @@ namespace {
 using grouped_mm::Kernels;
 using grouped_mm::Product;
 
-XSMOE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // What a thread multiplies with: a tile of rows, and as much of the weight as stays in cache, packed when its turn
 // comes.
 template <class T>

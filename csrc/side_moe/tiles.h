@@ -22,8 +22,6 @@ constexpr int64_t column_multiple = Words<Value>::inner > lanes ? Words<Value>::
 template <class Value>
 constexpr int64_t tile_rows = (139 / Words<Value>::block_rows + 1) / 2 * 2 * Words<Value>::block_rows;
 
-XSMOE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Cuts rows into tiles of nearly equal height, whole blocks each but for the last.
 template <class Value>
 int64_t tile_height(int64_t rows) {
