@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         label = f"{workload.operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
         case = measure(workload, names, against, seconds=seconds, say=_speaker(label, begin))
         cases.append(case)
-        print(f"\n{results.table(case)}", flush=True)
+        print(f"\n{results.table(results.as_saved(case))}", flush=True)
     done = results.Run(options.given, facts, cases, time.monotonic() - begin)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -122,6 +122,11 @@ def load(path: Path) -> Run:
     return Run(cases=cases, **data)
 
 
+def as_saved(case: Case) -> Case:
+    """A case with the digits that `save` keeps, so that its table is that of the file."""
+    return _case(json.loads(_dumps(asdict(case))))
+
+
 def table(case: Case) -> str:
     """A case in Markdown: what it is, its floor, a row per variant, and why rows are empty."""
     baselines = list(dict.fromkeys(name for row in case.rows for t in row.passes.values() for name in t.against))
