@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     // `count` rows of the sums, from `first` on, go to a gradient whose leading `zeros` rows belong to frozen experts.
     const int64_t row_bytes = dim * static_cast<int64_t>(x.element_size());
     const auto finish = [&](const Tensor& gradient, int64_t first, int64_t zeros, int64_t count) {
-        if (zeros + count == 0) return;
+        if (zeros + count == 0 || dim == 0) return;
         char* to = static_cast<char*>(mutable_data(gradient));
         const auto* from = static_cast<const float*>(sums.of(0));
         const int64_t chunk_stride = sum_bytes / int64_t{sizeof(float)};

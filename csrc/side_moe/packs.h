@@ -43,6 +43,7 @@ public:
 
     // `*to` will point at the packed matrix.
     void add(const void* from, Shape shape, const void** to) {
+        if (shape.inner == 0 || shape.columns == 0) return;  // no product reads it
         jobs_.push_back({from, shape, to, bytes_});
         bytes_ += packed_bytes(kernels_, shape);
         cost_ += 8.0 * static_cast<double>(shape.inner * shape.columns);

@@ -33,7 +33,7 @@ void collect(
 ) {
     // Sums of 64 rows at a time keep float32's rounding in bounds.
     float* few = sums + round_up(dim, lanes);
-    std::memset(sums, 0, 2 * round_up(dim, lanes) * sizeof(float));
+    if (dim > 0) std::memset(sums, 0, 2 * round_up(dim, lanes) * sizeof(float));
     for (int64_t block = first; block < last; block += 64) {
         const int64_t end = least(block + 64, last);
         for (int64_t row = block; row < end; ++row) {
