@@ -43,5 +43,13 @@ private:
     int64_t used_ = 0;
 };
 
+// Bytes of the block from which a Scratch, made of an arena and these arguments, takes its pieces.
+template <class Scratch, class... Arguments>
+int64_t bytes_of(Arguments... arguments) {
+    Arena arena(nullptr);
+    const Scratch scratch(arena, arguments...);
+    return arena.used();
+}
+
 }  // namespace
 }  // namespace xsmoe::XSMOE_TIER

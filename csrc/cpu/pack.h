@@ -69,11 +69,11 @@ void pack(
     const int64_t filled = (inner + values - 1) / values;
     const int64_t words = packed_inner<Value>(inner);
     for (int64_t column = 0; column < columns; column += panel, to += words * panel) {
-        const int64_t width = columns - column < panel ? columns - column : panel;
+        const int64_t width = least(columns - column, panel);
         const T* source = from + column * column_stride;
         if (width < panel) std::memset(to, 0, words * panel * sizeof(Word));
         for (int64_t first = 0; first < filled; first += together) {
-            const int64_t last = first + together < filled ? first + together : filled;
+            const int64_t last = least(first + together, filled);
             if (column_stride == 1) {
                 for (int64_t k = first; k < last; ++k) {
                     const T* row = source + k * values * inner_stride;

@@ -102,68 +102,48 @@ XSMOE_INLINE void prefetch_panel(const T* from) {
 // Rows of the right factor that are fetched before they are needed: weights come from beyond the second-level cache.
 constexpr int64_t ahead = 16;
 
+// sum + the products of a word of the left factor and a vector of words of the right one.
+XSMOE_INLINE Vec multiply_add(float left, Vec right, Vec sum) { return sum + splat(left) * right; }
+
+#ifdef __AVX512BF16__
+XSMOE_INLINE Vec multiply_add(Pair left, Vec right, Vec sum) {
+    const __m512bh pairs = bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(left.bits)));
+    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), pairs, bit_cast<__m512bh>(right)));
+}
+#endif
+
 // Sums of `Rows` rows and `Vecs` vectors of columns over one segment.
-template <int Rows, int Vecs, bool transposed>
+template <int Rows, int Vecs, bool transposed, class Value>
 XSMOE_INLINE void accumulate(
-    const float* left, int64_t left_stride, const float* right, int64_t right_stride, int64_t words,
-    Vec (&sums)[Rows][Vecs]
+    const Value* left, int64_t left_stride, const typename Words<Value>::Word* right, int64_t right_stride,
+    int64_t words, Vec (&sums)[Rows][Vecs]
 ) {
+    typedef typename Words<Value>::Word Word;
+    static_assert(!transposed || Words<Value>::values == 1, "pairs lie along rows");
     // Row 3q + r is reached as base[q] + r * stride, so that few registers hold addresses.
     const char* base[(Rows + 2) / 3];
-    const int64_t row_bytes = transposed ? int64_t{sizeof(float)} : left_stride * int64_t{sizeof(float)};
-    const int64_t step = transposed ? left_stride * int64_t{sizeof(float)} : int64_t{sizeof(float)};
+    const int64_t stride_bytes = left_stride * int64_t{sizeof(Value)};
+    const int64_t row_bytes = transposed ? int64_t{sizeof(Word)} : stride_bytes;
+    const int64_t step = transposed ? stride_bytes : int64_t{sizeof(Word)};
 #pragma GCC unroll 8
     for (int q = 0; q < (Rows + 2) / 3; ++q) base[q] = reinterpret_cast<const char*>(left) + 3 * q * row_bytes;
     for (int64_t k = 0; k < words; ++k) {
         Vec columns[Vecs];
 #pragma GCC unroll 2
         for (int v = 0; v < Vecs; ++v) {
-            columns[v] = load(right + v * lanes);
+            std::memcpy(&columns[v], right + v * lanes, sizeof(Vec));
             __builtin_prefetch(right + ahead * right_stride + v * lanes);
         }
         right += right_stride;
 #pragma GCC unroll 16
         for (int row = 0; row < Rows; ++row) {
-            float value;
-            std::memcpy(&value, base[row / 3] + (row % 3) * row_bytes + k * step, sizeof(value));
+            Word word;
+            std::memcpy(&word, base[row / 3] + (row % 3) * row_bytes + k * step, sizeof(word));
 #pragma GCC unroll 2
-            for (int v = 0; v < Vecs; ++v) sums[row][v] += splat(value) * columns[v];
+            for (int v = 0; v < Vecs; ++v) sums[row][v] = multiply_add(word, columns[v], sums[row][v]);
         }
     }
 }
-
-#ifdef __AVX512BF16__
-template <int Rows, int Vecs, bool transposed>
-XSMOE_INLINE void accumulate(
-    const BFloat16* left, int64_t left_stride, const Pair* right, int64_t right_stride, int64_t words,
-    Vec (&sums)[Rows][Vecs]
-) {
-    static_assert(!transposed, "pairs lie along rows");
-    const char* base[(Rows + 2) / 3];
-    const int64_t row_bytes = left_stride * int64_t{sizeof(BFloat16)};
-#pragma GCC unroll 8
-    for (int q = 0; q < (Rows + 2) / 3; ++q) base[q] = reinterpret_cast<const char*>(left) + 3 * q * row_bytes;
-    for (int64_t k = 0; k < words; ++k) {
-        __m512bh columns[Vecs];
-#pragma GCC unroll 2
-        for (int v = 0; v < Vecs; ++v) {
-            std::memcpy(&columns[v], right + v * lanes, sizeof(columns[v]));
-            __builtin_prefetch(right + ahead * right_stride + v * lanes);
-        }
-        right += right_stride;
-#pragma GCC unroll 16
-        for (int row = 0; row < Rows; ++row) {
-            int32_t pair;
-            std::memcpy(&pair, base[row / 3] + (row % 3) * row_bytes + k * int64_t{sizeof(pair)}, sizeof(pair));
-            const __m512bh value = bit_cast<__m512bh>(_mm512_set1_epi32(pair));
-#pragma GCC unroll 2
-            for (int v = 0; v < Vecs; ++v) {
-                sums[row][v] = bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sums[row][v]), value, columns[v]));
-            }
-        }
-    }
-}
-#endif
 
 // Words summed in one go. Sums of longer inner dimensions are sums of such sums, which keeps float32's rounding in
 // bounds.
@@ -209,7 +189,7 @@ __attribute__((noinline)) void vector_block(
                 added = true;
                 summed = 0;
             }
-            const int64_t count = segment.words - first < stretch ? segment.words - first : stretch;
+            const int64_t count = least(segment.words - first, stretch);
             const int64_t step = transposed ? left.stride : int64_t{Words<Value>::values};
             accumulate<Rows, Vecs, transposed>(
                 left.at + segment.left + first * step, left.stride, words + first * right.stride, right.stride, count,
@@ -322,7 +302,7 @@ XSMOE_INLINE void product(
     constexpr int height = Words<Value>::block_rows;
     alignas(64) float block[height * panel];
     const auto compute = [&](int64_t row, int64_t column) {
-        const int block_rows = static_cast<int>(rows - row < height ? rows - row : height);
+        const int block_rows = static_cast<int>(least(rows - row, height));
         const int vecs = columns - column >= panel ? 2 : 1;
         const int64_t index = column / panel;
         const Left<Value> from = {left.at + (transposed ? row : row * left.stride), left.stride};

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <stdexcept>
 #include <vector>
 
 namespace xsmoe {
@@ -20,13 +19,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
     return torch::stable::new_empty(like, shape, dtype);
 }
 
-inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    const std::vector<int64_t> shape(sizes);
-    return torch::stable::new_zeros(like, shape, dtype);
-}
-
 // `count` bytes of torch's memory, where its profilers see them; as tensor, so that it is freed with it.
 inline Tensor scratch(const Tensor& like, int64_t count) { return empty(like, {count}, ScalarType::Byte); }
+
+inline int64_t element_size(const Tensor& tensor) { return static_cast<int64_t>(tensor.element_size()); }
 
 // The same matrix such that the numbers of a row follow each other; rows may be any distance apart.
 inline Tensor with_dense_rows(const Tensor& matrix) {
@@ -41,5 +37,18 @@ template <class T>
 T* mutable_data_as(const Tensor& tensor) {
     return static_cast<T*>(tensor.mutable_data_ptr());
 }
+
+// Scratch memory of so many bytes for each chunk.
+class ChunkScratch {
+public:
+    ChunkScratch(const Tensor& like, int64_t chunks, int64_t bytes)
+        : bytes_(bytes), memory_(scratch(like, chunks * bytes)) {}
+
+    void* of(int64_t chunk) const { return mutable_data_as<char>(memory_) + chunk * bytes_; }
+
+private:
+    int64_t bytes_;
+    Tensor memory_;
+};
 
 }  // namespace xsmoe

@@ -4,41 +4,21 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
-#include "cpu/features.h"
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
+#include "cpu/tiers.h"
 #include "grouped_mm/kernels.h"
 
-namespace xsmoe {
+namespace xsmoe::grouped_mm {
 
-#define XSMOE_DECLARE(tier)                                                 \
-    namespace tier {                                                        \
-    extern const grouped_mm::Kernels grouped_mm_float, grouped_mm_bfloat16; \
-    }
-XSMOE_TIERS(XSMOE_DECLARE)
+XSMOE_KERNELS_FOR
 
-namespace grouped_mm {
 namespace {
 
-const Kernels& kernels_for(ScalarType dtype) {
-    const bool narrow = dtype == ScalarType::BFloat16;
-    switch (tier()) {
-#define XSMOE_CASE(name) \
-    case Tier::name:     \
-        return narrow ? name::grouped_mm_bfloat16 : name::grouped_mm_float;
-        XSMOE_TIERS(XSMOE_CASE)
-        default:
-            throw std::logic_error("the tier in use was not compiled");
-    }
-}
-
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t element_size(const Tensor& tensor) { return static_cast<int64_t>(tensor.element_size()); }
 
 struct Group {
     int64_t expert, first, last;
@@ -101,9 +81,7 @@ Tensor multiply(
     }
     const Product call{inner, columns, data(x), x.stride(0), weight.stride(inner_dim), weight.stride(column_dim), out};
     const Chunks chunks(blocks, 1, 2.0 * static_cast<double>(kernels.block_rows * inner * columns));
-    const int64_t bytes = kernels.product_bytes(call, most_rows);
-    const Tensor memory = scratch(x, chunks.count * bytes);
-    char* scratch_of = mutable_data_as<char>(memory);
+    const ChunkScratch work(x, chunks.count, kernels.product_bytes(call, most_rows));
     const char* weights = static_cast<const char*>(data(weight));
     for_each_chunk(chunks.count, [&](int64_t chunk) {
         const auto [first, last] = chunks[chunk];
@@ -116,7 +94,7 @@ Tensor multiply(
                 call, weights + group.expert * weight.stride(0) * size,
                 group.first + (block - begin) * kernels.block_rows,
                 std::min(group.last, group.first + (end - begin) * kernels.block_rows),
-                group.rows() <= kernels.few_rows, scratch_of + chunk * bytes
+                group.rows() <= kernels.few_rows, work.of(chunk)
             );
         }
     });
@@ -194,16 +172,13 @@ Tensor gradient(
     }
 
     const Gradient call{columns, data(x), x.stride(0), data(grad), grad.stride(0)};
-    const int64_t bytes = kernels.gradient_bytes(jobs.front().cell.height, jobs.front().cell.width);
-    const Tensor memory = scratch(x, chunks.count * bytes);
-    char* scratch_of = mutable_data_as<char>(memory);
+    const Cell& largest = jobs.front().cell;
+    const ChunkScratch work(x, chunks.count, kernels.gradient_bytes(largest.height, largest.width));
     for_each_chunk(chunks.count, [&](int64_t chunk) {
         const auto at = static_cast<size_t>(chunk);
         for (size_t i = begins[at]; i < begins[at + 1]; ++i) {
             const auto& [group, cell] = jobs[i];
-            kernels.gradient(
-                call, cell, group.first, group.last, scratch_of + chunk * bytes, out + group.expert * expert_bytes
-            );
+            kernels.gradient(call, cell, group.first, group.last, work.of(chunk), out + group.expert * expert_bytes);
         }
     });
     return result;
@@ -225,8 +200,7 @@ std::tuple<Tensor, Tensor> backward(
 }
 
 }  // namespace
-}  // namespace grouped_mm
-}  // namespace xsmoe
+}  // namespace xsmoe::grouped_mm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(xsmoe_native, m) {
     m.def("grouped_mm(Tensor x, Tensor weight, Tensor offsets, SymInt num_frozen) -> Tensor");

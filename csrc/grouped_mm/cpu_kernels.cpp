@@ -1,6 +1,6 @@
 // grouped_mm: rows of a group times its weight, and the weight's gradient. Compiled once for each tier.
 
-#include "cpu/arena.h"
+#include "cpu/left_rows.h"
 #include "cpu/pack.h"
 #include "grouped_mm/few_rows.h"
 #include "grouped_mm/kernels.h"
@@ -23,40 +23,20 @@ struct ProductScratch {
     // Words of packed weight, and numbers of x that are copied: each a quarter of a second-level cache.
     static constexpr int64_t most_words = int64_t{1} << 17;
 
-    int64_t inner, padded;
-    bool in_place;  // products can read x where it lies
+    LeftRows<T> left;
     int64_t tile, strip;
     Word* right;
-    Value* left;
 
     ProductScratch(Arena& arena, const Product& call, int64_t rows)
-        : inner(call.inner),
-          padded(round_up(inner, Words<Value>::inner)),
-          in_place(sizeof(T) == sizeof(Value) && inner == padded),
+        : left(call.inner, Words<Value>::inner),
           tile(round_up(rows, height)),
-          strip(most_words / (packed_inner<Value>(inner) + 1) / panel * panel) {
+          strip(most_words / (packed_inner<Value>(call.inner) + 1) / panel * panel) {
         strip = least(round_up(call.columns, panel), strip < panel ? panel : strip);
-        right = arena.take<Word>(packed_words<Value>(inner, strip));
-        left = nullptr;
-        if (in_place) return;
-        const int64_t affordable = most_words * Words<Value>::values / (padded + 1) / height * height;
+        right = arena.take<Word>(packed_words<Value>(call.inner, strip));
+        if (left.in_place) return;
+        const int64_t affordable = most_words * Words<Value>::values / (left.padded + 1) / height * height;
         tile = least(tile, affordable < height ? height : affordable);
-        left = arena.take<Value>(tile * padded + lanes);
-    }
-
-    Left<Value> left_rows(const T* from, int64_t stride, int64_t rows) const {
-        if constexpr (sizeof(T) == sizeof(Value)) {
-            if (in_place) return {reinterpret_cast<const Value*>(from), stride};
-        }
-        for (int64_t row = 0; row < rows; ++row) {
-            const T* source = from + row * stride;
-            Value* to = left + row * padded;
-            for (int64_t column = 0; column < padded; column += lanes) {
-                const Vec value = column < inner ? load(source + column, inner - column) : Vec{};
-                store(to + column, value, padded - column);
-            }
-        }
-        return {left, padded};
+        left.take(arena, tile);
     }
 };
 
@@ -72,7 +52,7 @@ void multiply_packed(const Product& call, const T* weight, const T* x, int64_t r
     const int64_t tile = round_up((rows + tiles - 1) / tiles, Words<Value>::block_rows);
     for (int64_t row = 0; row < rows; row += tile, x += tile * call.x_stride, y += tile * call.columns) {
         const int64_t height = least(tile, rows - row);
-        const Left<Value> left = scratch.left_rows(x, call.x_stride, height);
+        const Left<Value> left = scratch.left.of(x, call.x_stride, height);
         for (int64_t begin = 0; begin < call.columns; begin += scratch.strip) {
             const int64_t width = least(scratch.strip, call.columns - begin);
             if (row == 0 || width < call.columns) {
@@ -107,21 +87,22 @@ void multiply(const Product& call, const void* weight, int64_t first, int64_t la
 }
 
 template <class T>
-int64_t product_bytes(const Product& call, int64_t most_rows) {
-    Arena arena(nullptr);
-    const ProductScratch<T> scratch(arena, call, most_rows);
-    return arena.used();
-}
-
-template <class T>
 constexpr Kernels table = {
-    panel,       Words<typename Held<T>::Value>::block_rows, few_rows, product_bytes<T>, multiply<T>, gradient_bytes<T>,
-    gradient<T>,
+    .panel = panel,
+    .block_rows = Words<typename Held<T>::Value>::block_rows,
+    .few_rows = few_rows,
+    .product_bytes = bytes_of<ProductScratch<T>, const Product&, int64_t>,
+    .product = multiply<T>,
+    .gradient_bytes = bytes_of<GradientScratch<T>, int64_t, int64_t>,
+    .gradient = gradient<T>,
 };
 
 }  // namespace
-
-extern const Kernels grouped_mm_float = table<float>;
-extern const Kernels grouped_mm_bfloat16 = table<BFloat16>;
-
 }  // namespace xsmoe::XSMOE_TIER
+
+namespace xsmoe::grouped_mm::XSMOE_TIER {
+
+extern const Kernels for_float = xsmoe::XSMOE_TIER::table<float>;
+extern const Kernels for_bfloat16 = xsmoe::XSMOE_TIER::table<BFloat16>;
+
+}  // namespace xsmoe::grouped_mm::XSMOE_TIER

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/pack.h"
-#include "grouped_mm/kernels.h"
 #include "cpu/transpose.h"
+#include "grouped_mm/kernels.h"
 
 namespace xsmoe::XSMOE_TIER {
 namespace {
@@ -24,7 +24,7 @@ void add_rows(const Rows<T>& rows, const T* weight, int64_t stride, int64_t inne
         Vec totals[count][2] = {};
         const T* from = weight + column;
         for (int64_t first = 0; first < inner; first += stretch) {
-            const int64_t last = first + stretch < inner ? first + stretch : inner;
+            const int64_t last = least(first + stretch, inner);
             Vec sums[count][2] = {};
             const auto step = [&](int64_t k, Vec left, Vec right) {
 #pragma GCC unroll 8
@@ -82,7 +82,7 @@ XSMOE_INLINE FloatQuad sums_of(const Vec (&vectors)[4]) {
 template <class T, int count>
 void dot_columns(const Rows<T>& rows, const T* weight, int64_t stride, int64_t inner, int64_t columns) {
     for (int64_t column = 0; column < columns; column += 4) {
-        const int64_t width = columns - column < 4 ? columns - column : 4;
+        const int64_t width = least(columns - column, 4);
         const T* from[4];
         for (int i = 0; i < 4; ++i) from[i] = weight + (column + (i < width ? i : 0)) * stride;
         Vec sums[count][4] = {};
@@ -127,7 +127,7 @@ template <class T>
 void multiply_few(const grouped_mm::Product& call, const T* weight, const T* x, int64_t rows, T* y) {
     const int64_t together = call.inner_stride == 1 || lanes < 16 ? 4 : 8;  // whose sums stay in registers
     for (int64_t row = 0; row < rows; row += together) {
-        const int64_t count = rows - row < together ? rows - row : together;
+        const int64_t count = least(rows - row, together);
         multiply_rows<T, 8>(call, weight, x + row * call.x_stride, count, y + row * call.columns);
     }
 }

@@ -3,8 +3,8 @@
 
 #include "cpu/arena.h"
 #include "cpu/pack.h"
-#include "grouped_mm/kernels.h"
 #include "cpu/transpose.h"
+#include "grouped_mm/kernels.h"
 
 namespace xsmoe::XSMOE_TIER {
 namespace {
@@ -171,9 +171,8 @@ void gradient(const Gradient& call, Cell cell, int64_t first, int64_t last, void
                 float* sums = scratch.sums + column * cell.height + top * panel;
                 T* out = static_cast<T*>(to) + (cell.inner + top) * call.columns + cell.column + column;
                 product<transposed>(
-                    cell.height - top < height ? cell.height - top : height,
-                    room < panel ? round_up(room, lanes) : panel, left_block(scratch.left, rows, top),
-                    Right<Value>{&segment, 1, stride},
+                    least(cell.height - top, height), least(round_up(room, lanes), panel),
+                    left_block(scratch.left, rows, top), Right<Value>{&segment, 1, stride},
                     [&](int64_t, int count, int64_t, int width, const float* block) {
                         for (int r = 0; r < count; ++r, block += panel) {
                             for (int i = 0; i < width; i += lanes) {
@@ -191,13 +190,6 @@ void gradient(const Gradient& call, Cell cell, int64_t first, int64_t last, void
             }
         }
     }
-}
-
-template <class T>
-int64_t gradient_bytes(int64_t height, int64_t width) {
-    Arena arena(nullptr);
-    const GradientScratch<T> scratch(arena, height, width);
-    return arena.used();
 }
 
 }  // namespace

@@ -2,37 +2,19 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
-#include "cpu/features.h"
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
+#include "cpu/tiers.h"
 #include "route_topk/kernels.h"
 
-namespace xsmoe {
+namespace xsmoe::route_topk {
 
-#define XSMOE_DECLARE(tier)                                                 \
-    namespace tier {                                                        \
-    extern const route_topk::Kernels route_topk_float, route_topk_bfloat16; \
-    }
-XSMOE_TIERS(XSMOE_DECLARE)
+XSMOE_KERNELS_FOR
 
-namespace route_topk {
 namespace {
-
-const Kernels& kernels_for(ScalarType dtype) {
-    const bool narrow = dtype == ScalarType::BFloat16;
-    switch (tier()) {
-#define XSMOE_CASE(name) \
-    case Tier::name:     \
-        return narrow ? name::route_topk_bfloat16 : name::route_topk_float;
-        XSMOE_TIERS(XSMOE_CASE)
-        default:
-            throw std::logic_error("the tier in use was not compiled");
-    }
-}
 
 Matrix matrix(const Tensor& tensor) { return {data(tensor), tensor.stride(0), tensor.stride(1)}; }
 
@@ -51,13 +33,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, int64_t k, boo
     const Forward call{experts, k, renormalize, matrix(logits), mutable_data(gates), mutable_data_as<int64_t>(places)};
 
     const Chunks chunks(rows, kernels.lanes, row_cost(experts, k));
-    const int64_t bytes = kernels.forward_bytes(call);
-    const Tensor memory = scratch(logits, chunks.count * bytes);
-    char* scratch_of = mutable_data_as<char>(memory);
+    const ChunkScratch work(logits, chunks.count, kernels.forward_bytes(call));
     std::vector<int64_t> counts(static_cast<size_t>(chunks.count * experts));
     for_each_chunk(chunks.count, [&](int64_t chunk) {
         const auto [first, last] = chunks[chunk];
-        kernels.forward(call, first, last, scratch_of + chunk * bytes, counts.data() + chunk * experts);
+        kernels.forward(call, first, last, work.of(chunk), counts.data() + chunk * experts);
     });
 
     // Each chunk's places of an expert come behind those of the chunks before it.
@@ -97,18 +77,16 @@ Tensor backward(Tensor grad, Tensor logits, Tensor places, bool renormalize) {
         mutable_data(dlogits)
     };
     const Chunks chunks(rows, kernels.lanes, row_cost(experts, chosen));
-    const int64_t bytes = kernels.backward_bytes(call);
-    const Tensor memory = scratch(logits, chunks.count * bytes);
-    char* scratch_of = mutable_data_as<char>(memory);
+    const ChunkScratch work(logits, chunks.count, kernels.backward_bytes(call));
     for_each_chunk(chunks.count, [&](int64_t chunk) {
-        kernels.backward(call, chunks[chunk].first, chunks[chunk].last, scratch_of + chunk * bytes);
+        const auto [first, last] = chunks[chunk];
+        kernels.backward(call, first, last, work.of(chunk));
     });
     return dlogits;
 }
 
 }  // namespace
-}  // namespace route_topk
-}  // namespace xsmoe
+}  // namespace xsmoe::route_topk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(xsmoe_native, m) {
     m.def(

@@ -3,8 +3,8 @@
 // each tier.
 
 #include "cpu/arena.h"
-#include "cpu/vec.h"
 #include "cpu/transpose.h"
+#include "cpu/vec.h"
 #include "route_topk/kernels.h"
 
 namespace xsmoe::XSMOE_TIER {
@@ -194,7 +194,7 @@ void forward(const Forward& call, int64_t first, int64_t last, void* memory, int
     const ForwardScratch scratch(arena, call);
     const int64_t experts = call.experts, chosen = call.chosen;
     for (int64_t row = first; row < last; row += lanes) {
-        const int64_t rows = last - row < lanes ? last - row : lanes;
+        const int64_t rows = least(last - row, lanes);
         load_columns<T>(call.logits, row, rows, experts, scratch.logits);
         if (sorts(experts, chosen)) {
             sort_all(scratch.logits, experts, chosen, scratch.sort, scratch.keys, scratch.places);
@@ -230,12 +230,6 @@ void forward(const Forward& call, int64_t first, int64_t last, void* memory, int
     }
 }
 
-int64_t forward_bytes(const Forward& call) {
-    Arena arena(nullptr);
-    const ForwardScratch scratch(arena, call);
-    return arena.used();
-}
-
 struct BackwardScratch {
     float *grad, *gates;   // (chosen, lanes)
     float* probabilities;  // (experts, lanes), without renormalization
@@ -269,7 +263,7 @@ void backward(const Backward& call, int64_t first, int64_t last, void* memory) {
     const BackwardScratch scratch(arena, call);
     const int64_t experts = call.experts, chosen = call.chosen;
     for (int64_t row = first; row < last; row += lanes) {
-        const int64_t rows = last - row < lanes ? last - row : lanes;
+        const int64_t rows = least(last - row, lanes);
         const int64_t* places = call.places + row * chosen;
         const T* logits = static_cast<const T*>(call.logits.at) + row * call.logits.row_stride;
         T* to = static_cast<T*>(call.dlogits) + row * experts;
@@ -317,18 +311,21 @@ void backward(const Backward& call, int64_t first, int64_t last, void* memory) {
     }
 }
 
-int64_t backward_bytes(const Backward& call) {
-    Arena arena(nullptr);
-    const BackwardScratch scratch(arena, call);
-    return arena.used();
-}
-
 template <class T>
-constexpr Kernels table = {lanes, forward_bytes, forward<T>, backward_bytes, backward<T>};
+constexpr Kernels table = {
+    .lanes = lanes,
+    .forward_bytes = bytes_of<ForwardScratch, const Forward&>,
+    .forward = forward<T>,
+    .backward_bytes = bytes_of<BackwardScratch, const Backward&>,
+    .backward = backward<T>,
+};
 
 }  // namespace
-
-extern const Kernels route_topk_float = table<float>;
-extern const Kernels route_topk_bfloat16 = table<BFloat16>;
-
 }  // namespace xsmoe::XSMOE_TIER
+
+namespace xsmoe::route_topk::XSMOE_TIER {
+
+extern const Kernels for_float = xsmoe::XSMOE_TIER::table<float>;
+extern const Kernels for_bfloat16 = xsmoe::XSMOE_TIER::table<BFloat16>;
+
+}  // namespace xsmoe::route_topk::XSMOE_TIER

@@ -9,6 +9,19 @@ namespace {
 
 using side_moe::Activation;
 
+// Runs body<activation>() for the activation that a call names.
+template <class Body>
+void with_activation(Activation activation, const Body& body) {
+    switch (activation) {
+        case Activation::gelu:
+            return body.template operator()<Activation::gelu>();
+        case Activation::gelu_tanh:
+            return body.template operator()<Activation::gelu_tanh>();
+        case Activation::relu:
+            return body.template operator()<Activation::relu>();
+    }
+}
+
 // The distribution function of the standard normal at x: 1/2 + x P(x^2) / Q(x^2), a fit of least largest error (1.2e-8
 // before rounding) whose terms are all positive. Beyond 5.6 it is 0 or 1 to float32.
 XSMOE_INLINE Vec normal_distribution(Vec x) {

@@ -26,16 +26,15 @@ struct BackwardScratch {
 
     int64_t gate_stride, rank_columns, rank_stride, hidden_stride, activated_stride;
     bool experts_needed;
-    LeftTile<T> grad, x;
-    float* hidden;   // (tile, rank_columns): one expert's, where it is computed again
-    Value* dhidden;  // (tile, hidden_stride): all experts' gradients of hidden, then those of the logits
-    int64_t dhidden_size;
-    Value* activated;  // (tile, activated_stride): the trained experts', gated
-    int64_t activated_size;
+    LeftRows<T> grad, x;
+    float* hidden;        // (tile, rank_columns): one expert's, where it is computed again
+    Value* dhidden;       // (tile, hidden_stride): all experts' gradients of hidden, then those of the logits
+    Value* activated;     // (tile, activated_stride): the trained experts', gated
     float* dots;          // (tile, lanes)
     float* dgates;        // (tile, gate_stride)
     float* expert_gates;  // (tile,)
     WeightScratch<Value> weights;
+    Segment<Value>* segments;  // (experts + 1,)
 
     BackwardScratch(Arena& arena, const Backward& call)
         : gate_stride(round_up(call.sizes.experts + 1, column_multiple<Value>)),
@@ -44,23 +43,25 @@ struct BackwardScratch {
           hidden_stride(call.sizes.experts * rank_stride + gate_stride + lanes),
           activated_stride((call.sizes.experts - call.trained) * rank_stride + lanes),
           experts_needed(call.need_x || call.need_router || call.need_down || call.need_up),
-          grad(arena, call.sizes.dim, experts_needed),
-          x(arena, call.sizes.dim, experts_needed),
+          grad(call.sizes.dim, column_multiple<Value>),
+          x(call.sizes.dim, column_multiple<Value>),
           hidden(call.hidden == nullptr ? arena.take<float>(tile_rows<Value> * rank_columns) : nullptr),
           dhidden(arena.take<Value>(tile_rows<Value> * hidden_stride)),
-          dhidden_size(tile_rows<Value> * hidden_stride),
           activated(arena.take<Value>(tile_rows<Value> * activated_stride)),
-          activated_size(tile_rows<Value> * activated_stride),
           dots(arena.take<float>(tile_rows<Value> * lanes)),
           dgates(arena.take<float>(tile_rows<Value> * gate_stride)),
           expert_gates(arena.take<float>(tile_rows<Value>)),
-          weights(arena, hidden_stride) {}
+          weights(arena, hidden_stride),
+          segments(arena.take<Segment<Value>>(call.sizes.experts + 1)) {
+        if (!experts_needed) return;
+        grad.take(arena, tile_rows<Value>);
+        x.take(arena, tile_rows<Value>);
+    }
 };
 
 template <class T, Activation activation>
 void backward_tile(
-    const Backward& call, const BackwardScratch<T>& scratch, int64_t first, int64_t rows,
-    Segment<typename Held<T>::Value>* segments, bool begins, GradientSums sums
+    const Backward& call, const BackwardScratch<T>& scratch, int64_t first, int64_t rows, bool begins, GradientSums sums
 ) {
     typedef typename Held<T>::Value Value;
     const auto [dim, experts, rank] = call.sizes;
@@ -187,12 +188,13 @@ void backward_tile(
 
     sum_expert_gates(gates, rows, experts, gated, scratch.expert_gates);
     for (int64_t e = 0; e < experts; ++e) {
-        segments[e] = packed_segment<Value>(call.experts[e].part[side_moe::down_rows], rank, e * scratch.rank_stride);
+        scratch.segments[e] =
+            packed_segment<Value>(call.experts[e].part[side_moe::down_rows], rank, e * scratch.rank_stride);
     }
-    segments[experts] = packed_segment<Value>(call.router, gated, experts * scratch.rank_stride);
+    scratch.segments[experts] = packed_segment<Value>(call.router, gated, experts * scratch.rank_stride);
     product<false>(
         rows, round_up(dim, lanes), Left<Value>{scratch.dhidden, scratch.hidden_stride},
-        Right<Value>{segments, gated, panel},
+        Right<Value>{scratch.segments, gated, panel},
         [&](int64_t row, int count, int64_t column) {
             for (int64_t at = row; at < row + count; ++at) prefetch_panel(grad + at * call.grad_stride + column);
         },
@@ -209,42 +211,20 @@ void backward_tile(
     );
 }
 
-template <class T, Activation activation>
-void backward_tiles(
-    const Backward& call, const BackwardScratch<T>& scratch, int64_t first, int64_t last,
-    Segment<typename Held<T>::Value>* segments, GradientSums sums
-) {
-    const int64_t height = tile_height<typename Held<T>::Value>(last - first);
-    for (int64_t row = first; row < last; row += height) {
-        backward_tile<T, activation>(call, scratch, row, least(height, last - row), segments, row == first, sums);
-    }
-}
-
 template <class T>
 void backward(const Backward& call, int64_t first, int64_t last, void* memory, GradientSums sums) {
     typedef typename Held<T>::Value Value;
     Arena arena(memory);
     const BackwardScratch<T> scratch(arena, call);
-    auto* segments = arena.take<Segment<Value>>(call.sizes.experts + 1);
-    std::memset(scratch.dhidden, 0, scratch.dhidden_size * sizeof(Value));
-    std::memset(scratch.activated, 0, scratch.activated_size * sizeof(Value));
+    std::memset(scratch.dhidden, 0, tile_rows<Value> * scratch.hidden_stride * sizeof(Value));
+    std::memset(scratch.activated, 0, tile_rows<Value> * scratch.activated_stride * sizeof(Value));
     const MatrixUnit unit;
-    switch (call.activation) {
-        case Activation::gelu:
-            return backward_tiles<T, Activation::gelu>(call, scratch, first, last, segments, sums);
-        case Activation::gelu_tanh:
-            return backward_tiles<T, Activation::gelu_tanh>(call, scratch, first, last, segments, sums);
-        case Activation::relu:
-            return backward_tiles<T, Activation::relu>(call, scratch, first, last, segments, sums);
-    }
-}
-
-template <class T>
-int64_t backward_bytes(const Backward& call) {
-    Arena arena(nullptr);
-    const BackwardScratch<T> scratch(arena, call);
-    arena.take<Segment<typename Held<T>::Value>>(call.sizes.experts + 1);
-    return arena.used();
+    const int64_t height = tile_height<Value>(last - first);
+    with_activation(call.activation, [&]<Activation activation>() {
+        for (int64_t row = first; row < last; row += height) {
+            backward_tile<T, activation>(call, scratch, row, least(height, last - row), row == first, sums);
+        }
+    });
 }
 
 }  // namespace

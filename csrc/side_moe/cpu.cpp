@@ -9,37 +9,20 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/features.h"
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
+#include "cpu/tiers.h"
 #include "side_moe/kernels.h"
 #include "side_moe/packs.h"
 
-namespace xsmoe {
+namespace xsmoe::side_moe {
 
-#define XSMOE_DECLARE(tier)                                           \
-    namespace tier {                                                  \
-    extern const side_moe::Kernels side_moe_float, side_moe_bfloat16; \
-    }
-XSMOE_TIERS(XSMOE_DECLARE)
+XSMOE_KERNELS_FOR
 
-namespace side_moe {
 namespace {
 
 // Bytes that the threads' sums of weight gradients may take together; fewer threads work where they would take more.
 constexpr int64_t most_gradient_bytes = int64_t{1} << 29;
-
-const Kernels& kernels_for(ScalarType dtype) {
-    const bool narrow = dtype == ScalarType::BFloat16;
-    switch (tier()) {
-#define XSMOE_CASE(name) \
-    case Tier::name:     \
-        return narrow ? name::side_moe_bfloat16 : name::side_moe_float;
-        XSMOE_TIERS(XSMOE_CASE)
-        default:
-            throw std::logic_error("the tier in use was not compiled");
-    }
-}
 
 Activation activation_named(const std::string& name) {
     if (name == "gelu") return Activation::gelu;
@@ -51,18 +34,6 @@ Activation activation_named(const std::string& name) {
 double row_cost(Sizes sizes, double products) {
     return products * 2.0 * static_cast<double>((sizes.experts * sizes.rank + sizes.experts + 1) * sizes.dim);
 }
-
-// A row of work and memory for each chunk.
-struct Chunked {
-    Chunked(const Tensor& like, Chunks chunks, int64_t bytes)
-        : chunks(chunks), bytes(bytes), memory(scratch(like, chunks.count * bytes)) {}
-
-    void* of(int64_t chunk) const { return static_cast<char*>(mutable_data(memory)) + chunk * bytes; }
-
-    Chunks chunks;
-    int64_t bytes;
-    Tensor memory;
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, std::optional<Tensor> frozen_down,
@@ -108,30 +79,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     call.gates = mutable_data_as<float>(gates);
     call.hidden = recompute ? nullptr : mutable_data(hidden);
 
-    const Chunked work(x, Chunks(x.size(0), kernels.block_rows, row_cost(call.sizes, 2)), kernels.forward_bytes(call));
-    std::vector<double> sums(static_cast<size_t>(work.chunks.count * 2 * gated));
-    for_each_chunk(work.chunks.count, [&](int64_t chunk) {
+    const Chunks chunks(x.size(0), kernels.block_rows, row_cost(call.sizes, 2));
+    const ChunkScratch work(x, chunks.count, kernels.forward_bytes(call));
+    std::vector<double> sums(static_cast<size_t>(chunks.count * 2 * gated));
+    for_each_chunk(chunks.count, [&](int64_t chunk) {
+        const auto [first, last] = chunks[chunk];
         double* sum = sums.data() + chunk * 2 * gated;
-        kernels.forward(call, work.chunks[chunk].first, work.chunks[chunk].last, work.of(chunk), {sum, sum + gated});
+        kernels.forward(call, first, last, work.of(chunk), {sum, sum + gated});
     });
     std::vector<double> totals(sums.begin(), sums.begin() + 2 * gated);
-    for (int64_t chunk = 1; chunk < work.chunks.count; ++chunk) {
+    for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
         for (int64_t i = 0; i < 2 * gated; ++i) totals[i] += sums[chunk * 2 * gated + i];
     }
 
     if (broadcast) {
-        const Chunks chunks(rows, 1, 4.0 * static_cast<double>(dim));
-        std::vector<double> norm(static_cast<size_t>(chunks.count)), counted(static_cast<size_t>(chunks.count));
-        for_each_chunk(chunks.count, [&](int64_t chunk) {
+        const Chunks parts(rows, 1, 4.0 * static_cast<double>(dim));
+        std::vector<double> norm(static_cast<size_t>(parts.count)), counted(static_cast<size_t>(parts.count));
+        for_each_chunk(parts.count, [&](int64_t part) {
+            const auto [first, last] = parts[part];
             kernels.broadcast(
-                call.mixture, call.gates[0], data(backbone), backbone.stride(0), weight, dim, chunks[chunk].first,
-                chunks[chunk].last, call.y, &norm[chunk], &counted[chunk]
+                call.mixture, call.gates[0], data(backbone), backbone.stride(0), weight, dim, first, last, call.y,
+                &norm[part], &counted[part]
             );
         });
         double all_norm = 0, all_counted = 0;
-        for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-            all_norm += norm[chunk];
-            all_counted += counted[chunk];
+        for (int64_t part = 0; part < parts.count; ++part) {
+            all_norm += norm[part];
+            all_counted += counted[part];
         }
         // No rows count nothing, even where the row of x is not finite.
         for (double& total : totals) total = rows == 0 ? 0.0 : total * all_counted;
@@ -209,21 +183,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> row_grad;
     float backbone_dot = 0;
     if (broadcast) {
-        const Chunked work(
-            x, Chunks(rows, 1, 6.0 * static_cast<double>(dim)), 2 * panels * kernels.panel * int64_t{sizeof(float)}
-        );
-        std::vector<double> dots(static_cast<size_t>(work.chunks.count));
-        for_each_chunk(work.chunks.count, [&](int64_t chunk) {
+        const Chunks parts(rows, 1, 6.0 * static_cast<double>(dim));
+        const int64_t two_rows = 2 * panels * kernels.panel;
+        const ChunkScratch sums(x, parts.count, two_rows * int64_t{sizeof(float)});
+        std::vector<double> dots(static_cast<size_t>(parts.count));
+        for_each_chunk(parts.count, [&](int64_t part) {
+            const auto [from, to] = parts[part];
             kernels.collect(
-                call.grad, call.grad_stride, call.backbone, call.backbone_stride, call.gates[0], dim,
-                work.chunks[chunk].first, work.chunks[chunk].last, static_cast<float*>(work.of(chunk)), &dots[chunk],
-                need_backbone ? call.dbackbone : nullptr
+                call.grad, call.grad_stride, call.backbone, call.backbone_stride, call.gates[0], dim, from, to,
+                static_cast<float*>(sums.of(part)), &dots[part], need_backbone ? call.dbackbone : nullptr
             );
         });
         row_grad = empty(x, {1, dim}, dtype);
         kernels.gather(
-            static_cast<const float*>(work.of(0)), work.chunks.count, 2 * panels * kernels.panel, 1, dim, 0, 1,
-            mutable_data(*row_grad)
+            static_cast<const float*>(sums.of(0)), parts.count, two_rows, 1, dim, 0, 1, mutable_data(*row_grad)
         );
         double dot = 0;
         for (double part : dots) dot += part;
@@ -247,8 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         x.size(0), kernels.block_rows, row_cost(call.sizes, need_x ? 2 : 1),
         std::min<int64_t>(affordable, torch::stable::get_num_threads())
     );
-    const Chunked work(x, chunks, kernels.backward_bytes(call));
-    const Chunked sums(x, chunks, sum_bytes);
+    const ChunkScratch work(x, chunks.count, kernels.backward_bytes(call));
+    const ChunkScratch sums(x, chunks.count, sum_bytes);
     for_each_chunk(chunks.count, [&](int64_t chunk) {
         GradientSums own = layout;
         own.at = static_cast<float*>(sums.of(chunk));
@@ -258,10 +231,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     });
 
     // `count` rows of the sums, from `first` on, go to a gradient whose leading `zeros` rows belong to frozen experts.
-    const int64_t row_bytes = dim * static_cast<int64_t>(x.element_size());
+    const int64_t row_bytes = dim * element_size(x);
     const auto finish = [&](const Tensor& gradient, int64_t first, int64_t zeros, int64_t count) {
         if (zeros + count == 0 || dim == 0) return;
-        char* to = static_cast<char*>(mutable_data(gradient));
+        char* to = mutable_data_as<char>(gradient);
         const auto* from = static_cast<const float*>(sums.of(0));
         const int64_t chunk_stride = sum_bytes / int64_t{sizeof(float)};
         const Chunks parts(zeros + count, 1, 2.0 * static_cast<double>(dim * chunks.count));
@@ -290,7 +263,7 @@ Tensor pack_experts(Tensor down, Tensor up) {
     const Sizes sizes{down.size(2), frozen, down.size(1)};
     down = torch::stable::contiguous(down);
     up = torch::stable::contiguous(up);
-    const int64_t bytes = sizes.rank * sizes.dim * static_cast<int64_t>(down.element_size());
+    const int64_t bytes = sizes.rank * sizes.dim * element_size(down);
     Packing packing(kernels);
     const void* unused = nullptr;
     std::vector<const void*> places(static_cast<size_t>(frozen * parts), unused);
@@ -301,13 +274,12 @@ Tensor pack_experts(Tensor down, Tensor up) {
         }
     }
     const Tensor packed = empty(down, {packing.bytes()}, ScalarType::Byte);
-    packing.run(static_cast<char*>(mutable_data(packed)));
+    packing.run(mutable_data_as<char>(packed));
     return packed;
 }
 
 }  // namespace
-}  // namespace side_moe
-}  // namespace xsmoe
+}  // namespace xsmoe::side_moe
 
 STABLE_TORCH_LIBRARY_FRAGMENT(xsmoe_native, m) {
     m.def(

@@ -41,22 +41,25 @@ void pack_matrix(
 
 template <class T>
 constexpr Kernels table = {
-    panel,
-    Words<typename Held<T>::Value>::block_rows,
-    packed_bytes<T>,
-    pack_matrix<T>,
-    forward_bytes<T>,
-    forward<T>,
-    backward_bytes<T>,
-    backward<T>,
-    gather<T>,
-    broadcast<T>,
-    collect<T>,
+    .panel = panel,
+    .block_rows = Words<typename Held<T>::Value>::block_rows,
+    .packed_bytes = packed_bytes<T>,
+    .pack = pack_matrix<T>,
+    .forward_bytes = bytes_of<ForwardScratch<T>, const Forward&>,
+    .forward = forward<T>,
+    .backward_bytes = bytes_of<BackwardScratch<T>, const Backward&>,
+    .backward = backward<T>,
+    .gather = gather<T>,
+    .broadcast = broadcast<T>,
+    .collect = collect<T>,
 };
 
 }  // namespace
-
-extern const Kernels side_moe_float = table<float>;
-extern const Kernels side_moe_bfloat16 = table<BFloat16>;
-
 }  // namespace xsmoe::XSMOE_TIER
+
+namespace xsmoe::side_moe::XSMOE_TIER {
+
+extern const Kernels for_float = xsmoe::XSMOE_TIER::table<float>;
+extern const Kernels for_bfloat16 = xsmoe::XSMOE_TIER::table<BFloat16>;
+
+}  // namespace xsmoe::side_moe::XSMOE_TIER

@@ -38,30 +38,32 @@ struct ForwardScratch {
     typedef typename Held<T>::Value Value;
 
     int64_t gate_stride, rank_stride, activated_stride, mixed_stride;
-    LeftTile<T> x;
-    float* gates;         // (tile, gate_stride)
-    float* expert_gates;  // (tile,): the sum of a row's gates but the backbone's
-    Value* activated;     // (tile, activated_stride): one expert's with counters, else all experts', gated
-    int64_t activated_size;
-    float* squares;           // (tile, lanes)
-    float* backbone_squares;  // (tile, lanes)
-    float* mixed;             // (tile, mixed_stride): y so far, where y itself cannot hold it
+    LeftRows<T> x;
+    float* gates;              // (tile, gate_stride)
+    float* expert_gates;       // (tile,): the sum of a row's gates but the backbone's
+    Value* activated;          // (tile, activated_stride): one expert's with counters, else all experts', gated
+    float* squares;            // (tile, lanes)
+    float* backbone_squares;   // (tile, lanes)
+    float* mixed;              // (tile, mixed_stride): y so far, where y itself cannot hold it
+    Segment<Value>* segments;  // (experts,)
 
     ForwardScratch(Arena& arena, const Forward& call)
         : gate_stride(round_up(call.sizes.experts + 1, lanes)),
           rank_stride(round_up(call.sizes.rank, column_multiple<Value>)),
           activated_stride(rank_stride * (call.count ? 1 : call.sizes.experts) + lanes),
           mixed_stride(round_up(call.sizes.dim, lanes)),
-          x(arena, call.sizes.dim, true),
+          x(call.sizes.dim, column_multiple<Value>),
           gates(arena.take<float>(tile_rows<Value> * gate_stride)),
           expert_gates(arena.take<float>(tile_rows<Value>)),
           activated(arena.take<Value>(tile_rows<Value> * activated_stride)),
-          activated_size(tile_rows<Value> * activated_stride),
           squares(arena.take<float>(tile_rows<Value> * lanes)),
           backbone_squares(arena.take<float>(tile_rows<Value> * lanes)),
           mixed(
               call.count && sizeof(T) != sizeof(float) ? arena.take<float>(tile_rows<Value> * mixed_stride) : nullptr
-          ) {}
+          ),
+          segments(arena.take<Segment<Value>>(call.sizes.experts)) {
+        x.take(arena, tile_rows<Value>);
+    }
 };
 
 // Adds an expert's gated outputs x + a up to y, and their squares to the sums of the rows. With `backbone`, which comes
@@ -147,7 +149,7 @@ struct ForwardTile {
           ),
           left(scratch.x.of(x, call.x_stride, rows)) {}
 
-    void run(Segment<Value>* segments, Totals totals) const {
+    void run(Totals totals) const {
         if (call.count) {
             for (int64_t e = 0; e < call.sizes.experts; ++e) {
                 activate_expert(e);
@@ -158,7 +160,7 @@ struct ForwardTile {
         } else {
             gate_rows(totals);
             for (int64_t e = 0; e < call.sizes.experts; ++e) activate_expert(e);
-            mix_experts(segments);
+            mix_experts();
         }
     }
 
@@ -269,15 +271,16 @@ struct ForwardTile {
     static float norm(const float* squares) { return __builtin_sqrtf(sum(load(squares))); }
 
     // y of all experts at once, without counters.
-    void mix_experts(Segment<Value>* segments) const {
+    void mix_experts() const {
         const auto [dim, experts, rank] = call.sizes;
         sum_expert_gates(scratch.gates, rows, experts, scratch.gate_stride, scratch.expert_gates);
         for (int64_t e = 0; e < experts; ++e) {
-            segments[e] = packed_segment<Value>(call.experts[e].part[side_moe::up_rows], rank, e * scratch.rank_stride);
+            scratch.segments[e] =
+                packed_segment<Value>(call.experts[e].part[side_moe::up_rows], rank, e * scratch.rank_stride);
         }
         product<false>(
             rows, round_up(dim, lanes), Left<Value>{scratch.activated, scratch.activated_stride},
-            Right<Value>{segments, experts, panel},
+            Right<Value>{scratch.segments, experts, panel},
             [&](int64_t row, int count, int64_t column) {
                 for (int64_t at = row; at < row + count; ++at) {
                     prefetch_panel(x + at * call.x_stride + column);
@@ -305,42 +308,20 @@ struct ForwardTile {
     }
 };
 
-template <class T, Activation activation>
-void forward_tiles(
-    const Forward& call, const ForwardScratch<T>& scratch, int64_t first, int64_t last,
-    Segment<typename Held<T>::Value>* segments, Totals totals
-) {
-    const int64_t height = tile_height<typename Held<T>::Value>(last - first);
-    for (int64_t row = first; row < last; row += height) {
-        ForwardTile<T, activation>(call, scratch, row, least(height, last - row)).run(segments, totals);
-    }
-}
-
 template <class T>
 void forward(const Forward& call, int64_t first, int64_t last, void* memory, Totals totals) {
     typedef typename Held<T>::Value Value;
     Arena arena(memory);
     const ForwardScratch<T> scratch(arena, call);
-    auto* segments = arena.take<Segment<Value>>(call.sizes.experts);
     // Columns beyond the experts' ranks are never written, and meet zeros in the other factor.
-    std::memset(scratch.activated, 0, scratch.activated_size * sizeof(Value));
+    std::memset(scratch.activated, 0, tile_rows<Value> * scratch.activated_stride * sizeof(Value));
     const MatrixUnit unit;
-    switch (call.activation) {
-        case Activation::gelu:
-            return forward_tiles<T, Activation::gelu>(call, scratch, first, last, segments, totals);
-        case Activation::gelu_tanh:
-            return forward_tiles<T, Activation::gelu_tanh>(call, scratch, first, last, segments, totals);
-        case Activation::relu:
-            return forward_tiles<T, Activation::relu>(call, scratch, first, last, segments, totals);
-    }
-}
-
-template <class T>
-int64_t forward_bytes(const Forward& call) {
-    Arena arena(nullptr);
-    const ForwardScratch<T> scratch(arena, call);
-    arena.take<Segment<typename Held<T>::Value>>(call.sizes.experts);
-    return arena.used();
+    const int64_t height = tile_height<Value>(last - first);
+    with_activation(call.activation, [&]<Activation activation>() {
+        for (int64_t row = first; row < last; row += height) {
+            ForwardTile<T, activation>(call, scratch, row, least(height, last - row)).run(totals);
+        }
+    });
 }
 
 }  // namespace

@@ -121,7 +121,7 @@ public:
     // Packs what is needed and is not packed yet.
     void pack() {
         memory_.emplace(scratch(router_, packing_.bytes()));
-        packing_.run(static_cast<char*>(mutable_data(*memory_)));
+        packing_.run(mutable_data_as<char>(*memory_));
     }
 
     Sizes sizes{};
@@ -136,7 +136,7 @@ private:
 
     void take(const Tensor& pack, int64_t frozen) {
         const int64_t bytes = frozen * packed_bytes(kernels_, sizes);
-        if (pack.numel() * static_cast<int64_t>(pack.element_size()) != bytes) {
+        if (pack.numel() * element_size(pack) != bytes) {
             throw std::invalid_argument(
                 "frozen_pack has " + std::to_string(pack.numel()) + " elements, but the " + std::to_string(frozen) +
                 " frozen experts take " + std::to_string(bytes) + " bytes; it was packed for others"
@@ -157,7 +157,7 @@ private:
         const char* from_down = static_cast<const char*>(data(held_.back()));
         held_.push_back(torch::stable::contiguous(up));
         const char* from_up = static_cast<const char*>(data(held_.back()));
-        const int64_t bytes = sizes.rank * sizes.dim * static_cast<int64_t>(down.element_size());
+        const int64_t bytes = sizes.rank * sizes.dim * element_size(down);
         for (int64_t e = 0; e < down.size(0); ++e) {
             sources_[static_cast<size_t>(first + e)] = {from_down + e * bytes, from_up + e * bytes};
         }

@@ -1,9 +1,8 @@
 // Tiles of rows, and what forward and backward both do to them.
 #pragma once
 
-#include "cpu/arena.h"
+#include "cpu/left_rows.h"
 #include "cpu/pack.h"
-#include "cpu/product.h"
 #include "side_moe/kernels.h"
 
 namespace xsmoe::XSMOE_TIER {
@@ -28,36 +27,6 @@ int64_t tile_height(int64_t rows) {
     const int64_t tiles = (rows + tile_rows<Value> - 1) / tile_rows<Value>;
     return tiles == 0 ? 0 : round_up((rows + tiles - 1) / tiles, Words<Value>::block_rows);
 }
-
-// Rows of a tensor as left factor of a product: in place where products can read them there, else a padded copy.
-template <class T>
-struct LeftTile {
-    typedef typename Held<T>::Value Value;
-
-    int64_t dim, padded;
-    bool in_place;
-    Value* copy;
-
-    LeftTile(Arena& arena, int64_t dim, bool needed)
-        : dim(dim),
-          padded(round_up(dim, column_multiple<Value>)),
-          in_place(sizeof(T) == sizeof(Value) && dim == padded),
-          copy(in_place || !needed ? nullptr : arena.take<Value>(tile_rows<Value> * padded)) {}
-
-    Left<Value> of(const T* from, int64_t stride, int64_t rows) const {
-        if constexpr (sizeof(T) == sizeof(Value)) {
-            if (in_place) return {reinterpret_cast<const Value*>(from), stride};
-        }
-        for (int64_t row = 0; row < rows; ++row) {
-            const T* source = from + row * stride;
-            Value* to = copy + row * padded;
-            for (int64_t column = 0; column < padded; column += lanes) {
-                store(to + column, column < dim ? load(source + column, dim - column) : Vec{});
-            }
-        }
-        return {copy, padded};
-    }
-};
 
 template <class Value>
 XSMOE_INLINE Segment<Value> packed_segment(const void* packed, int64_t inner, int64_t left = 0) {

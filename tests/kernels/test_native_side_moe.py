@@ -1,8 +1,6 @@
 """The native kernels of side_moe against float64, within the error budget."""
 
-import copy
 import itertools
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from native_library import needs_library
 from native_side_moe import SELECTION, Call, check, native_results, oracle, results
-from side_level import ACTIVATIONS, Level, make_level, to
+from side_level import ACTIVATIONS, Level, make_level
 from torch import Tensor
 
 from xsmoe_kernels import FrozenExperts, Utilization, side_moe, use_backend
@@ -279,6 +277,14 @@ def test_infinite_upstream_gradients_stay_in_their_row() -> None:
         assert gradient[78:].isfinite().all()
 
 
+def test_no_rows_count_nothing_even_where_the_row_is_not_finite() -> None:
+    level = plain_level(0, 5, 2, 3, dtype=torch.float32, one_row=True)
+    utilization = Utilization(2)
+    with use_backend("native"):
+        side_moe(torch.full((1, 5), torch.inf), *level[1:], utilization=utilization)
+    assert utilization.norm.tolist() == utilization.gate.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 20.0, 80.0])
 def test_logits_far_from_zero(dtype: torch.dtype, scale: float) -> None:
@@ -304,149 +310,3 @@ def test_experts_keep_their_digits_where_the_backbone_takes_nearly_everything() 
     level = level._replace(x=level.x.abs(), router=torch.zeros(4, 8), backbone=torch.zeros(9, 8))
     level.router[0] = 20 / level.x.sum(1).min()
     check(level, Call())
-
-
-# Frozen experts.
-
-
-def test_frozen_experts_give_the_bits_of_experts_that_are_packed_in_every_call() -> None:
-    for dtype in DTYPES:
-        level = plain_level(67, 50, 5, 13, dtype=dtype)
-        for num_frozen in (1, 5):
-            apart, together = (
-                native_results(level, Call(num_frozen=num_frozen, apart=apart)) for apart in (True, False)
-            )
-            for name, value in apart.items():
-                if name in ("gradient of down", "gradient of up"):
-                    assert torch.equal(value, together[name][num_frozen:]), name
-                else:
-                    assert torch.equal(value, together[name]), name
-
-
-def frozen_level(dtype: torch.dtype = torch.float32) -> tuple[Level, FrozenExperts]:
-    level = plain_level(20, 24, 4, 8, dtype=dtype)
-    frozen = FrozenExperts(level.down[:3].clone(), level.up[:3].clone())
-    return level._replace(down=level.down[3:], up=level.up[3:]), frozen
-
-
-@pytest.mark.parametrize("name", ["down", "up"])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_change_of_frozen_weights_in_place_is_noticed(name: str, autocast: bool) -> None:
-    level, frozen = frozen_level()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), use_backend("native"):
-        before = side_moe(*level, frozen=frozen)
-        with torch.no_grad():
-            getattr(frozen, name)[1].mul_(2)
-        after = side_moe(*level, frozen=frozen)
-        fresh = side_moe(*level, frozen=FrozenExperts(frozen.down.clone(), frozen.up.clone()))
-    assert torch.equal(after, fresh)
-    assert not torch.equal(after, before)
-
-
-def test_a_backward_uses_the_frozen_weights_of_its_forward_or_refuses() -> None:
-    level, frozen = frozen_level()
-    x = level.x.clone().requires_grad_()
-    with use_backend("native"):
-        y = side_moe(x, *level[1:], frozen=frozen)
-    frozen.up.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_autocast_casts_and_packs_frozen_experts_once() -> None:
-    level, frozen = frozen_level()
-    packs, casts = set(), set()
-    for _ in range(3):
-        with torch.autocast("cpu", torch.bfloat16), use_backend("native"):
-            y = side_moe(*level, frozen=frozen)
-        narrow = frozen.to(torch.bfloat16)
-        pack = narrow.pack()
-        assert pack is not None
-        packs.add(pack.data_ptr())
-        casts.add(narrow.down.data_ptr())
-    assert len(packs) == len(casts) == 1
-    with use_backend("native"):
-        expected = side_moe(*to(level, torch.bfloat16), frozen=narrow)
-    assert torch.equal(y, expected)
-
-
-def test_frozen_experts_are_packed_once() -> None:
-    level, frozen = frozen_level()
-    counters = Utilization(4)
-    with torch.profiler.profile() as profile, use_backend("native"):
-        for _ in range(3):
-            side_moe(*level, frozen=frozen, utilization=counters)
-    names = [event.name for event in profile.events()]
-    assert names.count("xsmoe_native::side_moe") == 3
-    assert names.count("xsmoe_native::pack_experts") == 0, "it was packed when it was made"
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, copy.copy, lambda frozen: pickle.loads(pickle.dumps(frozen))],
-    ids=["deep", "flat", "file"],
-)
-def test_copies_and_files_of_frozen_experts_leave_the_pack_behind(
-    copied: Callable[[FrozenExperts], FrozenExperts],
-) -> None:
-    level, frozen = frozen_level()
-    with torch.autocast("cpu", torch.bfloat16):
-        side_moe(*level, frozen=frozen)
-    twin = copied(frozen)
-    assert frozen._derived.pack is not None
-    assert frozen._derived.casts
-    assert twin._derived.pack is None
-    assert not twin._derived.casts
-    with use_backend("native"):
-        assert torch.equal(side_moe(*level, frozen=twin), side_moe(*level, frozen=frozen))
-    weights = 2 * frozen.down.numel() * 4
-    assert len(pickle.dumps(frozen)) < weights + 4000
-
-
-def test_a_pack_for_other_experts_is_refused() -> None:
-    level, frozen = frozen_level()
-    pack = frozen.pack()
-    assert pack is not None
-    arguments = (*level, frozen.down, frozen.up, pack[:-64], None, 0, True, False, "gelu", "native")
-    with pytest.raises(ValueError, match="frozen_pack has .* it was packed for others"):
-        torch.ops.xsmoe.side_moe(*arguments)
-
-
-def test_no_rows_count_nothing_even_where_the_row_is_not_finite() -> None:
-    level = plain_level(0, 5, 2, 3, dtype=torch.float32, one_row=True)
-    utilization = Utilization(2)
-    with use_backend("native"):
-        side_moe(torch.full((1, 5), torch.inf), *level[1:], utilization=utilization)
-    assert utilization.norm.tolist() == utilization.gate.tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("changed", [False, True])
-def test_frozen_experts_train_after_inference(autocast: bool, changed: bool) -> None:
-    x, backbone, router, down, up = make_level(4, 16, 3, 4, dtype=torch.float32)
-    frozen = FrozenExperts(down[:2].detach().clone(), up[:2].detach().clone())
-    if changed:
-        frozen.down.mul_(2)
-
-    def run() -> Tensor:
-        with use_backend("native"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return side_moe(x, backbone, router, down[2:], up[2:], frozen=frozen)
-
-    with torch.inference_mode():
-        seen = run()
-    y = run()
-    y.sum().backward()
-    assert torch.equal(y, seen)
-    assert down.grad is not None
-
-
-def test_frozen_experts_made_and_changed_in_inference_mode_are_read_anew() -> None:
-    with torch.inference_mode(), use_backend("native"):
-        x, backbone, router, down, up = plain_level(4, 16, 3, 4, dtype=torch.float32)
-        frozen_down = down[:2].clone()
-        frozen = FrozenExperts(frozen_down, up[:2].clone())
-        side_moe(x, backbone, router, down[2:], up[2:], frozen=frozen)
-        frozen_down.mul_(3)
-        y = side_moe(x, backbone, router, down[2:], up[2:], frozen=frozen)
-        joined = torch.cat([frozen_down, down[2:]])
-        assert torch.equal(y, side_moe(x, backbone, router, joined, up))
