@@ -6,9 +6,9 @@ raises `BackendUnavailable` where it cannot run.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -30,6 +30,8 @@ class _Limits(NamedTuple):
 
 _kernels: dict[str, dict[str, Kernel]] = {}
 _limits: dict[tuple[str, str], _Limits] = {}
+_singles: dict[str, str] = {}
+"""For an operator that takes lists, the one that it is for each place of them."""
 _reasons: dict[str, str] = {}
 """Why a backend has no kernel for any operator here."""
 
@@ -70,6 +72,15 @@ def register(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     _kernels.setdefault(operator, {})[backend] = kernel
     _limits[operator, backend] = _Limits(devices, dtypes)
+
+
+def register_list(operator: str, single: str) -> None:
+    """Makes `operator` a call of `single` for each place of its lists, on a backend that has no kernel of its own.
+
+    Both take the same arguments and give the same results, which are lists of one length for `operator`.
+    """
+    _kernels.setdefault(operator, {})
+    _singles[operator] = single
 
 
 def declare_absent(backend: str, reason: str) -> None:
@@ -117,6 +128,8 @@ def use_backend(name: str) -> Iterator[None]:
 def unavailable(operator: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot serve `operator` on this device and dtype, or None if it can."""
     if backend not in _kernels.get(operator, {}):
+        if operator in _singles:
+            return unavailable(_singles[operator], backend, device, dtype)
         return _absent(backend, operator)
     devices, dtypes = _limits[operator, backend]
     if devices is not None and (device_type := torch.device(device).type) not in devices:
@@ -149,6 +162,10 @@ def select(operator: str, requested: str, device: torch.device, dtype: torch.dty
 def run(operator: str, requested: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> Any:
     """Runs `operator` on the backend that `select` names, and counts the call in `calls`."""
     backend = select(operator, requested, device, dtype)
+    if backend not in _kernels[operator]:
+        single, places = _singles[operator], zip(*cast(tuple[Iterable[object], ...], arguments), strict=True)
+        results = [run(single, backend, device, dtype, *place) for place in places]
+        return tuple(map(list, zip(*results, strict=True)))
     calls[operator, backend] += 1
     return _kernels[operator][backend](*arguments)
 

@@ -108,3 +108,61 @@ def test_a_missing_argument_and_a_level_that_is_no_mapping() -> None:
         side_moe_group(levels)
     with pytest.raises(TypeError, match=r"^layers\[0\]: a level must be a mapping of side_moe's arguments, not tuple"):
         side_moe_group([(1, 2)])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_opcheck(apart: bool) -> None:
+    dtype = torch.bfloat16 if apart else torch.float32
+    levels = [make_level(6, 5, 3, 4, dtype=dtype), make_level(4, 7, 2, 3, one_row=True, seed=1, dtype=dtype)]
+    columns = [list(column) for column in zip(*levels, strict=True)]
+    frozen: list[list[Tensor | None]] = [[None, None] for _ in range(3)]
+    if apart:
+        # One level of the two.
+        frozen[0][0], frozen[1][0] = levels[0].down[:2].detach(), levels[0].up[:2].detach()
+        columns[3][0], columns[4][0] = (columns[i][0].detach()[2:].requires_grad_() for i in (3, 4))
+    weights = [torch.rand(6), None]
+    settings = [0, 1], [apart, False], [True, False], ["gelu", "relu"]
+    forward = (*columns, *frozen, weights, *settings, "auto")
+    torch.library.opcheck(torch.ops.xsmoe.side_moe_group.default, forward)
+
+    _, gates, hidden, _, _ = torch.ops.xsmoe.side_moe_group(*forward)
+    grads = [torch.randn(level.backbone.shape, dtype=dtype) for level in levels]
+    inputs = [[tensor.detach() for tensor in column] for column in columns]
+    needed = [[True, False], [True, True], [True, True], [True, False], [False, True]]
+    num_frozen, recompute, _, activation = settings
+    backward = (grads, *inputs, *frozen, gates, hidden, num_frozen, recompute, activation, *needed, "auto")
+    torch.library.opcheck(torch.ops.xsmoe.side_moe_group_backward.default, backward)
+
+
+def test_every_level_has_frozen_experts_and_weights() -> None:
+    def level(seed: int) -> dict[str, Any]:
+        drawn = make_level(6, 5, 3, 4, seed=seed)
+        bank = FrozenExperts(drawn.down[:2], drawn.up[:2])
+        weights = {name: getattr(drawn, name)[2:].detach().requires_grad_() for name in ("down", "up")}
+        return {**drawn._asdict(), **weights, "frozen": bank, "row_weight": torch.ones(6)}
+
+    together, apart = [level(0), level(1)], [level(0), level(1)]
+    gradients = torch.autograd.grad(sum(y.square().sum() for y in side_moe_group(together)), leaves(together))
+    wanted = torch.autograd.grad(sum(side_moe(**one).square().sum() for one in apart), leaves(apart))
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert torch.equal(gradient, want)
+
+
+def test_a_result_that_is_not_used_has_no_gradients() -> None:
+    levels = layers()
+    first, *_ = side_moe_group(levels)
+    first.sum().backward()
+    assert levels[0]["x"].grad is not None
+    assert all(level[name].grad is None for level in levels[1:] for name in ("x", "router", "down"))
+
+
+def test_several_dtypes_are_checked_before_any_level_is_computed() -> None:
+    levels = layers()
+    for name in ("x", "backbone", "router", "down", "up"):
+        levels[1][name] = levels[1][name].float()
+    levels[2]["activation"] = "swish"
+    with pytest.raises(ValueError, match=r"^layers\[2\]: activation must be one of"):
+        side_moe_group(levels)
+    assert not levels[0]["utilization"].gate.any()
+    levels[2]["activation"] = "gelu"
+    assert [y.dtype for y in side_moe_group(levels)] == [torch.float64, torch.float32, torch.float64]

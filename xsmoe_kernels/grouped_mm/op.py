@@ -35,7 +35,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, num_frozen: int = 
         checks.tensor("offsets", offsets, "E+1")
         checks.integer("num_frozen", num_frozen)
     x, weight = library.autocast(x, weight)
-    return torch.ops.xsmoe.grouped_mm(x, weight, offsets, num_frozen, dispatch.requested())
+    return _operator(x, weight, offsets, num_frozen, dispatch.requested())
 
 
 def _check(x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int) -> None:
@@ -80,7 +80,7 @@ def _backward_fake(
     return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
-library.define(
+_operator = library.define(
     "grouped_mm",
     "(Tensor x, Tensor weight, Tensor offsets, SymInt num_frozen, str backend) -> Tensor",
     reference=reference.forward,

@@ -63,9 +63,7 @@ def in_batch_softmax_loss(
     if counts is not None:
         # Of the unsigned dtypes some cannot even be compared.
         counts = counts.to(precision.wide_dtype(items.dtype))
-    loss, _ = torch.ops.xsmoe.in_batch_softmax_loss(
-        queries, items, targets, rejected, users, logq, counts, dispatch.requested()
-    )
+    loss, _ = _operator(queries, items, targets, rejected, users, logq, counts, dispatch.requested())
     return loss
 
 
@@ -157,7 +155,7 @@ def _backward_fake(
 
 
 _INPUTS = "Tensor queries, Tensor items, Tensor targets, Tensor rejected, Tensor? users, Tensor? logq, Tensor? counts"
-library.define(
+_operator = library.define(
     "in_batch_softmax_loss",
     f"({_INPUTS}, str backend) -> (Tensor loss, Tensor lse)",
     reference=reference.forward,

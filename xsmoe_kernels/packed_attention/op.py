@@ -60,7 +60,7 @@ def packed_attention(
     if dropout_p > 0:
         shape = (offsets.shape[0] - 1, q.shape[1], max_length, max_length)
         keep = torch.rand(shape, device=q.device) >= dropout_p
-    return torch.ops.xsmoe.packed_attention(q, k, v, offsets, max_length, keep, dropout_p, dispatch.requested())
+    return _operator(q, k, v, offsets, max_length, keep, dropout_p, dispatch.requested())
 
 
 def _check_settings(offsets: Tensor, max_length: int, dropout_p: float) -> None:
@@ -152,7 +152,7 @@ def _backward_fake(
     return tuple(q.new_empty(q.shape if need else 0) for need in (need_q, need_k, need_v))
 
 
-library.define(
+_operator = library.define(
     "packed_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p, str backend)"
     " -> Tensor",

@@ -47,7 +47,7 @@ def route_topk(logits: Tensor, k: int, *, renormalize: bool = True) -> Routing:
         checks.tensor("logits", logits, "N", "E")
         checks.integer("k", k)
         checks.flag("renormalize", renormalize)
-    return Routing(*torch.ops.xsmoe.route_topk(logits, k, renormalize, dispatch.requested()))
+    return Routing(*_operator(logits, k, renormalize, dispatch.requested()))
 
 
 def _check(logits: Tensor, k: int, renormalize: bool) -> None:
@@ -77,7 +77,7 @@ def _backward_fake(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: b
     return logits.new_empty(logits.shape)
 
 
-library.define(
+_operator = library.define(
     "route_topk",
     "(Tensor logits, SymInt k, bool renormalize, str backend)"
     " -> (Tensor gates, Tensor experts, Tensor order, Tensor offsets)",

@@ -135,7 +135,7 @@ def prepare(
 
 def apply(operands: tuple[Any, ...], utilization: Utilization | None) -> Tensor:
     """`side_moe` from what `prepare` gave."""
-    y, _, _, norm, gate = torch.ops.xsmoe.side_moe(*operands)
+    y, _, _, norm, gate = _operator(*operands)
     if utilization is not None:
         utilization.add_(norm, gate)
     return y
@@ -199,7 +199,7 @@ def check(
     checks.same_dtype(operands)
 
 
-def _fake(
+def fake(
     x: Tensor,
     backbone: Tensor,
     router: Tensor,
@@ -215,6 +215,7 @@ def _fake(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the operator's results."""
     gated = router.shape[0]
     gates = x.new_empty((x.shape[0], gated), dtype=wide_dtype(x.dtype))
     hidden_shape = (0,) if recompute else (x.shape[0], (gated - 1) * down.shape[1])
@@ -228,7 +229,7 @@ def _fake(
     )
 
 
-def _backward_fake(
+def backward_fake(
     grad: Tensor,
     x: Tensor,
     backbone: Tensor,
@@ -250,6 +251,7 @@ def _backward_fake(
     need_up: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    """Shapes and dtypes of the gradients."""
     inputs = (x, backbone, router, down, up)
     needed = (need_x, need_backbone, need_router, need_down, need_up)
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs, needed, strict=True))
@@ -289,13 +291,13 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 9
 
 
-library.define(
+_operator = library.define(
     "side_moe",
     "(Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, Tensor? frozen_up, "
     "Tensor? frozen_pack, Tensor? row_weight, SymInt num_frozen, bool recompute, bool count, str activation, "
     "str backend) -> (Tensor y, Tensor gates, Tensor hidden, Tensor norm, Tensor gate)",
     reference=reference.forward,
-    fake=_fake,
+    fake=fake,
     check=check,
     setup_context=_setup_context,
     backward=_backward,
@@ -307,5 +309,5 @@ library.define_backward(
     "str activation, bool need_x, bool need_backbone, bool need_router, bool need_down, bool need_up, str backend) "
     "-> (Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up)",
     reference=reference.backward,
-    fake=_backward_fake,
+    fake=backward_fake,
 )
