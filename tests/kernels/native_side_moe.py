@@ -1,133 +1,20 @@
-"""The native side_moe against float64: what every test of it compares, and a selection for each tier of instructions.
+"""The native side_moe against float64: its check, and a selection of cases for each tier of instructions.
 
     XSMOE_CPU_TIER=avx2 python tests/kernels/native_side_moe.py
 
 compares the selection on one tier.
 """
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
-from error_budget import assert_within_budget
-from side_level import Level, make_level, to
-from torch import Tensor
+from side_level import make_level
+from side_moe_check import EVERYTHING, Call, check_backend, oracle, results, served_results
 
-from xsmoe_kernels import FrozenExperts, Utilization, dispatch, side_moe, use_backend
+__all__ = ["EVERYTHING", "SELECTION", "Call", "check", "native_results", "oracle", "results"]
 
-EVERYTHING = (True,) * 5
-ENOUGH_ROWS = 31
-"""So many that norms over them tell how exact a kernel is."""
-
-
-class Call(NamedTuple):
-    """How side_moe is called, but for its differentiable inputs."""
-
-    num_frozen: int = 0
-    apart: bool = False
-    """The frozen experts are FrozenExperts."""
-    activation: str = "gelu"
-    recompute: bool | None = None
-    counted: bool = True
-    weighted: bool = False
-    needed: tuple[bool, ...] = EVERYTHING
-    """Which inputs need a gradient, in the order of `Level`."""
-
-
-def results(level: Level, call: Call, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """y, the counters' increments and all gradients that are needed; upstream gradients are rounded to `dtype`."""
-    rows, experts = len(level.backbone), len(level.router) - 1
-    generator = torch.Generator().manual_seed(3)
-    upstream = torch.randn(level.backbone.shape, dtype=torch.float64, generator=generator).to(dtype)
-    row_weight = torch.randint(0, 4, (rows,), generator=generator).float() if call.weighted else None
-    counters = Utilization(experts) if call.counted else None
-    inputs = Level(*(t.detach() for t in level))
-    frozen, num_frozen = None, call.num_frozen
-    if call.apart:
-        frozen = FrozenExperts(inputs.down[:num_frozen].clone(), inputs.up[:num_frozen].clone())
-        inputs = inputs._replace(down=inputs.down[num_frozen:], up=inputs.up[num_frozen:])
-        num_frozen = 0
-    inputs = Level(*(t.clone().requires_grad_(need) for t, need in zip(inputs, call.needed, strict=True)))
-    with use_backend(backend):
-        y = side_moe(
-            *inputs,
-            num_frozen=num_frozen,
-            frozen=frozen,
-            activation=call.activation,
-            utilization=counters,
-            row_weight=row_weight,
-            recompute=call.recompute,
-        )
-    found = {"y": y.detach()}
-    if counters is not None:
-        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        found |= {"norm": counters.norm.to(wide), "gate": counters.gate.to(wide)}
-    if any(call.needed):
-        y.backward(upstream.to(y.dtype))
-    for name, tensor, need in zip(Level._fields, inputs, call.needed, strict=True):
-        assert (tensor.grad is not None) == need, f"the gradient of {name}"
-        if tensor.grad is not None:
-            found["gradient of " + name] = tensor.grad
-    return found
-
-
-def native_results(level: Level, call: Call) -> dict[str, Tensor]:
-    """`results` of the native kernels, which are seen to run."""
-    before = dispatch.calls["side_moe", "native"], dispatch.calls["side_moe_backward", "native"]
-    found = results(level, call, "native", level.x.dtype)
-    after = dispatch.calls["side_moe", "native"], dispatch.calls["side_moe_backward", "native"]
-    assert after == (before[0] + 1, before[1] + any(call.needed))
-    return found
-
-
-def oracle(level: Level, call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The reference's results in the level's dtype, and in float64 from the same rounded inputs."""
-    dtype = level.x.dtype
-    return (
-        results(level, call, "reference", dtype),
-        results(to(level, torch.float64), call, "reference", dtype),
-    )
-
-
-def check(
-    level: Level, call: Call, expected: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-) -> dict[str, Tensor]:
-    """Fails unless the native results of a call stay within the error budget; returns them."""
-    actual = native_results(level, call)
-    reference, exact = oracle(level, call) if expected is None else expected
-    for name, value in actual.items():
-        assert value.is_contiguous(), name
-        if len(level.x) >= ENOUGH_ROWS:
-            assert_within_budget(value, reference[name], exact[name], name)
-            _assert_no_outlier(value, reference[name], exact[name], name)
-        else:
-            _assert_near(value, reference[name], exact[name], name, level)
-    if not call.apart:
-        for name in ("gradient of down", "gradient of up"):
-            if name in actual:
-                assert not actual[name][: call.num_frozen].any(), f"{name}: zeros for frozen experts"
-    return actual
-
-
-def _assert_near(actual: Tensor, reference: Tensor, exact: Tensor, name: str, level: Level) -> None:
-    """The budget for few rows: one draw of rounding errors, which may by luck be tiny in the reference."""
-    assert actual.shape == exact.shape, name
-    error, reference_error = (torch.linalg.vector_norm(t.double() - exact) for t in (actual, reference))
-    dtype, terms = level.x.dtype, max(level.backbone.shape)
-    # What a sum of so many numbers, one after the other, loses in float32; bfloat16 has rounded its terms by much more.
-    digits = 8 if dtype == torch.bfloat16 else 4 + 4 * terms**0.5
-    bound = 2 * reference_error + digits * torch.finfo(dtype).eps * torch.linalg.vector_norm(exact)
-    assert error <= bound, f"{name}: error {float(error):.3e}, of which {float(bound):.3e} are allowed"
-
-
-def _assert_no_outlier(actual: Tensor, reference: Tensor, exact: Tensor, name: str) -> None:
-    """The norms of the budget say little of a single wrong number among many."""
-    if exact.numel() == 0:
-        return
-    error, reference_error = ((t.double() - exact).abs().max() for t in (actual, reference))
-    # The norms of experts and gate masses are float32 whatever the inputs; the budget's eps is theirs, too.
-    bound = 4 * reference_error + 8 * torch.finfo(actual.dtype).eps * exact.abs().max()
-    assert error <= bound, f"{name}: a number is off by {float(error):.3e}, of which {float(bound):.3e} are allowed"
-
+check = partial(check_backend, "native")
+native_results = partial(served_results, backend="native")
 
 # Past one tile of rows for every tier (128, 140 and 144 rows), and within the first.
 SELECTION = [

@@ -1,0 +1,120 @@
+"""side_moe_group on Triton: levels of any sizes in one launch, with the bits of each level on its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from side_level import make_level
+from torch import Tensor
+from triton_gpu import DEVICE, ON_GPU, needs_triton
+
+from xsmoe_kernels import FrozenExperts, Utilization, dispatch, side_moe, side_moe_group, use_backend
+
+pytestmark = needs_triton
+
+DIFFERENTIABLE = ("x", "backbone", "router", "down", "up")
+
+
+def layer(seed: int, rows: int, dim: int, experts: int, rank: int, frozen: int, **options: Any) -> dict[str, Any]:
+    """A level with its leading experts kept apart, and counters."""
+    one_row = options.pop("one_row", False)
+    dtype = options.pop("dtype", torch.float32)
+    drawn = make_level(rows, dim, experts, rank, one_row=one_row, dtype=dtype, seed=seed, requires_grad=False)
+    level = {name: tensor.to(DEVICE) for name, tensor in drawn._asdict().items()}
+    bank = FrozenExperts(level["down"][:frozen], level["up"][:frozen]) if frozen else None
+    level |= {name: level[name][frozen:] for name in ("down", "up")}
+    level |= {name: level[name].clone().requires_grad_() for name in DIFFERENTIABLE}
+    return {**level, "frozen": bank, "utilization": Utilization(experts, DEVICE), **options}
+
+
+def layers(scale: int) -> list[dict[str, Any]]:
+    """Two modalities that differ in everything that may, and two levels that need kernels of their own."""
+    weight = torch.rand(33 * scale, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return [
+        layer(0, 33 * scale, 40, 3, 8, 2, row_weight=weight),
+        layer(1, 35 * scale, 64, 1, 8, 0, recompute=True),
+        layer(2, 20 * scale, 33, 18, 8, 17),
+        layer(3, 33 * scale, 40, 2, 8, 1, one_row=True),
+        layer(4, 33 * scale, 40, 2, 5, 0, activation="relu"),
+    ]
+
+
+def outcome(levels: list[dict[str, Any]], results: list[Tensor]) -> list[Tensor]:
+    leaves = [level[name] for level in levels for name in DIFFERENTIABLE]
+    loss = sum(y.square().sum() for y in results)
+    counters = [counter for level in levels for counter in (level["utilization"].norm, level["utilization"].gate)]
+    return [*results, *torch.autograd.grad(loss, leaves), *counters]
+
+
+def test_each_level_has_the_bits_that_it_has_on_its_own() -> None:
+    together, apart = layers(40 if ON_GPU else 1), layers(40 if ON_GPU else 1)
+    before = dispatch.calls.copy()
+    with use_backend("triton"):
+        grouped = outcome(together, side_moe_group(together))
+        counted = dispatch.calls - before
+        alone = outcome(apart, [side_moe(**level) for level in apart])
+    assert counted == {("side_moe_group", "triton"): 1, ("side_moe_group_backward", "triton"): 1}
+    for found, want in zip(grouped, alone, strict=True):
+        assert torch.equal(found, want)
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, levels: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """How many levels each launch of a kernel serves."""
+    from xsmoe_kernels import triton_tools
+
+    seen: dict[str, list[int]] = {}
+    launch = triton_tools.launch
+
+    def watched(kernel: Any, grid: tuple[int, ...], *rest: Any) -> None:
+        seen.setdefault(kernel.fn.__name__, []).append(grid[1])
+        launch(kernel, grid, *rest)
+
+    monkeypatch.setattr(triton_tools, "launch", watched)
+    with use_backend("triton"):
+        results = side_moe_group(levels)
+        torch.autograd.grad(sum(y.sum() for y in results), [level["down"] for level in levels])
+    return seen
+
+
+def test_levels_of_one_kind_share_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = [layer(seed, 5 + seed, 16 * (seed + 1), seed + 1, 4, seed) for seed in range(3)]
+    seen = launches(monkeypatch, levels)
+    assert set(seen) >= {"gate_kernel", "hidden_kernel", "mixture_kernel", "count_kernel", "weight_gradient_kernel"}
+    assert all(numbers == [3] for numbers in seen.values()), seen
+
+
+def test_a_launch_takes_eight_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = launches(monkeypatch, [layer(seed, 3, 16, 1, 2, 0) for seed in range(9)])
+    assert all(sorted(numbers) == [1, 8] for numbers in seen.values()), seen
+
+
+def test_dtypes_are_apart_and_come_back_in_order() -> None:
+    levels = [
+        layer(seed, 6, 16, 2, 4, 1, dtype=dtype) for seed, dtype in enumerate([torch.float32, torch.bfloat16] * 2)
+    ]
+    with use_backend("triton"):
+        found = side_moe_group(levels)
+        want = [side_moe(**level) for level in levels]
+    for y, expected in zip(found, want, strict=True):
+        assert torch.equal(y, expected)
+
+
+def test_a_level_without_a_gradient_takes_none() -> None:
+    levels = [layer(seed, 6, 16, 2, 4, 1) for seed in range(3)]
+    for name in DIFFERENTIABLE:
+        levels[1][name] = levels[1][name].detach()
+    with use_backend("triton"):
+        first, middle, _ = side_moe_group(levels)
+    assert first.requires_grad
+    first.sum().backward()
+    assert levels[0]["down"].grad is not None
+    assert all(levels[2][name].grad is None for name in DIFFERENTIABLE), "its result was not used"
+    assert torch.isfinite(middle).all()
+
+
+def test_compiles_as_one_graph() -> None:
+    together, expected = layers(1), layers(1)
+    with use_backend("triton"):
+        found = torch.compile(side_moe_group, fullgraph=True, backend="aot_eager")(together)
+        for y, want in zip(outcome(together, found), outcome(expected, side_moe_group(expected)), strict=True):
+            torch.testing.assert_close(y, want)

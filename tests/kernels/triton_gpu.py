@@ -1,0 +1,37 @@
+"""Where tests of Triton kernels run: on a GPU if there is one, else in Triton's interpreter."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from xsmoe_kernels import dispatch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_reason = dispatch.unavailable("side_moe", "triton", DEVICE, torch.float32)
+needs_triton = pytest.mark.skipif(_reason is not None, reason=_reason or "")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+def _patch_once() -> None:
+    """Lets Triton's interpreter patch its language once a launch, instead of once for every function called in it.
+
+    Later patches find nothing left to patch, but look for it in half of the time that these tests take.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_if_needed(function: Any) -> Any:
+        used = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        return patch(function) if any(tl.core.is_builtin(language.load) for language in used) else None
+
+    interpreter._patch_lang = patch_if_needed
+
+
+if _reason is None and not ON_GPU:
+    _patch_once()

@@ -1,0 +1,410 @@
+"""Launches of the backward of side levels: allocates results and scratch, and says which kernels run on what."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels.side_moe.triton_kernels import backward_kernels as kernels
+from xsmoe_kernels.side_moe.triton_kernels import configs
+from xsmoe_kernels.side_moe.triton_kernels.launch import (
+    Launch,
+    cdiv,
+    in_launches,
+    nothing,
+    rank_block,
+    strides,
+    variables,
+)
+from xsmoe_kernels.side_moe.triton_kernels.levels import Level, make_level, rows_in_place
+from xsmoe_kernels.tuning import Config
+
+BUSY = 264
+"""Programs that give every multiprocessor of a large GPU two."""
+
+
+class BackwardLevel(NamedTuple):
+    """A level, what its forward saved, and what its backward is asked for."""
+
+    level: Level
+    grad: Tensor
+    gates: Tensor
+    hidden: Tensor
+    recompute: bool
+    need_x: bool
+    need_backbone: bool
+    need_router: bool
+    need_down: bool
+    need_up: bool
+
+
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The gradients of `side_moe` as `reference.backward` describes them."""
+    return tuple(results[0] for results in group_backward(*([argument] for argument in arguments)))
+
+
+def group_backward(*arguments: list[Any]) -> tuple[list[Tensor], ...]:
+    """`backward` for lists, of one entry per level."""
+    results = in_launches(list(map(_backward_level, *arguments)), _backward_kind, _backward)
+    return tuple(map(list, zip(*results, strict=True)))
+
+
+def _backward_level(grad: Tensor, *arguments: Any) -> BackwardLevel:
+    tensors, (_, gates, hidden, num_frozen, recompute, activation, *needs) = arguments[:7], arguments[7:]
+    level = make_level(tensors, num_frozen, activation)
+    return BackwardLevel(level, rows_in_place(grad), gates, hidden, recompute, *needs)
+
+
+def _backward_kind(part: BackwardLevel) -> tuple[Any, ...]:
+    return part.level.one_row, part.level.rank, part.level.activation, part.recompute, *part[-5:]
+
+
+def _backward(parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
+    levels, asked = [part.level for part in parts], parts[0]
+    one_row = levels[0].one_row
+    launch = Launch(levels, [level.x.shape[0] for level in levels])
+    like = launch.like
+    need_rows = asked.need_x or asked.need_router
+    need_weights = asked.need_down or asked.need_up
+    grad_x = [
+        torch.empty_like(level.x, memory_format=torch.contiguous_format) if asked.need_x else nothing(like)
+        for level in levels
+    ]
+    grad_backbone = [
+        level.backbone.new_empty(level.backbone.shape) if asked.need_backbone else nothing(like) for level in levels
+    ]
+    grads = [part.grad for part in parts]
+    wide_grads, backbone_dots = grads, [part.gates for part in parts]
+    if one_row:
+        sums, dots, blocks = launch.run(
+            configs.COLUMN_SUM, lambda config: _column_sums(launch, parts, grad_backbone, config)
+        )
+        wide_grads, grads, backbone_dots = launch.run(
+            configs.ROW_SUM, lambda config: _row_sums(launch, sums, dots, blocks, config)
+        )
+    dots = grad_hidden = gated = grad_logits = [nothing(like)] * len(levels)
+    chunks = 1
+    if need_rows or need_weights:
+        dots, grad_hidden, gated, chunks = launch.run(
+            configs.HIDDEN_GRADIENT, lambda config: _hidden_gradients(launch, parts, grads, config)
+        )
+    if need_rows or (asked.need_backbone and not one_row):
+        grad_logits = launch.run(
+            configs.LOGIT_GRADIENT,
+            lambda config: _logit_gradients(
+                launch, parts, wide_grads, dots, backbone_dots, chunks, grad_backbone, need_rows, config
+            ),
+        )
+    if asked.need_x:
+        launch.run(
+            configs.ROW_GRADIENT,
+            lambda config: _row_gradients(launch, parts, wide_grads, grad_hidden, grad_logits, grad_x, config),
+        )
+    weights = [(nothing(like),) * 3] * len(levels)
+    if need_weights or asked.need_router:
+        weights = _weight_gradients(launch, parts, grads, grad_hidden, gated, grad_logits)
+    return [
+        (x, backbone, router, down, up)
+        for x, backbone, (router, down, up) in zip(grad_x, grad_backbone, weights, strict=True)
+    ]
+
+
+def _column_sums(
+    launch: Launch, parts: list[BackwardLevel], grad_backbone: list[Tensor], config: Config
+) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """What one row of x takes from slices of rows, and the numbers of column blocks."""
+    levels = launch.levels
+    blocks = [cdiv(level.dim, config.blocks["BLOCK_D"]) for level in levels]
+    slices = [max(1, cdiv(level.rows, config.blocks["SLICE"])) for level in levels]
+    sums = [part.gates.new_empty(number, level.dim) for part, level, number in zip(parts, levels, slices, strict=True)]
+    dots = [part.gates.new_empty(number, block) for part, block, number in zip(parts, blocks, slices, strict=True)]
+    launch.start(
+        kernels.column_sum_kernel,
+        max(number * block for number, block in zip(slices, blocks, strict=True)),
+        config,
+        {
+            "grad": tuple(part.grad for part in parts),
+            "backbone": tuple(level.backbone for level in levels),
+            "gates": tuple(part.gates for part in parts),
+            "grad_backbone": tuple(grad_backbone),
+            "grad_sums": tuple(sums),
+            "dots": tuple(dots),
+            "grad_strides": strides(part.grad for part in parts),
+            "backbone_strides": strides(level.backbone for level in levels),
+            "rows": variables(level.rows for level in levels),
+            "dims": launch.dims,
+            "slices": variables(slices),
+        },
+        STORE_BACKBONE=parts[0].need_backbone,
+    )
+    return sums, dots, blocks
+
+
+def _row_sums(
+    launch: Launch, sums: list[Tensor], dots: list[Tensor], blocks: list[int], config: Config
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The gradient that one row of x takes from all rows, wide and narrow, and the sum of its products."""
+    wide = [total.new_empty(1, total.shape[1]) for total in sums]
+    narrow = [launch.like.new_empty(total.shape) for total in wide]
+    backbone_dots = [total.new_empty(1) for total in sums]
+    launch.start(
+        kernels.row_sum_kernel,
+        cdiv(max(launch.dims), config.blocks["BLOCK_D"]),
+        config,
+        {
+            "grad_sums": tuple(sums),
+            "dots": tuple(dots),
+            "row_grad": tuple(wide),
+            "narrow_row_grad": tuple(narrow),
+            "backbone_dot": tuple(backbone_dots),
+            "dims": launch.dims,
+            "slices": variables(len(total) for total in sums),
+            "column_blocks": variables(blocks),
+        },
+    )
+    return wide, narrow, backbone_dots
+
+
+def _hidden_gradients(
+    launch: Launch, parts: list[BackwardLevel], grads: list[Tensor], config: Config
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]:
+    """Dots, gradients of hidden states and gated activations, and into how many chunks the dots of an expert go."""
+    levels, asked, like = launch.levels, parts[0], launch.like
+    need_dots = asked.need_x or asked.need_router
+    need_hidden = asked.need_x or asked.need_down
+    chunks = launch.chunks(config)
+    wanted = [0 if need_dots else level.trained for level in levels]
+    stored = [0 if asked.need_x else level.trained for level in levels]
+
+    def columns(level: Level, experts: int, need: bool, dtype: torch.dtype) -> Tensor:
+        return like.new_empty(level.x.shape[0], experts, dtype=dtype) if need else nothing(like, dtype)
+
+    dots = [columns(level, level.experts * chunks, need_dots, torch.float32) for level in levels]
+    grad_hidden = [
+        columns(level, (level.experts - first) * level.rank, need_hidden, like.dtype)
+        for level, first in zip(levels, stored, strict=True)
+    ]
+    gated = [
+        columns(level, (level.experts - level.trained) * level.rank, asked.need_up, like.dtype) for level in levels
+    ]
+    tiles = launch.most_tiles(config, wanted)
+    launch.start(
+        kernels.hidden_gradient_kernel,
+        cdiv(launch.most_rows, config.blocks["BLOCK_N"]) * tiles,
+        config,
+        {
+            "x": launch.x,
+            "grad": tuple(grads),
+            "frozen_down": tuple(level.frozen_down for level in levels),
+            "down": tuple(level.down for level in levels),
+            "frozen_up": tuple(level.frozen_up for level in levels),
+            "up": tuple(level.up for level in levels),
+            "gates": tuple(part.gates for part in parts),
+            "hidden": tuple(part.hidden for part in parts),
+            "dots": tuple(dots),
+            "grad_hidden": tuple(grad_hidden),
+            "gated": tuple(gated),
+            "x_strides": launch.x_strides,
+            "grad_strides": strides(grads),
+            "rows": launch.rows,
+            "frozen": launch.frozen,
+            "experts": launch.experts,
+            "trained": variables(level.trained for level in levels),
+            "first_wanted": variables(wanted),
+            "first_stored": variables(stored),
+            "dims": launch.dims,
+        },
+        **launch.product_constants(config, "BLOCK_K"),
+        RECOMPUTE=asked.recompute,
+        NEED_GRAD=need_dots or need_hidden,
+        NEED_DOTS=need_dots,
+        NEED_HIDDEN=need_hidden,
+        NEED_GATED=asked.need_up,
+        ACTIVATION=levels[0].activation,
+        RANK=launch.rank,
+        RANK_BLOCK=rank_block(launch.rank),
+    )
+    return dots, grad_hidden, gated, chunks
+
+
+def _logit_gradients(
+    launch: Launch,
+    parts: list[BackwardLevel],
+    grads: list[Tensor],
+    dots: list[Tensor],
+    backbone_dots: list[Tensor],
+    chunks: int,
+    grad_backbone: list[Tensor],
+    need_logits: bool,
+    config: Config,
+) -> list[Tensor]:
+    """The gradients of the logits, in the dtype of x for the products that they go into; and those of the backbone."""
+    levels, one_row = launch.levels, launch.levels[0].one_row
+    grad_logits = [
+        level.x.new_empty(len(part.gates), 16 * cdiv(level.experts + 1, 16)) if need_logits else nothing(level.x)
+        for level, part in zip(levels, parts, strict=True)
+    ]
+    launch.start(
+        kernels.logit_gradient_kernel,
+        cdiv(launch.most_rows, config.blocks["BLOCK_N"]),
+        config,
+        {
+            "x": launch.x,
+            "backbone": tuple(level.backbone for level in levels),
+            "grad": tuple(grads),
+            "gates": tuple(part.gates for part in parts),
+            "dots": tuple(dots),
+            "backbone_dot": tuple(backbone_dots),
+            "grad_logits": tuple(grad_logits),
+            "grad_backbone": tuple(grad_backbone),
+            "x_strides": launch.x_strides,
+            "backbone_strides": strides(level.backbone for level in levels),
+            "grad_strides": strides(grads),
+            "rows": launch.rows,
+            "experts": launch.experts,
+            "dims": launch.dims,
+        },
+        ONE_ROW=one_row,
+        NEED_LOGITS=need_logits,
+        NEED_BACKBONE=parts[0].need_backbone and not one_row,
+        CHUNKS=chunks,
+    )
+    return grad_logits
+
+
+def _row_gradients(
+    launch: Launch,
+    parts: list[BackwardLevel],
+    grads: list[Tensor],
+    grad_hidden: list[Tensor],
+    grad_logits: list[Tensor],
+    grad_x: list[Tensor],
+    config: Config,
+) -> None:
+    """The gradients of x."""
+    levels = launch.levels
+    launch.start(
+        kernels.row_gradient_kernel,
+        cdiv(launch.most_rows, config.blocks["BLOCK_N"]) * cdiv(max(launch.dims), config.blocks["BLOCK_D"]),
+        config,
+        {
+            "grad": tuple(grads),
+            "grad_hidden": tuple(grad_hidden),
+            "grad_logits": tuple(grad_logits),
+            "frozen_down": tuple(level.frozen_down for level in levels),
+            "down": tuple(level.down for level in levels),
+            "router": tuple(level.router for level in levels),
+            "gates": tuple(part.gates for part in parts),
+            "grad_x": tuple(grad_x),
+            "grad_strides": strides(grads),
+            "rows": launch.rows,
+            "frozen": launch.frozen,
+            "experts": launch.experts,
+            "dims": launch.dims,
+        },
+        **launch.product_constants(config, "BLOCK_D"),
+        RANK=launch.rank,
+        RANK_BLOCK=rank_block(launch.rank),
+    )
+
+
+def _weight_gradients(
+    launch: Launch,
+    parts: list[BackwardLevel],
+    grads: list[Tensor],
+    grad_hidden: list[Tensor],
+    gated: list[Tensor],
+    grad_logits: list[Tensor],
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The gradients of router, down and up: sums over slices of rows, then over the slices."""
+    levels, asked, like = launch.levels, parts[0], launch.like
+    trained_columns = [(level.experts - level.trained) * level.rank for level in levels]
+    hidden_columns = [number * asked.need_down for number in trained_columns]
+    # Where x takes a gradient, the hidden states of frozen experts have theirs ahead.
+    hidden_offsets = [level.trained * level.rank * asked.need_x for level in levels]
+    gated_columns = [number * asked.need_up for number in trained_columns]
+    logit_columns = [(level.experts + 1) * asked.need_router for level in levels]
+    heights = [sum(columns) for columns in zip(hidden_columns, gated_columns, logit_columns, strict=True)]
+    unit = math.gcd(launch.rank, 16)
+    columns = {
+        "hidden_columns": variables(number // unit for number in hidden_columns),
+        "gated_columns": variables(number // unit for number in gated_columns),
+        "logit_columns": variables(logit_columns),
+    }
+
+    def products(config: Config) -> tuple[list[Tensor], list[int]]:
+        """The sums over slices, and how many slices there are."""
+        blocks = config.blocks
+        tiles = [
+            sum(cdiv(number, blocks["BLOCK_C"]) for number in level_columns) * cdiv(level.dim, blocks["BLOCK_D"])
+            for level, *level_columns in zip(levels, hidden_columns, gated_columns, logit_columns, strict=True)
+        ]
+        filling = cdiv(BUSY, max(1, sum(tiles)))
+        slices = [max(1, min(filling, cdiv(level.x.shape[0], 4 * blocks["BLOCK_K"]))) for level in levels]
+        sums = [
+            torch.empty(number, height, level.dim, dtype=torch.float32, device=like.device)
+            for number, height, level in zip(slices, heights, levels, strict=True)
+        ]
+        launch.start(
+            kernels.weight_gradient_kernel,
+            max(tile * number for tile, number in zip(tiles, slices, strict=True)),
+            config,
+            {
+                "x": launch.x,
+                "grad": tuple(grads),
+                "grad_hidden": tuple(grad_hidden),
+                "gated": tuple(gated),
+                "grad_logits": tuple(grad_logits),
+                "parts": tuple(sums),
+                "x_strides": launch.x_strides,
+                "grad_strides": strides(grads),
+                "hidden_offsets": variables(offset // unit for offset in hidden_offsets),
+                **columns,
+                "rows": launch.rows,
+                "slices": variables(slices),
+                "dims": launch.dims,
+            },
+            **launch.product_constants(config, "BLOCK_D"),
+            RANK_UNIT=unit,
+        )
+        return sums, slices
+
+    sums, slices = launch.run(configs.WEIGHT_GRADIENT, products)
+    routers = [torch.empty_like(level.router) if asked.need_router else nothing(like) for level in levels]
+    # Where nothing is trained no kernel writes.
+    downs, ups = (
+        [
+            (torch.empty_like if number else torch.zeros_like)(weight) if need else nothing(like)
+            for weight, number in zip(weights, trained_columns, strict=True)
+        ]
+        for weights, need in (
+            ([level.down for level in levels], asked.need_down),
+            ([level.up for level in levels], asked.need_up),
+        )
+    )
+    zeros = [(level.trained - level.frozen) * level.rank for level in levels]
+    most = max(
+        (number + zero) * (asked.need_down + asked.need_up) + router
+        for number, zero, router in zip(trained_columns, zeros, logit_columns, strict=True)
+    )
+    launch.run(
+        configs.WEIGHT_SUM,
+        lambda config: launch.start(
+            kernels.weight_sum_kernel,
+            most,
+            config,
+            {
+                "parts": tuple(sums),
+                "grad_down": tuple(downs),
+                "grad_up": tuple(ups),
+                "grad_router": tuple(routers),
+                "frozen_columns": variables(zeros),
+                **columns,
+                "slices": variables(slices),
+                "dims": launch.dims,
+            },
+            RANK_UNIT=unit,
+        ),
+    )
+    return list(zip(routers, downs, ups, strict=True))

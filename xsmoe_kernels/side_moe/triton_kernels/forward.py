@@ -1,0 +1,233 @@
+"""Launches of the forward of side levels: allocates results and scratch, and says which kernels run on what."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels.side_moe.triton_kernels import configs
+from xsmoe_kernels.side_moe.triton_kernels import forward_kernels as kernels
+from xsmoe_kernels.side_moe.triton_kernels.launch import (
+    Launch,
+    cdiv,
+    in_launches,
+    nothing,
+    rank_block,
+    strides,
+    variables,
+)
+from xsmoe_kernels.side_moe.triton_kernels.levels import Level, make_level
+from xsmoe_kernels.tuning import Config
+
+
+class ForwardLevel(NamedTuple):
+    """A level, and what its forward is asked for."""
+
+    level: Level
+    row_weight: Tensor | None
+    recompute: bool
+    counted: bool
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """`side_moe` as `reference.forward` describes it."""
+    return tuple(results[0] for results in group_forward(*([argument] for argument in arguments)))
+
+
+def group_forward(*arguments: list[Any]) -> tuple[list[Tensor], ...]:
+    """`forward` for lists, of one entry per level."""
+    results = in_launches(list(map(_forward_level, *arguments)), _forward_kind, _forward)
+    return tuple(map(list, zip(*results, strict=True)))
+
+
+def _forward_level(*arguments: Any) -> ForwardLevel:
+    tensors, (_, row_weight, num_frozen, recompute, counted, activation) = arguments[:7], arguments[7:]
+    return ForwardLevel(make_level(tensors, num_frozen, activation), row_weight, recompute, counted)
+
+
+def _forward_kind(part: ForwardLevel) -> tuple[Any, ...]:
+    """Levels that differ in this are compiled for on their own."""
+    return part.level.one_row, part.level.rank, part.level.activation, part.counted
+
+
+def _forward(parts: list[ForwardLevel]) -> list[tuple[Tensor, ...]]:
+    levels = [part.level for part in parts]
+    one_row, count, activation = levels[0].one_row, parts[0].counted, levels[0].activation
+    launch = Launch(levels, [level.x.shape[0] for level in levels])
+    like = launch.like
+    gates = [level.x.new_empty(level.x.shape[0], level.experts + 1, dtype=torch.float32) for level in levels]
+    columns = [(level.x.shape[0], level.experts * level.rank) for level in levels]
+    activated = [like.new_empty(shape) for shape in columns]
+    hidden = [
+        nothing(like) if part.recompute else like.new_empty(shape) for part, shape in zip(parts, columns, strict=True)
+    ]
+    y = [level.backbone.new_empty(level.backbone.shape) for level in levels]
+
+    def gate(config: Config) -> None:
+        launch.start(
+            kernels.gate_kernel,
+            cdiv(launch.most_rows, config.blocks["BLOCK_N"]),
+            config,
+            {
+                "x": launch.x,
+                "router": tuple(level.router for level in levels),
+                "gates": tuple(gates),
+                "x_strides": launch.x_strides,
+                "rows": launch.rows,
+                "experts": launch.experts,
+                "dims": launch.dims,
+            },
+            **launch.product_constants(config, "BLOCK_K"),
+        )
+
+    def hidden_states(config: Config) -> None:
+        tiles = launch.most_tiles(config, [0] * len(levels))
+        launch.start(
+            kernels.hidden_kernel,
+            cdiv(launch.most_rows, config.blocks["BLOCK_N"]) * tiles,
+            config,
+            {
+                "x": launch.x,
+                "frozen_down": tuple(level.frozen_down for level in levels),
+                "down": tuple(level.down for level in levels),
+                "gates": tuple(gates),
+                "hidden": tuple(hidden),
+                "activated": tuple(activated),
+                "x_strides": launch.x_strides,
+                "saves": variables(not part.recompute for part in parts),
+                "rows": launch.rows,
+                "frozen": launch.frozen,
+                "experts": launch.experts,
+                "dims": launch.dims,
+            },
+            **launch.product_constants(config, "BLOCK_K"),
+            GATED=not count,
+            ACTIVATION=activation,
+            RANK=launch.rank,
+            RANK_BLOCK=rank_block(launch.rank),
+        )
+
+    def mixture(config: Config) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """The results, of one row with one_row, and the squares with their numbers of column blocks."""
+        blocks = [cdiv(level.dim, config.blocks["BLOCK_D"]) for level in levels]
+        results = [level.x.new_empty(1, level.dim, dtype=torch.float32) for level in levels] if one_row else y
+        squares = [
+            torch.empty((level.experts + 1) * number * level.x.shape[0], dtype=torch.float32, device=like.device)
+            if count
+            else nothing(like, torch.float32)
+            for level, number in zip(levels, blocks, strict=True)
+        ]
+        launch.start(
+            kernels.mixture_kernel,
+            cdiv(launch.most_rows, config.blocks["BLOCK_N"]) * max(blocks),
+            config,
+            {
+                "x": launch.x,
+                "backbone": tuple(level.backbone for level in levels),
+                "activated": tuple(activated),
+                "frozen_up": tuple(level.frozen_up for level in levels),
+                "up": tuple(level.up for level in levels),
+                "gates": tuple(gates),
+                "y": tuple(results),
+                "squares": tuple(squares),
+                "x_strides": launch.x_strides,
+                "backbone_strides": strides(level.backbone for level in levels),
+                "rows": launch.rows,
+                "frozen": launch.frozen,
+                "experts": launch.experts,
+                "dims": launch.dims,
+            },
+            **launch.product_constants(config, "BLOCK_D"),
+            ONE_ROW=one_row,
+            COUNT=count,
+            RANK=launch.rank,
+            RANK_BLOCK=rank_block(launch.rank),
+        )
+        return results, squares, blocks
+
+    launch.run(configs.GATE, gate)
+    launch.run(configs.HIDDEN, hidden_states)
+    results, squares, blocks = launch.run(configs.MIXTURE, mixture)
+    backbone_squares = squares
+    if one_row:
+        backbone_squares = launch.run(
+            configs.BROADCAST, lambda config: _broadcast(launch, gates, results, y, count, config)
+        )
+    if count:
+        counted = launch.run(
+            configs.COUNT, lambda config: _count(launch, parts, gates, backbone_squares, squares, blocks, config)
+        )
+    else:
+        counted = [(nothing(like, torch.float32), nothing(like, torch.float32)) for _ in levels]
+    return [
+        (y_, gates_, hidden_, norm, mass)
+        for y_, gates_, hidden_, (norm, mass) in zip(y, gates, hidden, counted, strict=True)
+    ]
+
+
+def _broadcast(
+    launch: Launch, gates: list[Tensor], mixture: list[Tensor], y: list[Tensor], count: bool, config: Config
+) -> list[Tensor]:
+    """Adds the backbone to the mixture that all rows share; returns the squares of the backbone's rows."""
+    levels = launch.levels
+    squares = [level.x.new_empty(level.rows if count else 0, dtype=torch.float32) for level in levels]
+    launch.start(
+        kernels.broadcast_kernel,
+        cdiv(max(level.rows for level in levels), config.blocks["BLOCK_N"]),
+        config,
+        {
+            "backbone": tuple(level.backbone for level in levels),
+            "mixture": tuple(mixture),
+            "gates": tuple(gates),
+            "y": tuple(y),
+            "squares": tuple(squares),
+            "backbone_strides": strides(level.backbone for level in levels),
+            "rows": variables(level.rows for level in levels),
+            "dims": launch.dims,
+        },
+        COUNT=count,
+    )
+    return squares
+
+
+def _count(
+    launch: Launch,
+    parts: list[ForwardLevel],
+    gates: list[Tensor],
+    backbone_squares: list[Tensor],
+    expert_squares: list[Tensor],
+    column_blocks: list[int],
+    config: Config,
+) -> list[tuple[Tensor, Tensor]]:
+    """The increments of the counters."""
+    levels = launch.levels
+    # A slice at least, so that the sums over no rows are written.
+    slices = [max(1, cdiv(level.rows, config.blocks["SLICE"])) for level in levels]
+    norms, masses = (
+        [gate.new_empty(number, level.experts + 1) for gate, level, number in zip(gates, levels, slices, strict=True)]
+        for _ in range(2)
+    )
+    weights = [gate if part.row_weight is None else part.row_weight for gate, part in zip(gates, parts, strict=True)]
+    launch.start(
+        kernels.count_kernel,
+        max(number * (level.experts + 1) for number, level in zip(slices, levels, strict=True)),
+        config,
+        {
+            "gates": tuple(gates),
+            "backbone_squares": tuple(backbone_squares),
+            "expert_squares": tuple(expert_squares),
+            "row_weight": tuple(weight.to(torch.float32).contiguous() for weight in weights),
+            "norms": tuple(norms),
+            "masses": tuple(masses),
+            "weighted": variables(part.row_weight is not None for part in parts),
+            "rows": variables(level.rows for level in levels),
+            "experts": launch.experts,
+            "column_blocks": variables(column_blocks),
+            "slices": variables(slices),
+        },
+        ONE_ROW=levels[0].one_row,
+    )
+    return [
+        (norm.sum(0), mass.sum(0)) if len(norm) > 1 else (norm.view(-1), mass.view(-1))
+        for norm, mass in zip(norms, masses, strict=True)
+    ]

@@ -1,0 +1,82 @@
+"""A side level as its Triton kernels read it."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Level(NamedTuple):
+    """The operands of a level, as kernels read them.
+
+    Attributes:
+        x, backbone: rows of any stride.
+        router, down, up, frozen_down, frozen_up: contiguous; where no experts are kept apart, the latter two are the
+            former, and `frozen` is 0.
+        frozen: how many experts are kept apart.
+        trained: the first expert that takes weight gradients.
+        hidden_frozen: how many experts of down and up do not.
+    """
+
+    x: Tensor
+    backbone: Tensor
+    router: Tensor
+    down: Tensor
+    up: Tensor
+    frozen_down: Tensor
+    frozen_up: Tensor
+    frozen: int
+    trained: int
+    activation: str
+
+    @property
+    def one_row(self) -> bool:
+        """Whether x is a single row for all rows of the backbone."""
+        return self.x.shape[0] == 1 and self.backbone.shape[0] != 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the backbone and of y."""
+        return self.backbone.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.x.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.down.shape[1]
+
+    @property
+    def experts(self) -> int:
+        """E, those kept apart among them."""
+        return self.router.shape[0] - 1
+
+
+def make_level(tensors: tuple[Any, ...], num_frozen: int, activation: str) -> Level:
+    """A level from the operator's arguments, of which `tensors` are x to frozen_up."""
+    x, backbone, router, down, up, frozen_down, frozen_up = tensors
+    down, up = down.contiguous(), up.contiguous()
+    ahead, trained = 0, num_frozen
+    if frozen_down is None or frozen_up is None:
+        frozen_down, frozen_up = down, up
+    else:
+        ahead = trained = frozen_down.shape[0]
+    return Level(
+        rows_in_place(x),
+        rows_in_place(backbone),
+        router.contiguous(),
+        down,
+        up,
+        frozen_down.contiguous(),
+        frozen_up.contiguous(),
+        ahead,
+        trained,
+        activation,
+    )
+
+
+def rows_in_place(rows: Tensor) -> Tensor:
+    """Rows whose numbers lie next to each other, copied only where they do not."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,65 @@
+"""The Triton kernels for GPUs: registers them, without importing Triton, and knows why there are none.
+
+TRITON_INTERPRET=1    Triton's own setting, read when xsmoe_kernels is imported: kernels run in its interpreter, on
+                      CPU tensors too, where `use_backend("triton")` asks for them; slow, for tests
+"""
+
+import importlib
+import importlib.metadata
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xsmoe_kernels import dispatch
+
+OLDEST = (3, 6)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAUNCHERS = {
+    "grouped_mm": "grouped_mm.triton_launchers:forward",
+    "grouped_mm_backward": "grouped_mm.triton_launchers:backward",
+    "route_topk": "route_topk.triton_kernels:forward",
+    "route_topk_backward": "route_topk.triton_kernels:backward",
+    "side_moe": "side_moe.triton_kernels:forward",
+    "side_moe_backward": "side_moe.triton_kernels:backward",
+    "side_moe_group": "side_moe.triton_kernels:group_forward",
+    "side_moe_group_backward": "side_moe.triton_kernels:group_backward",
+}
+"""For each operator the function that launches its kernels, by module and name."""
+
+
+def load() -> None:
+    """Registers the kernels with `dispatch`, or the reason why there are none."""
+    if reason := _absence():
+        dispatch.declare_absent("triton", reason)
+        return
+    devices = ("cuda", "cpu") if interpreted() else ("cuda",)
+    for operator, launcher in LAUNCHERS.items():
+        dispatch.register(operator, "triton", _when_needed(launcher), devices=devices, dtypes=DTYPES)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter was asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _when_needed(launcher: str) -> Callable[..., Any]:
+    module, function = launcher.split(":")
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(*arguments)
+
+    return launch
+
+
+def _absence() -> str | None:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed; `pip install triton`"
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < OLDEST:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST))}; `pip install --upgrade triton`"
+    return None
