@@ -1,0 +1,74 @@
+"""A stream that grows compiles nothing anew: numbers of rows and experts are no part of what a kernel is compiled for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# In a process of its own: this one may have decorated its kernels for the interpreter.
+SCRIPT = """
+import json, torch
+import triton_scenarios as scenarios
+from triton_offline import name_of, record, specialised
+
+def forms(scenario):
+    found = {}
+    for launch in record("sm_90", "half", [scenario]):
+        found.setdefault(name_of(launch), set()).add(str(specialised(launch, "sm_90")))
+    return found
+
+needs = (True,) * 5
+def level(rows, experts, apart, one_row):
+    def scenario(dtype):
+        scenarios.side_moe_step(dtype, levels=2, needs=needs, apart=apart, one_row=one_row, recompute=True,
+                                sizes=(rows, 768, 64, experts))
+    return scenario
+
+def products(rows, experts):
+    def scenario(dtype):
+        x, weight = torch.empty(rows, 768, dtype=dtype), torch.empty(experts, 768, 64, dtype=dtype)
+        offsets = torch.zeros(experts + 1, dtype=torch.int64)
+        y = scenarios.launcher("grouped_mm")(x, weight, offsets, experts - 1)
+        scenarios.launcher("grouped_mm_backward")(y, x, weight, offsets, experts - 1, True, True)
+    return scenario
+
+def routes(rows, experts):
+    return lambda dtype: scenarios.launcher("route_topk")(torch.empty(rows, experts, dtype=dtype), 1, True)
+
+SIZES = [(2816, 10), (2817, 10), (2832, 11), (17, 2), (2, 16), (2816, 17), (5000, 33), (16, 1)]
+found = {}
+for one_row in (False, True):
+    for apart in (True, False):
+        for rows, experts in SIZES:
+            for name, own in forms(level(rows, experts, apart, one_row)).items():
+                found.setdefault(f"{name} one_row={one_row}", set()).update(own)
+for rows, experts in SIZES:
+    for name, own in forms(products(rows, experts)).items():
+        found.setdefault(name, set()).update(own)
+    if experts <= 32:
+        for name, own in forms(routes(rows, experts)).items():
+            found.setdefault(name, set()).update(own)
+print(json.dumps({name: len(own) for name, own in found.items()}))
+"""
+
+
+SEVERAL = {
+    "grouped_mm.product_kernel": 2,  # forward, and the gradient of the rows
+    "grouped_mm.weight_gradient_kernel": 2,  # into the result, or into slices that are added up
+}
+
+
+def test_rows_and_experts_compile_nothing_anew() -> None:
+    tests = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parents[1]), environment.get("PYTHONPATH", "")])
+    ran = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    forms = json.loads(ran.stdout)
+    assert len(forms) > 15
+    assert {name: number for name, number in forms.items() if number > 1} == SEVERAL

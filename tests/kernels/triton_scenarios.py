@@ -1,0 +1,86 @@
+"""What the Triton launchers are asked to launch where their kernels are compiled offline: the calls of training."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Scenario = Callable[[torch.dtype], None]
+
+
+def side_moe(dtype: torch.dtype) -> None:
+    """Training steps of two levels in one launch, and of one, at the paper's sizes with 9 of 10 experts frozen."""
+    needs_all = (True,) * 5
+    weights_only = (False, False, True, True, True)
+    side_moe_step(dtype, levels=2, needs=weights_only)
+    side_moe_step(dtype, levels=2, needs=(True, False, True, True, True))
+    side_moe_step(dtype, levels=2, needs=(True, False, True, True, True), recompute=True)
+    side_moe_step(dtype, levels=1, needs=(True, False, True, True, True))
+    side_moe_step(dtype, levels=1, needs=needs_all, recompute=True, apart=False)
+    side_moe_step(dtype, levels=2, needs=weights_only, one_row=True)
+    side_moe_step(dtype, levels=2, needs=weights_only, count=False, recompute=True)
+
+
+def side_moe_step(
+    dtype: torch.dtype,
+    *,
+    levels: int,
+    needs: tuple[bool, ...],
+    recompute: bool = False,
+    one_row: bool = False,
+    count: bool = True,
+    apart: bool = True,
+    sizes: tuple[int, int, int, int] = (2816, 768, 64, 10),
+) -> None:
+    rows, dim, rank, experts = sizes
+    frozen = experts - 1 if apart else 0
+
+    def several(*shape: int, of: torch.dtype = dtype) -> list[torch.Tensor]:
+        return [torch.empty(shape, dtype=of) for _ in range(levels)]
+
+    x, backbone, router = several(1 if one_row else rows, dim), several(rows, dim), several(experts + 1, dim)
+    down, up = several(experts - frozen, rank, dim), several(experts - frozen, rank, dim)
+    frozen_down: list[Any] = several(frozen, rank, dim) if apart else [None] * levels
+    frozen_up: list[Any] = several(frozen, rank, dim) if apart else [None] * levels
+
+    def each(value: Any) -> list[Any]:
+        return [value] * levels
+
+    operands = x, backbone, router, down, up, frozen_down, frozen_up, each(None)
+    num_frozen = 0 if apart else experts - 1
+    _, gates, hidden, *_ = launcher("side_moe_group")(
+        *operands, each(None), each(num_frozen), each(recompute), each(count), each("gelu")
+    )
+    settings = each(num_frozen), each(recompute), each("gelu")
+    launcher("side_moe_group_backward")(several(rows, dim), *operands, gates, hidden, *settings, *map(each, needs))
+
+
+def routing(dtype: torch.dtype) -> None:
+    """Two of ten experts, and of sixty-four."""
+    for experts in (10, 64):
+        logits = torch.empty(2816, experts, dtype=dtype)
+        for renormalize in (True, False):
+            gates, chosen, *_ = launcher("route_topk")(logits, 2, renormalize)
+            launcher("route_topk_backward")(gates, logits, chosen, renormalize)
+
+
+def grouped_mm(dtype: torch.dtype) -> None:
+    """The products of a top-k side level, to its rank and back, all experts but the last one frozen."""
+    offsets = torch.zeros(11, dtype=torch.int64)
+    for inner, columns in ((768, 64), (64, 768)):
+        x, weight = torch.empty(5632, inner, dtype=dtype), torch.empty(10, inner, columns, dtype=dtype)
+        y = launcher("grouped_mm")(x, weight, offsets, 9)
+        launcher("grouped_mm_backward")(torch.empty_like(y), x, weight, offsets, 9, True, True)
+
+
+SCENARIOS: tuple[Scenario, ...] = (side_moe, routing, grouped_mm)
+
+
+def launcher(operator: str) -> Callable[..., Any]:
+    """The function that launches an operator's kernels."""
+    from xsmoe_kernels import triton_backend
+
+    module, function = triton_backend.LAUNCHERS[operator].split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"xsmoe_kernels.{module}"), function)
+    return found
