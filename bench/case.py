@@ -5,16 +5,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import floor, gate, machine
-from bench.measure import Samples, Stopwatch, Task, interleave, quantiles
+from bench import floor, gate, graph, machine
+from bench.measure import Samples, Stopwatch, Task, flusher, interleave, quantiles
+from bench.peak import peak_bytes
 from bench.results import Case, Row, Timing
 from bench.saved import count_saved
-from bench.workload import Absent, Tensors, Variant, Workload
+from bench.workload import Absent, Tensors, Variant, Workload, gradients
 from xsmoe_kernels import dispatch
 
 # Rows are rotated through this much memory, so that no round finds the last one's in a cache of its own.
@@ -22,8 +23,23 @@ ROTATED_BYTES = 128 << 20
 MOST_SETS = 16
 # Memory that a variant may take of what is free.
 MEMORY_SHARE = 0.8
+# Rounds that are not counted; on a GPU torch.compile's graphs are recorded in the second.
+WARM_UP, CUDA_WARM_UP = 1, 3
 
 Say = Callable[[str], None]
+
+
+class _Unrecordable(RuntimeError):
+    """A step that a CUDA graph cannot hold."""
+
+
+class _Ran(NamedTuple):
+    """What a run gave, and what was counted meanwhile."""
+
+    found: Tensors
+    flop: Mapping[str, float] | None
+    saved_bytes: int | None = None
+    compile_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,8 @@ def measure(
         say: told what goes on.
     """
     torch._dynamo.reset()
+    if workload.device.type == "cuda":
+        torch.cuda.empty_cache()
     rows = Rows(workload)
     say("exact result")
     truth = Truth(workload, rows.get(0, None))
@@ -71,9 +89,12 @@ def measure(
         # Compiled once per case, in the gate; a second time inside a timed round would pass for slowness.
         with torch.compiler.set_stance("fail_on_recompile"):
             samples = interleave(
-                tasks | floor.probes(products, workload.dtype, workload.device), seconds=seconds, seed=workload.seed
+                tasks | floor.probes(products, workload.dtype, workload.device),
+                seconds=seconds,
+                warm_up=CUDA_WARM_UP if workload.device.type == "cuda" else WARM_UP,
+                seed=workload.seed,
             )
-        rates = floor.rates(samples, products, workload.dtype)
+        rates = floor.rates(samples, products, workload.dtype, workload.device)
     counted = {found.row.variant: found.flop for found in checked}
     finished = []
     for found in checked:
@@ -137,24 +158,15 @@ def examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked:
     try:
         variant = workload.build(name)
         taken = rows.get(0, variant.dtype)
-        before = dispatch.calls.copy()
-        if variant.compiled:
-            begin = time.perf_counter()
-            with _compiling(name):
-                found = outcome(variant, taken)
-            compile_seconds, flop = time.perf_counter() - begin, variant.products
-            with count_saved([*variant.holds(), *taken.values()]) as saved:
-                kept = variant.forward(taken)
-            saved_bytes = saved.bytes
-            del kept
-        else:
-            compile_seconds = None
-            found, counted, saved_bytes = _watched(variant, taken)
-            flop = variant.products or counted
+        before, skipped = dispatch.calls.copy(), graph.skipped()
+        ran = _recorded(variant, taken) if variant.prepare else _run(variant, taken)
     except Absent as reason:
         return Checked(None, Row(name, "absent", str(reason)), None)
-    verdict = gate.judge(found, truth.exact, truth.reference, truth.dtype)
+    except _Unrecordable as reason:
+        return Checked(None, Row(name, "refused", f"it cannot be recorded: {reason}"), None)
+    verdict = gate.judge(ran.found, truth.exact, truth.reference, truth.dtype)
     served = dispatch.calls - before
+    left_out = graph.skipped() - skipped
     row = Row(
         name,
         "refused" if verdict.refused else "measured",
@@ -162,30 +174,45 @@ def examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked:
         backend="+".join(sorted({backend for _, backend in served})) or None,
         error=verdict.ratio,
         worst=verdict.worst,
-        saved_bytes=saved_bytes,
-        compile_seconds=compile_seconds,
+        saved_bytes=ran.saved_bytes,
+        compile_seconds=ran.compile_seconds,
+        # A graph's memory is its own between runs, too.
+        peak_bytes=None if variant.prepare or verdict.refused else _peak(workload, variant, taken),
+        remark=f"torch.compile left CUDA graphs out {left_out} times" if left_out else None,
     )
-    return Checked(variant, row, flop)
+    return Checked(variant, row, ran.flop)
 
 
 def outcome(variant: Variant, rows: Tensors) -> Tensors:
     """Results, gradients and counters of one run."""
+    if variant.prepare is not None:
+        rows = variant.prepare(rows)
     variant.reset()
+    if variant.step is not None:
+        return _tidied(variant, *variant.step(rows))
     results = variant.forward(rows)
-    return _gathered(variant, rows, results)
+    return _tidied(variant, results, gradients(variant, rows, results))
 
 
 def timed(workload: Workload, variant: Variant, rows: Rows) -> Task:
-    """One round of a variant: forward, then backward if there is one."""
+    """One round of a variant: forward, then backward if there is one; or both at once."""
+    flush = flusher(workload.device)
 
     def task(turn: int) -> tuple[float, ...]:
         taken = rows.get(turn, variant.dtype)
-        leaves = list(variant.leaves(taken).values())
+        if variant.prepare is not None:
+            taken = variant.prepare(taken)
+        flush()
+        backward = bool(variant.leaves(taken))
         watch = Stopwatch(workload.device)
-        y = variant.forward(taken)["y"]
+        if variant.step is not None:
+            variant.step(taken)
+            watch.mark()
+            return watch.laps()
+        results = variant.forward(taken)
         watch.mark()
-        if leaves:
-            torch.autograd.grad(y, leaves, taken["grad"])
+        if backward:
+            gradients(variant, taken, results)
             watch.mark()
         return watch.laps()
 
@@ -210,8 +237,14 @@ def timings(
             flop["both"] = sum(flop.values())
     found = {}
     for one, least in work.items():
+        if one not in laps[name]:
+            continue
         mine = laps[name][one]
-        ratios = {rival: _plain([b / a for a, b in zip(mine, laps[rival][one], strict=True)]) for rival in against}
+        ratios = {
+            rival: _plain([b / a for a, b in zip(mine, laps[rival][one], strict=True)])
+            for rival in against
+            if one in laps[rival]
+        }
         middle, floor_seconds = quantiles(mine), floor.seconds(least, rates)
         found[one] = Timing(
             *middle,
@@ -230,20 +263,60 @@ def _plain(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _passes(rounds: Sequence[tuple[float, ...]], names: Sequence[str]) -> dict[str, list[float]]:
+    if len(names) > 1 and len(rounds[0]) == 1:
+        return {"both": [lap for (lap,) in rounds]}
     passes = {name: [laps[place] for laps in rounds] for place, name in enumerate(names)}
     return passes | ({"both": [sum(laps) for laps in rounds]} if len(names) > 1 else {})
 
 
-def _gathered(variant: Variant, rows: Tensors, results: Tensors) -> Tensors:
-    leaves, gradients = variant.leaves(rows), {}
-    if leaves:
-        taken = torch.autograd.grad(results["y"], list(leaves.values()), rows["grad"])
-        gradients = {name: variant.tidy(name, gradient) for name, gradient in zip(leaves, taken, strict=True)}
-    return {name: t.detach() for name, t in (results | gradients | variant.counters()).items()}
+def _tidied(variant: Variant, results: Tensors, taken: Tensors) -> Tensors:
+    """Copies of all that a run gave: a graph's next run writes to the same place."""
+    tidy = {name: variant.tidy(name, gradient) for name, gradient in taken.items()}
+    return {name: t.detach().clone() for name, t in (results | tidy | variant.counters()).items()}
 
 
-def _watched(variant: Variant, rows: Tensors) -> tuple[Tensors, dict[str, float], int]:
+def _peak(workload: Workload, variant: Variant, rows: Tensors) -> int | None:
+    def step() -> list[torch.Tensor]:
+        results = variant.forward(rows)
+        return [*results.values(), *gradients(variant, rows, results).values()]
+
+    return peak_bytes(step, workload.device)
+
+
+def _run(variant: Variant, rows: Tensors) -> _Ran:
+    if not variant.compiled:
+        return _watched(variant, rows)
+    begin = time.perf_counter()
+    with _compiling():
+        found = outcome(variant, rows)
+    compile_seconds = time.perf_counter() - begin
+    with count_saved([*variant.holds(), *rows.values()]) as saved:
+        kept = variant.forward(rows)
+    del kept
+    return _Ran(found, variant.products, saved.bytes, compile_seconds)
+
+
+def _recorded(variant: Variant, rows: Tensors) -> _Ran:
+    """For a variant of graphs: what it gives when it replays one, which torch.compile does from the third run on."""
+    begin = time.perf_counter()
+    try:
+        with _compiling():
+            found = outcome(variant, rows)
+    except RuntimeError as error:
+        if variant.compiled or isinstance(error, Absent):
+            raise
+        raise _Unrecordable(str(error).splitlines()[0]) from error
+    compile_seconds = time.perf_counter() - begin if variant.compiled else None
+    for _ in range(2):
+        found = outcome(variant, rows)
+    return _Ran(found, variant.products, compile_seconds=compile_seconds)
+
+
+def _watched(variant: Variant, rows: Tensors) -> _Ran:
     """The outcome, FLOP of the matrix products of each pass, and bytes saved for backward, all in one run."""
+    if any(tensor.is_cuda for tensor in rows.values()):
+        # Kernels that are tuned at their first launch must not be timed while memory is poisoned.
+        gradients(variant, rows, variant.forward(rows))
     variant.reset()
     with _poisoned(), ExitStack() as hooks:
         saved = hooks.enter_context(count_saved([*variant.holds(), *rows.values()]))
@@ -252,9 +325,9 @@ def _watched(variant: Variant, rows: Tensors) -> tuple[Tensors, dict[str, float]
         hooks.close()
         saved_bytes = saved.bytes
         with FlopCounterMode(display=False) as backward:
-            found = _gathered(variant, rows, results)
+            found = _tidied(variant, results, gradients(variant, rows, results))
     counted = {"forward": float(forward.get_total_flops()), "backward": float(backward.get_total_flops())}
-    return found, counted, saved_bytes
+    return _Ran(found, variant.products or counted, saved_bytes)
 
 
 @contextmanager
@@ -272,7 +345,7 @@ def _poisoned() -> Iterator[None]:
 
 
 @contextmanager
-def _compiling(name: str) -> Iterator[None]:
+def _compiling() -> Iterator[None]:
     try:
         yield
     except Exception as error:

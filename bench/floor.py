@@ -10,6 +10,9 @@ from bench.measure import Samples, Stopwatch, Task, quantiles
 from bench.workload import Product, Work
 
 COPIED_BYTES = 96 << 20
+# On a GPU, whose second-level cache may be larger than that.
+CUDA_COPIED_BYTES = 1 << 30
+_CPU = torch.device("cpu")
 _COPY = "probe copy"
 _LAYOUTS = ("as it is", "transposed")
 
@@ -31,26 +34,26 @@ def probes(products: Sequence[Product], dtype: torch.dtype, device: torch.device
     """Tasks to interleave with the variants: each product by `torch.mm`, in both layouts of the weight, and a copy."""
     tasks: dict[str, Task] = {}
     for product in products:
-        for one in _dtypes(dtype):
+        for one in _dtypes(dtype, device):
             left = torch.randn(product.rows, product.inner, device=device).to(one)
             right = torch.randn(product.inner, product.columns, device=device).to(one)
             # A weight lies either way; libraries differ in which they like.
             for layout, weight in zip(_LAYOUTS, (right, right.T.contiguous().T), strict=True):
                 tasks[_name(product, one, layout)] = _timed(device, partial(torch.mm, left, weight))
-    source = torch.ones(COPIED_BYTES // 4, device=device)
+    source = torch.ones(_copied(device) // 4, device=device)
     tasks[_COPY] = _timed(device, partial(torch.zeros_like(source).copy_, source))
     return tasks
 
 
-def rates(samples: Samples, products: Sequence[Product], dtype: torch.dtype) -> Rates:
+def rates(samples: Samples, products: Sequence[Product], dtype: torch.dtype, device: torch.device = _CPU) -> Rates:
     """The best product's and the copy's rate, from their median times."""
     flop = [
         product.flop / _median(samples, _name(product, one, layout))
         for product in products
-        for one in _dtypes(dtype)
+        for one in _dtypes(dtype, device)
         for layout in _LAYOUTS
     ]
-    return Rates(max(flop, default=0.0), 2 * COPIED_BYTES / _median(samples, _COPY))
+    return Rates(max(flop, default=0.0), 2 * _copied(device) / _median(samples, _COPY))
 
 
 def total(work: Mapping[str, Work]) -> Work:
@@ -58,9 +61,13 @@ def total(work: Mapping[str, Work]) -> Work:
     return sum(work.values(), start=Work())
 
 
-def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    # Where a library is slow in a narrow dtype, a kernel may widen; that must not take it below the floor.
-    return (dtype,) if dtype == torch.float32 else (dtype, torch.float32)
+def _dtypes(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
+    # Where a library is slow in a narrow dtype, as on CPUs, a kernel may widen; that must not take it below the floor.
+    return (dtype,) if dtype == torch.float32 or device.type == "cuda" else (dtype, torch.float32)
+
+
+def _copied(device: torch.device) -> int:
+    return CUDA_COPIED_BYTES if device.type == "cuda" else COPIED_BYTES
 
 
 def _median(samples: Samples, name: str) -> float:

@@ -14,7 +14,7 @@ from bench.case import measure
 from bench.kernels import ROOMS, room
 from bench.workload import Workload
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS, QUICK_SECONDS = 8.0, 3.0
 
 
@@ -97,7 +97,8 @@ def plan(
     if unknown := sorted(set(asked) - known):
         raise UsageError(f"--sizes: no operator asked for has a size {', '.join(unknown)}; they have {sorted(known)}")
     for kind in kinds.values():
-        letters = {**kind.letters, **(kind.quick_sizes if options.quick else {})}
+        letters = {**kind.letters, **(kind.cuda_sizes if device.type == "cuda" else {})}
+        letters |= kind.quick_sizes if options.quick else {}
         letters |= {letter: values for letter, values in asked.items() if letter in letters}
         every = list(combinations(letters))
         for sizes in [sizes for sizes in every if kind.sensible(sizes)] or every:

@@ -26,6 +26,15 @@ _VARIABLES = (
     "TORCHINDUCTOR_",
     "CUDA_VISIBLE",
 )
+_GPU_FIELDS = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "clocks.max.mem",
+    "power.limit",
+    "temperature.gpu",
+)
 _ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 
@@ -58,6 +67,8 @@ def describe(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
+            "triton": facts["info"].get("versions", {}).get("triton"),
+            **_nvidia_smi(device),
         }
     return facts
 
@@ -74,7 +85,7 @@ def line(machine: dict[str, Any]) -> str:
         f"torch uses {cpu['capability']}, we {machine['info'].get('native', {}).get('tier', 'no native tier')}"
     )
     if "gpu" in machine:
-        parts.insert(0, f"{machine['gpu']['name']}, CUDA {machine['gpu']['cuda']}")
+        parts.insert(0, _gpu_line(machine["gpu"]))
     parts.append(f"torch {versions['torch']}, Python {versions['python']}")
     parts.append(f"commit {machine['commit']}")
     if machine["load"] is not None:
@@ -90,7 +101,9 @@ def busy(machine: dict[str, Any]) -> bool:
 def available(device: torch.device) -> int | None:
     """Bytes of memory that are free on the device, or None where nobody says."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch's allocator keeps for itself is free for us.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return memory("MemAvailable")
 
 
@@ -101,6 +114,29 @@ def memory(field: str) -> int | None:
         if name == field:
             return int(amount.split()[0]) << 10
     return None
+
+
+def _gpu_line(gpu: dict[str, Any]) -> str:
+    parts = [gpu["name"], f"CUDA {gpu['cuda']}"]
+    if gpu.get("driver_version"):
+        parts.append(f"driver {gpu['driver_version']}")
+    if gpu.get("clocks.sm"):
+        parts.append(f"at {gpu['clocks.sm']} of {gpu['clocks.max.sm']} MHz")
+    return ", ".join([*parts, f"Triton {gpu.get('triton') or 'absent'}"])
+
+
+def _nvidia_smi(device: torch.device) -> dict[str, str | None]:
+    """What the driver tells, of which nothing is set; None where it does not tell."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = [] if uuid is None else [f"--id=GPU-{uuid}"]
+    command = ["nvidia-smi", *which, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return dict.fromkeys(_GPU_FIELDS)
+    values = [value.strip() for value in (told.splitlines() or [""])[0].split(",")]
+    found = values if len(values) == len(_GPU_FIELDS) else [""] * len(_GPU_FIELDS)
+    return {name: value if value and value[0] != "[" else None for name, value in zip(_GPU_FIELDS, found, strict=True)}
 
 
 def _cpu() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Time: interleaved rounds of all variants, of which medians and paired ratios are taken."""
 
+import functools
 import gc
 import random
 import time
@@ -11,6 +12,9 @@ import torch
 
 Task = Callable[[int], tuple[float, ...]]
 Samples = dict[str, list[tuple[float, ...]]]
+
+# More than the second-level cache of any GPU.
+FLUSHED_BYTES = 256 << 20
 
 FEWEST_ROUNDS = 5
 FEWEST_LONG_ROUNDS = 3
@@ -56,6 +60,23 @@ class Stopwatch:
             pairs = zip(self._events, self._events[1:], strict=False)
             return tuple(first.elapsed_time(last) / 1e3 for first, last in pairs)
         return tuple(last - first for first, last in zip(self._times, self._times[1:], strict=False))
+
+
+def flusher(device: torch.device) -> Callable[[], None]:
+    """Empties a GPU's second-level cache, where a variant would find what it just copied; nothing for a CPU."""
+    if device.type != "cuda":
+        return lambda: None
+    scratch = _scratch(device)
+
+    def flush() -> None:
+        scratch.zero_()
+
+    return flush
+
+
+@functools.cache
+def _scratch(device: torch.device) -> torch.Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
 
 
 def interleave(

@@ -50,6 +50,9 @@ class Row:
         worst: the result in which that was found.
         saved_bytes: kept for backward beyond inputs and weights.
         compile_seconds: its first run, where torch.compile made it. Inductor's cache on disk may have been warm.
+        peak_bytes: of torch's allocator during a step, beyond inputs and outputs; None where nobody counts, as on CPUs.
+        remark: what to know of this row, if anything.
+        passes: timings; of "both" only, where a variant runs a whole step at once.
     """
 
     variant: str
@@ -60,6 +63,8 @@ class Row:
     worst: str | None = None
     saved_bytes: int | None = None
     compile_seconds: float | None = None
+    peak_bytes: int | None = None
+    remark: str | None = None
     passes: dict[str, Timing] = field(default_factory=dict)
 
 
@@ -133,7 +138,8 @@ def table(case: Case) -> str:
     step = "both" if "backward" in case.flop else "forward"
     passes = [name for name in ("forward", "backward", "both") if name == step or step == "both"]
     head = ["variant", *(f"{name} ms" for name in passes), *(f"x {name}" for name in baselines)]
-    head += ["of floor", "GFLOP/s", "saved MiB", "error"]
+    peaks = any(row.peak_bytes is not None for row in case.rows)
+    head += ["of floor", "GFLOP/s", "saved MiB", *(["peak MiB"] if peaks else []), "error"]
     body, notes = [], []
     for row in case.rows:
         name = f"{row.variant} ({row.backend})" if row.backend else row.variant
@@ -142,17 +148,19 @@ def table(case: Case) -> str:
             notes.append(f"- {row.variant} {row.status}: {row.reason}")
             continue
         last = row.passes[step]
-        cells = [name, *(_span(row.passes[name]) for name in passes)]
+        cells = [name, *(_span(row.passes[name]) if name in row.passes else "" for name in passes)]
         cells += [_ratio(last.against.get(name)) for name in baselines]
         cells += [
             f"{last.share:.0%}" if last.share >= 0.1 else f"{last.share:.1%}",
             "" if last.flop is None else f"{last.flop / last.median / 1e9:.0f}",
         ]
-        cells += ["" if row.saved_bytes is None else f"{row.saved_bytes / 2**20:.1f}"]
+        cells += [_mib(row.saved_bytes), *([_mib(row.peak_bytes)] if peaks else [])]
         cells += ["" if row.error is None else f"{row.error:.2f}"]
         body.append(cells)
         if row.compile_seconds is not None:
             notes.append(f"- {row.variant}: {row.compile_seconds:.0f} s to compile, not counted")
+        if row.remark is not None:
+            notes.append(f"- {row.variant}: {row.remark}")
     sizes = ", ".join(f"{letter} {size}" for letter, size in case.sizes.items())
     floor = next((t.floor for row in case.rows for name, t in row.passes.items() if name == step), None)
     lines = [
@@ -161,7 +169,7 @@ def table(case: Case) -> str:
         f"{case.title[:1].upper()}{case.title[1:]}. {_floor(case, floor)}",
         "",
     ]
-    return "\n".join([*lines, *_aligned(head, body), *([""] if notes else []), *notes])
+    return "\n".join([*lines, *aligned(head, body), *([""] if notes else []), *notes])
 
 
 def _floor(case: Case, floor: float | None) -> str:
@@ -181,11 +189,16 @@ def _ms(seconds: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
 
 
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.1f}"
+
+
 def _ratio(ratio: Sequence[float] | None) -> str:
     return "" if ratio is None else f"{ratio[0]:.2f}"
 
 
-def _aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     widths = [max(len(row[place]) for row in [head, *body]) for place in range(len(head))]
 
     def joined(cells: Sequence[str]) -> str:

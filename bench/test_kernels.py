@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.case import Checked, Rows, Truth, examine
 from bench.kernels import ROOMS, room
 from bench.kernels_command import combinations
-from bench.workload import Variant, Workload
+from bench.workload import Variant, Workload, gradients
 
 pytest.importorskip("pytest_benchmark")
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -75,7 +75,7 @@ def test_speed(
 def step(variant: Variant, rows: Rows, turns: Iterator[int], one_pass: str) -> Tensor:
     """One forward, and one backward if the pass has it."""
     taken = rows.get(next(turns), variant.dtype)
-    y = variant.forward(taken)["y"]
+    results = variant.forward(taken)
     if one_pass == "both":
-        torch.autograd.grad(y, list(variant.leaves(taken).values()), taken["grad"])
-    return y
+        gradients(variant, taken, results)
+    return results["y"]

@@ -45,7 +45,7 @@ class Variant:
 
     Attributes:
         name: what its rows are called.
-        forward: from one set of rows to results by name; the one that takes the gradient is "y".
+        forward: from one set of rows to results by name; "y" takes the gradient "grad", see `upstream`.
         leaves: the tensors that take gradients, under the names that these have in the exact result.
         counters: what has been counted since `reset`, by name.
         dtype: of the rows it is given, where that is not the workload's.
@@ -54,6 +54,8 @@ class Variant:
         products: FLOP of the matrix products that each pass runs; None has them counted as they run.
         like: another variant whose products are the same, where they cannot be counted.
         compiled: whether torch.compile made it, so that its first run takes long.
+        prepare: brings a round's rows to where this variant reads them, ahead of what is timed.
+        step: forward and backward in one, for a variant that knows no halves: results, and gradients by leaf.
     """
 
     name: str
@@ -67,6 +69,23 @@ class Variant:
     products: Mapping[str, float] | None = None
     like: str = ""
     compiled: bool = False
+    prepare: Callable[[Tensors], Tensors] | None = None
+    step: Callable[[Tensors], tuple[Tensors, Tensors]] | None = None
+
+
+def upstream(results: Tensors, rows: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    """The results that take a gradient, and the gradients: "y" takes "grad", and "some y" takes "some grad"."""
+    names = [name for name in rows if name.endswith("grad")]
+    return [results[name.removesuffix("grad") + "y"] for name in names], [rows[name] for name in names]
+
+
+def gradients(variant: Variant, rows: Tensors, results: Tensors) -> Tensors:
+    """The gradients of a variant's leaves."""
+    leaves = variant.leaves(rows)
+    if not leaves:
+        return {}
+    ys, grads = upstream(results, rows)
+    return dict(zip(leaves, torch.autograd.grad(ys, list(leaves.values()), grads), strict=True))
 
 
 @dataclass
@@ -76,6 +95,7 @@ class Workload(ABC):
     Attributes:
         operator: the name of the operator in xsmoe_kernels.
         letters: the sizes it takes, with their default values; a run covers all combinations.
+        cuda_sizes: the default values on a GPU, for the letters that differ from `letters`.
         quick_sizes: those of `--quick` and of pytest-benchmark, for the letters that differ from `letters`.
         tiny_sizes: the same for tests, which look at results and not at times.
         sizes: one value for each letter.
@@ -86,6 +106,7 @@ class Workload(ABC):
 
     operator: ClassVar[str]
     letters: ClassVar[Mapping[str, Sequence[int]]]
+    cuda_sizes: ClassVar[Mapping[str, Sequence[int]]] = {}
     quick_sizes: ClassVar[Mapping[str, Sequence[int]]] = {}
     tiny_sizes: ClassVar[Mapping[str, Sequence[int]]] = {}
 
@@ -122,7 +143,7 @@ class Workload(ABC):
 
     @abstractmethod
     def draw(self) -> Tensors:
-        """A fresh set of rows in the workload's dtype, with the gradient of "y" under "grad" if there is one."""
+        """A fresh set of rows in the workload's dtype, with the gradients of results, if there are any."""
 
     @abstractmethod
     def exact(self, rows: Tensors) -> Tensors:

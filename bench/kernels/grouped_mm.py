@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.graph import on_cuda, replayed
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe_kernels import grouped_mm, use_backend
 
@@ -21,6 +22,7 @@ class GroupedMM(Workload):
         "K": (768, 64),
         "P": (64, 768),
     }
+    cuda_sizes: ClassVar[Mapping[str, Sequence[int]]] = {"M": (512, 5632, 131072)}
     quick_sizes: ClassVar[Mapping[str, Sequence[int]]] = {"M": (5632,), "E": (10,)}
     tiny_sizes: ClassVar[Mapping[str, Sequence[int]]] = {"M": (67,), "E": (3,), "K": (48,), "P": (8,)}
 
@@ -49,7 +51,7 @@ class GroupedMM(Workload):
         return f"groups of {min(groups)} to {max(groups)} rows, {experts - 1} of {experts} experts frozen"
 
     def variants(self) -> tuple[str, ...]:
-        return "loop", "padded", "torch", "ours"
+        return "loop", "padded", "torch", "ours", *on_cuda(self.device, "ours-graph")
 
     def optional(self) -> tuple[str, ...]:
         return "compiled-loop", "reference"
@@ -76,6 +78,8 @@ class GroupedMM(Workload):
             return self.reference()
         if name == "ours":
             return self._ours(name, "auto")
+        if name == "ours-graph":
+            return replayed(self._ours(name, "auto"), self.device)
         if name == "loop":
             return self._split(name, self._loop)
         if name == "compiled-loop":

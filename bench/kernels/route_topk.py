@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bench.graph import on_cuda, replayed
 from bench.workload import Tensors, Variant, Work, Workload
 from xsmoe_kernels import route_topk, use_backend
 
@@ -25,7 +26,7 @@ class RouteTopk(Workload):
         return f"the best {self.sizes['k']} of {self.sizes['E']} experts for each row, sorted by expert"
 
     def variants(self) -> tuple[str, ...]:
-        return "eager", "compiled", "ours"
+        return "eager", "compiled", "ours", *on_cuda(self.device, "ours-graph")
 
     def optional(self) -> tuple[str, ...]:
         return ("reference",)
@@ -52,6 +53,8 @@ class RouteTopk(Workload):
             return self.reference()
         if name == "ours":
             return self._ours(name, "auto")
+        if name == "ours-graph":
+            return replayed(self._ours(name, "auto"), self.device)
         chosen = self.sizes["k"]
         if name == "eager":
             return Variant(name, lambda rows: _eager(rows["logits"], chosen), _leaves)
@@ -83,7 +86,7 @@ def _leaves(rows: Tensors) -> Tensors:
 
 
 def _eager(logits: Tensor, chosen: int) -> Tensors:
-    wide = logits.float() if logits.dtype == torch.bfloat16 else logits
+    wide = logits.float() if logits.itemsize == 2 else logits
     top = wide.topk(chosen, dim=1)
     # Dividing the chosen gates by their sum is a softmax over the chosen logits.
     gates = top.values.softmax(dim=1).to(logits.dtype)

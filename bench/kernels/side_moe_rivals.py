@@ -21,6 +21,17 @@ def by_level(levels: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {f"level {place} {name}": t for place, level in enumerate(levels, start=1) for name, t in level.items()}
 
 
+def modality_prefix(place: int, modalities: int) -> str:
+    """What the names of a modality's tensors begin with: nothing where it is the only one."""
+    return f"modality {place + 1} " if modalities > 1 else ""
+
+
+def by_modality(modalities: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all modalities, named as in "modality 2 level 1 router"."""
+    count = len(modalities)
+    return {modality_prefix(place, count) + name: t for place, one in enumerate(modalities) for name, t in one.items()}
+
+
 class Level(nn.Module):
     """One side level: `leaves` take gradients, `counters` grow by the norms of gated outputs and by the gates."""
 
@@ -111,7 +122,7 @@ class EagerLevel(Level):
 
     def forward(self, x: Tensor, backbone: Tensor) -> Tensor:
         rows, width = len(x), self.frozen * self.rank
-        wide = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+        wide = torch.float32 if x.itemsize == 2 else x.dtype
         gates = torch.softmax(F.linear(x, self.router).to(wide), dim=-1)
         narrow_gates = gates.to(x.dtype)
 
@@ -196,3 +207,36 @@ class Ladder(nn.Module):
 
     def _levels(self) -> list[Level]:
         return [level for level in self.levels if isinstance(level, Level)]
+
+
+class Ladders(nn.Module):
+    """A ladder for each modality."""
+
+    def __init__(self, kind: type[Level], weights: Sequence[Sequence[Weights]], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ladders = nn.ModuleList(Ladder(kind, levels, dtype) for levels in weights)
+
+    def forward(self, *rows: Tensor) -> list[Tensor]:
+        """The last level of each modality, from x and the backbones of one after the other."""
+        each = len(rows) // len(self.ladders)
+        return [ladder(*rows[place * each : (place + 1) * each]) for place, ladder in enumerate(self.ladders)]
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What takes gradients."""
+        return by_modality([ladder.leaves() for ladder in self._all()])
+
+    def counters(self) -> dict[str, Tensor]:
+        """Copies of what has been counted."""
+        return by_modality([ladder.counters() for ladder in self._all()])
+
+    def reset(self) -> None:
+        """Sets the counters to zero."""
+        for ladder in self._all():
+            ladder.reset()
+
+    def tidy(self, name: str, gradient: Tensor) -> Tensor:
+        """As `Ladder.tidy`."""
+        return self._all()[0].tidy(name, gradient)
+
+    def _all(self) -> list[Ladder]:
+        return [ladder for ladder in self.ladders if isinstance(ladder, Ladder)]

@@ -47,3 +47,9 @@ def test_a_narrow_dtype_is_measured_in_float32_too(cpu: torch.device) -> None:
     tasks = floor.probes([Product(2, 3, 4)], torch.bfloat16, cpu)
     assert {"float32", "bfloat16"} <= {word.removeprefix("torch.") for name in tasks for word in name.split()}
     assert all(task(0)[0] > 0 for task in tasks.values())
+
+
+def test_a_gpu_is_measured_in_the_dtype_at_hand_and_copies_more() -> None:
+    gpu = torch.device("cuda")
+    assert floor._dtypes(torch.bfloat16, gpu) == (torch.bfloat16,)
+    assert floor._copied(gpu) > floor._copied(torch.device("cpu"))

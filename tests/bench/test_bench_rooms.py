@@ -1,5 +1,6 @@
 """Every room: all its variants are right, in every dtype, and its published formulation equals ours."""
 
+import argparse
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from bench.case import Rows, Truth, examine, measure, outcome
 from bench.kernels import ROOMS, room
 from bench.kernels.side_moe import SideMoE
-from bench.kernels_command import combinations
+from bench.kernels_command import combinations, plan
 from bench.workload import Variant, Workload
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -133,3 +134,62 @@ def test_what_does_not_fit_is_skipped(cpu: torch.device, monkeypatch: pytest.Mon
     (row,) = measure(workload, ["naive"], ["naive"], seconds=0.01).rows
     assert row.status == "skipped"
     assert "are free" in (row.reason or "")
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_two_modalities_are_two_ladders(cpu: torch.device, backend: str) -> None:
+    sizes = {"N": 67, "E": 3, "D": 24, "R": 6}
+    both, one = SideMoE({**sizes, "M": 2}, torch.float32, cpu), SideMoE({**sizes, "M": 1}, torch.float32, cpu)
+    rows = both.draw()
+    assert set(rows) == {f"modality {m} {name}" for m in (1, 2) for name in ("x", "backbone 1", "backbone 2", "grad")}
+    found = outcome(both._ours("ours", recompute=False, backend=backend), rows)
+    for place in (0, 1):
+        prefix = f"modality {place + 1} "
+        one.weights = both.weights[place : place + 1]
+        expected = one.exact({name.removeprefix(prefix): t for name, t in rows.items() if name.startswith(prefix)})
+        mine = {name.removeprefix(prefix): t for name, t in found.items() if name.startswith(prefix)}
+        assert set(mine) == set(expected)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(mine[name].double(), tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_every_variant_of_two_modalities_is_right(cpu: torch.device) -> None:
+    workload = SideMoE({"N": 67, "E": 3, "D": 24, "R": 6, "M": 2}, torch.bfloat16, cpu)
+    rows = Rows(workload)
+    truth = Truth(workload, rows.get(0, None))
+    for name in ("naive", "naive-autocast", "naive-narrow", "eager", "ours", "ours-recompute", "reference"):
+        row = examine(workload, name, rows, truth).row
+        assert row.status == "measured", f"{name}: {row.reason}"
+
+
+def test_work_counts_every_modality(cpu: torch.device) -> None:
+    sizes = {"N": 67, "E": 3, "D": 24, "R": 6}
+    one, three = (SideMoE({**sizes, "M": count}, torch.float32, cpu) for count in (1, 3))
+    for name, work in one.work().items():
+        assert three.work()[name].flop == 3 * work.flop
+        assert three.work()[name].bytes == 3 * work.bytes
+    assert three.memory("naive") == 3 * one.memory("naive")
+    products = one.build("ours").products, three.build("ours").products
+    assert products[0]
+    assert products[1]
+    assert products[1] == {name: 3 * flop for name, flop in products[0].items()}
+
+
+@pytest.mark.parametrize("operator", ROOMS)
+def test_our_float16_is_right(operator: str) -> None:
+    """Rivals need not be: their sums may leave float16's range."""
+    workload = tiny(operator, torch.float16)[-1]
+    rows = Rows(workload)
+    row = examine(workload, "ours", rows, Truth(workload, rows.get(0, None))).row
+    assert row.status == "measured", row
+
+
+def test_a_gpu_has_sizes_of_its_own() -> None:
+    options = argparse.Namespace(
+        sizes=["D=48"], names=["side_moe"], quick=False, dtype="bfloat16", variants="ours", against=None
+    )
+    sizes = [sizes for _, sizes, _, _ in plan(options, torch.device("cpu"))]
+    assert {one["N"] for one in sizes} == {256, 2816, 20000}
+    assert {(one["D"], one["M"]) for one in sizes} == {(48, 1)}
+    assert dict(SideMoE.letters | SideMoE.cuda_sizes)["N"] == (256, 2816, 65536)
+    assert dict(SideMoE.letters | SideMoE.cuda_sizes)["M"] == (2,)

@@ -1,0 +1,93 @@
+"""Which kernels a step of ours spends its time in: `python -m bench.gpu_profile --out table.txt`."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench import machine, results
+from bench.kernels.side_moe import SideMoE
+from bench.kernels_command import DTYPES
+from bench.workload import gradients
+
+SIZES = {"N": 2816, "E": 10, "D": 768, "R": 64, "M": 2}
+WARM_UP, STEPS = 5, 20
+
+
+class Spent(NamedTuple):
+    """What one kernel took, of one step."""
+
+    name: str
+    calls: float
+    microseconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints or writes the table of one forward and backward of `side_moe`."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_profile", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="L=N", help="as in N=2816 E=10")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="writes the table to a file")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("python -m bench.gpu_profile: torch finds no CUDA device here", file=sys.stderr)
+        return 2
+    sizes = SIZES | {letter: int(size) for letter, _, size in (one.partition("=") for one in options.sizes)}
+    workload = SideMoE(sizes, DTYPES[options.dtype], device)
+    title = f"side_moe {options.dtype} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}: one step"
+    text = "\n".join([machine.line(machine.describe(device)), "", title, "", *table(measure(workload))])
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    return 0
+
+
+def measure(workload: SideMoE) -> list[Spent]:
+    """What each kernel takes in a forward and backward, as the profiler sees it, the most expensive first."""
+    variant, rows = workload.build("ours"), workload.draw()
+    cuda = workload.device.type == "cuda"
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            gradients(variant, rows, variant.forward(rows))
+        if cuda:
+            torch.cuda.synchronize(workload.device)
+
+    steps(WARM_UP)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        steps(STEPS)
+    found = []
+    for event in profiler.key_averages():
+        # What the host spent is no kernel's time, and an operator's device time is that of its kernels once more.
+        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        time = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if time > 0:
+            found.append(Spent(event.key, event.count / STEPS, time / STEPS))
+    return sorted(found, key=lambda one: -one.microseconds)
+
+
+def table(spent: Iterable[Spent], most: int = 40) -> list[str]:
+    """A row for each kernel, the less expensive ones together, and their sum."""
+    every = list(spent)
+    total = sum(one.microseconds for one in every)
+    shown, others = every[:most], every[most:]
+    if others:
+        rest = Spent(f"{len(others)} others", sum(one.calls for one in others), sum(one.microseconds for one in others))
+        shown = [*shown, rest]
+    rows = [
+        [one.name[:80], f"{one.calls:g}", f"{one.microseconds:.1f}", f"{one.microseconds / total:.1%}"] for one in shown
+    ]
+    calls = sum(one.calls for one in every)
+    rows.append(["all", f"{calls:g}", f"{total:.1f}", "100.0%" if every else ""])
+    return results.aligned(["kernel", "calls", "us", "share"], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

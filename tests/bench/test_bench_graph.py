@@ -1,0 +1,171 @@
+"""Variants that run as CUDA graphs, with a recorder that runs on a CPU, and what only a GPU counts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import case, graph, measure, peak
+from bench.case import Rows, Truth, examine, outcome, timed
+from bench.kernels.grouped_mm import GroupedMM
+from bench.kernels.route_topk import RouteTopk
+from bench.kernels.side_moe import SideMoE
+from bench.results import table
+from bench.workload import Absent, Tensors, Variant, Workload
+
+CUDA = torch.device("cuda")
+
+
+def recorder(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
+    """Replays by running again, and leaves the results where they were the first time, as a graph does."""
+    found = step()
+
+    def replay() -> None:
+        for mine, new in zip(found, step(), strict=True):
+            for name, tensor in mine.items():
+                tensor.detach().copy_(new[name])
+
+    return replay, found
+
+
+def workloads() -> list[Workload]:
+    cpu = torch.device("cpu")
+    return [
+        SideMoE({"N": 67, "E": 3, "D": 24, "R": 6, "M": 2}, torch.float32, cpu),
+        GroupedMM({"M": 67, "E": 3, "K": 24, "P": 8}, torch.float32, cpu),
+        RouteTopk({"N": 67, "E": 5, "k": 2}, torch.float32, cpu),
+    ]
+
+
+def with_graph(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = workload.build
+
+    def build_graph(name: str) -> Variant:
+        return graph.replayed(build("ours"), CUDA, recorder) if name == "ours-graph" else build(name)
+
+    monkeypatch.setattr(workload, "build", build_graph)
+
+
+@pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
+def test_a_replayed_step_passes_the_gate_on_every_set_of_rows(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(case, "ROTATED_BYTES", 1)
+    with_graph(workload, monkeypatch)
+    rows = Rows(workload)
+    checked = examine(workload, "ours-graph", rows, Truth(workload, rows.get(0, None)))
+    assert checked.row.status == "measured", checked.row
+    assert checked.row.saved_bytes is None
+    assert checked.variant is not None
+    for turn in (1, 0):
+        taken = rows.get(turn, None)
+        again, expected = outcome(checked.variant, taken), outcome(workload.build("ours"), taken)
+        assert set(again) == set(expected)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(again[name], tensor, msg=name)
+
+
+def test_a_replayed_step_has_one_time_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = workloads()[0]
+    with_graph(workload, monkeypatch)
+    found = case.measure(workload, ["naive", "ours", "ours-graph"], ["naive", "ours-graph"], seconds=0.01)
+    naive, ours, graphed = found.rows
+    assert set(naive.passes) == set(ours.passes) == {"forward", "backward", "both"}
+    assert set(graphed.passes) == {"both"}
+    assert set(graphed.passes["both"].against) == {"naive", "ours-graph"}
+    assert set(ours.passes["forward"].against) == {"naive"}
+    assert graphed.passes["both"].flop == ours.passes["both"].flop
+    lines = [line for line in table(found).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_rows_are_copied_ahead_of_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = workloads()[0]
+    happened: list[str] = []
+
+    def prepare(rows: Tensors) -> Tensors:
+        happened.append("prepare")
+        return rows
+
+    def step(rows: Tensors) -> tuple[Tensors, Tensors]:
+        happened.append("step")
+        return {}, {}
+
+    class Watch(measure.Stopwatch):
+        def mark(self) -> None:
+            happened.append("mark")
+            super().mark()
+
+    monkeypatch.setattr(case, "Stopwatch", Watch)
+    monkeypatch.setattr(case, "flusher", lambda device: lambda: happened.append("flush"))
+    variant = replace(workload.build("ours"), prepare=prepare, step=step)
+    assert len(timed(workload, variant, Rows(workload))(0)) == 1
+    assert happened == ["prepare", "flush", "mark", "step", "mark"]
+
+
+def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = workloads()[0]
+    build = workload.build
+
+    def fails(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(workload, "build", lambda name: graph.replayed(build("ours"), CUDA, fails))
+    rows = Rows(workload)
+    row = examine(workload, "ours-graph", rows, Truth(workload, rows.get(0, None))).row
+    assert (row.status, row.reason) == (
+        "refused",
+        "it cannot be recorded: operation not permitted when stream is capturing",
+    )
+
+
+@pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
+def test_graphs_are_for_gpus(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(name.endswith("-graph") for name in (*workload.variants(), *workload.optional()))
+    with pytest.raises(Absent, match="CUDA"):
+        workload.build("ours-graph")
+    monkeypatch.setattr(workload, "device", CUDA)
+    assert "ours-graph" in workload.variants()
+
+
+def test_static_rows_stay_where_they_are() -> None:
+    static = graph.StaticRows()
+    first = {"x": torch.ones(3, requires_grad=True), "n": torch.arange(3)}
+    taken = static.take(first)
+    place = taken["x"].data_ptr()
+    again = static.take({"x": torch.full((3,), 2.0), "n": torch.arange(3) + 1})
+    assert again["x"].data_ptr() == place
+    assert again["x"].requires_grad
+    assert again["x"].is_leaf
+    assert again["x"].tolist() == [2, 2, 2]
+    assert again["n"].tolist() == [1, 2, 3]
+    assert first["x"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_variant_of_reduce_overhead_is_right_and_compiles_once() -> None:
+    """On a CPU, where it has no graphs."""
+    (row,) = case.measure(workloads()[0], ["compiled-graph"], (), seconds=0.01).rows
+    assert row.status == "measured", row
+    assert row.compile_seconds
+    assert set(row.passes) == {"forward", "backward", "both"}
+
+
+def test_the_peak_leaves_out_what_was_there_and_what_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = torch.zeros(10, 10)
+
+    def step() -> list[Tensor]:
+        return [result, result[:2]]
+
+    assert peak.peak_bytes(step, torch.device("cpu")) is None
+    for name, value in (("memory_allocated", 1000), ("max_memory_allocated", 2500)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    assert peak.peak_bytes(step, CUDA) == 2500 - 1000 - result.nbytes
+
+
+def test_a_cpu_has_no_cache_to_flush() -> None:
+    measure.flusher(torch.device("cpu"))()

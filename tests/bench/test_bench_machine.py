@@ -1,0 +1,64 @@
+"""What the bench tells of a GPU, whose driver is asked and never told anything."""
+
+import subprocess
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import machine
+
+CUDA = torch.device("cuda")
+TOLD = "580.65.06, 345, 1980, 2619, 2619, 700.00, 31\n"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A GPU of a known name; gives the commands that its driver was asked with."""
+    commands: list[list[str]] = []
+    answer = SimpleNamespace(name="NVIDIA Toy", major=9, minor=0, total_memory=1 << 30, uuid="ab-12")
+
+    def run(command: list[str], **settings: Any) -> Any:
+        if command[0] == "nvidia-smi":
+            commands.append(command)
+            return SimpleNamespace(stdout=TOLD)
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: answer)
+    monkeypatch.setattr(subprocess, "run", run)
+    return commands
+
+
+def test_a_gpu_is_described(asked: list[list[str]]) -> None:
+    facts = machine.describe(CUDA)
+    assert facts["gpu"]["driver_version"] == "580.65.06"
+    assert facts["gpu"]["clocks.max.sm"] == "1980"
+    (command,) = asked
+    assert command[1] == "--id=GPU-ab-12"
+    assert all(part.startswith(("--id=", "--query-gpu=", "--format=")) for part in command[1:])
+    line = machine.line(facts)
+    assert line.startswith("NVIDIA Toy, CUDA ")
+    assert "driver 580.65.06, at 345 of 1980 MHz, Triton " in line
+
+
+@pytest.mark.parametrize("told", ["", "[N/A], [Not Supported], 1980, , 2619, 700.00, 31\n", "one, two\n"])
+def test_a_silent_driver_is_no_mistake(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    monkeypatch.setitem(globals(), "TOLD", told)
+    facts = machine.describe(CUDA)
+    assert facts["gpu"]["driver_version"] is None
+    assert "driver" not in machine.line(facts)
+
+
+def test_no_driver_tool_is_no_mistake(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **settings: Any) -> Any:
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert machine.describe(CUDA)["gpu"]["driver_version"] is None
+
+
+def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert machine.available(CUDA) == 150

@@ -1,0 +1,136 @@
+"""The summary, the profile and the roofline, from made-up results and on a CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_profile, gpu_summary, results, roofline
+from bench.gpu_profile import Spent
+from bench.kernels.side_moe import SideMoE
+from bench.results import Case, Row, Run, Timing
+
+ROOT = Path(__file__).parents[2]
+
+
+def timing(seconds: float, share: float = 0.5) -> Timing:
+    return Timing(seconds, seconds, seconds, [seconds, seconds * 2, seconds], {}, seconds * share, share, 4e9)
+
+
+def run(device: str = "cuda") -> Run:
+    rows = [
+        Row("naive", "measured", peak_bytes=96 << 20, passes={"forward": timing(4e-3), "both": timing(12e-3)}),
+        Row("compiled-graph", "absent", "torch.compile fails here"),
+        Row("ours", "measured", backend="triton", peak_bytes=8 << 20, passes={"both": timing(1e-3)}),
+        Row("ours-graph", "measured", backend="triton", passes={"both": timing(5e-4, 0.9)}),
+        Row("ours-recompute", "refused", "y: error 1"),
+    ]
+    sizes = {"N": 2816, "E": 10, "D": 768, "R": 64, "M": 2}
+    work = {"forward": 1e9, "backward": 3e9}
+    case = Case("side_moe", "title", sizes, "bfloat16", device, 1e13, 2e12, work, {"forward": 4e7}, 3, rows)
+    return Run(["kernels"], {}, [case], 1.0)
+
+
+def test_speeds_are_medians_of_paired_rounds() -> None:
+    text = gpu_summary.speeds(iter([run(), run("cpu")]))
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert head == ["case", "variant", "ms", "x naive", "x compiled-graph", "of floor", "peak MiB", "naive's"]
+    assert [row[1] for row in rows] == ["ours", "ours-graph", "ours-recompute"]
+    assert rows[0][2:] == ["1.000", "12.00", "absent", "50%", "8.0", "96.0"]
+    assert rows[1][2:] == ["0.500", "24.00", "absent", "90%", "", "96.0"]
+    assert rows[2][2] == "refused"
+    assert "N=2816 E=10 D=768 R=64 M=2" in rows[0][0]
+
+
+def test_the_summary_tells_of_parts_and_tests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / ".gpu_suite"
+    state.mkdir()
+    for name in ("build", "test_routing", "bench_sizes"):
+        (state / f"{name}.log").write_text("")
+    (state / "build-abc").write_text("12 s\n")
+    (state / "test_routing-abc").write_text("34 s\n")
+    (state / "test_routing.xml").write_text(
+        '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
+    )
+    (state / "bench_sizes.failed").write_text("stopped after 480 s\n")
+    (state / "memcheck.absent").write_text("compute-sanitizer is not here\n")
+    (tmp_path / "broken.json").write_text("{}")
+    results.save(run(), tmp_path / "side_moe-toy.json")
+    assert gpu_summary.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    rows = {cells[0]: cells[1:] for line in printed.out.splitlines() if (cells := _cells(line))}
+    assert rows["build"] == ["passed in 12 s", ""]
+    assert rows["test_routing"] == ["passed in 34 s", "6 passed, 1 failed, 2 skipped"]
+    assert rows["bench_sizes"][0] == "FAILED: stopped after 480 s"
+    assert rows["memcheck"][0] == "left out: compute-sanitizer is not here"
+    assert "ours-graph" in printed.out
+    assert "broken.json is left out" in printed.err
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"), ("AMD MI300X", "amd-mi300x")],
+)
+def test_a_gpu_has_a_short_name(name: str, short: str) -> None:
+    assert gpu_summary.short_name(name) == short
+
+
+def test_committed_results_are_read() -> None:
+    for path in (ROOT / "bench/results").glob("*-cpu-*.json"):
+        assert results.load(path).cases
+    assert gpu_summary.speeds(iter([run("cpu")])) == ""
+
+
+def test_the_profile_adds_up() -> None:
+    spent = [Spent("hidden_kernel", 2, 75.0), Spent("gate_kernel", 2, 20.0), Spent("fill", 1, 5.0)]
+    rows = [_cells(line) for line in gpu_profile.table(spent, most=1)][2:]
+    assert rows == [
+        ["hidden_kernel", "2", "75.0", "75.0%"],
+        ["2 others", "3", "25.0", "25.0%"],
+        ["all", "5", "100.0", "100.0%"],
+    ]
+
+
+def test_a_step_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "profile.txt"
+    sizes = ["--sizes", "N=67", "E=2", "D=24", "R=6", "M=1"]
+    assert gpu_profile.main(["--device", "cpu", "--dtype", "float32", *sizes, "--out", str(out)]) == 0
+    assert out.read_text() == capsys.readouterr().out
+    assert "xsmoe" in out.read_text()
+    assert "| all " in out.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_profile.main([]) == 2
+    assert gpu_summary.main(["--gpu"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_roofline_points_are_the_floors_work_in_the_measured_time() -> None:
+    case = run().cases[0]
+    found = roofline.points([run()])
+    assert [point.variant for point in found] == ["naive", "ours", "ours-graph"]
+    assert found[1].rate == pytest.approx(4e12)
+    assert found[1].intensity == pytest.approx(sum(case.flop.values()) / sum(case.bytes.values()))
+    roof = roofline.ceilings([run()])
+    assert roof == (1e13, 2e12)
+    assert roof.at(1) == 2e12
+    assert roof.at(1e6) == 1e13
+
+
+def test_the_roofline_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results.save(run(), tmp_path / "run.json")
+    picture = tmp_path / "roof.png"
+    assert roofline.main([str(picture), str(tmp_path / "run.json"), str(tmp_path / "absent.json")]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert roofline.main([str(picture), str(tmp_path / "absent.json")]) == 1
+
+
+def test_sizes_of_the_profile_are_those_of_the_room() -> None:
+    assert set(gpu_profile.SIZES) == set(SideMoE.letters)

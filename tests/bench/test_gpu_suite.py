@@ -1,0 +1,158 @@
+"""bench/gpu_suite.sh with a Python and a GPU that are not there: what it runs, skips, resumes and says."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SUITE = ROOT / "bench/gpu_suite.sh"
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash")
+
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+case "$*" in
+    "-m bench.gpu_summary --gpu") [ -z "${NO_GPU:-}" ] && echo toy || exit 2 ;;
+    "-m bench.gpu_summary "*) echo "the summary" ;;
+    *"${FAIL:-nothing fails}"*) echo "this went wrong"; exit 3 ;;
+    *"${SLOW:-nothing is slow}"*) exec sleep 30 ;;
+esac
+"""
+WORDS = ("and", "or", "not")
+SANITIZER = """#!/usr/bin/env bash
+echo "compute-sanitizer $*" >>"$CALLS"
+"""
+
+
+class Suite:
+    """Runs the script, and keeps what it called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.results, self.calls, self.programs = folder / "results", folder / "calls", folder / "bin"
+        self.programs.mkdir()
+        self.add("python3", PYTHON)
+        self.add("c++", "#!/usr/bin/env bash\n")
+
+    def add(self, name: str, text: str) -> None:
+        program = self.programs / name
+        program.write_text(text)
+        program.chmod(0o755)
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        self.calls.write_text("")
+        mine = {"PATH": f"{self.programs}:/usr/bin:/bin", "CALLS": str(self.calls), "GPU_SUITE_COMMIT": "abc"}
+        outside = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "CXX")}
+        return subprocess.run(
+            [SUITE, *arguments], env=outside | mine | environment, capture_output=True, text=True, timeout=60
+        )
+
+    def called(self) -> list[str]:
+        return [call for call in self.calls.read_text().splitlines() if "gpu_summary" not in call]
+
+    def markers(self) -> set[str]:
+        return {path.name for path in (self.results / ".gpu_suite").glob("*-abc")}
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    return Suite(tmp_path)
+
+
+def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
+    suite.add("compute-sanitizer", SANITIZER)
+    ended = suite.run("all", str(suite.results))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    called = suite.called()
+    assert called[0] == "setup.py build_ext --inplace"
+    assert sum("-m pytest" in call for call in called) == 3
+    assert sum("-m bench kernels" in call and "--device cuda" in call for call in called) == 5 + 6
+    assert sum(call.startswith("compute-sanitizer --tool memcheck") for call in called) == 3
+    assert sum(call.startswith("compute-sanitizer --tool racecheck") for call in called) == 3
+    assert any("bench.gpu_profile" in call for call in called)
+    files = {word.rpartition("/")[2] for call in called for word in call.split() if str(suite.results) in word}
+    assert len({name for name in files if not name.endswith(".xml")} | {"gpu-suite-toy.md"}) <= 8
+    assert {"side_moe-toy-bfloat16.json", "routing-toy-bfloat16.json"} <= files
+    assert {f"{name}-abc" for name in ("build", "test_side_moe", "bench_bfloat16", "profile")} <= suite.markers()
+    assert (suite.results / "gpu-suite-toy.md").read_text() == "the summary\n"
+    assert ended.stdout.endswith("the summary\n")
+
+
+def test_what_has_passed_is_not_run_again(suite: Suite) -> None:
+    suite.run("build", str(suite.results))
+    again = suite.run("build", str(suite.results))
+    assert "build: passed before" in again.stdout
+    assert suite.called() == []
+    suite.run("build", str(suite.results), GPU_SUITE_COMMIT="def")
+    assert suite.called() == ["setup.py build_ext --inplace"]
+    suite.run("--fresh", "build", str(suite.results))
+    assert suite.called() == ["setup.py build_ext --inplace"]
+
+
+def test_a_part_that_fails_is_shown_and_run_again(suite: Suite) -> None:
+    ended = suite.run("test", str(suite.results), FAIL="route_topk or test")
+    assert ended.returncode == 1
+    assert "this went wrong" in ended.stdout
+    assert "test_routing: FAILED (3)" in ended.stdout
+    assert "test_rest: passed" in ended.stdout
+    assert (suite.results / ".gpu_suite/test_routing.failed").read_text() == "3\n"
+    assert suite.markers() == {"test_side_moe-abc", "test_rest-abc"}
+    ended = suite.run("test", str(suite.results))
+    assert ended.returncode == 0
+    assert len(suite.called()) == 1
+    assert "route_topk" in suite.called()[0]
+
+
+def test_a_part_that_takes_too_long_is_stopped(suite: Suite) -> None:
+    ended = suite.run("build", str(suite.results), SLOW="build_ext", GPU_SUITE_PART_SECONDS="1")
+    assert ended.returncode == 1
+    assert "build: FAILED (stopped after 1 s)" in ended.stdout
+
+
+def test_what_is_absent_is_said_and_fails_nothing(suite: Suite) -> None:
+    ended = suite.run("sanitize", str(suite.results), PATH=f"{suite.programs}:/usr/bin:/bin")
+    if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        assert "memcheck: left out: compute-sanitizer is not here" in ended.stdout
+        assert suite.called() == []
+    assert ended.returncode == 0
+    ended = suite.run("build", str(suite.results), CXX="no-such-compiler")
+    assert "build: left out: there is no C++ compiler no-such-compiler" in ended.stdout
+    assert ended.returncode == 0
+    assert suite.called() == []
+
+
+def test_without_a_gpu_it_says_so(suite: Suite) -> None:
+    ended = suite.run("all", str(suite.results), NO_GPU="1")
+    assert ended.returncode == 2
+    assert "no GPU" in ended.stderr
+    assert suite.called() == []
+    assert not suite.results.exists()
+
+
+@pytest.mark.parametrize("arguments", [["everything"], ["--faster"], ["build", "a", "b"]])
+def test_mistakes_show_how_it_is_used(suite: Suite, arguments: list[str]) -> None:
+    ended = suite.run(*arguments)
+    assert ended.returncode == 2
+    assert "[build|test|bench|sanitize|all] [FOLDER]" in ended.stderr
+
+
+def selects(expression: str, name: str) -> bool:
+    """What pytest's -k makes of a name."""
+    return bool(eval(re.sub(r"\w+", lambda word: word[0] if word[0] in WORDS else str(word[0] in name), expression)))
+
+
+def test_every_triton_test_is_in_one_part(suite: Suite) -> None:
+    suite.run("test", str(suite.results))
+    asked = [call.partition(" -k ")[2].partition(" --junitxml")[0] for call in suite.called()]
+    for path in (ROOT / "tests/kernels").glob("test_triton_*.py"):
+        taken = [one for one in asked if selects(one, path.stem)]
+        assert len(taken) == 1, path.name
+
+
+def test_changed_sources_are_another_commit(suite: Suite) -> None:
+    """Without git's word on it, the sources themselves tell."""
+    suite.run("build", str(suite.results), GPU_SUITE_COMMIT="", GIT_DIR="/nowhere")
+    (marker,) = (suite.results / ".gpu_suite").glob("build-*")
+    assert len(marker.name.removeprefix("build-unknown-")) == 8
