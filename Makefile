@@ -15,6 +15,8 @@ SANITIZED_TIERS := baseline avx2 avx512 amx
 NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/test_native_*.py)) \
 	tests/kernels/test_route_topk.py tests/kernels/test_grouped_mm.py
 
+TRITON_TESTS := $(wildcard tests/kernels/test_triton_*.py)
+
 .PHONY: demo test test-all native sanitize bench bench-quick lint clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -35,8 +37,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Triton's interpreter and compiler take one core for minutes, the other tests the other.
 test: native lint
-	$(BIN)/python -m pytest -m "not slow"
+	@mkdir -p build; \
+	$(BIN)/python -m pytest -m "not slow" $(TRITON_TESTS) >build/test-triton.log 2>&1 & triton=$$!; \
+	$(BIN)/python -m pytest -m "not slow" $(TRITON_TESTS:%=--ignore=%); others=$$?; \
+	echo "waiting for the tests of the Triton kernels"; wait $$triton; code=$$?; \
+	cat build/test-triton.log; exit $$((others | code))
 
 test-all: native lint
 	$(BIN)/python -m pytest
