@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from xsmoe_kernels import tuning_file
+from xsmoe_kernels import dispatch, tuning_file
 
 Result = TypeVar("Result")
 
@@ -96,10 +96,19 @@ def default(table: Table, like: torch.Tensor, precision: str) -> Config:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations a GPU takes."""
+    """The architecture whose configurations a GPU takes.
+
+    Raises:
+        BackendUnavailable: the GPU is too old for the kernels.
+    """
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise dispatch.BackendUnavailable(
+            f"the triton kernels need a GPU of compute capability 8.0 or newer, and {device} has {major}.{minor}; "
+            'use_backend("reference") does without them'
+        )
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 

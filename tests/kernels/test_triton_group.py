@@ -32,6 +32,7 @@ def layers(scale: int) -> list[dict[str, Any]]:
     weight = torch.rand(33 * scale, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     return [
         layer(0, 33 * scale, 40, 3, 8, 2, row_weight=weight),
+        layer(5, 150 * scale, 48, 2, 8, 0),
         layer(1, 35 * scale, 64, 1, 8, 0, recompute=True),
         layer(2, 20 * scale, 33, 18, 8, 17),
         layer(3, 33 * scale, 40, 2, 8, 1, one_row=True),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xsmoe_kernels import tuning, tuning_file
+from xsmoe_kernels import BackendUnavailable, tuning, tuning_file
 from xsmoe_kernels.tuning import Config, Table
 
 pytest.importorskip("triton")
@@ -287,3 +287,10 @@ def test_triton_tunes_a_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (choice,) = tuning_file.read(tmp_path).values()
     assert choice["blocks"]
     tuning.forget()
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(BackendUnavailable, match=r"8\.0 or newer, and cuda:3 has 7\.5; use_backend\(\"reference\"\)"):
+        tuning.architecture(torch.device("cuda:3"))

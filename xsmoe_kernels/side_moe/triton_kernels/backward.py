@@ -57,7 +57,7 @@ def _backward_level(grad: Tensor, *arguments: Any) -> BackwardLevel:
 
 
 def _backward_kind(part: BackwardLevel) -> tuple[Any, ...]:
-    return part.level.one_row, part.level.rank, part.level.activation, part.recompute, *part[-5:]
+    return *part.level.kind, part.recompute, *part[-5:]
 
 
 def _backward(parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
@@ -340,8 +340,11 @@ def _weight_gradients(
             sum(cdiv(number, blocks["BLOCK_C"]) for number in level_columns) * cdiv(level.dim, blocks["BLOCK_D"])
             for level, *level_columns in zip(levels, hidden_columns, gated_columns, logit_columns, strict=True)
         ]
-        filling = cdiv(BUSY, max(1, sum(tiles)))
-        slices = [max(1, min(filling, cdiv(level.x.shape[0], 4 * blocks["BLOCK_K"]))) for level in levels]
+        # By what the level itself is, so that its sums are the same in any company.
+        slices = [
+            max(1, min(cdiv(BUSY, max(1, tile)), cdiv(level.x.shape[0], 4 * blocks["BLOCK_K"])))
+            for level, tile in zip(levels, tiles, strict=True)
+        ]
         sums = [
             torch.empty(number, height, level.dim, dtype=torch.float32, device=like.device)
             for number, height, level in zip(slices, heights, levels, strict=True)

@@ -46,8 +46,7 @@ def _forward_level(*arguments: Any) -> ForwardLevel:
 
 
 def _forward_kind(part: ForwardLevel) -> tuple[Any, ...]:
-    """Levels that differ in this are compiled for on their own."""
-    return part.level.one_row, part.level.rank, part.level.activation, part.counted
+    return *part.level.kind, part.counted
 
 
 def _forward(parts: list[ForwardLevel]) -> list[tuple[Tensor, ...]]:

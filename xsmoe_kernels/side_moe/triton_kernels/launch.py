@@ -35,11 +35,10 @@ class Launch:
         self.dims = tuple(level.dim for level in levels)
         self.x = tuple(level.x for level in levels)
         self.x_strides = strides(self.x)
-        self.aligned = all(_wide(rows) for level in levels for rows in (level.x, level.backbone))
         self.key = {"D": max(self.dims), "R": self.rank}
 
     def run(self, table: tuning.Table, launch: Callable[[Config], Result]) -> Result:
-        if self.aligned:
+        if self.levels[0].aligned:
             return tuning.run(table, self.like, self.precision, self.key, launch)
         return tuning.run(table, self.like, self.precision, self.key, lambda config: launch(self._smaller(config)))
 
@@ -73,11 +72,6 @@ class Launch:
 
     def product_constants(self, config: Config, *blocks: str) -> dict[str, Any]:
         return {"EVEN": self.even(*(config.blocks[block] for block in blocks)), "PRECISION": self.precision}
-
-
-def _wide(rows: Tensor) -> bool:
-    """Whether Triton knows that it may read rows in words of 16 bytes."""
-    return rows.data_ptr() % 16 == 0 and rows.stride(0) % 16 == 0 and rows.shape[1] % 16 == 0
 
 
 def variables(numbers: Iterable[int]) -> tuple[int, ...]:

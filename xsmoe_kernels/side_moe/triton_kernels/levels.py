@@ -34,6 +34,19 @@ class Level(NamedTuple):
         return self.x.shape[0] == 1 and self.backbone.shape[0] != 1
 
     @property
+    def kind(self) -> tuple[Any, ...]:
+        """Levels that differ in this are launched apart, for they run other binaries or other blocks."""
+        return self.one_row, self.rank, self.activation, self.aligned
+
+    @property
+    def aligned(self) -> bool:
+        """Whether Triton knows that it may read rows in words of 16 bytes."""
+        return all(
+            rows.data_ptr() % 16 == 0 and rows.stride(0) % 16 == 0 and rows.shape[1] % 16 == 0
+            for rows in (self.x, self.backbone)
+        )
+
+    @property
     def rows(self) -> int:
         """Rows of the backbone and of y."""
         return self.backbone.shape[0]
