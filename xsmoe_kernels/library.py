@@ -71,7 +71,7 @@ def define(
     if backward is None or setup_context is None:
         return operator
     eager = _eager_function(operator, setup_context, backward).apply
-    return lambda *arguments: (operator if torch.compiler.is_compiling() else eager)(*arguments)
+    return lambda *arguments: (eager if plain_eager() else operator)(*arguments)
 
 
 def define_backward(
@@ -123,6 +123,11 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     if not _autocasts(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor.dtype
     return torch.get_autocast_dtype(device)
+
+
+def plain_eager() -> bool:
+    """Whether an autograd.Function of our own serves: not to a compiler, nor to what torch.func makes of a function."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def _eager_function(

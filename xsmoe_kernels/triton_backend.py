@@ -16,6 +16,7 @@ import torch
 from xsmoe_kernels import dispatch
 
 OLDEST = (3, 6)
+OLDEST_FOR_AMD = (3, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAUNCHERS = {
     "grouped_mm": "grouped_mm.triton_launchers:forward",
@@ -42,7 +43,7 @@ def load() -> None:
 
 def interpreted() -> bool:
     """Whether Triton's interpreter was asked for."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _when_needed(launcher: str) -> Callable[..., Any]:
@@ -60,6 +61,7 @@ def _absence() -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return "triton is not installed; `pip install triton`"
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if found < OLDEST:
-        return f"triton {version} is older than {'.'.join(map(str, OLDEST))}; `pip install --upgrade triton`"
+    oldest = OLDEST if torch.version.hip is None else OLDEST_FOR_AMD
+    if found < oldest:
+        return f"triton {version} is older than {'.'.join(map(str, oldest))}; `pip install --upgrade triton`"
     return None

@@ -7,10 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from xsmoe_kernels.triton_backend import interpreted
 from xsmoe_kernels.tuning import Config
 
-INTERPRETED = tl.constexpr(interpreted())
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -87,3 +86,13 @@ def precision(tensor: torch.Tensor) -> str:
     if tensor.dtype != torch.float32 or not tensor.is_cuda or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def wide_precision(tensor: torch.Tensor) -> str:
+    """How products of float32 multiply that stand beside products of this tensor's dtype.
+
+    16 bits have no more digits than TF32 has.
+    """
+    if tensor.dtype == torch.float32:
+        return precision(tensor)
+    return "ieee" if torch.version.hip is not None else "tf32"

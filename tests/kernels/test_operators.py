@@ -151,3 +151,17 @@ def test_shapes_are_checked_on_the_meta_device() -> None:
     x, weight, offsets = (on_meta(value) for value in good(grouped_mm, weight=rows(4, 3, 5)).values())
     with pytest.raises(ValueError, match=re.escape("offsets must have shape (5,), not (3,)")):
         grouped_mm(x, weight, offsets)
+
+
+@pytest.mark.parametrize("operator", [side_moe, route_topk])
+def test_vmap_goes_through_the_operator(operator: Callable[..., Any]) -> None:
+    if operator is route_topk:
+        rows = torch.randn(2, 5, 3)
+        found = torch.vmap(lambda logits: route_topk(logits, 2).gates)(rows)
+        want = torch.stack([route_topk(logits, 2).gates for logits in rows])
+    else:
+        arguments = {name: value.detach() for name, value in good(side_moe).items() if isinstance(value, Tensor)}
+        rows = torch.stack([arguments["x"], 2 * arguments["x"]])
+        found = torch.vmap(lambda x: side_moe(**{**arguments, "x": x}))(rows)
+        want = torch.stack([side_moe(**{**arguments, "x": x}) for x in rows])
+    torch.testing.assert_close(found, want)

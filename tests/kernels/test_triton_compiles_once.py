@@ -1,4 +1,4 @@
-"""A stream that grows compiles nothing anew: numbers of rows and experts are no part of what a kernel is compiled for."""
+"""A stream that grows compiles nothing anew: rows and experts are no part of what a kernel is compiled for."""
 
 import json
 import os

@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,13 +215,13 @@ def test_an_expert_that_overflows_spoils_no_other() -> None:
     assert grad_up[1].isfinite().all()
 
 
-def test_float64_and_other_devices_are_refused_by_name() -> None:
+def test_float64_is_refused_by_name() -> None:
     level = make_level(3, 4, 2, 2, requires_grad=False)
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="the triton kernels take"):
         side_moe(*(tensor.to(DEVICE) for tensor in level))
 
 
-def test_frozen_experts_serve_triton_without_packs() -> None:
+def test_frozen_experts_and_num_frozen_give_the_same_bits() -> None:
     level = plain_level(33, 16, 3, 4)
     frozen = FrozenExperts(level.down[:2], level.up[:2])
     counters = [Utilization(3, DEVICE) for _ in range(2)]
@@ -229,6 +230,79 @@ def test_frozen_experts_serve_triton_without_packs() -> None:
         want = side_moe(*level, num_frozen=2, utilization=counters[1])
     assert torch.equal(y, want)
     assert torch.equal(counters[0].norm, counters[1].norm)
+
+
+@pytest.mark.parametrize(("one_row", "rows", "size"), [(False, 3, 8000.0), (True, 100, 100.0)])
+def test_large_gradients_in_float16(one_row: bool, rows: int, size: float) -> None:
+    """Those of the logits are sums over a row's width, and over all rows, which float16 cannot hold."""
+    level = plain_level(rows, 64, 3, 16, one_row=one_row, dtype=torch.float16)
+    # The backbone is of one sign, so that its logit's gradient passes 65,504; what that is multiplied with is small.
+    level = level._replace(x=0.02 * level.x, backbone=level.backbone.abs(), router=0.02 * level.router)
+    grad = torch.full_like(level.backbone, size)
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in level]
+        with use_backend(backend):
+            return torch.autograd.grad(side_moe(*leaves), leaves, grad)
+
+    for name, found, want in zip(Level._fields, gradients("triton"), gradients("reference"), strict=True):
+        assert want.isfinite().all(), name
+        torch.testing.assert_close(found, want, rtol=0.02, atol=0.02 * float(want.abs().max()), msg=name)
+
+
+def test_logits_without_a_bound_below() -> None:
+    """A row's first block of gates has no share at all, a later one has."""
+    level = plain_level(33, 16, 20, 4)
+    router = torch.full_like(level.router, float("-inf"))
+    router[17:] = level.router[17:]
+    inputs = level._replace(x=level.x.abs() + 0.1, router=router)
+    with use_backend("triton"):
+        y = side_moe(*inputs)
+    with use_backend("reference"):
+        want = side_moe(*inputs)
+    assert want.isfinite().all()
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("needed", [(True, False, False, False, False), (False, False, True, True, False), (True,) * 5])
+def test_opcheck(needed: tuple[bool, ...]) -> None:
+    level = plain_level(6, 16, 3, 4)
+    forward = (*level, None, None, None, None, 1, True, True, "gelu", "triton")
+    torch.library.opcheck(torch.ops.xsmoe.side_moe.default, forward)
+    _, gates, hidden, _, _ = torch.ops.xsmoe.side_moe(*forward)
+    grad = torch.randn_like(level.backbone)
+    backward = (grad, *level, None, None, None, gates, hidden, 1, True, "gelu", *needed, "triton")
+    torch.library.opcheck(torch.ops.xsmoe.side_moe_backward.default, backward)
+
+
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xsmoe_kernels import triton_tools
+    from xsmoe_kernels.tuning import Config
+
+    current = [0]
+
+    class OnDevice:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    class Kernel:
+        launched: list[int] = []  # noqa: RUF012
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda **_: self.launched.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", OnDevice)
+    for index in (0, 1):
+        triton_tools.launch(Kernel(), (1,), torch.device("cuda", index), {}, {}, Config({}))
+    triton_tools.launch(Kernel(), (0, 3), torch.device("cuda", 0), {}, {}, Config({}))
+    assert Kernel.launched == [0, 1]
 
 
 def test_autocast_runs_in_16_bits() -> None:

@@ -60,6 +60,9 @@ TARGETS = {
 }
 """sm_80 stands for relatives too, some of which have 99 KiB of shared memory; AMD's 512 registers are both kinds."""
 
+NEEDS_TRITON = {"gfx942": (3, 7)}
+"""Targets for which an older Triton is not asked: 3.6 does not compile `count_kernel` for gfx942, and spills there."""
+
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 
@@ -244,6 +247,14 @@ def measure_all(
     with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
         parts = pool.imap_unordered(_measure_one, range(len(_work)))
         return combined(one for part in parts for one in part)
+
+
+def too_old(target: str, version: str) -> str | None:
+    """Why this version of Triton is not asked to compile for a target; None if it is."""
+    needed = NEEDS_TRITON.get(target, (0, 0))
+    if tuple(int(part) for part in version.split(".")[:2]) >= needed:
+        return None
+    return f"Triton {version} is not held to {target}, which needs {'.'.join(map(str, needed))}"
 
 
 def combinations(targets: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:

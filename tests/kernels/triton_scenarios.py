@@ -20,6 +20,8 @@ def side_moe(dtype: torch.dtype) -> None:
     side_moe_step(dtype, levels=1, needs=needs_all, recompute=True, apart=False)
     side_moe_step(dtype, levels=2, needs=weights_only, one_row=True)
     side_moe_step(dtype, levels=2, needs=weights_only, count=False, recompute=True)
+    # More columns of an expert than a block holds.
+    side_moe_step(dtype, levels=1, needs=(True, False, True, True, True), sizes=(2816, 768, 128, 4))
 
 
 def side_moe_step(

@@ -1,7 +1,7 @@
 """Launches the Triton kernels of `grouped_mm`: block sizes, grids, and how far weight gradients are cut into slices."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import triton
@@ -131,7 +131,7 @@ def _products(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
             config,
         )
 
-    tuning.run(PRODUCT, rows, precision, {"inner": inner, "columns": columns}, launch)
+    _run(PRODUCT, rows, precision, {"inner": inner, "columns": columns}, launch, tuned=not most)
     return products
 
 
@@ -182,8 +182,18 @@ def _weight_gradients(grad: Tensor, x: Tensor, offsets: Tensor, num_frozen: int)
                 sum_config,
             )
 
-    tuning.run(WEIGHT_GRADIENT, x, precision, {"inner": inner, "columns": columns}, launch)
+    _run(WEIGHT_GRADIENT, x, precision, {"inner": inner, "columns": columns}, launch, tuned=not most)
     return grad_weight
+
+
+def _run(
+    table: Table, like: Tensor, precision: str, key: dict[str, int], launch: Callable[[Config], None], *, tuned: bool
+) -> None:
+    """Launches; what is found out on blocks made smaller must not be taken for others."""
+    if tuned:
+        tuning.run(table, like, precision, key, launch)
+    else:
+        launch(tuning.default(table, like, precision))
 
 
 def _with_packed_rows(tensor: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def side_moe_group(layers: Iterable[Mapping[str, Any]]) -> list[Tensor]:
     results: dict[int, Tensor] = {}
     for places in kinds.values():
         *columns, backends = (list(column) for column in zip(*(levels[place][0] for place in places), strict=True))
-        if torch.compiler.is_compiling():
+        if not library.plain_eager():
             y, _, _, norm, gate = torch.ops.xsmoe.side_moe_group(*columns, backends[0])
         else:
             tensors = (tensor for column in columns[:9] for tensor in column)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xsmoe_kernels import triton_tools
 from xsmoe_kernels.side_moe.triton_kernels import backward_kernels as kernels
 from xsmoe_kernels.side_moe.triton_kernels import configs
 from xsmoe_kernels.side_moe.triton_kernels.launch import (
@@ -38,6 +39,11 @@ class BackwardLevel(NamedTuple):
     need_down: bool
     need_up: bool
 
+    @property
+    def needs(self) -> tuple[bool, ...]:
+        """Which gradients are asked for."""
+        return self.need_x, self.need_backbone, self.need_router, self.need_down, self.need_up
+
 
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of `side_moe` as `reference.backward` describes them."""
@@ -57,7 +63,7 @@ def _backward_level(grad: Tensor, *arguments: Any) -> BackwardLevel:
 
 
 def _backward_kind(part: BackwardLevel) -> tuple[Any, ...]:
-    return *part.level.kind, part.recompute, *part[-5:]
+    return *part.level.kind, part.recompute, *part.needs
 
 
 def _backward(parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
@@ -80,14 +86,19 @@ def _backward(parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
         sums, dots, blocks = launch.run(
             configs.COLUMN_SUM, lambda config: _column_sums(launch, parts, grad_backbone, config)
         )
-        wide_grads, grads, backbone_dots = launch.run(
-            configs.ROW_SUM, lambda config: _row_sums(launch, sums, dots, blocks, config)
-        )
+        if need_rows or need_weights:
+            wide_grads, grads, backbone_dots = launch.run(
+                configs.ROW_SUM, lambda config: _row_sums(launch, sums, dots, blocks, config)
+            )
     dots = grad_hidden = gated = grad_logits = [nothing(like)] * len(levels)
     chunks = 1
     if need_rows or need_weights:
         dots, grad_hidden, gated, chunks = launch.run(
-            configs.HIDDEN_GRADIENT, lambda config: _hidden_gradients(launch, parts, grads, config)
+            configs.HIDDEN_GRADIENT,
+            lambda config: _hidden_gradients(launch, parts, grads, config),
+            recompute=asked.recompute,
+            rows=need_rows,
+            weights=need_weights,
         )
     if need_rows or (asked.need_backbone and not one_row):
         grad_logits = launch.run(
@@ -101,7 +112,7 @@ def _backward(parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
             configs.ROW_GRADIENT,
             lambda config: _row_gradients(launch, parts, wide_grads, grad_hidden, grad_logits, grad_x, config),
         )
-    weights = [(nothing(like),) * 3] * len(levels)
+    weights = [(nothing(like), nothing(like), nothing(like)) for _ in levels]
     if need_weights or asked.need_router:
         weights = _weight_gradients(launch, parts, grads, grad_hidden, gated, grad_logits)
     return [
@@ -239,10 +250,10 @@ def _logit_gradients(
     need_logits: bool,
     config: Config,
 ) -> list[Tensor]:
-    """The gradients of the logits, in the dtype of x for the products that they go into; and those of the backbone."""
+    """The gradients of the logits, in float32, for float16 has not their range; and those of the backbone."""
     levels, one_row = launch.levels, launch.levels[0].one_row
     grad_logits = [
-        level.x.new_empty(len(part.gates), 16 * cdiv(level.experts + 1, 16)) if need_logits else nothing(level.x)
+        part.gates.new_empty(len(part.gates), 16 * cdiv(level.experts + 1, 16)) if need_logits else nothing(part.gates)
         for level, part in zip(levels, parts, strict=True)
     ]
     launch.start(
@@ -304,6 +315,7 @@ def _row_gradients(
             "dims": launch.dims,
         },
         **launch.product_constants(config, "BLOCK_D"),
+        WIDE_PRECISION=triton_tools.wide_precision(launch.like),
         RANK=launch.rank,
         RANK_BLOCK=rank_block(launch.rank),
     )
@@ -369,6 +381,7 @@ def _weight_gradients(
                 "dims": launch.dims,
             },
             **launch.product_constants(config, "BLOCK_D"),
+            WIDE_PRECISION=triton_tools.wide_precision(like),
             RANK_UNIT=unit,
         )
         return sums, slices

@@ -12,8 +12,10 @@ from xsmoe_kernels.side_moe.triton_kernels.pieces import (
     activate_gradient,
     block_rows,
     chunk_columns,
+    chunk_mask,
     chunk_sums,
     expert_rows,
+    expert_share,
     padded,
     tile_columns,
     tile_count,
@@ -74,7 +76,16 @@ def column_sum_kernel(
 
 @triton.jit
 def row_sum_kernel(
-    grad_sums, dots, row_grad, narrow_row_grad, backbone_dot, dims, slices, column_blocks, BLOCK_D: tl.constexpr
+    grad_sums,
+    dots,
+    row_grad,
+    narrow_row_grad,
+    backbone_dot,
+    dims,
+    slices,
+    column_blocks,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """The sums over slices: row_grad (D,), the same rounded, and backbone_dot (1,)."""
     level = tl.program_id(1)
@@ -82,10 +93,11 @@ def row_sum_kernel(
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < dim
     total = tl.zeros((BLOCK_D,), tl.float32)
-    own = pick(grad_sums, level)
-    for _ in range(count):
-        total += tl.load(own + column, mask=inside, other=0.0)
-        own += dim
+    for first in range(0, count, BLOCK_N):
+        part = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+        mask = (part < count)[:, None] & inside[None, :]
+        sums = tl.load(pick(grad_sums, level) + part[:, None] * dim + column[None, :], mask=mask, other=0.0)
+        total += tl.sum(sums, axis=0)
     tl.store(pick(row_grad, level) + column, total, mask=inside)
     tl.store(pick(narrow_row_grad, level) + column, narrow(total, narrow_row_grad[0]), mask=inside)
     if tl.program_id(0) == 0:
@@ -265,8 +277,7 @@ def logit_gradient_kernel(
             )
             index = first + tl.arange(0, BLOCK_E)
             place = pick(grad_logits, level) + row[:, None] * padded(gated) + index[None, :]
-            value = narrow(gate * (change - mean[:, None]), grad_logits[0])
-            tl.store(place, value, mask=inside[:, None] & (index < gated)[None, :])
+            tl.store(place, gate * (change - mean[:, None]), mask=inside[:, None] & (index < gated)[None, :])
 
 
 @triton.jit
@@ -313,6 +324,7 @@ def row_gradient_kernel(
     RANK: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE_PRECISION: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -324,6 +336,7 @@ def row_gradient_kernel(
     count, num_experts, dim = variable(pick(rows, level)), variable(pick(experts, level)), pick(dims, level)
     num_frozen = variable(pick(frozen, level))
     BLOCK_R: tl.constexpr = RANK_BLOCK if RANK_BLOCK < BLOCK_K else BLOCK_K
+    chunks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     gated = num_experts + 1
     blocks = tl.cdiv(dim, BLOCK_D)
     block, column_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -337,35 +350,42 @@ def row_gradient_kernel(
         mask = mask & (column < dim)[None, :]
     left = pick(grad_hidden, level) + row * (num_experts * RANK)
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for expert in range(num_experts):
-        right = expert_rows(
-            pick(frozen_down, level), pick(down, level), expert < num_frozen, expert, within, num_frozen, dim, RANK
+    for step in range(num_experts * chunks):
+        expert, chunk = step // chunks, step % chunks
+        states = tl.load(
+            left[:, None] + (expert * RANK + chunk * BLOCK_R + within)[None, :],
+            mask=chunk_mask(inside[:, None], chunk, within[None, :], RANK, BLOCK_R),
+            other=0.0,
         )
-        for first in tl.static_range(0, RANK, BLOCK_R):
-            left_mask, right_mask = inside[:, None], (within >= 0)[:, None]
-            if first + BLOCK_R > RANK:
-                exists = first + within < RANK
-                left_mask, right_mask = left_mask & exists[None, :], right_mask & exists[:, None]
-            if not EVEN:
-                right_mask = right_mask & (column < dim)[None, :]
-            states = tl.load(left[:, None] + (expert * RANK + first + within)[None, :], mask=left_mask, other=0.0)
-            weights = tl.load(right[:, None] + first * dim + column[None, :], mask=right_mask, other=0.0)
-            total = product(states, weights, total, PRECISION)
-    share = tl.zeros((BLOCK_N,), tl.float32)
+        right = expert_rows(
+            pick(frozen_down, level),
+            pick(down, level),
+            expert < num_frozen,
+            expert,
+            chunk * BLOCK_R + within,
+            num_frozen,
+            dim,
+            RANK,
+        )
+        right_mask = chunk_mask((within >= 0)[:, None], chunk, within[:, None], RANK, BLOCK_R)
+        if not EVEN:
+            right_mask = right_mask & (column < dim)[None, :]
+        weights = tl.load(right[:, None] + column[None, :], mask=right_mask, other=0.0)
+        total = product(states, weights, total, PRECISION)
     for first in range(0, gated, BLOCK_E):
         index = first + tl.arange(0, BLOCK_E)
-        gate_mask = inside[:, None] & (index < gated)[None, :]
-        place = row[:, None] * gated + index[None, :]
-        gate = tl.load(pick(gates, level) + place, mask=gate_mask & (index > 0)[None, :], other=0.0)
-        share += tl.sum(gate, axis=1)
-        place = row[:, None] * padded(gated) + index[None, :]
-        logits = tl.load(pick(grad_logits, level) + place, mask=gate_mask, other=0.0)
+        logits = tl.load(
+            pick(grad_logits, level) + row[:, None] * padded(gated) + index[None, :],
+            mask=inside[:, None] & (index < gated)[None, :],
+            other=0.0,
+        )
         weights = tl.load(
             pick(router, level) + index.to(tl.int64)[:, None] * dim + column[None, :],
             mask=(index < gated)[:, None] & (column < dim)[None, :],
             other=0.0,
         )
-        total = product(logits, weights, total, PRECISION)
+        total = product(logits, weights.to(tl.float32), total, WIDE_PRECISION)
+    share = expert_share(pick(gates, level) + row * gated, inside, gated, BLOCK_N)
     incoming = tl.load(
         pick(grad, level) + row[:, None] * pick(grad_strides, level) + column[None, :], mask=mask, other=0.0
     ).to(tl.float32)
@@ -393,6 +413,7 @@ def weight_gradient_kernel(
     RANK_UNIT: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE_PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -417,39 +438,90 @@ def weight_gradient_kernel(
     is_down, is_up = tile < down_tiles, (tile >= down_tiles) & (tile < down_tiles + up_tiles)
     skipped = variable(pick(hidden_offsets, level)) * RANK_UNIT
     own_columns = tl.where(is_down, down_columns, tl.where(is_up, up_columns, router_columns))
-    # What pads the logits' columns is read with them, for it spoils only rows that are not stored.
-    there = tl.where(is_down, down_columns, tl.where(is_up, up_columns, padded(router_columns)))
-    left_stride = tl.where(is_down, skipped + down_columns, there)
-    left = tl.where(
-        is_down,
-        pick(grad_hidden, level) + skipped,
-        tl.where(is_up, pick(gated, level), pick(grad_logits, level)),
-    )
-    right = tl.where(is_up, pick(grad, level), pick(x, level))
-    right_stride = tl.where(is_up, pick(grad_strides, level), pick(x_strides, level)).to(tl.int64)
     own_tile = tile - tl.where(is_down, 0, down_tiles) - tl.where(is_down | is_up, 0, up_tiles)
     stacked = tl.where(is_down, 0, down_columns) + tl.where(is_down | is_up, 0, up_columns)
     index = own_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     column = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
     # Slices are whole blocks of rows, as equal as these allow.
-    row_blocks = tl.cdiv(count, BLOCK_K)
-    slice_rows = tl.cdiv(row_blocks, num_slices) * BLOCK_K
+    slice_rows = tl.cdiv(tl.cdiv(count, BLOCK_K), num_slices) * BLOCK_K
     begin = part * slice_rows
     end = min(begin + slice_rows, count)
+    if is_down | is_up:
+        total = _transposed_times(
+            tl.where(is_down, pick(grad_hidden, level) + skipped, pick(gated, level)),
+            tl.where(is_down, skipped + down_columns, up_columns),
+            index,
+            own_columns,
+            tl.where(is_up, pick(grad, level), pick(x, level)),
+            tl.where(is_up, pick(grad_strides, level), pick(x_strides, level)),
+            column,
+            dim,
+            begin,
+            end,
+            EVEN,
+            PRECISION,
+            BLOCK_C,
+            BLOCK_D,
+            BLOCK_K,
+        )
+    else:
+        # What pads the columns is read with them, for it spoils only rows that are not stored.
+        total = _transposed_times(
+            pick(grad_logits, level),
+            padded(router_columns),
+            index,
+            padded(router_columns),
+            pick(x, level),
+            pick(x_strides, level),
+            column,
+            dim,
+            begin,
+            end,
+            EVEN,
+            WIDE_PRECISION,
+            BLOCK_C,
+            BLOCK_D,
+            BLOCK_K,
+        )
+    height = down_columns + up_columns + router_columns
+    place = (part.to(tl.int64) * height + stacked + index)[:, None] * dim + column[None, :]
+    tl.store(pick(parts, level) + place, total, mask=(index < own_columns)[:, None] & (column < dim)[None, :])
+
+
+@triton.jit
+def _transposed_times(
+    left,
+    left_stride,
+    index,
+    left_columns,
+    right,
+    right_stride,
+    column,
+    dim,
+    begin,
+    end,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """left^T right over the rows from `begin` to `end`, in the dtype of left."""
     total = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     for first in range(begin, end, BLOCK_K):
         row = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
         inside = row < end
-        left_mask = inside[None, :] & (index < there)[:, None]
         right_mask = inside[:, None]
         if not EVEN:
             right_mask = right_mask & (column < dim)[None, :]
-        states = tl.load(left + index[:, None] + row[None, :] * left_stride, mask=left_mask, other=0.0)
+        states = tl.load(
+            left + index[:, None] + row[None, :] * left_stride,
+            mask=inside[None, :] & (index < left_columns)[:, None],
+            other=0.0,
+        )
         values = tl.load(right + row[:, None] * right_stride + column[None, :], mask=right_mask, other=0.0)
-        total = product(states, values, total, PRECISION)
-    height = down_columns + up_columns + router_columns
-    place = (part.to(tl.int64) * height + stacked + index)[:, None] * dim + column[None, :]
-    tl.store(pick(parts, level) + place, total, mask=(index < own_columns)[:, None] & (column < dim)[None, :])
+        total = product(states, values.to(states.dtype), total, PRECISION)
+    return total
 
 
 @triton.jit

@@ -23,7 +23,7 @@ GATE = Table(
         ("gfx942", "half"): _of(_GATE, "32 16 128", 4, 2),
         ("sm_80", "tf32"): _of(_GATE, "32 16 64", 4, 3),
         ("sm_90", "tf32"): _of(_GATE, "32 16 64", 4, 4),
-        ("sm_100", "tf32"): _of(_GATE, "32 16 64", 4, 4),
+        ("sm_100", "tf32"): _of(_GATE, "32 16 32", 4, 4),
         ("sm_80", "ieee"): _of(_GATE, "32 16 32", 4, 2),
         ("sm_90", "ieee"): _of(_GATE, "32 16 32", 4, 2),
         ("sm_100", "ieee"): _of(_GATE, "32 16 32", 4, 2),
@@ -144,7 +144,8 @@ _COLUMNS = "BLOCK_N BLOCK_D SLICE"
 COLUMN_SUM = Table(
     "side_moe.column_sum", _everywhere(_of(_COLUMNS, "32 128 256", 4, 2)), _of(_COLUMNS, "16 32 48", 4, 1)
 )
-ROW_SUM = Table("side_moe.row_sum", _everywhere(_of("BLOCK_D", "256", 4, 2)), _of("BLOCK_D", "32", 4, 1))
+_SLICES = "BLOCK_N BLOCK_D"
+ROW_SUM = Table("side_moe.row_sum", _everywhere(_of(_SLICES, "32 64", 4, 2)), _of(_SLICES, "16 32", 4, 1))
 _LOGITS = "BLOCK_N BLOCK_E BLOCK_D"
 LOGIT_GRADIENT = Table(
     "side_moe.logit_gradient", _everywhere(_of(_LOGITS, "16 16 64", 4, 2)), _of(_LOGITS, "32 16 64", 4, 1)

@@ -145,8 +145,8 @@ def _forward(parts: list[ForwardLevel]) -> list[tuple[Tensor, ...]]:
         return results, squares, blocks
 
     launch.run(configs.GATE, gate)
-    launch.run(configs.HIDDEN, hidden_states)
-    results, squares, blocks = launch.run(configs.MIXTURE, mixture)
+    launch.run(configs.HIDDEN, hidden_states, counted=count)
+    results, squares, blocks = launch.run(configs.MIXTURE, mixture, counted=count, one_row=one_row)
     backbone_squares = squares
     if one_row:
         backbone_squares = launch.run(

@@ -11,7 +11,9 @@ from xsmoe_kernels.side_moe.triton_kernels.pieces import (
     activate,
     block_rows,
     chunk_columns,
+    chunk_mask,
     expert_rows,
+    expert_share,
     tile_columns,
     tile_count,
     times_gates,
@@ -43,22 +45,27 @@ def gate_kernel(
     place = pick(gates, level) + row[:, None] * gated
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
+    logits = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for first in range(0, gated, BLOCK_E):
         gate = first + tl.arange(0, BLOCK_E)
         columns = right + gate.to(tl.int64) * dim
         logits = times_transposed(left, inside, columns, gate < gated, dim, EVEN, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K)
-        tl.store(place + gate[None, :], logits, mask=inside[:, None] & (gate < gated)[None, :])
         logits = tl.where((gate < gated)[None, :], logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, axis=1))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), axis=1)
+        # Logits of -inf alone have no share; their differences would be NaN.
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         largest = larger
-    # Other threads may read what this one wrote.
-    tl.debug_barrier()
     for first in range(0, gated, BLOCK_E):
         gate = first + tl.arange(0, BLOCK_E)
-        mask = inside[:, None] & (gate < gated)[None, :]
-        logits = tl.load(place + gate[None, :], mask=mask, other=0.0)
-        tl.store(place + gate[None, :], tl.exp(logits - largest[:, None]) / total[:, None], mask=mask)
+        if gated > BLOCK_E:
+            # The last block's are held, the others' cost less anew than a way through memory.
+            columns = right + gate.to(tl.int64) * dim
+            logits = times_transposed(
+                left, inside, columns, gate < gated, dim, EVEN, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K
+            )
+        share = tl.exp(logits - largest[:, None]) / total[:, None]
+        tl.store(place + gate[None, :], share, mask=inside[:, None] & (gate < gated)[None, :])
 
 
 @triton.jit
@@ -150,6 +157,7 @@ def mixture_kernel(
     count, num_experts, dim = variable(pick(rows, level)), variable(pick(experts, level)), pick(dims, level)
     num_frozen = variable(pick(frozen, level))
     BLOCK_R: tl.constexpr = RANK_BLOCK if RANK_BLOCK < BLOCK_K else BLOCK_K
+    chunks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     blocks = tl.cdiv(dim, BLOCK_D)
     block, column_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if block * BLOCK_N >= count:
@@ -165,31 +173,39 @@ def mixture_kernel(
     gate_row = pick(gates, level) + row * (num_experts + 1)
     square = pick(squares, level) + column_block.to(tl.int64) * count + row
     square_step = blocks.to(tl.int64) * count
-    share = tl.zeros((BLOCK_N,), tl.float32)
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for expert in range(num_experts):
-        gate = tl.load(gate_row + 1 + expert, mask=inside, other=0.0)
-        share += gate
-        right = expert_rows(
-            pick(frozen_up, level), pick(up, level), expert < num_frozen, expert, within, num_frozen, dim, RANK
+    part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for step in range(num_experts * chunks):
+        expert, chunk = step // chunks, step % chunks
+        states = tl.load(
+            left[:, None] + (expert * RANK + chunk * BLOCK_R + within)[None, :],
+            mask=chunk_mask(inside[:, None], chunk, within[None, :], RANK, BLOCK_R),
+            other=0.0,
         )
-        part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32) if COUNT else total
-        for first in tl.static_range(0, RANK, BLOCK_R):
-            left_mask, right_mask = inside[:, None], (within >= 0)[:, None]
-            if first + BLOCK_R > RANK:
-                exists = first + within < RANK
-                left_mask, right_mask = left_mask & exists[None, :], right_mask & exists[:, None]
-            if not EVEN:
-                right_mask = right_mask & (column < dim)[None, :]
-            states = tl.load(left[:, None] + (expert * RANK + first + within)[None, :], mask=left_mask, other=0.0)
-            weights = tl.load(right[:, None] + first * dim + column[None, :], mask=right_mask, other=0.0)
-            part = product(states, weights, part, PRECISION)
-        if COUNT:
-            output = rows_of_x.to(tl.float32) + part
-            tl.store(square + (expert + 1) * square_step, tl.sum(output * output, axis=1), mask=inside)
-            total += gate[:, None] * part
+        right = expert_rows(
+            pick(frozen_up, level),
+            pick(up, level),
+            expert < num_frozen,
+            expert,
+            chunk * BLOCK_R + within,
+            num_frozen,
+            dim,
+            RANK,
+        )
+        right_mask = chunk_mask((within >= 0)[:, None], chunk, within[:, None], RANK, BLOCK_R)
+        if not EVEN:
+            right_mask = right_mask & (column < dim)[None, :]
+        weights = tl.load(right[:, None] + column[None, :], mask=right_mask, other=0.0)
+        if not COUNT:
+            total = product(states, weights, total, PRECISION)
         else:
-            total = part
+            part = product(states, weights, part, PRECISION)
+            if chunk == chunks - 1:
+                output = rows_of_x.to(tl.float32) + part
+                tl.store(square + (expert + 1) * square_step, tl.sum(output * output, axis=1), mask=inside)
+                total += tl.load(gate_row + 1 + expert, mask=inside, other=0.0)[:, None] * part
+                part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    share = expert_share(gate_row, inside, num_experts + 1, BLOCK_N)
     total += share[:, None] * rows_of_x.to(tl.float32)
     if not ONE_ROW:
         states = tl.load(

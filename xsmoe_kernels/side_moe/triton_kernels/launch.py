@@ -37,10 +37,11 @@ class Launch:
         self.x_strides = strides(self.x)
         self.key = {"D": max(self.dims), "R": self.rank}
 
-    def run(self, table: tuning.Table, launch: Callable[[Config], Result]) -> Result:
+    def run(self, table: tuning.Table, launch: Callable[[Config], Result], **flags: bool) -> Result:
+        """Calls `launch` with a configuration; `flags` tell kernels apart that are compiled from one source."""
         if self.levels[0].aligned:
-            return tuning.run(table, self.like, self.precision, self.key, launch)
-        return tuning.run(table, self.like, self.precision, self.key, lambda config: launch(self._smaller(config)))
+            return tuning.run(table, self.like, self.precision, self.key | flags, launch)
+        return launch(self._smaller(tuning.default(table, self.like, self.precision)))
 
     def _smaller(self, config: Config) -> Config:
         """A configuration for loads of single numbers, whose addresses take many registers."""
@@ -48,8 +49,9 @@ class Launch:
         blocks = {name: min(size, most.get(name, size)) for name, size in config.blocks.items()}
         return replace(config, blocks=blocks)
 
-    def start(self, kernel: Any, blocks: int, config: Config, arguments: dict[str, Any], **constants: Any) -> None:
-        grid = (blocks, len(self.levels))
+    def start(self, kernel: Any, programs: int, config: Config, arguments: dict[str, Any], **constants: Any) -> None:
+        """Starts a kernel on the most programs that any level needs, for each level."""
+        grid = (programs, len(self.levels))
         triton_tools.launch(kernel, grid, self.like.device, arguments, constants, config)
 
     def even(self, *blocks: int) -> bool:

@@ -40,8 +40,8 @@ class Level(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """Whether Triton knows that it may read rows in words of 16 bytes."""
-        return all(
+        """Whether Triton knows that it may read rows, those of hidden states too, in words of 16 bytes."""
+        return self.rank % 8 == 0 and all(
             rows.data_ptr() % 16 == 0 and rows.stride(0) % 16 == 0 and rows.shape[1] % 16 == 0
             for rows in (self.x, self.backbone)
         )

@@ -95,6 +95,23 @@ def expert_rows(frozen_weight, weight, is_frozen, expert, within, frozen, dim, R
 
 
 @triton.jit
+def chunk_mask(mask, chunk, within, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """`mask`, less the columns of a chunk that its expert has not."""
+    if RANK % BLOCK_R != 0:
+        mask = mask & (chunk * BLOCK_R + within < RANK)
+    return mask
+
+
+@triton.jit
+def expert_share(gate_row, inside, gated, BLOCK_N: tl.constexpr):
+    """The sum of each row's gates but the first, which stands for 1 - g_0 and loses no digits."""
+    share = tl.zeros((BLOCK_N,), tl.float32)
+    for gate in range(1, gated):
+        share += tl.load(gate_row + gate, mask=inside, other=0.0)
+    return share
+
+
+@triton.jit
 def times_transposed(
     left,
     left_inside,
