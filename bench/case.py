@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import floor, gate, graph, machine
 from bench.measure import Samples, Stopwatch, Task, flusher, interleave, quantiles
-from bench.peak import peak_bytes
+from bench.memory import OutOfMemory, first_line, fitting, named, release
+from bench.peak import Peak, measure_peak
 from bench.results import Case, Row, Timing
 from bench.saved import count_saved
 from bench.workload import Absent, Tensors, Variant, Workload, gradients
@@ -71,36 +72,31 @@ def measure(
     torch._dynamo.reset()
     if workload.device.type == "cuda":
         torch.cuda.empty_cache()
-    rows = Rows(workload)
     say("exact result")
-    truth = Truth(workload, rows.get(0, None))
-    checked = []
+    drawn, reason = fitting(lambda: _draw(workload), workload.device)
+    checked: dict[str, Checked] = {}
     for name in names:
         say(f"{name}: gate")
-        checked.append(examine(workload, name, rows, truth))
-    running = {
-        found.row.variant: found.variant for found in checked if found.variant and found.row.status == "measured"
-    }
-    tasks = {name: timed(workload, variant, rows) for name, variant in running.items()}
-    products, work = workload.products(), workload.work()
-    rates, samples = floor.Rates(0.0, 1.0), Samples()
-    if running:
+        checked[name] = examine(workload, name, *drawn) if drawn else _too_large(name, f"the exact result: {reason}")
+    running = {name: found.variant for name, found in checked.items() if found.row.status == "measured"}
+    work, rates, samples = workload.work(), floor.Rates(0.0, 0.0), Samples()
+    if drawn and running:
         say(f"timing {', '.join(running)}")
-        # Compiled once per case, in the gate; a second time inside a timed round would pass for slowness.
-        with torch.compiler.set_stance("fail_on_recompile"):
-            samples = interleave(
-                tasks | floor.probes(products, workload.dtype, workload.device),
-                seconds=seconds,
-                warm_up=CUDA_WARM_UP if workload.device.type == "cuda" else WARM_UP,
-                seed=workload.seed,
-            )
-        rates = floor.rates(samples, products, workload.dtype, workload.device)
-    counted = {found.row.variant: found.flop for found in checked}
+        tasks = {name: timed(workload, variant, drawn[0]) for name, variant in running.items() if variant}
+
+        def drop(name: str, reason: str) -> None:
+            # Nothing may hold the variant from here on, or its memory stays taken.
+            if running.pop(name, None):
+                checked[name] = _too_large(name, reason)
+
+        samples = rounds(workload, tasks, drop, seconds)
+        rates = floor.rates(samples, workload.products(), workload.dtype, workload.device)
+    counted = {name: found.flop for name, found in checked.items()}
     finished = []
-    for found in checked:
-        name, passes = found.row.variant, {}
-        if name in running:
-            flop = counted[name] or counted.get(running[name].like)
+    for name, found in checked.items():
+        passes = {}
+        if name in running and found.variant:
+            flop = counted[name] or counted.get(found.variant.like)
             passes = timings(samples, name, [one for one in against if one in running], workload, rates, flop)
         finished.append(replace(found.row, passes=passes))
     return Case(
@@ -116,6 +112,33 @@ def measure(
         rounds=max((len(laps) for laps in samples.values()), default=0),
         rows=finished,
     )
+
+
+def rounds(workload: Workload, tasks: dict[str, Task], drop: Callable[[str, str], None], seconds: float) -> Samples:
+    """Timed rounds of variants and probes; a task for which memory does not suffice is dropped, and all begin anew.
+
+    `tasks` loses those, and `drop` is told their names and what was said.
+    """
+    device = workload.device
+    probes, _ = fitting(lambda: floor.probes(workload.products(), workload.dtype, device), device)
+    tasks |= probes or {}
+    warm_up = CUDA_WARM_UP if device.type == "cuda" else WARM_UP
+    while tasks:
+        wrapped = {name: named(name, task) for name, task in tasks.items()}
+        try:
+            # Compiled once per case, in the gate; a second time inside a timed round would pass for slowness.
+            with torch.compiler.set_stance("fail_on_recompile"):
+                return interleave(wrapped, seconds=seconds, warm_up=warm_up, seed=workload.seed)
+        except OutOfMemory as error:
+            name, reason = error.name, error.reason
+        del tasks[name], wrapped
+        drop(name, reason)
+        release(device)
+    return {}
+
+
+def _too_large(name: str, reason: str) -> Checked:
+    return Checked(None, Row(name, "skipped", f"out of memory: {reason}"), None)
 
 
 class Rows:
@@ -149,8 +172,18 @@ class Truth:
         self.reference = outcome(workload.reference(), rows)
 
 
+def _draw(workload: Workload) -> tuple[Rows, Truth]:
+    rows = Rows(workload)
+    return rows, Truth(workload, rows.get(0, None))
+
+
 def examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked:
     """Builds a variant, runs it once, and judges what it gave."""
+    checked, reason = fitting(lambda: _examine(workload, name, rows, truth), workload.device)
+    return checked or _too_large(name, reason)
+
+
+def _examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked:
     free, needed = machine.available(workload.device), workload.memory(name)
     if free is not None and needed > MEMORY_SHARE * free:
         reason = f"it would take about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
@@ -159,14 +192,18 @@ def examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked:
         variant = workload.build(name)
         taken = rows.get(0, variant.dtype)
         before, skipped = dispatch.calls.copy(), graph.skipped()
-        ran = _recorded(variant, taken) if variant.prepare else _run(variant, taken)
+        ran = _recorded(variant, rows.get(1, variant.dtype), taken) if variant.prepare else _run(variant, taken)
     except Absent as reason:
         return Checked(None, Row(name, "absent", str(reason)), None)
     except _Unrecordable as reason:
-        return Checked(None, Row(name, "refused", f"it cannot be recorded: {reason}"), None)
+        # Not every rival can be; ours must.
+        status = "refused" if name.startswith("ours") else "absent"
+        return Checked(None, Row(name, status, f"it cannot be recorded: {reason}"), None)
     verdict = gate.judge(ran.found, truth.exact, truth.reference, truth.dtype)
     served = dispatch.calls - before
-    left_out = graph.skipped() - skipped
+    left_out = graph.skipped() - skipped if workload.device.type == "cuda" else 0
+    # A graph's memory is its own between runs, too.
+    peak = None if variant.prepare or verdict.refused else _peak(workload, variant, taken)
     row = Row(
         name,
         "refused" if verdict.refused else "measured",
@@ -176,8 +213,8 @@ def examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked:
         worst=verdict.worst,
         saved_bytes=ran.saved_bytes,
         compile_seconds=ran.compile_seconds,
-        # A graph's memory is its own between runs, too.
-        peak_bytes=None if variant.prepare or verdict.refused else _peak(workload, variant, taken),
+        peak_bytes=peak.growth if peak else None,
+        returned_bytes=peak.returned if peak else None,
         remark=f"torch.compile left CUDA graphs out {left_out} times" if left_out else None,
     )
     return Checked(variant, row, ran.flop)
@@ -275,12 +312,12 @@ def _tidied(variant: Variant, results: Tensors, taken: Tensors) -> Tensors:
     return {name: t.detach().clone() for name, t in (results | tidy | variant.counters()).items()}
 
 
-def _peak(workload: Workload, variant: Variant, rows: Tensors) -> int | None:
+def _peak(workload: Workload, variant: Variant, rows: Tensors) -> Peak | None:
     def step() -> list[torch.Tensor]:
         results = variant.forward(rows)
         return [*results.values(), *gradients(variant, rows, results).values()]
 
-    return peak_bytes(step, workload.device)
+    return measure_peak(step, workload.device)
 
 
 def _run(variant: Variant, rows: Tensors) -> _Ran:
@@ -296,20 +333,34 @@ def _run(variant: Variant, rows: Tensors) -> _Ran:
     return _Ran(found, variant.products, saved.bytes, compile_seconds)
 
 
-def _recorded(variant: Variant, rows: Tensors) -> _Ran:
-    """For a variant of graphs: what it gives when it replays one, which torch.compile does from the third run on."""
+def _recorded(variant: Variant, others: Tensors, rows: Tensors) -> _Ran:
+    """For a variant of graphs: what it gives when it replays one, which torch.compile does from the third run on.
+
+    It is recorded on other rows than it is judged on, so that what has those in it for good is refused.
+    """
     begin = time.perf_counter()
     try:
         with _compiling():
-            found = outcome(variant, rows)
+            outcome(variant, others)
     except RuntimeError as error:
-        if variant.compiled or isinstance(error, Absent):
+        if variant.compiled or isinstance(error, Absent | torch.OutOfMemoryError):
             raise
-        raise _Unrecordable(str(error).splitlines()[0]) from error
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            # Ending the recording failed for it.
+            raise error.__context__ from None
+        raise _Unrecordable(first_line(error)) from error
     compile_seconds = time.perf_counter() - begin if variant.compiled else None
-    for _ in range(2):
-        found = outcome(variant, rows)
-    return _Ran(found, variant.products, compile_seconds=compile_seconds)
+    if variant.step is None:
+        outcome(variant, others)
+    else:
+        _poison(*variant.step(others))
+    return _Ran(outcome(variant, rows), variant.products, compile_seconds=compile_seconds)
+
+
+def _poison(results: Tensors, taken: Tensors) -> None:
+    """Overwrites what a replay gave, so that the next one has to write it."""
+    for tensor in (*results.values(), *taken.values()):
+        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else -1)
 
 
 def _watched(variant: Variant, rows: Tensors) -> _Ran:
@@ -351,8 +402,7 @@ def _compiling() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("torch._"):
             raise
-        first = next((row for row in str(error).splitlines() if row.strip()), type(error).__name__)
-        raise Absent(f"torch.compile fails here: {first}") from error
+        raise Absent(f"torch.compile fails here: {first_line(error)}") from error
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

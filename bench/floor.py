@@ -1,20 +1,25 @@
 """The floor: the time that the least possible work takes at the rates which this machine shows in the same run."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from bench.measure import Samples, Stopwatch, Task, quantiles
+from bench.graph import record
+from bench.measure import FLUSHED_BYTES, Samples, Stopwatch, Task, quantiles
 from bench.workload import Product, Work
 
 COPIED_BYTES = 96 << 20
 # On a GPU, whose second-level cache may be larger than that.
 CUDA_COPIED_BYTES = 1 << 30
+# How often a probe on a GPU runs what it measures: a single run is mostly its launch.
+REPEATS = 20
 _CPU = torch.device("cpu")
 _COPY = "probe copy"
 _LAYOUTS = ("as it is", "transposed")
+Recorder = Callable[[Callable[[], None]], tuple[Callable[[], None], None]]
 
 
 class Rates(NamedTuple):
@@ -26,8 +31,8 @@ class Rates(NamedTuple):
 
 def seconds(work: Work, rates: Rates) -> float:
     """The larger of FLOP over the matrix rate and bytes over the bandwidth."""
-    arithmetic = work.flop / rates.flop if work.flop else 0.0
-    return max(arithmetic, work.bytes / rates.bytes)
+    arithmetic = work.flop / rates.flop if work.flop and rates.flop else 0.0
+    return max(arithmetic, work.bytes / rates.bytes if rates.bytes else 0.0)
 
 
 def probes(products: Sequence[Product], dtype: torch.dtype, device: torch.device) -> dict[str, Task]:
@@ -35,25 +40,34 @@ def probes(products: Sequence[Product], dtype: torch.dtype, device: torch.device
     tasks: dict[str, Task] = {}
     for product in products:
         for one in _dtypes(dtype, device):
-            left = torch.randn(product.rows, product.inner, device=device).to(one)
+            count = operands(product, one) if device.type == "cuda" else 1
+            lefts = [torch.randn(product.rows, product.inner, device=device).to(one) for _ in range(count)]
             right = torch.randn(product.inner, product.columns, device=device).to(one)
             # A weight lies either way; libraries differ in which they like.
             for layout, weight in zip(_LAYOUTS, (right, right.T.contiguous().T), strict=True):
-                tasks[_name(product, one, layout)] = _timed(device, partial(torch.mm, left, weight))
+                runs = [partial(torch.mm, left, weight) for left in lefts]
+                tasks[_name(product, one, layout)] = _timed(device, runs)
     source = torch.ones(_copied(device) // 4, device=device)
-    tasks[_COPY] = _timed(device, partial(torch.zeros_like(source).copy_, source))
+    tasks[_COPY] = _timed(device, [partial(torch.zeros_like(source).copy_, source)])
     return tasks
 
 
+def operands(product: Product, dtype: torch.dtype) -> int:
+    """How many sets of rows a probe rotates through on a GPU, so that none is found in the second-level cache."""
+    size = product.rows * product.inner * dtype.itemsize
+    return min(REPEATS, math.ceil(FLUSHED_BYTES / size) + 1)
+
+
 def rates(samples: Samples, products: Sequence[Product], dtype: torch.dtype, device: torch.device = _CPU) -> Rates:
-    """The best product's and the copy's rate, from their median times."""
+    """The best product's and the copy's rate, from their median times; 0 where memory did not suffice for a probe."""
     flop = [
-        product.flop / _median(samples, _name(product, one, layout))
+        product.flop / _median(samples, name)
         for product in products
         for one in _dtypes(dtype, device)
         for layout in _LAYOUTS
+        if (name := _name(product, one, layout)) in samples
     ]
-    return Rates(max(flop, default=0.0), 2 * _copied(device) / _median(samples, _COPY))
+    return Rates(max(flop, default=0.0), 2 * _copied(device) / _median(samples, _COPY) if _COPY in samples else 0.0)
 
 
 def total(work: Mapping[str, Work]) -> Work:
@@ -78,11 +92,25 @@ def _name(product: Product, dtype: torch.dtype, layout: str) -> str:
     return f"probe {dtype} {product.rows}x{product.inner}x{product.columns} {layout}"
 
 
-def _timed(device: torch.device, run: Callable[[], object]) -> Task:
+def _timed(device: torch.device, runs: Sequence[Callable[[], object]]) -> Task:
+    count = REPEATS if device.type == "cuda" else 1
+    run = repeated(runs, count) if device.type == "cuda" else runs[0]
+
     def task(_: int) -> tuple[float, ...]:
         watch = Stopwatch(device)
         run()
         watch.mark()
-        return watch.laps()
+        return tuple(lap / count for lap in watch.laps())
 
     return task
+
+
+def repeated(runs: Sequence[Callable[[], object]], count: int, recorder: Recorder = record) -> Callable[[], None]:
+    """What replays a CUDA graph of so many runs, one after the other in turn."""
+
+    def all_runs() -> None:
+        for place in range(count):
+            runs[place % len(runs)]()
+
+    replay, _ = recorder(all_runs)
+    return replay

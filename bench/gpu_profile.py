@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = SIZES | {letter: int(size) for letter, _, size in (one.partition("=") for one in options.sizes)}
     workload = SideMoE(sizes, DTYPES[options.dtype], device)
     title = f"side_moe {options.dtype} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}: one step"
-    text = "\n".join([machine.line(machine.describe(device)), "", title, "", *table(measure(workload))])
+    spent = measure(workload)
+    if not spent:
+        print("python -m bench.gpu_profile: the profiler saw no kernel", file=sys.stderr)
+        return 1
+    text = "\n".join([machine.line(machine.describe(device)), "", title, "", *table(spent)])
     print(text)
     if options.out is not None:
         options.out.write_text(text + "\n")

@@ -7,7 +7,8 @@
 # the same command goes on after an interruption; --fresh runs all. Logs are in FOLDER/.gpu_suite. The exit code is 1 if
 # a part failed, 2 if there is no GPU or the command line is wrong. docs/benchmarking.md says more.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+caller=$PWD
+cd "$(dirname "$0")/.." || exit 2
 
 PYTHON=${PYTHON:-python3}
 PART_SECONDS=${GPU_SUITE_PART_SECONDS:-480}
@@ -27,7 +28,11 @@ for argument in "$@"; do
     esac
 done
 stage=${asked[0]:-all}
-folder=${asked[1]:-bench/results}
+folder=${asked[1]:-$PWD/bench/results}
+case $folder in
+    /*) ;;
+    *) folder=$caller/$folder ;;
+esac
 [ ${#asked[@]} -le 2 ] || usage
 case $stage in
     build | test | bench | sanitize | all) ;;
@@ -55,26 +60,62 @@ if [ -z "$commit" ]; then
     changed=$(git status --porcelain -- xsmoe_kernels bench tests csrc setup.py ':!bench/results' 2>/dev/null || echo yes)
     [ -z "$changed" ] || commit=$commit-$(sources)
 fi
+# The results name the same commit as the markers.
+export GPU_SUITE_COMMIT=$commit
+
+failures=0
+running=
+
+# Ctrl-C stops the running part, whose marker says by now that it failed.
+interrupted() {
+    trap '' INT TERM
+    if [ -n "$running" ]; then
+        kill -TERM "$running" 2>/dev/null
+        wait "$running"
+    fi
+    echo "bench/gpu_suite.sh: interrupted" >&2
+    exit 130
+}
+trap interrupted INT TERM
+
+# A marker is NAME.passed, NAME.failed or NAME.absent, and holds the commit and what there is to say.
+mark() {
+    forget "$1"
+    echo "$commit $3" >"$state/$1.$2"
+}
+
+forget() {
+    rm -f "$state/$1".{passed,failed,absent}
+}
+
+marked() {
+    [ "$(cut -d' ' -f1 "$state/$1.$2" 2>/dev/null)" = "$commit" ]
+}
 
 # part NAME COMMAND...: runs it once for this commit; its last lines are shown if it fails.
 part() {
-    local name=$1 marker=$state/$1-$commit begin=$SECONDS code
+    local name=$1 begin=$SECONDS code
     shift
-    if [ -e "$marker" ]; then
+    if marked "$name" passed; then
         echo "$name: passed before"
         return
     fi
-    rm -f "$state/$name.failed" "$state/$name.absent"
+    # What ends this script while the part runs must not leave it passed.
+    mark "$name" failed "did not end"
+    rm -f "$state/$name.xml"
     echo "$name: $*"
-    timeout -k 10 "$PART_SECONDS" "$@" >"$state/$name.log" 2>&1
+    timeout -k 10 "$PART_SECONDS" "$@" >"$state/$name.log" 2>&1 &
+    running=$!
+    wait "$running"
     code=$?
+    running=
     if [ $code -eq 0 ]; then
-        rm -f "$state/$name"-*
-        echo "$((SECONDS - begin)) s" >"$marker"
+        mark "$name" passed "$((SECONDS - begin)) s"
         echo "$name: passed in $((SECONDS - begin)) s"
     else
+        failures=$((failures + 1))
         [ $code -ne 124 ] || code="stopped after $PART_SECONDS s"
-        echo "$code" >"$state/$name.failed"
+        mark "$name" failed "$code"
         tail -n 40 "$state/$name.log"
         echo "$name: FAILED ($code); the whole log is $state/$name.log"
     fi
@@ -82,8 +123,7 @@ part() {
 
 # absent NAME REASON: says why a part cannot run here, which is no failure.
 absent() {
-    rm -f "$state/$1.failed"
-    echo "$2" >"$state/$1.absent"
+    mark "$1" absent "$2"
     echo "$1: left out: $2"
 }
 
@@ -104,7 +144,9 @@ pytest() {
 test_gpu() {
     pytest test_side_moe "test_triton_side_moe"
     pytest test_routing "test_triton_route_topk or test_triton_grouped_mm"
-    pytest test_rest "triton and not test_triton_side_moe and not test_triton_route_topk and not test_triton_grouped_mm"
+    # Two files compile for GPUs that need not be there; they are tests of any machine.
+    local elsewhere="test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
+    pytest test_rest "triton and not ($elsewhere or test_triton_budget or test_triton_compiles_once)"
 }
 
 kernels() {
@@ -114,21 +156,27 @@ kernels() {
 }
 
 bench() {
-    local narrow="naive,naive-autocast,naive-narrow,compiled,compiled-graph,eager,ours,ours-recompute,ours-graph"
+    local rivals="naive,naive-autocast,naive-narrow,compiled,compiled-graph,eager,eager-graph"
     local usual="N=2816 E=10 D=768 R=64 M=2"
     # shellcheck disable=SC2086 # sizes are words
     {
         kernels bench_bfloat16 "side_moe-$gpu-bfloat16.json" side_moe --dtype bfloat16 --sizes $usual \
-            --variants "$narrow" --against naive,naive-autocast,compiled,compiled-graph
+            --variants "$rivals,ours,ours-recompute,ours-graph" \
+            --against naive,naive-autocast,compiled,compiled-graph,eager-graph
         kernels bench_float16 "side_moe-$gpu-float16.json" side_moe --dtype float16 --sizes $usual \
-            --variants naive-autocast,compiled-graph,eager,ours,ours-graph --against naive-autocast,compiled-graph
+            --variants naive-autocast,compiled-graph,eager,eager-graph,ours,ours-graph \
+            --against naive-autocast,compiled-graph,eager-graph
         kernels bench_float32 "side_moe-$gpu-float32.json" side_moe --sizes $usual \
-            --variants naive,compiled,compiled-graph,eager,ours,ours-graph --against naive,compiled,compiled-graph
+            --variants naive,compiled,compiled-graph,eager,eager-graph,ours,ours-graph \
+            --against naive,compiled,compiled-graph,eager-graph
         kernels bench_sizes "side_moe-$gpu-bfloat16-sizes.json" side_moe --dtype bfloat16 --seconds 2 \
-            --sizes N=256,2816,65536 E=1,10,32 --variants naive-autocast,eager,ours,ours-graph
+            --sizes N=256,2816,65536 E=1,10,32 --variants naive-autocast,eager,eager-graph,ours,ours-graph \
+            --against naive-autocast,eager-graph
     }
     kernels bench_routing "routing-$gpu-bfloat16.json" route_topk grouped_mm --dtype bfloat16 --seconds 2
     part profile "$PYTHON" -m bench.gpu_profile --out "$folder/side_moe-profile-$gpu.txt"
+    # The measurements under it may be new.
+    forget roofline
     if "$PYTHON" -c "import matplotlib" 2>/dev/null; then
         part roofline "$PYTHON" -m bench.roofline "$folder/roofline-$gpu.png" \
             "$folder/side_moe-$gpu-bfloat16.json" "$folder/side_moe-$gpu-bfloat16-sizes.json"
@@ -137,21 +185,33 @@ bench() {
     fi
 }
 
+# Says what is wrong with compute-sanitizer here, and nothing if it works.
+sanitizer_fails() {
+    local said
+    said=$(timeout -k 10 120 "$1" --tool memcheck --report-api-errors no --error-exitcode 9 \
+        "$PYTHON" -c "import torch; torch.ones(3, device='cuda').sum().item()" 2>&1 </dev/null) && return
+    said=$(grep -i -m 1 error <<<"$said" || tail -n 1 <<<"$said")
+    echo "compute-sanitizer does not work here: ${said:-it says nothing}"
+}
+
 sanitize() {
-    local tool check room
-    tool=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer)
+    local tool wrong="compute-sanitizer is not here" check room flags
+    tool=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) && wrong=$(sanitizer_fails "$tool")
     for check in memcheck racecheck; do
-        if [ -z "$tool" ]; then
-            absent "$check" "compute-sanitizer is not here"
+        forget "$check"
+        if [ -n "$wrong" ]; then
+            absent "$check" "$wrong"
             continue
         fi
-        for room in "side_moe --sizes N=300 E=3 D=48 R=8 M=2" "route_topk --sizes N=300 E=5" \
-            "grouped_mm --sizes M=300 E=3 K=48 P=8"; do
+        flags=
+        # What torch asks the driver for, and is refused, is no error of a kernel.
+        [ "$check" != memcheck ] || flags="--report-api-errors no"
+        for room in "side_moe side_moe N=300 E=3 D=768 R=64 M=2" "side_moe_small side_moe N=300 E=3 D=48 R=8 M=2" \
+            "route_topk route_topk N=300 E=5 k=2" "grouped_mm grouped_mm M=300 E=3 K=48 P=8"; do
             # Every tensor in an allocation of its own, so that what lies beyond it is seen.
-            # shellcheck disable=SC2086 # the room's words
+            # shellcheck disable=SC2086 # the flags' and the room's words
             part "${check}_${room%% *}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-                "$tool" --tool "$check" --error-exitcode 9 \
-                "$PYTHON" -m bench kernels $room --device cuda --dtype bfloat16 --seconds 0.01 --variants ours
+                "$tool" --tool "$check" $flags --error-exitcode 9 "$PYTHON" -m bench.gpu_sanitize ${room#* }
         done
     done
 }
@@ -170,8 +230,10 @@ case $stage in
 esac
 
 echo
-"$PYTHON" -m bench.gpu_summary "$folder" | tee "$folder/gpu-suite-$gpu.md"
+"$PYTHON" -m bench.gpu_summary "$folder" --commit "$commit" | tee "$folder/gpu-suite-$gpu.md" ||
+    failures=$((failures + 1))
 for failed in "$state"/*.failed; do
-    [ ! -e "$failed" ] || exit 1
+    failed=${failed##*/}
+    ! marked "${failed%.failed}" failed || failures=$((failures + 1))
 done
-exit 0
+[ "$failures" -eq 0 ]

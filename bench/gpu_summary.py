@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +14,9 @@ from bench.measure import quantiles
 from bench.results import Row, Run
 
 _STATE = ".gpu_suite"
+_MARKS = {"passed": "passed in ", "failed": "FAILED: ", "absent": "left out: "}
+# Variants that compute in float32 whatever the dtype of the case.
+_WIDE = ("naive",)
 _COUNTS = ("tests", "failures", "errors", "skipped")
 
 
@@ -22,13 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_summary", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("bench/results"))
     parser.add_argument("--gpu", action="store_true", help="prints what the GPU is called in file names")
+    parser.add_argument("--commit", help="leaves out what is of another commit")
     options = parser.parse_args(arguments)
     if options.gpu:
         if not torch.cuda.is_available():
             return 2
         print(short_name(torch.cuda.get_device_name()))
         return 0
-    print("\n\n".join(filter(None, (parts(options.folder / _STATE), speeds(measured(options.folder))))))
+    ran, runs = parts(options.folder / _STATE, options.commit), measured(options.folder, options.commit)
+    print("\n\n".join(filter(None, (ran, speeds(runs)))))
     return 0
 
 
@@ -37,16 +42,16 @@ def short_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
 
 
-def parts(state: Path) -> str:
-    """A row for each part that ran, with its tests."""
+def parts(state: Path, commit: str | None = None) -> str:
+    """A row for each part that ended, with its tests; only those of a commit, if one is given."""
     rows = []
-    for log in sorted(state.glob("*.log"), key=lambda path: path.stat().st_mtime):
-        failed, passed = state / f"{log.stem}.failed", sorted(state.glob(f"{log.stem}-*"))
-        if failed.exists():
-            rows.append([log.stem, f"FAILED: {failed.read_text().strip()}", tests(state / f"{log.stem}.xml")])
-        elif passed:
-            rows.append([log.stem, f"passed in {passed[-1].read_text().strip()}", tests(state / f"{log.stem}.xml")])
-    rows += [[path.stem, f"left out: {path.read_text().strip()}", ""] for path in sorted(state.glob("*.absent"))]
+    for path in sorted(state.glob("*.*"), key=lambda path: path.stat().st_mtime):
+        name, mark = path.stem, path.suffix.removeprefix(".")
+        if mark not in _MARKS:
+            continue
+        of, _, said = path.read_text().strip().partition(" ")
+        if commit is None or of == commit:
+            rows.append([name, _MARKS[mark] + said, "" if mark == "absent" else tests(state / f"{name}.xml")])
     return "\n".join(results.aligned(["part", "state", "tests"], rows)) if rows else ""
 
 
@@ -61,16 +66,20 @@ def tests(path: Path) -> str:
     return f"{total - failed - skipped} passed, {failed} failed, {skipped} skipped"
 
 
-def measured(folder: Path) -> Iterator[Run]:
-    """The runs on GPUs that lie in a folder."""
+def measured(folder: Path, commit: str | None = None) -> Iterator[Run]:
+    """The runs on GPUs that lie in a folder; only those of a commit, if one is given."""
     for path in sorted(folder.glob("*.json")):
         try:
             run = results.load(path)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             print(f"{path.name} is left out: {error}", file=sys.stderr)
             continue
-        if any(case.device == "cuda" for case in run.cases):
-            yield run
+        if not any(case.device == "cuda" for case in run.cases):
+            continue
+        if commit is not None and run.machine.get("commit") != commit:
+            print(f"{path.name} is left out: it is of commit {run.machine.get('commit')}", file=sys.stderr)
+            continue
+        yield run
 
 
 def speeds(runs: Iterator[Run]) -> str:
@@ -88,9 +97,9 @@ def speeds(runs: Iterator[Run]) -> str:
                 continue
             step = _step(row)
             against = [speedup(row, others.get(name)) for name in rivals]
-            peaks = [_mib(row.peak_bytes), _mib(largest(others))]
+            peaks = [_mib(row.peak_bytes), leanest(others.values(), case.dtype)]
             body.append([*label, f"{step.median * 1e3:.3f}", *against, f"{step.share:.0%}", *peaks])
-    head = ["case", "variant", "ms", *(f"x {name}" for name in rivals), "of floor", "peak MiB", "naive's"]
+    head = ["case", "variant", "ms", *(f"x {name}" for name in rivals), "of floor", "peak MiB", "leanest rival's"]
     return "\n".join(results.aligned(head, body)) if body else ""
 
 
@@ -104,9 +113,17 @@ def speedup(row: Row, rival: Row | None) -> str:
     return f"{quantiles(ratios).median:.2f}"
 
 
-def largest(rivals: dict[str, Row]) -> int | None:
-    """The most memory that a published formulation takes."""
-    return max((row.peak_bytes or 0 for name, row in rivals.items() if name.startswith("naive")), default=0) or None
+def leanest(rivals: Iterable[Row], dtype: str) -> str:
+    """The least peak of a rival of the same dtype, and whose it is."""
+    peaks = [
+        (row.peak_bytes, row.variant)
+        for row in rivals
+        if row.peak_bytes is not None and (dtype == "float32" or row.variant not in _WIDE)
+    ]
+    if not peaks:
+        return ""
+    least, name = min(peaks)
+    return f"{_mib(least)} ({name})"
 
 
 def _ours(row: Row) -> bool:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from bench.workload import Absent, Tensors, Variant, gradients
 
+T = TypeVar("T")
 Step = Callable[[], tuple[Tensors, Tensors]]
 Recorder = Callable[[Step], tuple[Callable[[], None], tuple[Tensors, Tensors]]]
 
@@ -37,7 +39,7 @@ class StaticRows:
         return self.rows
 
 
-def record(step: Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
+def record(step: Callable[[], T]) -> tuple[Callable[[], None], T]:
     """What replays a step, and where its results lie then."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -78,6 +80,12 @@ def replayed(variant: Variant, device: torch.device, recorder: Recorder = record
         return found
 
     return replace(variant, prepare=prepare, step=step)
+
+
+def replayed_like(build: Callable[[str], Variant], name: str, device: torch.device) -> Variant:
+    """The variant "some-graph" of "some", whose products are the same."""
+    base = name.removesuffix("-graph")
+    return replace(replayed(build(base), device), name=name, like=base)
 
 
 def kept_in_place(variant: Variant) -> Variant:

@@ -73,10 +73,11 @@ def run(options: argparse.Namespace) -> int:
         case = measure(workload, names, against, seconds=seconds, say=_speaker(label, begin))
         cases.append(case)
         print(f"\n{results.table(results.as_saved(case))}", flush=True)
+        # After every case, so that who is stopped loses only what was going on.
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            results.save(results.Run(options.given, facts, cases, time.monotonic() - begin), options.json)
     done = results.Run(options.given, facts, cases, time.monotonic() - begin)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        results.save(done, options.json)
     for case, row in done.refused():
         print(f"refused: {case.operator} {row.variant} at {case.sizes}: {row.reason}", file=sys.stderr)
     return 1 if done.refused() else 0

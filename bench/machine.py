@@ -25,6 +25,11 @@ _VARIABLES = (
     "DNNL_",
     "TORCHINDUCTOR_",
     "CUDA_VISIBLE",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUBLAS_",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_",
+    "TRITON_",
 )
 _GPU_FIELDS = (
     "driver_version",
@@ -68,6 +73,8 @@ def describe(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
             "triton": facts["info"].get("versions", {}).get("triton"),
+            # Not allow_tf32: torch refuses to tell that once somebody has set this.
+            "fp32_precision": getattr(torch.backends.cuda.matmul, "fp32_precision", None),
             **_nvidia_smi(device),
         }
     return facts
@@ -163,6 +170,9 @@ def _cpu() -> dict[str, Any]:
 
 
 def _commit() -> str:
+    # Set where the sources have been copied to without their history.
+    if given := os.environ.get("GPU_SUITE_COMMIT"):
+        return given
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

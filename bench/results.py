@@ -2,14 +2,17 @@
 
 A file holds a `Run`: the machine, and cases in the order they ran. A case is an operator at one size, dtype and device,
 and has a row per variant. A row has a timing per pass: "forward", "backward", and "both", which is a whole step. Times
-are seconds, sizes bytes, rates a second. Field names and their meaning change only together with `SCHEMA`.
+are seconds, sizes bytes, rates a second. Field names and their meaning change only together with `SCHEMA`. Fields may
+be added without it: `load` passes over those that it does not know.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 SCHEMA = 1
 STATUSES = ("measured", "refused", "absent", "skipped")
@@ -43,14 +46,15 @@ class Row:
     """One variant of a case.
 
     Attributes:
-        status: "measured"; "refused": its results are wrong; "absent": it cannot run here; "skipped": it would not fit.
+        status: "measured"; "refused": its results are wrong; "absent": it cannot run here; "skipped": memory is short.
         reason: why it is not measured.
         backend: which backend of xsmoe_kernels served it; None for rivals.
         error: its largest error, in units of the reference's; None where nothing was computed.
         worst: the result in which that was found.
         saved_bytes: kept for backward beyond inputs and weights.
         compile_seconds: its first run, where torch.compile made it. Inductor's cache on disk may have been warm.
-        peak_bytes: of torch's allocator during a step, beyond inputs and outputs; None where nobody counts, as on CPUs.
+        peak_bytes: by how much torch's allocator grew during a step; None where nobody counts, as on CPUs.
+        returned_bytes: what that step returned, results and gradients, of which some may be among `peak_bytes`.
         remark: what to know of this row, if anything.
         passes: timings; of "both" only, where a variant runs a whole step at once.
     """
@@ -64,6 +68,7 @@ class Row:
     saved_bytes: int | None = None
     compile_seconds: float | None = None
     peak_bytes: int | None = None
+    returned_bytes: int | None = None
     remark: str | None = None
     passes: dict[str, Timing] = field(default_factory=dict)
 
@@ -124,7 +129,7 @@ def load(path: Path) -> Run:
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {data.get('schema')}, and this version reads {SCHEMA}; measure again")
     cases = [_case(case) for case in data.pop("cases")]
-    return Run(cases=cases, **data)
+    return _of(Run, data | {"cases": cases})
 
 
 def as_saved(case: Case) -> Case:
@@ -139,7 +144,7 @@ def table(case: Case) -> str:
     passes = [name for name in ("forward", "backward", "both") if name == step or step == "both"]
     head = ["variant", *(f"{name} ms" for name in passes), *(f"x {name}" for name in baselines)]
     peaks = any(row.peak_bytes is not None for row in case.rows)
-    head += ["of floor", "GFLOP/s", "saved MiB", *(["peak MiB"] if peaks else []), "error"]
+    head += ["of floor", "GFLOP/s", "saved MiB", *(["peak MiB", "returned MiB"] if peaks else []), "error"]
     body, notes = [], []
     for row in case.rows:
         name = f"{row.variant} ({row.backend})" if row.backend else row.variant
@@ -154,7 +159,7 @@ def table(case: Case) -> str:
             f"{last.share:.0%}" if last.share >= 0.1 else f"{last.share:.1%}",
             "" if last.flop is None else f"{last.flop / last.median / 1e9:.0f}",
         ]
-        cells += [_mib(row.saved_bytes), *([_mib(row.peak_bytes)] if peaks else [])]
+        cells += [_mib(row.saved_bytes), *([_mib(row.peak_bytes), _mib(row.returned_bytes)] if peaks else [])]
         cells += ["" if row.error is None else f"{row.error:.2f}"]
         body.append(cells)
         if row.compile_seconds is not None:
@@ -210,13 +215,19 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _case(data: Mapping[str, Any]) -> Case:
-    rows = [Row(**row | {"passes": {name: _timing(t) for name, t in row["passes"].items()}}) for row in data["rows"]]
-    return Case(**{**data, "rows": rows})
+    rows = [_of(Row, row | {"passes": {name: _timing(t) for name, t in row["passes"].items()}}) for row in data["rows"]]
+    return _of(Case, {**data, "rows": rows})
 
 
 def _timing(data: Mapping[str, Any]) -> Timing:
     against = {name: (ratio[0], ratio[1], ratio[2]) for name, ratio in data["against"].items()}
-    return Timing(**{**data, "against": against})
+    return _of(Timing, {**data, "against": against})
+
+
+def _of(kind: type[T], data: Mapping[str, Any]) -> T:
+    """A record of the fields that it knows."""
+    known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in data.items() if name in known})
 
 
 def _dumps(value: Any, indent: int = 0) -> str:

@@ -90,7 +90,7 @@ def draw(found: Sequence[Point], roof: Ceilings, picture: Path) -> None:
 
 
 def _with_products(runs: Sequence[Run]) -> list[Case]:
-    return [case for run in runs for case in run.cases if case.flop_rate and sum(case.flop.values())]
+    return [case for run in runs for case in run.cases if case.flop_rate and case.byte_rate and sum(case.flop.values())]
 
 
 if __name__ == "__main__":

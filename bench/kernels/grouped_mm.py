@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.graph import on_cuda, replayed
+from bench.graph import on_cuda, replayed_like
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe_kernels import grouped_mm, use_backend
 
@@ -51,7 +51,11 @@ class GroupedMM(Workload):
         return f"groups of {min(groups)} to {max(groups)} rows, {experts - 1} of {experts} experts frozen"
 
     def variants(self) -> tuple[str, ...]:
-        return "loop", "padded", "torch", "ours", *on_cuda(self.device, "ours-graph")
+        names = "loop", "padded", "torch", "ours"
+        return *names, *on_cuda(self.device, *(f"{name}-graph" for name in names))
+
+    def baselines(self) -> tuple[str, ...]:
+        return "loop", *on_cuda(self.device, "loop-graph", "torch-graph")
 
     def optional(self) -> tuple[str, ...]:
         return "compiled-loop", "reference"
@@ -78,8 +82,8 @@ class GroupedMM(Workload):
             return self.reference()
         if name == "ours":
             return self._ours(name, "auto")
-        if name == "ours-graph":
-            return replayed(self._ours(name, "auto"), self.device)
+        if name in ("loop-graph", "padded-graph", "torch-graph", "ours-graph"):
+            return replayed_like(self.build, name, self.device)
         if name == "loop":
             return self._split(name, self._loop)
         if name == "compiled-loop":
@@ -179,6 +183,8 @@ class GroupedMM(Workload):
         try:
             trial = self.draw()
             torch.autograd.grad(forward(trial)["y"], [trial["x"], weight], trial["grad"])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise Absent(f"torch's grouped_mm fails here: {str(error).splitlines()[0]}") from error
         # It cannot leave out the weight gradients of frozen experts, and torch does not count its products.

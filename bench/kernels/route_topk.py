@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.graph import on_cuda, replayed
+from bench.graph import on_cuda, replayed_like
 from bench.workload import Tensors, Variant, Work, Workload
 from xsmoe_kernels import route_topk, use_backend
 
@@ -26,7 +26,11 @@ class RouteTopk(Workload):
         return f"the best {self.sizes['k']} of {self.sizes['E']} experts for each row, sorted by expert"
 
     def variants(self) -> tuple[str, ...]:
-        return "eager", "compiled", "ours", *on_cuda(self.device, "ours-graph")
+        graphs = on_cuda(self.device, "eager-graph", "ours-graph")
+        return "eager", *graphs[:1], "compiled", "ours", *graphs[1:]
+
+    def baselines(self) -> tuple[str, ...]:
+        return "eager", *on_cuda(self.device, "eager-graph")
 
     def optional(self) -> tuple[str, ...]:
         return ("reference",)
@@ -53,8 +57,8 @@ class RouteTopk(Workload):
             return self.reference()
         if name == "ours":
             return self._ours(name, "auto")
-        if name == "ours-graph":
-            return replayed(self._ours(name, "auto"), self.device)
+        if name in ("eager-graph", "ours-graph"):
+            return replayed_like(self.build, name, self.device)
         chosen = self.sizes["k"]
         if name == "eager":
             return Variant(name, lambda rows: _eager(rows["logits"], chosen), _leaves)
@@ -90,7 +94,16 @@ def _eager(logits: Tensor, chosen: int) -> Tensors:
     top = wide.topk(chosen, dim=1)
     # Dividing the chosen gates by their sum is a softmax over the chosen logits.
     gates = top.values.softmax(dim=1).to(logits.dtype)
-    order = top.indices.flatten().sort(stable=True).indices
-    counts = torch.bincount(top.indices.flatten(), minlength=logits.shape[1])
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    return {"y": gates, "experts": top.indices, "order": order, "offsets": offsets}
+    in_order = top.indices.flatten().sort(stable=True)
+    offsets = (_offsets_by_search if logits.is_cuda else _offsets_by_count)(in_order.values, logits.shape[1])
+    return {"y": gates, "experts": top.indices, "order": in_order.indices, "offsets": offsets}
+
+
+def _offsets_by_count(experts: Tensor, every: int) -> Tensor:
+    counts = torch.bincount(experts, minlength=every)
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _offsets_by_search(experts: Tensor, every: int) -> Tensor:
+    """The same of sorted experts, for a GPU, where `torch.bincount` has the host wait for the largest of them."""
+    return torch.searchsorted(experts, torch.arange(every + 1, device=experts.device))

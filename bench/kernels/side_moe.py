@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.graph import kept_in_place, on_cuda, replayed
+from bench.graph import kept_in_place, on_cuda, replayed_like
 from bench.kernels.side_moe_rivals import (
     EagerLevel,
     Ladders,
@@ -67,9 +67,10 @@ class SideMoE(Workload):
         return f"{levels} in training, {experts - 1} of {experts} experts frozen, utilization counted"
 
     def variants(self) -> tuple[str, ...]:
-        graphs = on_cuda(self.device, "ours-graph")
         compiled = "compiled", *on_cuda(self.device, "compiled-graph")
-        return *self.baselines(), *compiled, "eager", "ours", "ours-recompute", *graphs
+        eager = "eager", *on_cuda(self.device, "eager-graph")
+        ours = "ours", "ours-recompute", *on_cuda(self.device, "ours-graph")
+        return *self.baselines(), *compiled, *eager, *ours
 
     def optional(self) -> tuple[str, ...]:
         return *(() if self.dtype == torch.float32 else ("naive-narrow",)), "compiled-eager", "reference"
@@ -125,8 +126,8 @@ class SideMoE(Workload):
             return self._ours(name, recompute=False, backend="auto")
         if name == "ours-recompute":
             return self._ours(name, recompute=True, backend="auto")
-        if name == "ours-graph":
-            return replayed(self._ours(name, recompute=False, backend="auto"), self.device)
+        if name in ("eager-graph", "ours-graph"):
+            return replayed_like(self.build, name, self.device)
         if name == "reference":
             return self.reference()
         raise ValueError(f"side_moe has no variant {name!r}")
@@ -140,7 +141,8 @@ class SideMoE(Workload):
         return {"forward": forward, "backward": backward}
 
     def products(self) -> Sequence[Product]:
-        rows, dim, hidden = self.sizes["N"], self.sizes["D"], self.sizes["E"] * self.sizes["R"]
+        # Of all modalities: one launch may hold them, and a larger product is a faster one.
+        rows, dim, hidden = self.sizes["N"] * self.modalities, self.sizes["D"], self.sizes["E"] * self.sizes["R"]
         return Product(rows, dim, hidden), Product(rows, hidden, dim)
 
     def memory(self, name: str) -> float:

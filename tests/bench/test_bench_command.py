@@ -7,6 +7,7 @@ import pytest
 
 from bench import kernels_command, results
 from bench.__main__ import main
+from bench.workload import Workload
 
 TINY = ["--sizes", "N=67", "E=1,3", "D=24", "R=6", "--seconds", "0.01"]
 NAMES = ["naive", "eager", "ours", "ours-recompute"]
@@ -59,7 +60,14 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
     assert results.load(path) == run
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 0}))
+    newer = json.loads(path.read_text())
+    (newest,) = newer["cases"]
+    for record in (newer, newest, newest["rows"][0], newest["rows"][0]["passes"]["forward"]):
+        record["of a later version"] = 1
+    path.write_text(json.dumps(newer))
+    assert results.load(path) == run
+
+    path.write_text(json.dumps(newer | {"schema": 0}))
     with pytest.raises(ValueError, match="schema 0"):
         results.load(path)
 
@@ -89,6 +97,21 @@ def test_a_refused_row_makes_the_exit_code_1(
         main(["kernels", "route_topk", "--sizes", "N=5", "E=3", "--variants", "eager,ours", "--seconds", "0.01"]) == 1
     )
     assert "refused: route_topk ours at {'N': 5, 'E': 3, 'k': 2}: y: error 1" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept_when_the_next_case_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, path = kernels_command.measure, tmp_path / "run.json"
+
+    def measure(workload: Workload, *arguments: object, **settings: object) -> results.Case:
+        if workload.sizes["E"] == 4:
+            raise KeyboardInterrupt
+        return whole(workload, *arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernels_command, "measure", measure)
+    given = ["--sizes", "N=5", "E=3,4", "--variants", "ours", "--seconds", "0.01", "--json", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        main(["kernels", "route_topk", *given])
+    assert [case.sizes["E"] for case in results.load(path).cases] == [3]
 
 
 @pytest.mark.parametrize(

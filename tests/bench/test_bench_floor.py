@@ -1,5 +1,8 @@
 """Floors: their arithmetic against design figures, and rates from samples."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
@@ -53,3 +56,50 @@ def test_a_gpu_is_measured_in_the_dtype_at_hand_and_copies_more() -> None:
     gpu = torch.device("cuda")
     assert floor._dtypes(torch.bfloat16, gpu) == (torch.bfloat16,)
     assert floor._copied(gpu) > floor._copied(torch.device("cpu"))
+
+
+def test_a_probe_on_a_gpu_runs_often_in_one_graph_and_rotates_its_rows() -> None:
+    ran: list[int] = []
+
+    def recorder(step: Callable[[], None]) -> tuple[Callable[[], None], None]:
+        return step, None
+
+    replay = floor.repeated([partial(ran.append, place) for place in range(3)], 20, recorder)
+    assert ran == []
+    replay()
+    assert ran == [place % 3 for place in range(20)]
+    assert floor.REPEATS >= 20
+    assert floor.operands(Product(131072, 768, 640), torch.bfloat16) == 3
+    assert floor.operands(Product(512, 768, 640), torch.bfloat16) == floor.REPEATS
+
+
+def test_a_probe_on_a_gpu_counts_each_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watch:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def mark(self) -> None: ...
+
+        def laps(self) -> tuple[float, ...]:
+            return (10.0,)
+
+    monkeypatch.setattr(floor, "Stopwatch", Watch)
+    monkeypatch.setattr(floor, "repeated", lambda runs, count: lambda: None)
+    assert floor._timed(torch.device("cuda"), [lambda: None])(0) == (10.0 / floor.REPEATS,)
+
+
+def test_a_probe_that_does_not_fit_is_left_out(cpu: torch.device) -> None:
+    products = [Product(2, 3, 4)]
+    tasks = floor.probes(products, torch.float32, cpu)
+    samples = {name: [(0.5,)] for name in tasks}
+    assert floor.rates({name: laps for name, laps in samples.items() if "copy" in name}, products, torch.float32) == (
+        0.0,
+        4.0 * floor.COPIED_BYTES,
+    )
+    assert floor.rates({}, products, torch.float32) == (0.0, 0.0)
+    assert floor.seconds(Work(100.0, 30.0), floor.Rates(0.0, 0.0)) == 0.0
+
+
+def test_products_are_those_of_all_modalities(cpu: torch.device) -> None:
+    workload = SideMoE({"N": N, "E": E, "D": D, "R": R, "M": 2}, torch.float32, cpu)
+    assert list(workload.products()) == [Product(2 * N, D, E * R), Product(2 * N, E * R, D)]

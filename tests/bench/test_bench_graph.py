@@ -10,7 +10,7 @@ from torch import Tensor
 from bench import case, graph, measure, peak
 from bench.case import Rows, Truth, examine, outcome, timed
 from bench.kernels.grouped_mm import GroupedMM
-from bench.kernels.route_topk import RouteTopk
+from bench.kernels.route_topk import RouteTopk, _offsets_by_count, _offsets_by_search
 from bench.kernels.side_moe import SideMoE
 from bench.results import table
 from bench.workload import Absent, Tensors, Variant, Workload
@@ -114,11 +114,66 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(workload, "build", lambda name: graph.replayed(build("ours"), CUDA, fails))
     rows = Rows(workload)
+    truth = Truth(workload, rows.get(0, None))
+    reason = "it cannot be recorded: operation not permitted when stream is capturing"
+    for name, status in (("ours-graph", "refused"), ("eager-graph", "absent")):
+        row = examine(workload, name, rows, truth).row
+        assert (row.status, row.reason) == (status, reason)
+
+
+def does_nothing(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
+    return lambda: None, step()
+
+
+def says_the_same(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
+    found = step()
+    before = [{name: tensor.detach().clone() for name, tensor in mine.items()} for mine in found]
+
+    def replay() -> None:
+        for mine, kept in zip(found, before, strict=True):
+            for name, tensor in mine.items():
+                tensor.detach().copy_(kept[name])
+
+    return replay, found
+
+
+@pytest.mark.parametrize("wrong", [does_nothing, says_the_same])
+@pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
+def test_a_graph_that_does_not_read_its_rows_is_refused(
+    workload: Workload, wrong: graph.Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = workload.build
+    monkeypatch.setattr(workload, "build", lambda name: graph.replayed(build("ours"), CUDA, wrong))
+    rows = Rows(workload)
     row = examine(workload, "ours-graph", rows, Truth(workload, rows.get(0, None))).row
-    assert (row.status, row.reason) == (
-        "refused",
-        "it cannot be recorded: operation not permitted when stream is capturing",
-    )
+    assert row.status == "refused", row
+    assert "integers are wrong" in (row.reason or "") or "error" in (row.reason or "")
+
+
+@pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
+def test_rivals_replay_too(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = graph.replayed
+    monkeypatch.setattr(graph, "replayed", lambda variant, device: whole(variant, CUDA, recorder))
+    rows = Rows(workload)
+    truth = Truth(workload, rows.get(0, None))
+    with monkeypatch.context() as patch:
+        patch.setattr(workload, "device", CUDA)
+        names = [name for name in workload.variants() if name.endswith("-graph") and not name.startswith("compiled")]
+        assert set(workload.baselines()) <= set(workload.variants())
+    assert len(names) >= 2
+    for name in names:
+        checked = examine(workload, name, rows, truth)
+        assert checked.row.status in ("measured", "absent"), checked.row
+        if checked.variant is not None:
+            assert (checked.variant.name, checked.variant.like) == (name, name.removesuffix("-graph"))
+
+
+@pytest.mark.parametrize("experts", [1, 5, 64])
+def test_offsets_by_search_are_offsets_by_count(experts: int) -> None:
+    chosen = torch.randint(experts, (67,), generator=torch.Generator().manual_seed(0)).sort().values
+    found = _offsets_by_search(chosen, experts)
+    assert found.dtype == torch.int64
+    assert found.tolist() == _offsets_by_count(chosen, experts).tolist()
 
 
 @pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
@@ -153,18 +208,18 @@ def test_a_variant_of_reduce_overhead_is_right_and_compiles_once() -> None:
     assert set(row.passes) == {"forward", "backward", "both"}
 
 
-def test_the_peak_leaves_out_what_was_there_and_what_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_leaves_out_what_was_there_and_names_what_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     result = torch.zeros(10, 10)
 
     def step() -> list[Tensor]:
         return [result, result[:2]]
 
-    assert peak.peak_bytes(step, torch.device("cpu")) is None
+    assert peak.measure_peak(step, torch.device("cpu")) is None
     for name, value in (("memory_allocated", 1000), ("max_memory_allocated", 2500)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device: None)
-    assert peak.peak_bytes(step, CUDA) == 2500 - 1000 - result.nbytes
+    assert peak.measure_peak(step, CUDA) == (2500 - 1000, result.nbytes)
 
 
 def test_a_cpu_has_no_cache_to_flush() -> None:

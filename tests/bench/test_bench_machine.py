@@ -42,6 +42,18 @@ def test_a_gpu_is_described(asked: list[list[str]]) -> None:
     assert "driver 580.65.06, at 345 of 1980 MHz, Triton " in line
 
 
+def test_what_changes_times_is_recorded(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = ["TRITON_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "NVIDIA_TF32_OVERRIDE"]
+    for name in (*outside, "CUDA_LAUNCH_BLOCKING"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("GPU_SUITE_COMMIT", "abc-12")
+    facts = machine.describe(CUDA)
+    assert {*outside, "CUDA_LAUNCH_BLOCKING"} <= facts["environment"].keys()
+    assert facts["commit"] == "abc-12"
+    assert facts["gpu"]["fp32_precision"] == torch.backends.cuda.matmul.fp32_precision
+    assert "gpu" not in machine.describe(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("told", ["", "[N/A], [Not Supported], 1980, , 2619, 700.00, 31\n", "one, two\n"])
 def test_a_silent_driver_is_no_mistake(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     monkeypatch.setitem(globals(), "TOLD", told)

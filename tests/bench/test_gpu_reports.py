@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_profile, gpu_summary, results, roofline
+from bench import gpu_profile, gpu_sanitize, gpu_summary, results, roofline
 from bench.gpu_profile import Spent
 from bench.kernels.side_moe import SideMoE
 from bench.results import Case, Row, Run, Timing
@@ -17,10 +17,12 @@ def timing(seconds: float, share: float = 0.5) -> Timing:
     return Timing(seconds, seconds, seconds, [seconds, seconds * 2, seconds], {}, seconds * share, share, 4e9)
 
 
-def run(device: str = "cuda") -> Run:
+def run(device: str = "cuda", commit: str = "abc") -> Run:
     rows = [
         Row("naive", "measured", peak_bytes=96 << 20, passes={"forward": timing(4e-3), "both": timing(12e-3)}),
         Row("compiled-graph", "absent", "torch.compile fails here"),
+        Row("naive-autocast", "measured", peak_bytes=128 << 20, passes={"both": timing(4e-3)}),
+        Row("eager", "measured", peak_bytes=112 << 20, passes={"both": timing(2e-3)}),
         Row("ours", "measured", backend="triton", peak_bytes=8 << 20, passes={"both": timing(1e-3)}),
         Row("ours-graph", "measured", backend="triton", passes={"both": timing(5e-4, 0.9)}),
         Row("ours-recompute", "refused", "y: error 1"),
@@ -28,16 +30,17 @@ def run(device: str = "cuda") -> Run:
     sizes = {"N": 2816, "E": 10, "D": 768, "R": 64, "M": 2}
     work = {"forward": 1e9, "backward": 3e9}
     case = Case("side_moe", "title", sizes, "bfloat16", device, 1e13, 2e12, work, {"forward": 4e7}, 3, rows)
-    return Run(["kernels"], {}, [case], 1.0)
+    return Run(["kernels"], {"commit": commit}, [case], 1.0)
 
 
 def test_speeds_are_medians_of_paired_rounds() -> None:
     text = gpu_summary.speeds(iter([run(), run("cpu")]))
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert head == ["case", "variant", "ms", "x naive", "x compiled-graph", "of floor", "peak MiB", "naive's"]
+    rivals = ["x naive", "x compiled-graph", "x naive-autocast", "x eager"]
+    assert head == ["case", "variant", "ms", *rivals, "of floor", "peak MiB", "leanest rival's"]
     assert [row[1] for row in rows] == ["ours", "ours-graph", "ours-recompute"]
-    assert rows[0][2:] == ["1.000", "12.00", "absent", "50%", "8.0", "96.0"]
-    assert rows[1][2:] == ["0.500", "24.00", "absent", "90%", "", "96.0"]
+    assert rows[0][2:] == ["1.000", "12.00", "absent", "4.00", "2.00", "50%", "8.0", "112.0 (eager)"]
+    assert rows[1][2:] == ["0.500", "24.00", "absent", "8.00", "4.00", "90%", "", "112.0 (eager)"]
     assert rows[2][2] == "refused"
     assert "N=2816 E=10 D=768 R=64 M=2" in rows[0][0]
 
@@ -47,24 +50,33 @@ def test_the_summary_tells_of_parts_and_tests(tmp_path: Path, capsys: pytest.Cap
     state.mkdir()
     for name in ("build", "test_routing", "bench_sizes"):
         (state / f"{name}.log").write_text("")
-    (state / "build-abc").write_text("12 s\n")
-    (state / "test_routing-abc").write_text("34 s\n")
+    (state / "build.passed").write_text("abc 12 s\n")
+    (state / "test_routing.passed").write_text("abc 34 s\n")
+    (state / "profile.passed").write_text("def 2 s\n")
+    (state / "racecheck.absent").write_text("def compute-sanitizer is not here\n")
     (state / "test_routing.xml").write_text(
         '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
     )
-    (state / "bench_sizes.failed").write_text("stopped after 480 s\n")
-    (state / "memcheck.absent").write_text("compute-sanitizer is not here\n")
+    (state / "bench_sizes.failed").write_text("abc stopped after 480 s\n")
+    (state / "memcheck.absent").write_text("abc compute-sanitizer is not here\n")
     (tmp_path / "broken.json").write_text("{}")
     results.save(run(), tmp_path / "side_moe-toy.json")
-    assert gpu_summary.main([str(tmp_path)]) == 0
+    results.save(run(commit="def"), tmp_path / "side_moe-old.json")
+    assert gpu_summary.main([str(tmp_path), "--commit", "abc"]) == 0
     printed = capsys.readouterr()
     rows = {cells[0]: cells[1:] for line in printed.out.splitlines() if (cells := _cells(line))}
     assert rows["build"] == ["passed in 12 s", ""]
     assert rows["test_routing"] == ["passed in 34 s", "6 passed, 1 failed, 2 skipped"]
     assert rows["bench_sizes"][0] == "FAILED: stopped after 480 s"
     assert rows["memcheck"][0] == "left out: compute-sanitizer is not here"
-    assert "ours-graph" in printed.out
+    assert not rows.keys() & {"profile", "racecheck"}
+    assert printed.out.count("ours-graph") == 1
     assert "broken.json is left out" in printed.err
+    assert "side_moe-old.json is left out: it is of commit def" in printed.err
+    assert gpu_summary.main([str(tmp_path)]) == 0
+    everything = capsys.readouterr().out
+    assert everything.count("ours-graph") == 2
+    assert "profile" in everything
 
 
 def _cells(line: str) -> list[str]:
@@ -104,19 +116,46 @@ def test_a_step_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "| all " in out.read_text()
 
 
+def test_a_profile_without_kernels_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_profile, "measure", lambda workload: [])
+    out = tmp_path / "profile.txt"
+    sizes = ["--sizes", "N=5", "E=2", "D=8", "R=2", "M=1"]
+    assert gpu_profile.main(["--device", "cpu", "--dtype", "float32", *sizes, "--out", str(out)]) == 1
+    assert "saw no kernel" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("operator", "sizes", "ran"),
+    [
+        ("side_moe", ["N=67", "E=3", "D=48", "R=8", "M=2"], "ours\nours-recompute\n"),
+        ("route_topk", ["N=67", "E=5", "k=2"], "ours\n"),
+        ("grouped_mm", ["M=67", "E=3", "K=48", "P=8"], "ours\n"),
+    ],
+)
+def test_what_the_sanitizer_watches_runs(
+    operator: str, sizes: list[str], ran: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_sanitize.main([operator, *sizes, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == ran
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_profile.main([]) == 2
     assert gpu_summary.main(["--gpu"]) == 2
+    assert gpu_sanitize.main(["route_topk", "N=5", "E=5", "k=2"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_roofline_points_are_the_floors_work_in_the_measured_time() -> None:
     case = run().cases[0]
     found = roofline.points([run()])
-    assert [point.variant for point in found] == ["naive", "ours", "ours-graph"]
-    assert found[1].rate == pytest.approx(4e12)
-    assert found[1].intensity == pytest.approx(sum(case.flop.values()) / sum(case.bytes.values()))
+    assert [point.variant for point in found] == ["naive", "naive-autocast", "eager", "ours", "ours-graph"]
+    assert found[3].rate == pytest.approx(4e12)
+    assert found[3].intensity == pytest.approx(sum(case.flop.values()) / sum(case.bytes.values()))
     roof = roofline.ceilings([run()])
     assert roof == (1e13, 2e12)
     assert roof.at(1) == 2e12
