@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from xsmoe_kernels import triton_tools
 from xsmoe_kernels.side_moe.triton_kernels import backward_kernels as kernels
 from xsmoe_kernels.side_moe.triton_kernels import configs
 from xsmoe_kernels.side_moe.triton_kernels.launch import (
     Launch,
-    cdiv,
     in_launches,
     nothing,
     rank_block,

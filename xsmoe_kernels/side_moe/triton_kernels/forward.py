@@ -4,12 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from xsmoe_kernels.side_moe.triton_kernels import configs
 from xsmoe_kernels.side_moe.triton_kernels import forward_kernels as kernels
 from xsmoe_kernels.side_moe.triton_kernels.launch import (
     Launch,
-    cdiv,
     in_launches,
     nothing,
     rank_block,

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from xsmoe_kernels import triton_tools, tuning
 from xsmoe_kernels.side_moe.triton_kernels.levels import Level
@@ -104,11 +105,6 @@ def in_launches(
             taken = places[first : first + LARGEST_LAUNCH]
             results.update(zip(taken, run([items[place] for place in taken]), strict=True))
     return [results[place] for place in range(len(items))]
-
-
-def cdiv(number: int, divisor: int) -> int:
-    """The quotient, rounded up."""
-    return -(-number // divisor)
 
 
 def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
