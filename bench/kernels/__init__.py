@@ -5,7 +5,13 @@ import importlib
 from bench.workload import Workload
 
 # An operator's room is bench/kernels/<operator>.py, and this is the class in it.
-ROOMS = {"side_moe": "SideMoE", "route_topk": "RouteTopk", "grouped_mm": "GroupedMM"}
+ROOMS = {
+    "side_moe": "SideMoE",
+    "route_topk": "RouteTopk",
+    "grouped_mm": "GroupedMM",
+    "rank_of_target": "RankOfTarget",
+    "topk_items": "TopkItems",
+}
 
 
 def room(operator: str) -> type[Workload]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from allocations import largest_allocation, peak_allocation
 from native_library import needs_library
+from native_ranking import Case, native_rank, native_topk
 from side_level import Level, make_level
 from torch import Tensor
 
@@ -86,3 +87,19 @@ def test_memory_does_not_grow_with_the_product_of_experts_and_width(dtype: torch
     few, many = peak_allocation(step(2)), peak_allocation(step(32))
     # Packed weights, their gradients and scratch for a tile of rows grow with E; N * E * D would be 30 times row_bytes.
     assert many - few < 2 * row_bytes
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rankings_of_a_large_catalogue_take_little_memory(threads: int) -> None:
+    """Neither scores nor items are kept: all scores would be 800 MB, the items are 51."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        seen = torch.arange(100_000).flip(0), torch.arange(2001) * 50
+        case = Case(torch.randn(2000, 128), torch.randn(100_000, 128), torch.arange(2000), seen)
+        assert peak_allocation(lambda: native_rank(case)) < 8 << 20
+        for k in (10, 1000):
+            results = 2000 * k * (4 + 8)
+            assert peak_allocation(lambda k=k: native_topk(case, k)) < results + threads * (12 << 20)
+    finally:
+        torch.set_num_threads(before)

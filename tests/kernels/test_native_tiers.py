@@ -6,18 +6,26 @@ from pathlib import Path
 
 import pytest
 from native_library import ROOT, TESTS, needs_library, run_python
+from native_ranking import NUM_CASES
 from native_side_moe import SELECTION
 
 from xsmoe_kernels import native
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 COMPARISON = str(TESTS / "native_side_moe.py")
+RANKING = str(TESTS / "native_ranking.py")
 
 
 @needs_library
 @pytest.mark.parametrize("tier", native.describe().get("tiers") or ["baseline"])
 def test_side_moe_stays_within_the_error_budget(tier: str) -> None:
     assert run_python(COMPARISON, XSMOE_CPU_TIER=tier) == f"{tier} {len(SELECTION)}\n"
+
+
+@needs_library
+@pytest.mark.parametrize("tier", native.describe().get("tiers") or ["baseline"])
+def test_rankings_equal_the_references(tier: str) -> None:
+    assert run_python(RANKING, XSMOE_CPU_TIER=tier) == f"{tier} {NUM_CASES}\n"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,12 @@ def emulation() -> Path:
 @needs_compiler
 def test_side_moe_stays_within_the_error_budget_on_emulated_tiles(emulation: Path) -> None:
     assert run_python(COMPARISON, library=emulation, XSMOE_CPU_TIER="amx") == f"amx {len(SELECTION)}\n"
+
+
+@needs_library
+@needs_compiler
+def test_rankings_equal_the_references_on_emulated_tiles(emulation: Path) -> None:
+    assert run_python(RANKING, library=emulation, XSMOE_CPU_TIER="amx") == f"amx {NUM_CASES}\n"
 
 
 PROGRAM = """
