@@ -11,6 +11,7 @@ ROOMS = {
     "grouped_mm": "GroupedMM",
     "rank_of_target": "RankOfTarget",
     "topk_items": "TopkItems",
+    "in_batch_softmax_loss": "InBatchSoftmaxLoss",
 }
 
 

@@ -311,13 +311,13 @@ def test_opcheck() -> None:
         batch = make(6, 5, 3, 2, **options)
         if batch["counts"] is not None:
             batch["counts"] = batch["counts"].double()
-        arguments = (*batch.values(), "auto")
-        torch.library.opcheck(torch.ops.xsmoe.in_batch_softmax_loss, arguments)
+        for ahead in (False, True):
+            torch.library.opcheck(torch.ops.xsmoe.in_batch_softmax_loss, (*batch.values(), ahead, not options, "auto"))
         inputs = [t if t is None else t.detach() for t in batch.values()]
-        _, lse = torch.ops.xsmoe.in_batch_softmax_loss(*inputs, "auto")
+        _, lse, *_ = torch.ops.xsmoe.in_batch_softmax_loss(*inputs, False, False, "auto")
         grad = torch.tensor(0.5, dtype=torch.float64)
         torch.library.opcheck(
-            torch.ops.xsmoe.in_batch_softmax_loss_backward, (*inputs, lse, grad, True, not options, "auto")
+            torch.ops.xsmoe.in_batch_softmax_loss_backward, (*inputs, lse, None, None, grad, True, not options, "auto")
         )
 
 

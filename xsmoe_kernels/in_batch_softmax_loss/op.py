@@ -8,6 +8,8 @@ from torch import Tensor
 from xsmoe_kernels import checks, dispatch, library, precision
 from xsmoe_kernels.in_batch_softmax_loss import reference
 
+_NAME = "in_batch_softmax_loss"
+
 
 def in_batch_softmax_loss(
     queries: Tensor,
@@ -63,7 +65,11 @@ def in_batch_softmax_loss(
     if counts is not None:
         # Of the unsigned dtypes some cannot even be compared.
         counts = counts.to(precision.wide_dtype(items.dtype))
-    loss, _ = _operator(queries, items, targets, rejected, users, logq, counts, dispatch.requested())
+    backend = dispatch.requested()
+    # Native kernels get the gradients with the loss, while the logits are in cache: a product less.
+    ahead = torch.is_grad_enabled() and dispatch.select(_NAME, backend, items.device, items.dtype) == "native"
+    needs = ahead and queries.requires_grad, ahead and items.requires_grad
+    loss, *_ = _operator(queries, items, targets, rejected, users, logq, counts, *needs, backend)
     return loss
 
 
@@ -75,6 +81,8 @@ def _check(
     users: Tensor | None,
     logq: Tensor | None,
     counts: Tensor | None,
+    need_queries: bool = False,
+    need_items: bool = False,
 ) -> None:
     num_queries, dim = checks.floating("queries", queries, "M", "d").shape
     num_items, _ = checks.floating("items", items, "C", dim).shape
@@ -116,25 +124,35 @@ def _fake(
     users: Tensor | None,
     logq: Tensor | None,
     counts: Tensor | None,
+    need_queries: bool,
+    need_items: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = precision.wide_dtype(items.dtype)
-    return items.new_empty((), dtype=dtype), items.new_empty(queries.shape[0], dtype=dtype)
+    loss, lse = items.new_empty((), dtype=dtype), items.new_empty(queries.shape[0], dtype=dtype)
+    return loss, lse, *_fake_gradients(queries, items, need_queries, need_items)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, lse)
+def _fake_gradients(queries: Tensor, items: Tensor, need_queries: bool, need_items: bool) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape if need_queries else 0), items.new_empty(items.shape if need_items else 0)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, need_queries, need_items, ctx.backend = inputs
+    _, lse, *gradients = output
+    ctx.mark_non_differentiable(lse, *gradients)
+    ctx.ahead = need_queries, need_items
+    ctx.save_for_backward(*tensors, lse, *gradients)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     need_queries, need_items, *_rest = ctx.needs_input_grad
+    *tensors, ahead_queries, ahead_items = ctx.saved_tensors
+    ahead = (ahead_queries, ahead_items) if ctx.ahead == (need_queries, need_items) else (None, None)
     grad_queries, grad_items = torch.ops.xsmoe.in_batch_softmax_loss_backward(
-        *ctx.saved_tensors, grad, need_queries, need_items, ctx.backend
+        *tensors, *ahead, grad, need_queries, need_items, ctx.backend
     )
-    return grad_queries if need_queries else None, grad_items if need_items else None, *(None,) * 6
+    return grad_queries if need_queries else None, grad_items if need_items else None, *(None,) * 8
 
 
 def _backward_fake(
@@ -146,18 +164,20 @@ def _backward_fake(
     logq: Tensor | None,
     counts: Tensor | None,
     lse: Tensor,
+    ahead_queries: Tensor | None,
+    ahead_items: Tensor | None,
     grad: Tensor,
     need_queries: bool,
     need_items: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return queries.new_empty(queries.shape if need_queries else 0), items.new_empty(items.shape if need_items else 0)
+    return _fake_gradients(queries, items, need_queries, need_items)
 
 
 _INPUTS = "Tensor queries, Tensor items, Tensor targets, Tensor rejected, Tensor? users, Tensor? logq, Tensor? counts"
 _operator = library.define(
-    "in_batch_softmax_loss",
-    f"({_INPUTS}, str backend) -> (Tensor loss, Tensor lse)",
+    _NAME,
+    f"({_INPUTS}, bool need_queries, bool need_items, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.forward,
     fake=_fake,
     check=_check,
@@ -165,8 +185,9 @@ _operator = library.define(
     backward=_backward,
 )
 library.define_backward(
-    "in_batch_softmax_loss",
-    f"({_INPUTS}, Tensor lse, Tensor grad, bool need_queries, bool need_items, str backend) -> (Tensor, Tensor)",
+    _NAME,
+    f"({_INPUTS}, Tensor lse, Tensor? ahead_queries, Tensor? ahead_items, Tensor grad, bool need_queries, "
+    "bool need_items, str backend) -> (Tensor, Tensor)",
     reference=reference.backward,
     fake=_backward_fake,
 )

@@ -29,15 +29,22 @@ def forward(
     users: Tensor | None,
     logq: Tensor | None,
     counts: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The loss (), and each row's logarithm of the sum over its candidates (M,), which backward wants."""
+    need_queries: bool = False,
+    need_items: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss (), each row's logarithm of the sum over its candidates (M,), and the gradients that are needed.
+
+    Backward wants the logarithms where it does not get the gradients.
+    """
     wide = precision.widen(items)
     losses = wide.new_empty(queries.shape[0])
     lse = torch.empty_like(losses)
     for rows, _, target, logits in _tiles(queries, wide, targets, rejected, users, logq, counts):
         lse[rows] = logits.logsumexp(1)
         losses[rows] = lse[rows] - logits.gather(1, target).squeeze(1)
-    return losses.sum() / max(1, len(losses)), lse
+    loss = losses.sum() / max(1, len(losses))
+    inputs = queries, items, targets, rejected, users, logq, counts
+    return loss, lse, *backward(*inputs, lse, None, None, torch.ones_like(loss), need_queries, need_items)
 
 
 def backward(
@@ -49,14 +56,23 @@ def backward(
     logq: Tensor | None,
     counts: Tensor | None,
     lse: Tensor,
+    ahead_queries: Tensor | None,
+    ahead_items: Tensor | None,
     grad: Tensor,
     need_queries: bool,
     need_items: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the queries (M, d) and of the items (C, d); `grad` is that of the loss."""
+    """The gradients of the queries (M, d) and of the items (C, d); `grad` is that of the loss.
+
+    What forward got ahead only takes a factor.
+    """
+    if ahead_queries is not None and ahead_items is not None:
+        return ahead_queries * grad, ahead_items * grad
     wide = precision.widen(items)
     grad_queries = queries.new_empty(queries.shape if need_queries else 0)
     grad_items = wide.new_zeros(wide.shape if need_items else 0)
+    if not need_queries and not need_items:
+        return grad_queries, grad_items.to(items.dtype)
     scale = grad / max(1, len(lse))
     # An item that no query may draw has shares of 0, and 0 times its NaN would still be NaN. Nothing is hidden: the
     # shares of a query that may draw it are NaN themselves.
