@@ -55,6 +55,10 @@ bench: native
 	$(BIN)/python -m bench kernels side_moe --dtype bfloat16 --sizes N=256,2816 E=1,10,32 --seconds 4 \
 		--json bench/results/side_moe-cpu-bfloat16.json
 	$(BIN)/python -m bench kernels route_topk grouped_mm --seconds 3 --json bench/results/routing-cpu-float32.json
+	$(BIN)/python -m bench kernels in_batch_softmax_loss --sizes B=256 C=2640 --seconds 10 \
+		--json bench/results/loss-cpu-float32.json
+	$(BIN)/python -m bench kernels rank_of_target topk_items --variants chunked,tiled,ours --against chunked,tiled \
+		--seconds 12 --json bench/results/ranking-cpu-float32.json
 
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only
