@@ -39,8 +39,8 @@ case $stage in
     *) usage ;;
 esac
 
-if ! gpu=$("$PYTHON" -m bench.gpu_summary --gpu); then
-    echo "bench/gpu_suite.sh: torch finds no GPU here" >&2
+if ! gpu=$("$PYTHON" -m bench.gpu_summary --gpu 2>/dev/null); then
+    echo "bench/gpu_suite.sh: torch finds no GPU here, or $PYTHON has no torch (PYTHON names another)" >&2
     exit 2
 fi
 mkdir -p "$folder/.gpu_suite" || exit 2
