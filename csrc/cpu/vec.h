@@ -33,6 +33,7 @@ constexpr int lanes = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * lanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * lanes)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * lanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * lanes)));
 
@@ -50,18 +51,24 @@ XSMOE_INLINE To bit_cast(From from) {
 
 XSMOE_INLINE Vec splat(float value) { return value - Vec{}; }
 
-XSMOE_INLINE Vec load(const float* from) {
-    Vec value;
+// What lies at an address, however it is aligned.
+template <class Vector>
+XSMOE_INLINE Vector load_as(const void* from) {
+    Vector value;
     std::memcpy(&value, from, sizeof(value));
     return value;
 }
 
+XSMOE_INLINE Vec load(const float* from) { return load_as<Vec>(from); }
+
 XSMOE_INLINE void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value)); }
 
+XSMOE_INLINE IntVec load(const int32_t* from) { return load_as<IntVec>(from); }
+
+XSMOE_INLINE void store(int32_t* to, IntVec value) { std::memcpy(to, &value, sizeof(value)); }
+
 XSMOE_INLINE Vec load(const BFloat16* from) {
-    HalfVec half;
-    std::memcpy(&half, from, sizeof(half));
-    return bit_cast<Vec>(__builtin_convertvector(half, BitVec) << 16);
+    return bit_cast<Vec>(__builtin_convertvector(load_as<HalfVec>(from), BitVec) << 16);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
@@ -130,6 +137,19 @@ XSMOE_INLINE float sum(Vec value) {
     float part[lanes];
     store(part, value);
     return sum_of<lanes>(part);
+}
+
+// The dot product of rows, in two sums.
+template <class T>
+float dot(const T* a, const T* b, int64_t count) {
+    Vec even = {}, odd = {};
+    int64_t i = 0;
+    for (; i + 2 * lanes <= count; i += 2 * lanes) {
+        even += load(a + i) * load(b + i);
+        odd += load(a + i + lanes) * load(b + i + lanes);
+    }
+    for (; i < count; i += lanes) even += load(a + i, count - i) * load(b + i, count - i);
+    return sum(even + odd);
 }
 
 XSMOE_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }

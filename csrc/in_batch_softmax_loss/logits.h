@@ -25,18 +25,6 @@ struct Strip {
     int64_t padded() const { return round_up(width, lanes); }
 };
 
-template <class T>
-float dot(const T* a, const T* b, int64_t dim) {
-    Vec even = {}, odd = {};
-    int64_t i = 0;
-    for (; i + panel <= dim; i += panel) {
-        even += load(a + i) * load(b + i);
-        odd += load(a + i + lanes) * load(b + i + lanes);
-    }
-    for (; i < dim; i += lanes) even += load(a + i, dim - i) * load(b + i, dim - i);
-    return sum(even + odd);
-}
-
 // The logits of targets, whose counts do not matter.
 template <class T>
 void own_logits(const Batch& batch, int64_t first, int64_t rows, float* own) {

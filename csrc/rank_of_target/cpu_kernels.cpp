@@ -11,8 +11,6 @@ using rank_of_target::Count;
 using rank_of_target::Found;
 using rank_of_target::Kernels;
 
-typedef int32_t IntVec __attribute__((vector_size(4 * lanes)));
-
 // Counts of a query, one for each lane. A catalogue that overflows them has some ten billion items.
 struct LaneCounts {
     IntVec higher, equal;

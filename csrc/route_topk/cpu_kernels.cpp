@@ -15,25 +15,10 @@ using route_topk::Forward;
 using route_topk::Kernels;
 using route_topk::Matrix;
 
-typedef int32_t IntVec __attribute__((vector_size(4 * lanes)));
-XSMOE_INLINE IntVec load(const int32_t* from) {
-    IntVec value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-}
-
-XSMOE_INLINE void store(int32_t* to, IntVec value) { std::memcpy(to, &value, sizeof(value)); }
-
-XSMOE_INLINE Quad load_quad(const float* from) {
-    Quad value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-}
+XSMOE_INLINE Quad load_quad(const float* from) { return load_as<Quad>(from); }
 
 XSMOE_INLINE Quad load_quad(const BFloat16* from) {
-    HalfQuad half;
-    std::memcpy(&half, from, sizeof(half));
-    return __builtin_convertvector(half, Quad) << 16;
+    return __builtin_convertvector(load_as<HalfQuad>(from), Quad) << 16;
 }
 
 // Turns four rows of four numbers into four columns, `lanes` apart.

@@ -54,17 +54,5 @@ void sum_expert_gates(const float* gates, int64_t rows, int64_t experts, int64_t
     }
 }
 
-template <class T>
-float dot(const T* a, const T* b, int64_t dim) {
-    Vec even = {}, odd = {};
-    int64_t column = 0;
-    for (; column + panel <= dim; column += panel) {
-        even += load(a + column) * load(b + column);
-        odd += load(a + column + lanes) * load(b + column + lanes);
-    }
-    for (; column < dim; column += lanes) even += load(a + column, dim - column) * load(b + column, dim - column);
-    return sum(even + odd);
-}
-
 }  // namespace
 }  // namespace xsmoe::XSMOE_TIER
