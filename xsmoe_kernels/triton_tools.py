@@ -9,6 +9,8 @@ import triton.language as tl
 
 from xsmoe_kernels.tuning import Config
 
+ENOUGH_PROGRAMS = 264
+"""Two for each multiprocessor of an H100: with fewer, sums over rows are cut into slices."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -96,3 +98,16 @@ def wide_precision(tensor: torch.Tensor) -> str:
     if tensor.dtype == torch.float32:
         return precision(tensor)
     return "ieee" if torch.version.hip is not None else "tf32"
+
+
+def rows_in_place(rows: torch.Tensor) -> torch.Tensor:
+    """Rows whose numbers lie next to each other, copied only where they do not."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def rows_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether Triton sees that it may load 16 bytes at once from tensors whose rows are in place."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and all(number % 16 == 0 for number in (*tensor.stride()[:-1], tensor.shape[-1]))
+        for tensor in tensors
+    )

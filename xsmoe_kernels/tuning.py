@@ -62,6 +62,11 @@ class Table:
     candidates: tuple[Config, ...] = field(default=())
 
 
+def everywhere(config: Config, *precisions: str) -> dict[tuple[str, str], Config]:
+    """The same configuration for all architectures and these precisions; for all precisions if none is named."""
+    return {(name, precision): config for name in ARCHITECTURES for precision in precisions or PRECISIONS}
+
+
 _chosen: dict[tuple[Any, ...], Config] = {}
 """What was tuned, or read from the file, in this process."""
 _not_on_disk: set[tuple[Any, ...]] = set()

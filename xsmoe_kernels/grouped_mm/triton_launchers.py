@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xsmoe_kernels import triton_tools, tuning
 from xsmoe_kernels.grouped_mm.triton_kernels import product_kernel, slice_sum_kernel, weight_gradient_kernel
-from xsmoe_kernels.tuning import ARCHITECTURES, PRECISIONS, Config, Table
+from xsmoe_kernels.tuning import Config, Table, everywhere
 
 
 def _of(sizes: str, num_warps: int, num_stages: int) -> Config:
@@ -27,10 +27,7 @@ PRODUCT = Table(
         ("sm_80", "tf32"): _of("128 64 32", 8, 3),
         ("sm_90", "tf32"): _of("128 128 32", 8, 3),
         ("sm_100", "tf32"): _of("128 128 32", 8, 3),
-        ("sm_80", "ieee"): _of("64 64 16", 8, 2),
-        ("sm_90", "ieee"): _of("64 64 16", 8, 2),
-        ("sm_100", "ieee"): _of("64 64 16", 8, 2),
-        ("gfx942", "ieee"): _of("64 64 16", 8, 2),
+        **everywhere(_of("64 64 16", 8, 2), "ieee"),
     },
     interpreted=_of("16 32 32", 4, 1),
     candidates=(
@@ -54,10 +51,7 @@ WEIGHT_GRADIENT = Table(
         ("sm_80", "tf32"): _of("32 64 128", 8, 3),
         ("sm_90", "tf32"): _of("32 128 128", 8, 3),
         ("sm_100", "tf32"): _of("32 128 128", 8, 3),
-        ("sm_80", "ieee"): _of("16 64 64", 8, 2),
-        ("sm_90", "ieee"): _of("16 64 64", 8, 2),
-        ("sm_100", "ieee"): _of("16 64 64", 8, 2),
-        ("gfx942", "ieee"): _of("16 64 64", 8, 2),
+        **everywhere(_of("16 64 64", 8, 2), "ieee"),
     },
     interpreted=_of("16 32 32", 4, 1),
     candidates=(
@@ -70,12 +64,10 @@ WEIGHT_GRADIENT = Table(
 )
 SLICE_SUM = Table(
     "grouped_mm.slice_sum",
-    {(architecture, precision): Config({"BLOCK": 1024}) for architecture in ARCHITECTURES for precision in PRECISIONS},
+    everywhere(Config({"BLOCK": 1024})),
     interpreted=Config({"BLOCK": 256}),
 )
 
-ENOUGH_PROGRAMS = 264
-"""Two for each multiprocessor of an H100: with fewer tiles, a weight gradient cuts its groups into slices."""
 SLICE_BLOCKS = 8
 """Blocks of rows that make a slice worth its partial sums."""
 
@@ -89,20 +81,20 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x (M, K) and of weight (E, K, P), whose leading num_frozen experts stay zero."""
-    grad, offsets = _with_packed_rows(grad), offsets.contiguous()
+    grad, offsets = triton_tools.rows_in_place(grad), offsets.contiguous()
     grad_x = _products(grad, weight.mT, offsets) if need_x else x.new_empty(0)
     grad_weight = _weight_gradients(grad, x, offsets, num_frozen) if need_weight else weight.new_empty(0)
     return grad_x, grad_weight
 
 
 def _products(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    rows = _with_packed_rows(rows)
+    rows = triton_tools.rows_in_place(rows)
     if 1 not in weight.stride()[1:]:
         weight = weight.contiguous()
     num_rows, (num_experts, inner, columns) = len(rows), weight.shape
     products = rows.new_empty(num_rows, columns)
     precision = triton_tools.precision(rows)
-    aligned = _aligned(rows, weight if weight.stride(2) == 1 else weight.mT, products)
+    aligned = triton_tools.rows_aligned(rows, weight if weight.stride(2) == 1 else weight.mT, products)
     most = {} if aligned else _most_unaligned(rows, BLOCK_M=64, BLOCK_K=32)
 
     def launch(config: Config) -> None:
@@ -136,18 +128,18 @@ def _products(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _weight_gradients(grad: Tensor, x: Tensor, offsets: Tensor, num_frozen: int) -> Tensor:
-    x = _with_packed_rows(x)
+    x = triton_tools.rows_in_place(x)
     (num_rows, inner), columns, num_experts = x.shape, grad.shape[1], len(offsets) - 1
     size, trainable = inner * columns, num_experts - num_frozen
     grad_weight = x.new_empty(num_experts, inner, columns)
     precision = triton_tools.precision(x)
-    most = {} if _aligned(x, grad) else _most_unaligned(x, BLOCK_M=32, BLOCK_K=64)
+    most = {} if triton_tools.rows_aligned(x, grad) else _most_unaligned(x, BLOCK_M=32, BLOCK_K=64)
 
     def launch(config: Config) -> None:
         config = _fitted(config, {"BLOCK_P": columns, "BLOCK_K": inner}, most)
         tiles = triton.cdiv(inner, config.blocks["BLOCK_K"]) * triton.cdiv(columns, config.blocks["BLOCK_P"])
         slice_rows = SLICE_BLOCKS * config.blocks["BLOCK_M"]
-        slices = min(ENOUGH_PROGRAMS // max(1, trainable * tiles), triton.cdiv(num_rows, slice_rows))
+        slices = min(triton_tools.ENOUGH_PROGRAMS // max(1, trainable * tiles), triton.cdiv(num_rows, slice_rows))
         parts, first_expert = grad_weight, 0
         if slices > 1:
             parts, first_expert = grad_weight.new_empty(slices, trainable, size, dtype=torch.float32), num_frozen
@@ -194,18 +186,6 @@ def _run(
         tuning.run(table, like, precision, key, launch)
     else:
         launch(tuning.default(table, like, precision))
-
-
-def _with_packed_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether Triton sees that it may load 16 bytes at once from tensors whose rows are contiguous."""
-    return all(
-        tensor.data_ptr() % 16 == 0 and all(number % 16 == 0 for number in (*tensor.stride()[:-1], tensor.shape[-1]))
-        for tensor in tensors
-    )
 
 
 def _most_unaligned(tensor: Tensor, **blocks: int) -> Mapping[str, int]:

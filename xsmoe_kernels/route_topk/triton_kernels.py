@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xsmoe_kernels import triton_tools, tuning
-from xsmoe_kernels.tuning import ARCHITECTURES, PRECISIONS, Config, Table
+from xsmoe_kernels.tuning import Config, Table, everywhere
 
 MOST_EXPERTS = 1024
 FEWEST_COLUMNS = 32
@@ -172,20 +172,16 @@ def gradient_kernel(
     tl.store(target, grads.to(grad_logits.dtype.element_ty), mask=mask)
 
 
-def _everywhere(config: Config) -> dict[tuple[str, str], Config]:
-    return {(architecture, precision): config for architecture in ARCHITECTURES for precision in PRECISIONS}
-
-
 # BLOCK_N is that for FEWEST_COLUMNS; more columns take fewer rows.
 ROUTE = Table(
     "route_topk",
-    _everywhere(Config({"BLOCK_N": 32}, num_warps=8)),
+    everywhere(Config({"BLOCK_N": 32}, num_warps=8)),
     interpreted=Config({"BLOCK_N": 8}),
     candidates=(Config({"BLOCK_N": 64}, num_warps=8), Config({"BLOCK_N": 16}, num_warps=4)),
 )
 GRADIENT = Table(
     "route_topk.gradient",
-    _everywhere(Config({"BLOCK_N": 32}, num_warps=4)),
+    everywhere(Config({"BLOCK_N": 32}, num_warps=4)),
     interpreted=Config({"BLOCK_N": 8}),
     candidates=(Config({"BLOCK_N": 64}, num_warps=8), Config({"BLOCK_N": 16}, num_warps=4)),
 )
@@ -194,7 +190,7 @@ GRADIENT = Table(
 def forward(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gates (N, k), experts (N, k), order (N*k,) and offsets (E+1,), as `route_topk` describes them."""
     num_rows, num_experts = logits.shape
-    logits = _with_packed_rows(logits)
+    logits = triton_tools.rows_in_place(logits)
     columns = _columns(num_experts)
     gates = logits.new_empty(num_rows, k)
     experts = torch.empty(num_rows, k, dtype=torch.int64, device=logits.device)
@@ -235,7 +231,7 @@ def forward(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor, 
 def backward(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: bool) -> Tensor:
     """The gradient of the logits (N, E); `grad` is that of the gates."""
     num_rows, num_experts = logits.shape
-    grad, logits, experts = (_with_packed_rows(tensor) for tensor in (grad, logits, experts))
+    grad, logits, experts = (triton_tools.rows_in_place(tensor) for tensor in (grad, logits, experts))
     columns = _columns(num_experts)
     grad_logits = logits.new_empty(num_rows, num_experts)
     k = experts.shape[1]
@@ -255,10 +251,6 @@ def backward(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: bool) -
 
     tuning.run(GRADIENT, logits, "ieee", {"k": k}, launch)
     return grad_logits
-
-
-def _with_packed_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
 def _columns(num_experts: int) -> int:

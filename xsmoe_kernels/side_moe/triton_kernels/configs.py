@@ -1,11 +1,6 @@
 """Block sizes of the Triton kernels of a side level, by architecture and precision."""
 
-from xsmoe_kernels.tuning import ARCHITECTURES, PRECISIONS, Config, Table
-
-
-def _everywhere(config: Config) -> dict[tuple[str, str], Config]:
-    """The same for all, for kernels without products."""
-    return {(architecture, precision): config for architecture in ARCHITECTURES for precision in PRECISIONS}
+from xsmoe_kernels.tuning import Config, Table, everywhere
 
 
 def _of(names: str, sizes: str, num_warps: int, num_stages: int) -> Config:
@@ -24,10 +19,7 @@ GATE = Table(
         ("sm_80", "tf32"): _of(_GATE, "32 16 64", 4, 3),
         ("sm_90", "tf32"): _of(_GATE, "32 16 64", 4, 4),
         ("sm_100", "tf32"): _of(_GATE, "32 16 32", 4, 4),
-        ("sm_80", "ieee"): _of(_GATE, "32 16 32", 4, 2),
-        ("sm_90", "ieee"): _of(_GATE, "32 16 32", 4, 2),
-        ("sm_100", "ieee"): _of(_GATE, "32 16 32", 4, 2),
-        ("gfx942", "ieee"): _of(_GATE, "32 16 32", 4, 2),
+        **everywhere(_of(_GATE, "32 16 32", 4, 2), "ieee"),
     },
     interpreted=_of(_GATE, "32 16 64", 4, 1),
     candidates=(_of(_GATE, "64 16 64", 4, 4), _of(_GATE, "16 16 128", 4, 4), _of(_GATE, "64 16 128", 8, 3)),
@@ -42,10 +34,7 @@ _TILE_DEFAULTS = {
     ("sm_80", "tf32"): _of(_TILE, "128 64 32", 8, 3),
     ("sm_90", "tf32"): _of(_TILE, "128 128 32", 8, 4),
     ("sm_100", "tf32"): _of(_TILE, "128 64 32", 8, 4),
-    ("sm_80", "ieee"): _of(_TILE, "64 64 16", 8, 2),
-    ("sm_90", "ieee"): _of(_TILE, "64 64 16", 8, 2),
-    ("sm_100", "ieee"): _of(_TILE, "64 64 16", 8, 2),
-    ("gfx942", "ieee"): _of(_TILE, "64 64 16", 8, 2),
+    **everywhere(_of(_TILE, "64 64 16", 8, 2), "ieee"),
 }
 _TILE_CANDIDATES = (
     _of(_TILE, "128 128 64", 8, 4),
@@ -77,9 +66,7 @@ MIXTURE = Table(
         ("sm_80", "tf32"): _of(_MIX, "64 64 32", 4, 3),
         ("sm_90", "tf32"): _of(_MIX, "128 64 32", 8, 4),
         ("sm_100", "tf32"): _of(_MIX, "128 64 32", 8, 4),
-        ("sm_80", "ieee"): _of(_MIX, "32 64 16", 4, 2),
-        ("sm_90", "ieee"): _of(_MIX, "32 64 16", 4, 2),
-        ("sm_100", "ieee"): _of(_MIX, "32 64 16", 4, 2),
+        **everywhere(_of(_MIX, "32 64 16", 4, 2), "ieee"),
         ("gfx942", "ieee"): _of(_MIX, "64 64 16", 8, 2),
     },
     interpreted=_of(_MIX, "32 64 32", 4, 1),
@@ -102,10 +89,7 @@ ROW_GRADIENT = Table(
         ("sm_80", "tf32"): _of(_ROWS, "128 64 32 16", 8, 3),
         ("sm_90", "tf32"): _of(_ROWS, "128 64 32 16", 8, 4),
         ("sm_100", "tf32"): _of(_ROWS, "128 64 32 16", 8, 4),
-        ("sm_80", "ieee"): _of(_ROWS, "64 64 16 16", 8, 2),
-        ("sm_90", "ieee"): _of(_ROWS, "64 64 16 16", 8, 2),
-        ("sm_100", "ieee"): _of(_ROWS, "64 64 16 16", 8, 2),
-        ("gfx942", "ieee"): _of(_ROWS, "64 64 16 16", 8, 2),
+        **everywhere(_of(_ROWS, "64 64 16 16", 8, 2), "ieee"),
     },
     interpreted=_of(_ROWS, "32 64 32 16", 4, 1),
     candidates=(
@@ -126,28 +110,25 @@ WEIGHT_GRADIENT = Table(
         ("sm_80", "tf32"): _of(_WEIGHT, "64 64 32", 4, 3),
         ("sm_90", "tf32"): _of(_WEIGHT, "64 64 32", 4, 4),
         ("sm_100", "tf32"): _of(_WEIGHT, "64 64 32", 4, 4),
-        ("sm_80", "ieee"): _of(_WEIGHT, "64 64 16", 8, 2),
-        ("sm_90", "ieee"): _of(_WEIGHT, "64 64 16", 8, 2),
-        ("sm_100", "ieee"): _of(_WEIGHT, "64 64 16", 8, 2),
-        ("gfx942", "ieee"): _of(_WEIGHT, "64 64 16", 8, 2),
+        **everywhere(_of(_WEIGHT, "64 64 16", 8, 2), "ieee"),
     },
     interpreted=_of(_WEIGHT, "32 64 16", 4, 1),
     candidates=(_of(_WEIGHT, "64 64 64", 4, 4), _of(_WEIGHT, "64 256 64", 8, 3), _of(_WEIGHT, "64 64 32", 4, 4)),
 )
 
 BROADCAST = Table(
-    "side_moe.broadcast", _everywhere(_of("BLOCK_N BLOCK_D", "16 256", 4, 2)), _of("BLOCK_N BLOCK_D", "16 32", 4, 1)
+    "side_moe.broadcast", everywhere(_of("BLOCK_N BLOCK_D", "16 256", 4, 2)), _of("BLOCK_N BLOCK_D", "16 32", 4, 1)
 )
 _SLICED = "BLOCK_N SLICE"
-COUNT = Table("side_moe.count", _everywhere(_of(_SLICED, "512 4096", 4, 2)), _of(_SLICED, "32 64", 4, 1))
+COUNT = Table("side_moe.count", everywhere(_of(_SLICED, "512 4096", 4, 2)), _of(_SLICED, "32 64", 4, 1))
 _COLUMNS = "BLOCK_N BLOCK_D SLICE"
 COLUMN_SUM = Table(
-    "side_moe.column_sum", _everywhere(_of(_COLUMNS, "32 128 256", 4, 2)), _of(_COLUMNS, "16 32 48", 4, 1)
+    "side_moe.column_sum", everywhere(_of(_COLUMNS, "32 128 256", 4, 2)), _of(_COLUMNS, "16 32 48", 4, 1)
 )
 _SLICES = "BLOCK_N BLOCK_D"
-ROW_SUM = Table("side_moe.row_sum", _everywhere(_of(_SLICES, "32 64", 4, 2)), _of(_SLICES, "16 32", 4, 1))
+ROW_SUM = Table("side_moe.row_sum", everywhere(_of(_SLICES, "32 64", 4, 2)), _of(_SLICES, "16 32", 4, 1))
 _LOGITS = "BLOCK_N BLOCK_E BLOCK_D"
 LOGIT_GRADIENT = Table(
-    "side_moe.logit_gradient", _everywhere(_of(_LOGITS, "16 16 64", 4, 2)), _of(_LOGITS, "32 16 64", 4, 1)
+    "side_moe.logit_gradient", everywhere(_of(_LOGITS, "16 16 64", 4, 2)), _of(_LOGITS, "32 16 64", 4, 1)
 )
-WEIGHT_SUM = Table("side_moe.weight_sum", _everywhere(_of("BLOCK_D", "512", 4, 2)), _of("BLOCK_D", "32", 4, 1))
+WEIGHT_SUM = Table("side_moe.weight_sum", everywhere(_of("BLOCK_D", "512", 4, 2)), _of("BLOCK_D", "32", 4, 1))

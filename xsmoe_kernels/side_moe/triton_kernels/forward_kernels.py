@@ -11,7 +11,7 @@ from xsmoe_kernels.side_moe.triton_kernels.pieces import (
     activate,
     block_rows,
     chunk_columns,
-    chunk_mask,
+    expert_factors,
     expert_rows,
     expert_share,
     tile_columns,
@@ -164,7 +164,6 @@ def mixture_kernel(
         return
     row, inside = block_rows(block, count, BLOCK_N)
     column = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    within = tl.arange(0, BLOCK_R)
     mask = inside[:, None]
     if not EVEN:
         mask = mask & (column < dim)[None, :]
@@ -177,25 +176,20 @@ def mixture_kernel(
     part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for step in range(num_experts * chunks):
         expert, chunk = step // chunks, step % chunks
-        states = tl.load(
-            left[:, None] + (expert * RANK + chunk * BLOCK_R + within)[None, :],
-            mask=chunk_mask(inside[:, None], chunk, within[None, :], RANK, BLOCK_R),
-            other=0.0,
-        )
-        right = expert_rows(
+        states, weights = expert_factors(
+            left,
+            inside,
             pick(frozen_up, level),
             pick(up, level),
-            expert < num_frozen,
-            expert,
-            chunk * BLOCK_R + within,
             num_frozen,
+            expert,
+            chunk,
+            column,
             dim,
             RANK,
+            BLOCK_R,
+            EVEN,
         )
-        right_mask = chunk_mask((within >= 0)[:, None], chunk, within[:, None], RANK, BLOCK_R)
-        if not EVEN:
-            right_mask = right_mask & (column < dim)[None, :]
-        weights = tl.load(right[:, None] + column[None, :], mask=right_mask, other=0.0)
         if not COUNT:
             total = product(states, weights, total, PRECISION)
         else:

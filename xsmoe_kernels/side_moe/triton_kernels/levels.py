@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from xsmoe_kernels.triton_tools import rows_aligned, rows_in_place
+
 
 class Level(NamedTuple):
     """The operands of a level, as kernels read them.
@@ -14,6 +16,7 @@ class Level(NamedTuple):
             former, and `frozen` is 0.
         frozen: how many experts are kept apart.
         trained: the first expert that takes weight gradients.
+        aligned: whether Triton knows that it may read rows, those of hidden states too, in words of 16 bytes.
         hidden_frozen: how many experts of down and up do not.
     """
 
@@ -27,6 +30,7 @@ class Level(NamedTuple):
     frozen: int
     trained: int
     activation: str
+    aligned: bool
 
     @property
     def one_row(self) -> bool:
@@ -37,14 +41,6 @@ class Level(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """Levels that differ in this are launched apart, for they run other binaries or other blocks."""
         return self.one_row, self.rank, self.activation, self.aligned
-
-    @property
-    def aligned(self) -> bool:
-        """Whether Triton knows that it may read rows, those of hidden states too, in words of 16 bytes."""
-        return self.rank % 8 == 0 and all(
-            rows.data_ptr() % 16 == 0 and rows.stride(0) % 16 == 0 and rows.shape[1] % 16 == 0
-            for rows in (self.x, self.backbone)
-        )
 
     @property
     def rows(self) -> int:
@@ -67,9 +63,30 @@ class Level(NamedTuple):
         return self.router.shape[0] - 1
 
 
+class BackwardLevel(NamedTuple):
+    """A level, what its forward saved, and what its backward is asked for."""
+
+    level: Level
+    grad: Tensor
+    gates: Tensor
+    hidden: Tensor
+    recompute: bool
+    need_x: bool
+    need_backbone: bool
+    need_router: bool
+    need_down: bool
+    need_up: bool
+
+    @property
+    def needs(self) -> tuple[bool, ...]:
+        """Which gradients are asked for."""
+        return self.need_x, self.need_backbone, self.need_router, self.need_down, self.need_up
+
+
 def make_level(tensors: tuple[Any, ...], num_frozen: int, activation: str) -> Level:
     """A level from the operator's arguments, of which `tensors` are x to frozen_up."""
     x, backbone, router, down, up, frozen_down, frozen_up = tensors
+    x, backbone = rows_in_place(x), rows_in_place(backbone)
     down, up = down.contiguous(), up.contiguous()
     ahead, trained = 0, num_frozen
     if frozen_down is None or frozen_up is None:
@@ -77,8 +94,8 @@ def make_level(tensors: tuple[Any, ...], num_frozen: int, activation: str) -> Le
     else:
         ahead = trained = frozen_down.shape[0]
     return Level(
-        rows_in_place(x),
-        rows_in_place(backbone),
+        x,
+        backbone,
         router.contiguous(),
         down,
         up,
@@ -87,9 +104,5 @@ def make_level(tensors: tuple[Any, ...], num_frozen: int, activation: str) -> Le
         ahead,
         trained,
         activation,
+        down.shape[1] % 8 == 0 and rows_aligned(x, backbone),
     )
-
-
-def rows_in_place(rows: Tensor) -> Tensor:
-    """Rows whose numbers lie next to each other, copied only where they do not."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()

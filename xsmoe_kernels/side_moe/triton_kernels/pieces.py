@@ -95,11 +95,33 @@ def expert_rows(frozen_weight, weight, is_frozen, expert, within, frozen, dim, R
 
 
 @triton.jit
-def chunk_mask(mask, chunk, within, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """`mask`, less the columns of a chunk that its expert has not."""
+def expert_factors(
+    left,
+    inside,
+    frozen_weight,
+    weight,
+    frozen,
+    expert,
+    chunk,
+    column,
+    dim,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """The factors of a product over a chunk of an expert's columns: of the rows (N, E*R) that begin at `left`, and of
+    the expert's (R, D) matrix, of which the columns `column` are taken."""
+    within = tl.arange(0, BLOCK_R)
+    left_mask, right_mask = inside[:, None], (within >= 0)[:, None]
     if RANK % BLOCK_R != 0:
-        mask = mask & (chunk * BLOCK_R + within < RANK)
-    return mask
+        exists = chunk * BLOCK_R + within < RANK
+        left_mask, right_mask = left_mask & exists[None, :], exists[:, None]
+    if not EVEN:
+        right_mask = right_mask & (column < dim)[None, :]
+    # What is one number for all of a block is added first, which takes fewer registers.
+    states = tl.load(left[:, None] + (expert * RANK + chunk * BLOCK_R + within)[None, :], mask=left_mask, other=0.0)
+    right = expert_rows(frozen_weight, weight, expert < frozen, expert, chunk * BLOCK_R + within, frozen, dim, RANK)
+    return states, tl.load(right[:, None] + column[None, :], mask=right_mask, other=0.0)
 
 
 @triton.jit
