@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.kernels.ranking import ITEMS, Ranking, chunks, exact_scores, ragged
+from bench.kernels.ranking import BACKENDS, ITEMS, Ranking, chunks, exact_scores, ragged
 from bench.workload import Tensors, Variant
 from xsmoe_kernels import rank_of_target, use_backend
 
@@ -20,26 +20,15 @@ class RankOfTarget(Ranking):
     def title(self) -> str:
         return "the rank of each query's target among the items that the query has not seen"
 
-    def variants(self) -> tuple[str, ...]:
-        return "published", "chunked", "compiled", "tiled", "ours"
-
-    def optional(self) -> tuple[str, ...]:
-        return ("reference",)
-
     def exact(self, rows: Tensors) -> Tensors:
         ranks = torch.empty_like(rows["targets"])
         for users, scores in exact_scores(rows):
             ranks[users] = 1 + (scores > scores.gather(1, rows["targets"][users, None])).sum(1)
         return {"y": ranks}
 
-    def reference(self) -> Variant:
-        return self._ours("reference", "reference")
-
     def build(self, name: str) -> Variant:
-        if name == "reference":
-            return self.reference()
-        if name == "ours":
-            return self._ours(name, "auto")
+        if backend := BACKENDS.get(name):
+            return self._ours(name, backend)
         if name == "published":
             return self._variant(name, _published)
         if name == "chunked":

@@ -6,10 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.workload import Product, Tensors, Work, Workload
+from bench.workload import Product, Tensors, Variant, Work, Workload
 
 # Users whose scores stand together where users are taken in chunks, and items where items are.
 USERS, ITEMS = 100, 4096
+BACKENDS = {"reference": "reference", "ours": "auto"}
+"""Variants that are our operator, and the backend that serves them."""
 # Columns of the product whose speed is the floor's: all scores at once would take too much memory.
 PROBED = 8192
 
@@ -48,6 +50,15 @@ class Ranking(Workload):
             "seen": others[integers(0, len(others) - 1, num_queries, _SEEN_VALUES)],
         }
         return {name: tensor.to(self.device) for name, tensor in drawn.items()}
+
+    def variants(self) -> tuple[str, ...]:
+        return "published", "chunked", "compiled", "tiled", "ours"
+
+    def optional(self) -> tuple[str, ...]:
+        return ("reference",)
+
+    def reference(self) -> Variant:
+        return self.build("reference")
 
     def work(self) -> Mapping[str, Work]:
         num_queries, num_items, dim = (self.sizes[letter] for letter in "MCd")

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.kernels.ranking import ITEMS, Ranking, chunks, exact_scores, ragged
+from bench.kernels.ranking import BACKENDS, ITEMS, Ranking, chunks, exact_scores, ragged
 from bench.workload import Tensors, Variant
 from xsmoe_kernels import topk_items, use_backend
 
@@ -23,24 +23,13 @@ class TopkItems(Ranking):
     def title(self) -> str:
         return f"each query's best {self.sizes['k']} of the items that it has not seen"
 
-    def variants(self) -> tuple[str, ...]:
-        return "published", "chunked", "compiled", "tiled", "ours"
-
-    def optional(self) -> tuple[str, ...]:
-        return ("reference",)
-
     def exact(self, rows: Tensors) -> Tensors:
         return {"y": torch.cat([scores.topk(self.sizes["k"]).values for _, scores in exact_scores(rows)])}
 
-    def reference(self) -> Variant:
-        return self._ours("reference", "reference")
-
     def build(self, name: str) -> Variant:
         k = self.sizes["k"]
-        if name == "reference":
-            return self.reference()
-        if name == "ours":
-            return self._ours(name, "auto")
+        if backend := BACKENDS.get(name):
+            return self._ours(name, backend)
         if name == "published":
             return self._variant(name, lambda rows: _published(rows, k))
         if name == "chunked":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from xsmoe_kernels import dispatch, rank_of_target, topk_items, use_backend
@@ -44,6 +45,14 @@ def make_case(
     lists = [integers(0, num_items, int(integers(0, most_seen + 1, 1))) for _ in range(num_queries)]
     lists = [torch.cat((one, targets[m : m + 1])) if m % 2 else one for m, one in enumerate(lists)]
     return Case(queries, items, targets, ragged(lists))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Cases of any size, around a block of queries and several tiles of items."""
+    sizes = draw(st.integers(0, 40)), draw(st.integers(1, 600)), draw(st.integers(1, 300))
+    dtype, most_seen = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([None, 0, 5, 400]))
+    return make_case(*sizes, dtype, seed=draw(st.integers(0, 2**31)), most_seen=most_seen)
 
 
 def ragged(lists: list[Tensor]) -> tuple[Tensor, Tensor]:

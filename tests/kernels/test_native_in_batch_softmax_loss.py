@@ -1,6 +1,5 @@
 """The native kernels of in_batch_softmax_loss against float64, within the error budget."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ pytestmark = needs_library
 __all__ = ["emulation"]
 
 COMPARISON = str(TESTS / "native_in_batch_softmax_loss.py")
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Restores the number of threads that a test sets."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @settings(deadline=None, derandomize=True, max_examples=80)

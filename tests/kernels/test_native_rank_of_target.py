@@ -1,7 +1,6 @@
 """The native rank_of_target against the reference: exactly where scores are exact, within their rounding elsewhere."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_library import needs_library
-from native_ranking import DTYPES, Case, check_equals_tie, check_rank, make_case, native_rank, ragged
+from native_ranking import DTYPES, Case, cases, check_equals_tie, check_rank, make_case, native_rank, ragged
 from torch import Tensor
 
 pytestmark = needs_library
 
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Restores the number of threads that a test sets."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    sizes = draw(st.integers(0, 40)), draw(st.integers(1, 600)), draw(st.integers(1, 300))
-    dtype, most_seen = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([None, 0, 5, 400]))
-    return make_case(*sizes, dtype, seed=draw(st.integers(0, 2**31)), most_seen=most_seen)
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)

@@ -1,6 +1,5 @@
 """The native kernels on torch's threads and from several Python threads at once."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,14 +13,6 @@ from xsmoe_kernels import FrozenExperts, Utilization, side_moe
 pytestmark = needs_library
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Restores the number of threads that a test sets."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def level(dtype: torch.dtype, seed: int = 0, one_row: bool = False) -> Level:
