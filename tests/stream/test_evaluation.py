@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from published import hit_ratio, ndcg, published_rank
 
+from bench.published import hit_ratio, ndcg, published_rank
 from xsmoe.data import History, Sequences, split_window
 from xsmoe.stream.evaluation import RankingTask, rank_with_model, rank_with_popularity
 from xsmoe.stream.metrics import per_user, pool, summarize

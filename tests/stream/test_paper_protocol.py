@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import published
 import pytest
 import tiny
 import torch
-from published_names import our_name
 
+from bench import published
+from bench.published_names import our_name
 from xsmoe.data import make_windows
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, epoch, testing, trainer
@@ -103,7 +103,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     twin = Twin(model, table, list(zip(users.tolist(), (items + 1).tolist(), times.tolist(), strict=True)))
     run = StreamingTrainer(model, Stream(windows, features, protocol="paper"), config)
     real_step, real_epoch, real_rank, real_grow = (
-        epoch._step, trainer.train_epoch, trainer.rank_with_model, trainer.grow
+        epoch.train_step, trainer.train_epoch, trainer.rank_with_model, trainer.grow
     )  # fmt: skip
 
     def train_epoch(model: Recommender, features: Any, sequences: Any, *arguments: Any, **named: Any) -> Any:
@@ -117,11 +117,12 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         twin.items.reset()
         return real_epoch(model, features, sequences, *arguments, **named)
 
-    def step(model: Recommender, features: Any, batch: Any, *arguments: Any) -> torch.Tensor:
+    def step(model: Recommender, given: Any, *arguments: Any) -> torch.Tensor:
+        batch = given.batch
         ids = [[batch.items[code] + 1 for code in row if code >= 0] for row in batch.rejected.tolist()]
         expected = twin.loss(published.pad_sequences(ids))
         expected.backward()
-        loss = real_step(model, features, batch, *arguments)
+        loss = real_step(model, given, *arguments)
         assert_close(loss, expected.detach())
         twin.compare_gradients()
         twin.compared["steps"] += 1
@@ -164,7 +165,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         return done
 
     replacements: list[tuple[Any, str, Callable[..., Any]]] = [
-        (epoch, "_step", step),
+        (epoch, "train_step", step),
         (trainer, "train_epoch", train_epoch),
         (trainer, "rank_with_model", rank_with_model),
         (testing, "rank_with_model", rank_with_model),

@@ -118,15 +118,16 @@ def test_stops_after_patience_and_keeps_the_first_best(
 
 
 def test_each_window_has_a_fresh_optimizer_and_each_epoch_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, first, orders = epoch._step, [], []
+    real, first, orders = epoch.train_step, [], []
     fresh = {"window": True}
 
-    def step(model: Any, features: Any, batch: Any, optimizer: Any, *arguments: Any) -> Any:
+    def step(model: Any, given: Any, optimizer: Any, *arguments: Any) -> Any:
+        batch = given.batch
         if fresh.pop("window", False):
             first.append(len(optimizer.state))
         if fresh.pop("epoch", False):
             orders.append(tuple(batch.items[batch.inputs].tolist()))
-        return real(model, features, batch, optimizer, *arguments)
+        return real(model, given, optimizer, *arguments)
 
     def listener(event: str, fields: dict) -> None:
         if event == "begin":
@@ -134,7 +135,7 @@ def test_each_window_has_a_fresh_optimizer_and_each_epoch_its_own_order(monkeypa
         if event == "epoch":
             fresh["epoch"] = True
 
-    monkeypatch.setattr(epoch, "_step", step)
+    monkeypatch.setattr(epoch, "train_step", step)
     StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), listener=listener).fit()
     assert first == [0, 0, 0]
     assert len(set(orders)) == len(orders) > 6

@@ -146,8 +146,8 @@ class InMemoryFeatures:
                 if level.shape[0] == 1 and number < self._num_levels - 1:
                     levels.append(constant_rows(level.to("cpu", dtype), has))
                 else:
-                    chosen = level.detach()[index.to(level.device)].to("cpu", dtype)
-                    levels.append(chosen.masked_fill_(absent[:, None], 0))
+                    chosen = level.detach().index_select(0, index.to(level.device)).to("cpu", dtype)
+                    levels.append(chosen if has.all() else chosen.masked_fill_(absent[:, None], 0))
             hidden[name] = levels
         return hidden
 

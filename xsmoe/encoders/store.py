@@ -147,13 +147,12 @@ class HiddenStateStore:
     ) -> dict[str, list[Tensor]]:
         """The hidden states of some items, as `ItemFeatures.hidden` says; reads no other rows than theirs."""
         rows = features.row_indices(items, self.num_items)
+        index = torch.from_numpy(rows)
         hidden = {}
         for name in features.select_modalities(modalities, self.modalities):
             part = self._manifest.parts[name]
-            gathered = torch.from_numpy(self._data[name][rows]).view(part.spec.dtype)
-            levels = torch.empty(len(part.varying), len(rows), part.spec.dim, dtype=dtype)
-            levels.copy_(gathered.transpose(0, 1))
-            at = dict(zip(part.varying, levels.unbind(0), strict=True))
+            gathered = torch.from_numpy(self._data[name]).index_select(0, index).view(part.spec.dtype).to(dtype)
+            at = dict(zip(part.varying, gathered.unbind(1), strict=True))
             if part.constant:
                 once = torch.from_numpy(self._constant[name]).view(part.spec.dtype).to(dtype)
                 has = self._present[name][rows]
@@ -291,7 +290,8 @@ class HiddenStateStore:
                 self._data[name] = np.zeros(shape, dtype=integers(part.spec))
                 continue
             with _open(self._folder / part.data_file, self._manifest.items * part.row_bytes) as file:
-                self._data[name] = np.memmap(file, integers(part.spec), mode="r", shape=shape).view(np.ndarray)
+                # torch takes no array that cannot be written; what is written to this one stays in memory.
+                self._data[name] = np.memmap(file, integers(part.spec), mode="c", shape=shape).view(np.ndarray)
 
 
 def _check_strings(ids: Sequence[str] | np.ndarray) -> None:

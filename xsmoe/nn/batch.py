@@ -1,7 +1,8 @@
 """A training batch: the distinct items of some users' sequences, and who follows whom."""
 
-from dataclasses import dataclass, fields
-from typing import Self
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ class Batch:
         users: (M,) int64, the sequence of each input.
         rejected: (B, W) int64 into items, each sequence's own items, -1 = none: no negatives for it.
         logq: (C,) float32, log of each item's sampling probability.
+        lengths: the number of inputs of each sequence, on the host.
     """
 
     items: Tensor
@@ -31,6 +33,7 @@ class Batch:
     users: Tensor
     rejected: Tensor
     logq: Tensor
+    lengths: tuple[int, ...]
 
     @classmethod
     def from_sequences(cls, items: np.ndarray, offsets: np.ndarray, log_share: np.ndarray) -> Self:
@@ -61,8 +64,22 @@ class Batch:
             "rejected": rejected,
             "logq": log_share[distinct].astype(np.float32),
         }
-        return cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        inputs: tuple[int, ...] = tuple((lengths - 1).tolist())
+        return cls(lengths=inputs, **{name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Self:
+        """The same batch in pinned memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def num_padding(self, max_items: int) -> int:
+        """How many places the sequences leave empty if each is padded to `max_items`."""
+        return len(self.lengths) * (max_items - 1) - self.inputs.shape[0]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {key: change(value) for key, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)

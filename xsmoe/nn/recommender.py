@@ -49,7 +49,8 @@ class Recommender(Pretrained):
             The mean loss, a scalar.
         """
         embeddings = self.items(hidden, row_weight=batch.counts)
-        queries = self.users(functional.embedding(batch.inputs, embeddings), batch.offsets)
+        inputs = functional.embedding(batch.inputs, embeddings)
+        queries = self.users(inputs, batch.offsets, lengths=batch.lengths)
         return in_batch_softmax_loss(
             queries,
             embeddings,

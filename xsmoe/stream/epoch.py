@@ -10,7 +10,8 @@ from torch import Tensor
 
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
-from xsmoe.nn import Batch, Recommender
+from xsmoe.nn import Recommender
+from xsmoe.stream.batches import StepInput, feed
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.growth import count_padding
 from xsmoe.stream.seeds import derive, seeded
@@ -59,14 +60,17 @@ def train_epoch(
     order = np.random.default_rng(derive(config.seed, window, epoch, "order")).permutation(len(sequences))
     batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     losses, rows = [], []
+    dtype = hidden_dtype(model, config)
+
+    def build(chosen: np.ndarray) -> StepInput:
+        return StepInput.build(features, model.items.modalities, sequences.take(chosen), log_share, dtype)
+
     with seeded(derive(config.seed, window, epoch, "dropout"), device):
-        for place, chosen in enumerate(batches):
-            users = sequences.take(chosen)
-            batch = Batch.from_sequences(users.items, users.offsets, log_share)
-            losses.append(_step(model, features, batch, optimizer, config, device))
-            rows.append(len(batch.inputs))
+        for place, given in enumerate(feed(build, batches, device)):
+            losses.append(train_step(model, given, optimizer, config))
+            rows.append(len(given.batch.inputs))
             if config.protocol == "paper":
-                count_padding(model.items, len(chosen) * (config.max_inputs + 1) - len(users.items))
+                count_padding(model.items, given.batch.num_padding(config.max_inputs + 1))
             on_batch(place + 1, len(batches))
     # Looked at once an epoch, because reading a loss makes the host wait for a GPU.
     values = torch.stack(losses).double().cpu().numpy()
@@ -82,29 +86,45 @@ def train_epoch(
     return {"lr": rate, "steps": len(batches), "loss": float(np.average(values, weights=rows))}
 
 
-@contextmanager
-def autocast(config: StreamConfig) -> Iterator[None]:
-    """The precision that the configuration asks for: bfloat16 on CUDA unless told otherwise, else float32."""
-    device = torch.device(config.device).type
-    on = config.precision == "bfloat16" or (config.precision == "auto" and device == "cuda")
-    with torch.autocast(device, torch.bfloat16, enabled=on):
-        yield
+def make_optimizer(model: Recommender, config: StreamConfig) -> torch.optim.Optimizer:
+    """Adam over all that is trained."""
+    parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
+    return torch.optim.Adam(parameters, lr=config.lr, fused=True)
 
 
-def _step(
-    model: Recommender,
-    features: ItemFeatures,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    config: StreamConfig,
-    device: torch.device,
-) -> Tensor:
-    hidden = features.hidden(batch.items.numpy(), model.items.modalities)
+def train_step(model: Recommender, given: StepInput, optimizer: torch.optim.Optimizer, config: StreamConfig) -> Tensor:
+    """One step of the optimizer.
+
+    Args:
+        model: trained in place, in the mode it is in.
+        given: the batch and its hidden states, on the model's device.
+        optimizer: over the model's trainable parameters.
+        config: the precision.
+
+    Returns:
+        The loss before the step, a scalar on the device, which nothing has waited for.
+    """
     optimizer.zero_grad(set_to_none=True)
     with autocast(config):
-        loss: Tensor = model(
-            {name: [level.to(device) for level in levels] for name, levels in hidden.items()}, batch.to(device)
-        )
+        loss: Tensor = model(given.hidden, given.batch)
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def hidden_dtype(model: Recommender, config: StreamConfig) -> torch.dtype:
+    """The dtype that hidden states are wanted in: the one that the step would cast them to."""
+    # Sparse routing takes its logits in float32.
+    return torch.bfloat16 if _half(config) and model.items.top_k is None else torch.float32
+
+
+@contextmanager
+def autocast(config: StreamConfig) -> Iterator[None]:
+    """The precision that the configuration asks for: bfloat16 on CUDA unless told otherwise, else float32."""
+    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=_half(config)):
+        yield
+
+
+def _half(config: StreamConfig) -> bool:
+    on_cuda = torch.device(config.device).type == "cuda"
+    return config.precision == "bfloat16" or (config.precision == "auto" and on_cuda)

@@ -14,7 +14,7 @@ from xsmoe.data import Sequences, Window, WindowSplits, item_share
 from xsmoe.nn import Recommender
 from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.epoch import train_epoch
+from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.folder import RunFolder, window_digest
 from xsmoe.stream.growth import grow, shares
@@ -203,7 +203,7 @@ class StreamingTrainer:
             log_share = np.log(item_share(splits.train, self.stream.features.num_items))
         task = self._validation_task(splits)
         parameters = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
-        optimizer = torch.optim.Adam(parameters, lr=config.lr)
+        optimizer = make_optimizer(self.model, config)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
         while progress.epoch is not None and progress.epoch < config.epochs and progress.stale < config.patience:
