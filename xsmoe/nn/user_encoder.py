@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xsmoe.nn.dropout import Dropout
 from xsmoe.nn.pretrained import Pretrained
 from xsmoe_kernels import checks, packed_attention
 
@@ -42,7 +43,7 @@ class UserEncoder(Pretrained):
         self.dim, self.num_heads, self.inner_dim, self.max_length = dim, num_heads, inner_dim, max_length
         self.positions = nn.Embedding(max_length, dim)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, num_heads, inner_dim, dropout) for _ in range(num_blocks))
         self.reset_parameters()
 
@@ -102,7 +103,7 @@ class Block(nn.Module):
         self.inner = nn.Linear(dim, inner_dim)
         self.outer = nn.Linear(inner_dim, dim)
         self.feed_forward_norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, offsets: Tensor, max_length: int, lengths: Sequence[int] | None) -> Tensor:
         """(M, dim) to (M, dim)."""
