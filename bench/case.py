@@ -199,7 +199,7 @@ def _examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked
         # Not every rival can be; ours must.
         status = "refused" if name.startswith("ours") else "absent"
         return Checked(None, Row(name, status, f"it cannot be recorded: {reason}"), None)
-    verdict = gate.judge(ran.found, truth.exact, truth.reference, truth.dtype)
+    verdict = gate.judge(ran.found, truth.exact, truth.reference, truth.dtype, workload.operators)
     served = dispatch.calls - before
     left_out = graph.skipped() - skipped if workload.device.type == "cuda" else 0
     # A graph's memory is its own between runs, too.
@@ -242,8 +242,8 @@ def timed(workload: Workload, variant: Variant, rows: Rows) -> Task:
         flush()
         backward = bool(variant.leaves(taken))
         watch = Stopwatch(workload.device)
-        if variant.step is not None:
-            variant.step(taken)
+        if variant.step is not None or variant.whole is not None:
+            (variant.step or variant.whole)(taken)  # type: ignore[misc]
             watch.mark()
             return watch.laps()
         results = variant.forward(taken)

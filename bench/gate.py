@@ -26,6 +26,7 @@ def judge(
     exact: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     dtype: torch.dtype,
+    operators: int = 1,
 ) -> Verdict:
     """Compares results by name with the exact ones.
 
@@ -38,6 +39,7 @@ def judge(
         exact: the same from float64, which are all the results there should be.
         reference: the same from the specification, computed in `dtype`.
         dtype: whose eps the budget takes; counters are wider than what they count.
+        operators: how many of them a result goes through one after the other; each has the budget of one.
     """
     ratio, worst = 0.0, ""
     eps = torch.finfo(dtype).eps
@@ -57,7 +59,7 @@ def judge(
         for rows in (False, True):
             size = _norm(truth, rows)
             error, reference_error = _norm(result.double() - truth, rows), _norm(measure.double() - truth, rows)
-            budget = 2 * reference_error + 4 * eps * size
+            budget = 2 * reference_error + 4 * operators * eps * size
             # Written so that a NaN, on either side, refuses.
             if not error <= budget < float("inf"):
                 where = "worst row of " if rows else ""

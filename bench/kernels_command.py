@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from bench import machine, results
+from bench import kernels, machine, results
 from bench.case import measure
-from bench.kernels import ROOMS, room
 from bench.workload import Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,8 +30,13 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         description="Times operators against their rivals in interleaved rounds. A variant whose result is wrong gets "
         "no time, and makes the exit code 1. docs/benchmarking.md says how to read the tables.",
     )
+    add_options(parser, kernels, "operators")
+
+
+def add_options(parser: argparse.ArgumentParser, rooms: ModuleType, called: str) -> None:
+    """Makes `parser` one that measures what a package of rooms holds, `called` by that word in its help."""
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"operators; all of them by default: {', '.join(ROOMS)}"
+        "names", nargs="*", metavar="NAME", help=f"{called}; all of them by default: {', '.join(rooms.ROOMS)}"
     )
     parser.add_argument("--sizes", nargs="+", default=[], metavar="L=N[,N]", help="as in N=256,2816 E=10; others stay")
     parser.add_argument("--quick", action="store_true", help="few sizes and few rounds; a minute for one operator")
@@ -43,7 +48,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--seconds", type=float, help=f"of timing for each size; {SECONDS:g}, quick {QUICK_SECONDS:g}")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="writes everything, every sample too, to a file")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, rooms=rooms)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError("--device cuda: torch finds no CUDA device here")
         planned = list(plan(options, device))
     except UsageError as error:
-        print(f"python -m bench kernels: {error}", file=sys.stderr)
+        print(f"python -m bench {options.given[0]}: {error}", file=sys.stderr)
         return 2
     facts = machine.describe(device)
     print(machine.line(facts), flush=True)
@@ -88,12 +93,12 @@ def plan(
 ) -> Iterator[tuple[type[Workload], dict[str, int], list[str], list[str]]]:
     """What to measure: the room, its sizes, the variants and the baselines, for each case."""
     asked = _sizes(options.sizes)
-    operators = options.names or list(ROOMS)
+    rooms = options.rooms
     kinds: dict[str, type[Workload]] = {}
-    for name in operators:
-        if name not in ROOMS:
-            raise UsageError(f"there is no benchmark of {name!r}; there is {', '.join(ROOMS)}")
-        kinds[name] = room(name)
+    for name in options.names or rooms.ROOMS:
+        if name not in rooms.ROOMS:
+            raise UsageError(f"there is no benchmark of {name!r}; there is {', '.join(rooms.ROOMS)}")
+        kinds[name] = rooms.room(name)
     known = {letter for kind in kinds.values() for letter in kind.letters}
     if unknown := sorted(set(asked) - known):
         raise UsageError(f"--sizes: no operator asked for has a size {', '.join(unknown)}; they have {sorted(known)}")

@@ -56,6 +56,7 @@ class Variant:
         compiled: whether torch.compile made it, so that its first run takes long.
         prepare: brings a round's rows to where this variant reads them, ahead of what is timed.
         step: forward and backward in one, for a variant that knows no halves: results, and gradients by leaf.
+        whole: what is timed in one, where it is more than forward and backward; these are what the gate sees.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Variant:
     compiled: bool = False
     prepare: Callable[[Tensors], Tensors] | None = None
     step: Callable[[Tensors], tuple[Tensors, Tensors]] | None = None
+    whole: Callable[[Tensors], None] | None = None
 
 
 def upstream(results: Tensors, rows: Tensors) -> tuple[list[Tensor], list[Tensor]]:
@@ -98,6 +100,7 @@ class Workload(ABC):
         cuda_sizes: the default values on a GPU, for the letters that differ from `letters`.
         quick_sizes: those of `--quick` and of pytest-benchmark, for the letters that differ from `letters`.
         tiny_sizes: the same for tests, which look at results and not at times.
+        operators: how many of them a result goes through one after the other.
         sizes: one value for each letter.
         dtype: of the rows and weights that are drawn.
         device: where they lie.
@@ -109,6 +112,7 @@ class Workload(ABC):
     cuda_sizes: ClassVar[Mapping[str, Sequence[int]]] = {}
     quick_sizes: ClassVar[Mapping[str, Sequence[int]]] = {}
     tiny_sizes: ClassVar[Mapping[str, Sequence[int]]] = {}
+    operators: ClassVar[int] = 1
 
     sizes: dict[str, int]
     dtype: torch.dtype

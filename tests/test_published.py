@@ -2,10 +2,11 @@
 
 import math
 
-import published
 import pytest
 import torch
 from torch import Tensor, nn
+
+from bench import published
 
 INF = math.inf
 

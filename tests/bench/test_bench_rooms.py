@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench import kernels, steps
 from bench.case import Rows, Truth, examine, measure, outcome
-from bench.kernels import ROOMS, room
+from bench.kernels import ROOMS
 from bench.kernels.side_moe import SideMoE
 from bench.kernels_command import combinations, plan
 from bench.workload import Variant, Workload
@@ -16,13 +17,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def tiny(operator: str, dtype: torch.dtype) -> list[Workload]:
-    kind = room(operator)
+    kind = (steps if operator in steps.ROOMS else kernels).room(operator)
     letters = {**kind.letters, **kind.tiny_sizes}
     return [kind(sizes, dtype, torch.device("cpu")) for sizes in filter(kind.sensible, combinations(letters))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("operator", ROOMS)
+@pytest.mark.parametrize("operator", [*ROOMS, *steps.ROOMS])
 def test_every_variant_is_right(operator: str, dtype: torch.dtype) -> None:
     for workload in tiny(operator, dtype):
         rows = Rows(workload)
@@ -35,7 +36,7 @@ def test_every_variant_is_right(operator: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("operator", ROOMS)
+@pytest.mark.parametrize("operator", [*ROOMS, *steps.ROOMS])
 def test_every_compiled_variant_is_right_and_does_not_compile_again(operator: str, dtype: torch.dtype) -> None:
     workload = tiny(operator, dtype)[-1]
     names = [name for name in (*workload.variants(), *workload.optional()) if name.startswith("compiled")]
@@ -186,7 +187,7 @@ def test_our_float16_is_right(operator: str) -> None:
 
 def test_a_gpu_has_sizes_of_its_own() -> None:
     options = argparse.Namespace(
-        sizes=["D=48"], names=["side_moe"], quick=False, dtype="bfloat16", variants="ours", against=None
+        rooms=kernels, sizes=["D=48"], names=["side_moe"], quick=False, dtype="bfloat16", variants="ours", against=None
     )
     sizes = [sizes for _, sizes, _, _ in plan(options, torch.device("cpu"))]
     assert {one["N"] for one in sizes} == {256, 2816, 20000}

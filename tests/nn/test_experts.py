@@ -252,7 +252,7 @@ def test_ladder_climbs_level_by_level() -> None:
 
 
 def test_from_ladder_takes_the_published_weights() -> None:
-    from published import Ladder
+    from bench.published import Ladder
 
     torch.manual_seed(0)
     ladder = Ladder(6, 3, 2, num_experts=3)
@@ -264,7 +264,7 @@ def test_from_ladder_takes_the_published_weights() -> None:
 
 
 def test_from_ladder_names_what_does_not_fit() -> None:
-    from published import Ladder
+    from bench.published import Ladder
 
     state = Ladder(6, 3, 1).state_dict()
     with pytest.raises(ValueError, match=r"lacks 'routers\.0\.linear\.weight'; it has no keys"):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from published import UserEncoder as PaddedUserEncoder
-from published_names import our_name
 
+from bench.published import UserEncoder as PaddedUserEncoder
+from bench.published_names import our_name
 from xsmoe.nn import UserEncoder
 
 

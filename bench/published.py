@@ -1,6 +1,7 @@
 """XSMoE as its paper describes it (arXiv 2508.05993): one module per expert, Python loops, nothing clever.
 
-It is an oracle for tests. It shares no code with the library and is written to be read, not to be fast.
+It is an oracle for tests and a rival of the bench. It shares no code with the library, and works as the published code
+does: an expert at a time, the loss's mask a user at a time, written where the logits lie.
 """
 
 import copy
@@ -287,22 +288,21 @@ def published_logits(queries: Tensor, embeddings: Tensor, item_ids: Tensor, popu
     columns = item_ids.reshape(-1)
     probability = popularity[columns].masked_fill(columns == PADDING, 1)
     logits = queries @ embeddings.reshape(batch * length, -1).T - torch.log(probability).to(queries)
-    closed = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     for user in range(batch):
-        for item in [PADDING, *set(item_ids[user].tolist())]:
-            closed[user] |= columns == item
+        own = (columns == item_ids[user][:, None]).any(0) | (columns == PADDING)
+        closed = own.repeat(length - 1, 1)
         for position in range(length - 1):
-            closed[user, position, user * length + position + 1] = False
-    return logits.masked_fill(closed, -math.inf)
+            closed[position, user * length + position + 1] = False
+        logits[user][closed] = -math.inf
+    return logits
 
 
 def published_cross_entropy(queries: Tensor, embeddings: Tensor, item_ids: Tensor, popularity: Tensor) -> Tensor:
     """Mean over all positions whose input is a real item; arguments as in `published_logits`."""
     logits = published_logits(queries, embeddings, item_ids, popularity)
-    batch, length = item_ids.shape
-    places = [(user, i) for user in range(batch) for i in range(length - 1) if item_ids[user, i] != PADDING]
-    rows = torch.stack([logits[user, i] for user, i in places])
-    return F.cross_entropy(rows, torch.tensor([user * length + i + 1 for user, i in places], device=logits.device))
+    real = item_ids[:, :-1] != PADDING
+    targets = torch.arange(item_ids.numel(), device=logits.device).view(item_ids.shape)[:, 1:]
+    return F.cross_entropy(logits[real], targets[real])
 
 
 def published_loss(

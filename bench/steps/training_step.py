@@ -1,0 +1,321 @@
+"""A training step of `xsmoe train`: hidden states from the store, both encoders, loss, backward, optimizer.
+
+B users with eleven items each, drawn at random from I items; M modalities of D numbers at three levels; E experts of
+rank R at each of the two side levels, all but the last of them frozen.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench import published
+from bench.case import outcome
+from bench.kernels.side_moe import floor_backward, floor_forward
+from bench.published_names import our_name
+from bench.workload import Product, Tensors, Variant, Work, Workload
+from xsmoe.data import Sequences
+from xsmoe.encoders import HiddenStateStore, ModalitySpec
+from xsmoe.nn import ExpertBank, Recommender, UserEncoder, XSMoE
+from xsmoe.stream.batches import StepInput
+from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.epoch import autocast, hidden_dtype, make_optimizer, train_step
+from xsmoe_kernels import use_backend
+
+PLACES = 11
+"""Items of a user: ten inputs, and the target of the last of them."""
+LEVELS, BLOCKS, OUT_DIM, DROPOUT = 2, 2, 128, 0.1
+APPENDED = 4096
+
+
+class TrainingStep(Workload):
+    """A step, its loss and its gradients; the gate sees it without dropout, the clock with it."""
+
+    pooling: ClassVar[str]
+    # Two side levels, the projection, two blocks of attention and feed-forward layer, and the loss.
+    operators: ClassVar[int] = LEVELS + 1 + 2 * BLOCKS + 1
+    letters: ClassVar[Mapping[str, Sequence[int]]] = {
+        "B": (256,), "I": (20000,), "E": (8,), "M": (2,), "D": (768,), "R": (64,)
+    }  # fmt: skip
+    quick_sizes: ClassVar[Mapping[str, Sequence[int]]] = {"I": (5000,)}
+    tiny_sizes: ClassVar[Mapping[str, Sequence[int]]] = {"B": (5,), "I": (40,), "E": (3,), "D": (24,), "R": (4,)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        half = self.dtype != torch.float32
+        self.config = StreamConfig(device=str(self.device), precision="bfloat16" if half else "float32")
+
+    @property
+    def title(self) -> str:
+        users, items, experts, modalities = (self.sizes[letter] for letter in "BIEM")
+        drawn = f"{users} users, {PLACES} of {items} items each, {modalities} modalities, {experts} experts a level"
+        return f"a training step with {self.pooling} pooling: {drawn}"
+
+    def variants(self) -> tuple[str, ...]:
+        return "published", "compiled", "plain", "ours"
+
+    def baselines(self) -> tuple[str, ...]:
+        return "published", "compiled", "plain"
+
+    def draw(self) -> Tensors:
+        shape = self.sizes["B"], PLACES
+        return {
+            "items": torch.randint(self.sizes["I"], shape, generator=self.generator),
+            "grad": torch.ones((), device=self.device),
+        }
+
+    def exact(self, rows: Tensors) -> Tensors:
+        return outcome(self._published("exact", torch.float64), rows)
+
+    def reference(self) -> Variant:
+        return self._published("reference")
+
+    def build(self, name: str) -> Variant:
+        if name == "published":
+            return self._published(name)
+        if name == "compiled":
+            return self._published(name, compiled=True)
+        if name == "plain":
+            return self._ours(name, "reference")
+        if name == "ours":
+            return self._ours(name, "auto")
+        raise ValueError(f"{self.operator} has no variant {name!r}")
+
+    def work(self) -> Mapping[str, Work]:
+        dim, rank, experts, modalities, users = (self.sizes[letter] for letter in "DREMB")
+        items, rows, size = self._distinct(), users * (PLACES - 1), self.dtype.itemsize
+        forward, backward = Work(), Work()
+        for level in range(LEVELS):
+            entering = items if level or self.pooling == "mean" else 1
+            for _ in range(modalities):
+                forward += floor_forward(entering, experts, dim, rank, size)
+                backward += floor_backward(entering, experts, dim, rank, size, trainable=1, need_x=level > 0)
+        # What follows has all its operands in cache: the projection, the blocks' products, the logits.
+        inner = 4 * OUT_DIM
+        single = Work(
+            2.0 * items * modalities * dim * OUT_DIM
+            + BLOCKS * 2.0 * rows * OUT_DIM * (4 * OUT_DIM + 2 * inner)
+            + 2.0 * rows * items * OUT_DIM
+        )
+        return {"forward": forward + single, "backward": backward + single + single}
+
+    def products(self) -> Sequence[Product]:
+        rows, dim = self._distinct() * self.sizes["M"], self.sizes["D"]
+        hidden = self.sizes["E"] * self.sizes["R"]
+        return Product(rows, dim, hidden), Product(rows, hidden, dim)
+
+    def memory(self, name: str) -> float:
+        if name not in ("published", "compiled"):
+            return 0.0
+        places = self.sizes["B"] * PLACES
+        stacks = self.sizes["M"] * (LEVELS + 4) * places * (self.sizes["E"] + 1) * self.sizes["D"] * 4.0
+        return stacks + 8.0 * 4.0 * places**2
+
+    def _distinct(self) -> int:
+        """How many items of a batch are distinct, on average."""
+        places, items = self.sizes["B"] * PLACES, self.sizes["I"]
+        return round(items * (1 - (1 - 1 / items) ** places))
+
+    @cached_property
+    def hidden(self) -> dict[str, Tensor]:
+        """For each modality (I, levels, D), what the store holds; with [CLS] pooling the first level is one row."""
+        shape = self.sizes["I"], LEVELS + 1, self.sizes["D"]
+        tables = {name: torch.randn(shape, generator=self.generator).to(self.dtype) for name in self.modalities}
+        if self.pooling == "cls":
+            for table in tables.values():
+                table[:, 0] = table[0, 0]
+        return tables
+
+    @cached_property
+    def store(self) -> HiddenStateStore:
+        """The same on disk, as `xsmoe encode` leaves it."""
+        # The folder goes when this does.
+        self._folder = tempfile.TemporaryDirectory(prefix="xsmoe-bench-")
+        spec = ModalitySpec(self.sizes["D"], tuple(range(LEVELS + 1)), self.dtype, pooling=self.pooling)
+        store = HiddenStateStore.create(self._folder.name, dict.fromkeys(self.modalities, spec))
+        for first in range(0, self.sizes["I"], APPENDED):
+            rows = {name: table[first : first + APPENDED] for name, table in self.hidden.items()}
+            store.append([str(first + place) for place in range(len(rows[self.modalities[0]]))], rows)
+        return store
+
+    @cached_property
+    def share(self) -> np.ndarray:
+        """(I,) each item's share of the training interactions."""
+        return torch.rand(self.sizes["I"], generator=self.generator, dtype=torch.float64).softmax(0).numpy()
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The state that all variants begin with, under our names."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.seed)
+            return self._recommender().state_dict()
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(f"modality_{place}" for place in range(self.sizes["M"]))
+
+    def _recommender(self) -> Recommender:
+        dim, rank, experts = (self.sizes[letter] for letter in "DRE")
+        items = XSMoE(self.modalities, dim, LEVELS, rank, OUT_DIM, experts)
+        for _, _, bank in items.banks():
+            bank.assign(bank.router.detach(), bank.down.detach(), bank.up.detach(), experts - 1)
+        return Recommender(items, UserEncoder(OUT_DIM, BLOCKS, dropout=DROPOUT, max_length=PLACES - 1))
+
+    def _ours(self, name: str, backend: str) -> Variant:
+        model = self._recommender()
+        model.load_state_dict(self.weights)
+        model.to(self.device).train()
+        banks = {f"sides.{modality}.banks.{level}": bank for modality, level, bank in model.items.banks()}
+        leaves: Tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        optimizer, log_share = make_optimizer(model, self.config), np.log(self.share)
+
+        def given(rows: Tensors) -> StepInput:
+            items, users = rows["items"].flatten().numpy(), len(rows["items"])
+            sequences = Sequences(np.arange(users), items, np.arange(users + 1) * PLACES)
+            dtype = hidden_dtype(model, self.config)
+            built = StepInput.build(self.store, self.modalities, sequences, log_share, dtype)
+            return (built.pin() if self.device.type == "cuda" else built).to(self.device)
+
+        def forward(rows: Tensors) -> Tensors:
+            drop_out(model, 0.0)
+            taken = given(rows)
+            with use_backend(backend), autocast(self.config):
+                return {"y": model(taken.hidden, taken.batch)}
+
+        def whole(rows: Tensors) -> None:
+            drop_out(model, DROPOUT)
+            with use_backend(backend):
+                train_step(model, given(rows), optimizer, self.config)
+
+        def counters() -> Tensors:
+            found = {f"{key} {part}": counter for key, bank in banks.items() for part, counter in _used(bank)}
+            return {name: counter.clone() for name, counter in found.items()}
+
+        return Variant(
+            name,
+            forward,
+            leaves=lambda _: dict(leaves),
+            counters=counters,
+            reset=model.items.reset_utilization,
+            holds=lambda: [*model.parameters(), *model.buffers()],
+            whole=whole,
+        )
+
+    def _published(self, name: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False) -> Variant:
+        model = self._published_model().to(self.device, dtype).train()
+        leaves: Tensors = {_canonical(key): p for key, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.Adam(leaves.values(), lr=self.config.lr)
+        items, users = model.item_encoder, model.user_encoder
+        if compiled:
+            items.compile(dynamic=False)
+            users.compile(dynamic=False)
+        popularity = torch.cat([torch.ones(1), torch.from_numpy(self.share)]).to(self.device)
+        half = dtype == torch.float32 and self.dtype != torch.float32
+
+        def forward(rows: Tensors, rate: float = 0.0) -> Tensors:
+            drop_out(model, rate)
+            ids = rows["items"]
+            hidden = {key: table[ids.flatten()].to(self.device) for key, table in self.hidden.items()}
+            if dtype == torch.float64:
+                hidden = {key: states.double() for key, states in hidden.items()}
+            with torch.autocast(self.device.type, self.dtype, enabled=half):
+                return {"y": published.published_loss(items, users, hidden, ids.to(self.device) + 1, popularity)}
+
+        def whole(rows: Tensors) -> None:
+            optimizer.zero_grad()
+            forward(rows, DROPOUT)["y"].backward()
+            optimizer.step()
+
+        def counters() -> Tensors:
+            return {
+                f"{key} {part}": mass
+                for key, moe in _published_levels(items)
+                for part, mass in (("norm", moe.norm_mass), ("gate", moe.gate_mass))
+            }
+
+        return Variant(
+            name,
+            forward,
+            leaves=lambda _: leaves,
+            counters=counters,
+            reset=model.item_encoder.reset,
+            tidy=_as_ours,
+            holds=lambda: [*model.parameters(), *model.buffers()],
+            compiled=compiled,
+            like="published" if compiled else "",
+            whole=whole,
+        )
+
+    def _published_model(self) -> published.Recommender:
+        dim, rank, experts = (self.sizes[letter] for letter in "DRE")
+        items = published.ItemEncoder(dict.fromkeys(self.modalities, dim), LEVELS, rank, OUT_DIM, experts)
+        users = published.UserEncoder(OUT_DIM, blocks=BLOCKS, dropout=DROPOUT, max_length=PLACES - 1)
+        model = published.Recommender(items, users)
+        state = {}
+        for key in model.state_dict():
+            canonical = _canonical(key)
+            if ".experts." not in key:
+                state[key] = self.weights[canonical]
+                continue
+            bank, _, part = canonical.rpartition(".")
+            every = torch.cat([self.weights[f"{bank}.frozen_{part}"], self.weights[f"{bank}.{part}"]])
+            weight = every[int(key.split(".experts.")[1].split(".")[0])]
+            state[key] = weight.T if part == "up" else weight
+        model.load_state_dict(state)
+        for _, moe in _published_levels(items):
+            moe.experts[:-1].requires_grad_(False)
+        return model
+
+
+class MeanStep(TrainingStep):
+    """Every item has a row of its own at the first level."""
+
+    operator, pooling = "training_step_mean", "mean"
+
+
+class ClsStep(TrainingStep):
+    """At the first level all items share a row."""
+
+    operator, pooling = "training_step_cls", "cls"
+
+
+def drop_out(model: nn.Module, rate: float) -> None:
+    """Sets the rate of every dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
+def _published_levels(items: published.ItemEncoder) -> Iterator[tuple[str, Any]]:
+    """The experts of every level, under our name for it."""
+    ladders: dict[str, Any] = dict(items.ladders.items())
+    for modality, ladder in ladders.items():
+        for level, moe in enumerate(ladder.moes):
+            yield f"sides.{modality}.banks.{level}", moe
+
+
+def _used(bank: ExpertBank) -> Iterable[tuple[str, Tensor]]:
+    return ("norm", bank.utilization.norm), ("gate", bank.utilization.gate)
+
+
+def _canonical(published_name: str) -> str:
+    """Our name of a parameter of the published formulation; an expert's is that of its bank's weight."""
+    if published_name.startswith("user_encoder."):
+        return "users." + our_name(published_name.removeprefix("user_encoder."))
+    name = published_name.removeprefix("item_encoder.")
+    if name.startswith("projection."):
+        return f"items.{name}"
+    _, modality, kind, level, *rest = name.split(".")
+    part = "router" if kind == "routers" else rest[-2].removeprefix("fc_")
+    return f"items.sides.{modality}.banks.{level}.{part}"
+
+
+def _as_ours(name: str, gradient: Tensor) -> Tensor:
+    """A gradient of the published formulation in the shape of ours."""
+    if name.endswith(".down"):
+        return gradient[None]
+    return gradient.T[None] if name.endswith(".up") else gradient

@@ -1,0 +1,56 @@
+"""The training step's room: ours and the published one train alike, and a step that is wrong is refused."""
+
+import pytest
+import torch
+
+from bench.case import Rows, Truth, examine, measure
+from bench.steps import ROOMS, training_step
+from bench.steps.training_step import TrainingStep
+
+
+def tiny(name: str) -> TrainingStep:
+    kind = ROOMS[name]
+    sizes = {letter: values[0] for letter, values in {**kind.letters, **kind.tiny_sizes}.items()}
+    workload = kind(sizes, torch.float32, torch.device("cpu"))
+    assert isinstance(workload, TrainingStep)
+    return workload
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_ours_and_the_published_step_train_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "DROPOUT", 0.0)
+    workload = tiny(name)
+    rows = [workload.draw() for _ in range(3)]
+    losses = {}
+    for kind in ("published", "plain", "ours"):
+        variant = workload.build(kind)
+        assert variant.whole is not None
+        losses[kind] = []
+        for _ in range(4):
+            for drawn in rows:
+                variant.whole(drawn)
+            losses[kind].append([float(variant.forward(drawn)["y"].detach()) for drawn in rows])
+    assert min(losses["ours"][-1]) < max(losses["ours"][0])
+    for kind in ("plain", "ours"):
+        torch.testing.assert_close(torch.tensor(losses[kind]), torch.tensor(losses["published"]), rtol=1e-3, atol=1e-3)
+
+
+def test_with_cls_pooling_the_store_holds_one_row_for_the_first_level() -> None:
+    given = tiny("cls").store.hidden(torch.arange(7))
+    assert {levels[0].shape[0] for levels in given.values()} == {1}
+    assert {levels[0].shape[0] for levels in tiny("mean").store.hidden(torch.arange(7)).values()} == {7}
+
+
+def test_a_step_without_the_correction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = tiny("mean")
+    rows = Rows(workload)
+    truth = Truth(workload, rows.get(0, None))
+    assert examine(workload, "ours", rows, truth).row.status == "measured"
+    monkeypatch.setattr(training_step.np, "log", lambda share: 0 * share)
+    row = examine(workload, "ours", rows, truth).row
+    assert row.status == "refused"
+
+
+def test_what_is_timed_is_the_whole_step() -> None:
+    case = measure(tiny("mean"), ["published", "ours"], ["published"], seconds=0.01)
+    assert [list(row.passes) for row in case.rows] == [["both"], ["both"]]
