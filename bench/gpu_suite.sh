@@ -174,7 +174,7 @@ bench() {
             --against naive-autocast,eager-graph
     }
     kernels bench_routing "routing-$gpu-bfloat16.json" route_topk grouped_mm --dtype bfloat16 --seconds 2
-    part profile "$PYTHON" -m bench.gpu_profile --out "$folder/side_moe-profile-$gpu.txt"
+    part profile "$PYTHON" -m bench.profiled --out "$folder/side_moe-profile-$gpu.txt"
     # The measurements under it may be new.
     forget roofline
     if "$PYTHON" -c "import matplotlib" 2>/dev/null; then

@@ -92,7 +92,7 @@ def plan(
     options: argparse.Namespace, device: torch.device
 ) -> Iterator[tuple[type[Workload], dict[str, int], list[str], list[str]]]:
     """What to measure: the room, its sizes, the variants and the baselines, for each case."""
-    asked = _sizes(options.sizes)
+    asked = sizes_of(options.sizes)
     rooms = options.rooms
     kinds: dict[str, type[Workload]] = {}
     for name in options.names or rooms.ROOMS:
@@ -130,7 +130,8 @@ def choose(workload: Workload, only: Sequence[str], against: Sequence[str]) -> t
     return [*(name for name in baselines if name not in names), *names], baselines
 
 
-def _sizes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def sizes_of(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The values of each letter, from what `--sizes` was given."""
     found: dict[str, tuple[int, ...]] = {}
     for one in given:
         letter, _, values = one.partition("=")

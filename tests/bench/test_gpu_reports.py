@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_profile, gpu_sanitize, gpu_summary, results, roofline
-from bench.gpu_profile import Spent
-from bench.kernels.side_moe import SideMoE
+from bench import gpu_sanitize, gpu_summary, profiled, results, roofline
+from bench.profiled import Spent
 from bench.results import Case, Row, Run, Timing
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +98,7 @@ def test_committed_results_are_read() -> None:
 
 def test_the_profile_adds_up() -> None:
     spent = [Spent("hidden_kernel", 2, 75.0), Spent("gate_kernel", 2, 20.0), Spent("fill", 1, 5.0)]
-    rows = [_cells(line) for line in gpu_profile.table(spent, most=1)][2:]
+    rows = [_cells(line) for line in profiled.table(spent, most=1)][2:]
     assert rows == [
         ["hidden_kernel", "2", "75.0", "75.0%"],
         ["2 others", "3", "25.0", "25.0%"],
@@ -110,7 +109,7 @@ def test_the_profile_adds_up() -> None:
 def test_a_step_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "profile.txt"
     sizes = ["--sizes", "N=67", "E=2", "D=24", "R=6", "M=1"]
-    assert gpu_profile.main(["--device", "cpu", "--dtype", "float32", *sizes, "--out", str(out)]) == 0
+    assert profiled.main(["--device", "cpu", "--dtype", "float32", *sizes, "--out", str(out)]) == 0
     assert out.read_text() == capsys.readouterr().out
     assert "xsmoe" in out.read_text()
     assert "| all " in out.read_text()
@@ -119,10 +118,10 @@ def test_a_step_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_profile_without_kernels_is_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_profile, "measure", lambda workload: [])
+    monkeypatch.setattr(profiled, "measure", lambda workload: [])
     out = tmp_path / "profile.txt"
     sizes = ["--sizes", "N=5", "E=2", "D=8", "R=2", "M=1"]
-    assert gpu_profile.main(["--device", "cpu", "--dtype", "float32", *sizes, "--out", str(out)]) == 1
+    assert profiled.main(["--device", "cpu", "--dtype", "float32", *sizes, "--out", str(out)]) == 1
     assert "saw no kernel" in capsys.readouterr().err
     assert not out.exists()
 
@@ -144,7 +143,7 @@ def test_what_the_sanitizer_watches_runs(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_profile.main([]) == 2
+    assert profiled.main([]) == 2
     assert gpu_summary.main(["--gpu"]) == 2
     assert gpu_sanitize.main(["route_topk", "N=5", "E=5", "k=2"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
@@ -171,5 +170,9 @@ def test_the_roofline_is_drawn(tmp_path: Path) -> None:
     assert roofline.main([str(picture), str(tmp_path / "absent.json")]) == 1
 
 
-def test_sizes_of_the_profile_are_those_of_the_room() -> None:
-    assert set(gpu_profile.SIZES) == set(SideMoE.letters)
+def test_a_whole_step_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["B=5", "I=40", "E=3", "M=2", "D=24", "R=4"]
+    assert profiled.main(["cls", "--device", "cpu", "--dtype", "float32", "--sizes", *sizes]) == 0
+    printed = capsys.readouterr().out
+    assert "training_step_cls float32 B=5 I=40 E=3 M=2 D=24 R=4: one step" in printed
+    assert "aten::_fused_adam_" in printed

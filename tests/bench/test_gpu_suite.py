@@ -87,7 +87,7 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     assert all("N=300 E=3 D=768 R=64 M=2" in calls[0] for calls in (memcheck, racecheck))
     assert all("-m bench.gpu_sanitize " in call for call in (*memcheck, *racecheck))
     assert sum("compute-sanitizer" in call for call in called) == 4 + 4 + 1
-    assert any("bench.gpu_profile" in call for call in called)
+    assert any("bench.profiled" in call for call in called)
     files = {word.rpartition("/")[2] for call in called for word in call.split() if str(suite.results) in word}
     assert len({name for name in files if not name.endswith(".xml")} | {"gpu-suite-toy.md"}) <= 8
     assert {"side_moe-toy-bfloat16.json", "routing-toy-bfloat16.json"} <= files

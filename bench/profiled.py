@@ -1,4 +1,4 @@
-"""Which kernels a step of ours spends its time in: `python -m bench.gpu_profile --out table.txt`."""
+"""Where a step of ours spends its time: `python -m bench.profiled mean --device cpu --out table.txt`."""
 
 import argparse
 import sys
@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import machine, results
-from bench.kernels.side_moe import SideMoE
-from bench.kernels_command import DTYPES
-from bench.workload import gradients
+from bench import kernels, machine, results, steps
+from bench.kernels_command import DTYPES, sizes_of
+from bench.workload import Workload, gradients
 
-SIZES = {"N": 2816, "E": 10, "D": 768, "R": 64, "M": 2}
+SIDE_MOE = ["N=2816", "E=10", "D=768", "R=64", "M=2"]
 WARM_UP, STEPS = 5, 20
 
 
@@ -27,8 +26,12 @@ class Spent(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints or writes the table of one forward and backward of `side_moe`."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_profile", description=(__doc__ or "").splitlines()[0])
+    """Prints or writes the table of one step."""
+    parser = argparse.ArgumentParser(prog="python -m bench.profiled", description=(__doc__ or "").splitlines()[0])
+    rooms = {name: house.room(name) for house in (kernels, steps) for name in house.ROOMS}
+    parser.add_argument(
+        "name", nargs="?", choices=rooms, default="side_moe", help="an operator, or a whole step's pooling"
+    )
     parser.add_argument("--sizes", nargs="+", default=[], metavar="L=N", help="as in N=2816 E=10")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -36,14 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("python -m bench.gpu_profile: torch finds no CUDA device here", file=sys.stderr)
+        print("python -m bench.profiled: torch finds no CUDA device here", file=sys.stderr)
         return 2
-    sizes = SIZES | {letter: int(size) for letter, _, size in (one.partition("=") for one in options.sizes)}
-    workload = SideMoE(sizes, DTYPES[options.dtype], device)
-    title = f"side_moe {options.dtype} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}: one step"
+    kind = rooms[options.name]
+    given = {**sizes_of(SIDE_MOE if options.name == "side_moe" else []), **sizes_of(options.sizes)}
+    sizes = {letter: given.get(letter, values)[0] for letter, values in kind.letters.items()}
+    workload = kind(sizes, DTYPES[options.dtype], device)
+    letters = " ".join(f"{letter}={size}" for letter, size in sizes.items())
+    title = f"{workload.operator} {options.dtype} {letters}: one step"
     spent = measure(workload)
     if not spent:
-        print("python -m bench.gpu_profile: the profiler saw no kernel", file=sys.stderr)
+        print("python -m bench.profiled: the profiler saw no kernel", file=sys.stderr)
         return 1
     text = "\n".join([machine.line(machine.describe(device)), "", title, "", *table(spent)])
     print(text)
@@ -52,14 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(workload: SideMoE) -> list[Spent]:
-    """What each kernel takes in a forward and backward, as the profiler sees it, the most expensive first."""
+def measure(workload: Workload) -> list[Spent]:
+    """What each kernel takes in a step of ours, as the profiler sees it, the most expensive first."""
     variant, rows = workload.build("ours"), workload.draw()
     cuda = workload.device.type == "cuda"
 
     def steps(count: int) -> None:
         for _ in range(count):
-            gradients(variant, rows, variant.forward(rows))
+            if variant.whole is not None:
+                variant.whole(rows)
+            else:
+                gradients(variant, rows, variant.forward(rows))
         if cuda:
             torch.cuda.synchronize(workload.device)
 
