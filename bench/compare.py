@@ -1,0 +1,160 @@
+"""Two runs of the bench: which of our rows changed by more than the machine did meanwhile.
+
+A machine is faster on one day than on another. What became of the rivals' times, whose code is the same, is taken to be
+the machine's doing; a row counts as changed if it moved against them. Where two runs have no rival in common, the
+measured rates stand in for them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.results import Case, Row, Run, Timing
+
+LEAST = 0.05
+"""A smaller change is none that anybody should act on."""
+CONFIDENCE = 0.99
+RESAMPLES = 2000
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one pass of one of our rows.
+
+    Attributes:
+        case: operator, dtype, device and sizes.
+        before, after: seconds, medians.
+        machine: how many times longer what did not change takes in the second run.
+        change: how many times longer this takes, by the machine's measure: 1 is no change.
+        low, high: the interval of `change` in which it lies with `CONFIDENCE`.
+        verdict: "slower", "faster" or "same".
+    """
+
+    case: str
+    variant: str
+    one_pass: str
+    before: float
+    after: float
+    machine: float
+    change: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows that both runs measured, and what only one of them has."""
+
+    changes: list[Change]
+    unmatched: list[str]
+
+
+def compare(before: Run, after: Run, least: float = LEAST) -> Comparison:
+    """Compares the rows of ours that both runs have.
+
+    Args:
+        before, after: runs of the same cases, or of some in common.
+        least: the smallest change that counts.
+    """
+    others = {_label(case): case for case in after.cases}
+    changes: list[Change] = []
+    unmatched: list[str] = []
+    for case in before.cases:
+        label = _label(case)
+        other = others.pop(label, None)
+        if other is None:
+            unmatched.append(f"{label}: only in the first")
+            continue
+        rows = {row.variant: row for row in other.rows}
+        for row in case.rows:
+            if row.variant not in rows:
+                unmatched.append(f"{label}, {row.variant}: only in the first")
+            elif row.status != rows[row.variant].status:
+                unmatched.append(f"{label}, {row.variant}: {row.status} in the first, {rows[row.variant].status} then")
+        unmatched += [f"{label}, {name}: only in the second" for name in rows.keys() - {r.variant for r in case.rows}]
+        changes += _changes(label, case, other, least)
+    return Comparison(changes, unmatched + [f"{label}: only in the second" for label in others])
+
+
+def _changes(label: str, before: Case, after: Case, least: float) -> Iterator[Change]:
+    pairs = [
+        (row, other)
+        for row in before.rows
+        for other in after.rows
+        if row.variant == other.variant and row.status == other.status == "measured"
+    ]
+    for row, other in pairs:
+        if not row.variant.startswith(OURS):
+            continue
+        for one_pass in row.passes.keys() & other.passes.keys():
+            yield _change(label, before, after, pairs, row.variant, one_pass, least)
+
+
+def _change(
+    label: str,
+    before: Case,
+    after: Case,
+    pairs: Sequence[tuple[Row, Row]],
+    variant: str,
+    one_pass: str,
+    least: float,
+) -> Change:
+    rng = np.random.default_rng(0)
+    timings = {
+        row.variant: (row.passes[one_pass], other.passes[one_pass])
+        for row, other in pairs
+        if one_pass in row.passes and one_pass in other.passes
+    }
+    rivals = [pair for name, pair in timings.items() if not name.startswith(OURS)]
+    mine = timings[variant]
+    rounds = _resampled(rng, mine[0]), _resampled(rng, mine[1])
+
+    def logs(pair: tuple[Timing, Timing]) -> np.ndarray:
+        """By how much the logarithm of the median grew: as it was, then for each resampling of the rounds."""
+        medians = [
+            np.concatenate([[np.median(t.samples)], np.median(np.asarray(t.samples)[r], axis=1)])
+            for t, r in zip(pair, rounds, strict=True)
+        ]
+        return np.log(medians[1]) - np.log(medians[0])
+
+    if rivals:
+        machine = np.median([logs(pair) for pair in rivals], axis=0)
+    else:
+        machine = np.full(RESAMPLES + 1, math.log(_slower(before, after)))
+    moved = logs(mine) - machine
+    low, high = np.quantile(moved[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    bound = math.log1p(least)
+    verdict = "slower" if low > 0 and moved[0] > bound else "faster" if high < 0 and moved[0] < -bound else "same"
+    return Change(
+        label,
+        variant,
+        one_pass,
+        mine[0].median,
+        mine[1].median,
+        math.exp(machine[0]),
+        math.exp(moved[0]),
+        math.exp(low),
+        math.exp(high),
+        verdict,
+    )
+
+
+def _resampled(rng: np.random.Generator, timing: Timing) -> np.ndarray:
+    """Rounds drawn with replacement. A round is one for all variants, since what disturbs one disturbs all."""
+    return rng.integers(len(timing.samples), size=(RESAMPLES, len(timing.samples)))
+
+
+def _slower(before: Case, after: Case) -> float:
+    """How many times longer the machine takes, by the rates that were measured."""
+    rates = [(before.flop_rate, after.flop_rate), (before.byte_rate, after.byte_rate)]
+    found = [first / second for first, second in rates if first and second]
+    return math.sqrt(math.prod(found)) if len(found) == 2 else math.prod(found)
+
+
+def _label(case: Case) -> str:
+    sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
+    return f"{case.operator} {case.dtype} {case.device} {sizes}"

@@ -1,0 +1,68 @@
+"""`python -m bench compare BEFORE.json AFTER.json`: what changed between two runs by more than the machine did."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench import results
+from bench.compare import CONFIDENCE, LEAST, Change, compare
+from bench.machine import line
+
+
+def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to those of `python -m bench`."""
+    parser = commands.add_parser(
+        "compare",
+        help="two files of results: which rows of ours changed by more than the machine did",
+        description="Compares two files that --json wrote. A row of ours has changed if its time moved against the "
+        "rivals' of the same case, by more than the rounds' spread and by more than --least. The exit code is 1 if a "
+        "row became slower, or is measured in the first file and not in the second.",
+    )
+    parser.add_argument("before", type=Path, metavar="BEFORE.json")
+    parser.add_argument("after", type=Path, metavar="AFTER.json")
+    parser.add_argument("--least", type=float, default=LEAST, help=f"the smallest change that counts; {LEAST:g}")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the table, and returns 1 if something became slower or was lost, 2 if a file cannot be read."""
+    try:
+        before, after = results.load(options.before), results.load(options.after)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"python -m bench compare: {error}", file=sys.stderr)
+        return 2
+    found = compare(before, after, options.least)
+    print(f"before: {line(before.machine)}\nafter:  {line(after.machine)}\n")
+    if not found.changes:
+        print("The two files have no row of ours in common.")
+    else:
+        print("\n".join(results.aligned(HEAD, [_cells(change) for change in found.changes])))
+        print(
+            f"\nx machine: what the rivals, whose code is the same, took of their time before. change: ours against "
+            f"that, with the {CONFIDENCE:.0%} interval over the rounds."
+        )
+    for one in found.unmatched:
+        print(f"- {one}")
+    slower = [change for change in found.changes if change.verdict == "slower"]
+    print(
+        f"\n{len(slower)} slower, {sum(c.verdict == 'faster' for c in found.changes)} faster, of {len(found.changes)}"
+    )
+    lost = [one for one in found.unmatched if "measured in the first" in one]
+    return 1 if slower or lost or not found.changes else 0
+
+
+HEAD = ["case", "variant", "pass", "before ms", "after ms", "x machine", "change", "interval", ""]
+
+
+def _cells(change: Change) -> list[str]:
+    return [
+        change.case,
+        change.variant,
+        change.one_pass,
+        f"{change.before * 1e3:.4g}",
+        f"{change.after * 1e3:.4g}",
+        f"{change.machine:.2f}",
+        f"{change.change - 1:+.1%}",
+        f"{change.low - 1:+.1%} to {change.high - 1:+.1%}",
+        change.verdict,
+    ]
