@@ -1,10 +1,14 @@
-"""The most memory that a step takes on a GPU at any moment."""
+"""The most memory that a step takes at any moment, seen by torch's allocator and so also inside operators."""
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Read when the profiler first starts, which would announce each start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class Peak(NamedTuple):
@@ -20,14 +24,40 @@ class Peak(NamedTuple):
     returned: int
 
 
-def measure_peak(step: Callable[[], Iterable[Tensor]], device: torch.device) -> Peak | None:
-    """What a step takes; None on a CPU, whose allocator keeps no account."""
-    if device.type != "cuda":
-        return None
+def measure_peak(step: Callable[[], Iterable[Tensor]], device: torch.device) -> Peak:
+    """What a step takes of the device's memory."""
+    results: list[Tensor] = []
+
+    def call() -> None:
+        results.extend(step())
+
+    growth = _cuda_growth(call, device) if device.type == "cuda" else cpu_growth(call)
+    storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in results)}
+    return Peak(growth, sum(storage.nbytes() for storage in storages.values()))
+
+
+def cpu_growth(call: Callable[[], object]) -> int:
+    """The most bytes on the CPU that `call` holds at once beyond those that were there before."""
+    held = most = 0
+    for change in allocations(call):
+        held += change
+        most = max(most, held)
+    return most
+
+
+def allocations(call: Callable[[], object]) -> Iterator[int]:
+    """The bytes that `call` takes on the CPU, and with a minus gives back, in the order of time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    yield from (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+
+
+def _cuda_growth(call: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in step())}
+    call()
     torch.cuda.synchronize(device)
-    growth = torch.cuda.max_memory_allocated(device) - before
-    return Peak(growth, sum(storage.nbytes() for storage in storages.values()))
+    return torch.cuda.max_memory_allocated(device) - before

@@ -214,12 +214,24 @@ def test_the_peak_leaves_out_what_was_there_and_names_what_is_returned(monkeypat
     def step() -> list[Tensor]:
         return [result, result[:2]]
 
-    assert peak.measure_peak(step, torch.device("cpu")) is None
     for name, value in (("memory_allocated", 1000), ("max_memory_allocated", 2500)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device: None)
     assert peak.measure_peak(step, CUDA) == (2500 - 1000, result.nbytes)
+
+
+def test_the_peak_on_a_cpu_is_what_was_held_at_once(cpu: torch.device) -> None:
+    size = 1 << 20
+
+    def step() -> list[Tensor]:
+        for _ in range(3):
+            first = torch.zeros(size, dtype=torch.uint8)
+            second = first.clone()
+            del first, second
+        return [torch.zeros(size // 2, dtype=torch.uint8)]
+
+    assert peak.measure_peak(step, cpu) == (2 * size, size // 2)
 
 
 def test_a_cpu_has_no_cache_to_flush() -> None:
