@@ -146,7 +146,7 @@ test_gpu() {
     pytest test_routing "test_triton_route_topk or test_triton_grouped_mm"
     # Two files compile for GPUs that need not be there; they are tests of any machine.
     local elsewhere="test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
-    pytest test_rest "triton and not ($elsewhere or test_triton_budget or test_triton_compiles_once)"
+    pytest test_rest "(triton or xformers) and not ($elsewhere or test_triton_budget or test_triton_compiles_once)"
 }
 
 kernels() {
@@ -174,6 +174,7 @@ bench() {
             --against naive-autocast,eager-graph
     }
     kernels bench_routing "routing-$gpu-bfloat16.json" route_topk grouped_mm --dtype bfloat16 --seconds 2
+    kernels bench_attention "attention-$gpu-bfloat16.json" packed_attention --dtype bfloat16 --seconds 2
     part profile "$PYTHON" -m bench.profiled --out "$folder/side_moe-profile-$gpu.txt"
     # The measurements under it may be new.
     forget roofline

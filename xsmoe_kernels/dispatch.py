@@ -16,24 +16,26 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 Kernel = Callable[..., Any]
+Refuses = Callable[..., str | None]
 
 calls: Counter[tuple[str, str]] = Counter()
 """How often each (operator, backend) ran, backward operators by their own name."""
 
 
 class _Limits(NamedTuple):
-    """The types of device and the dtypes that a kernel takes; None for all."""
+    """The types of device and the dtypes that a kernel takes; None for all. And what else it does not take."""
 
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...] | None
+    refuses: Refuses | None
 
 
 _kernels: dict[str, dict[str, Kernel]] = {}
 _limits: dict[tuple[str, str], _Limits] = {}
 _singles: dict[str, str] = {}
 """For an operator that takes lists, the one that it is for each place of them."""
-_reasons: dict[str, str] = {}
-"""Why a backend has no kernel for any operator here."""
+_reasons: dict[tuple[str, str | None], str] = {}
+"""Why a backend has no kernel here, for an operator, or None: for any."""
 
 
 class _Request:
@@ -59,6 +61,7 @@ def register(
     *,
     devices: tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
+    refuses: Refuses | None = None,
 ) -> None:
     """Makes `kernel` the implementation of `operator` on `backend`.
 
@@ -67,11 +70,13 @@ def register(
         backend: one of `BACKENDS`.
         kernel: called with the operator's arguments without the last, the backend.
         devices, dtypes: the types of device and the dtypes that the kernel takes, all if None.
+        refuses: called with a device, a dtype and a call's arguments, or none where nobody calls yet; why the kernel
+            cannot serve that, or None if it can. "auto" then goes on to another backend. Looks at no values of tensors.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     _kernels.setdefault(operator, {})[backend] = kernel
-    _limits[operator, backend] = _Limits(devices, dtypes)
+    _limits[operator, backend] = _Limits(devices, dtypes, refuses)
 
 
 def register_list(operator: str, single: str) -> None:
@@ -83,9 +88,9 @@ def register_list(operator: str, single: str) -> None:
     _singles[operator] = single
 
 
-def declare_absent(backend: str, reason: str) -> None:
-    """Makes `reason` what is said where `backend` is asked for and has no kernel."""
-    _reasons[backend] = reason
+def declare_absent(backend: str, reason: str, operator: str | None = None) -> None:
+    """Makes `reason` what is said where `backend` is asked for and has no kernel, for one operator or for any."""
+    _reasons[backend, operator] = reason
 
 
 def operators() -> tuple[str, ...]:
@@ -125,28 +130,33 @@ def use_backend(name: str) -> Iterator[None]:
         _requests.remove(request)
 
 
-def unavailable(operator: str, backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot serve `operator` on this device and dtype, or None if it can."""
+def unavailable(
+    operator: str, backend: str, device: torch.device | str, dtype: torch.dtype, *arguments: object
+) -> str | None:
+    """Why `backend` cannot serve `operator` on this device and dtype, or None if it can.
+
+    With `arguments`, the operator's without the last, why it cannot serve this very call.
+    """
     if backend not in _kernels.get(operator, {}):
         if operator in _singles:
             return unavailable(_singles[operator], backend, device, dtype)
         return _absent(backend, operator)
-    devices, dtypes = _limits[operator, backend]
+    devices, dtypes, refuses = _limits[operator, backend]
     if devices is not None and (device_type := torch.device(device).type) not in devices:
         return f"the {backend} kernels run on {' and '.join(devices)} only, not on {device_type}"
     if dtypes is not None and dtype not in dtypes:
         return f"the {backend} kernels take {' and '.join(map(str, dtypes))}, not {dtype}"
-    return None
+    return None if refuses is None else refuses(torch.device(device), dtype, *arguments)
 
 
-def select(operator: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves a call. The same request, device and dtype always give the same backend.
+def select(operator: str, requested: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> str:
+    """The backend that serves a call, `arguments` if they are given. The same question always has the same answer.
 
     Raises:
         BackendUnavailable: `requested` names a backend that cannot serve the call.
     """
     if requested != "auto":
-        if reason := unavailable(operator, requested, device, dtype):
+        if reason := unavailable(operator, requested, device, dtype, *arguments):
             raise BackendUnavailable(
                 f"backend {requested!r} cannot serve {operator} on {device.type} {dtype}: {reason}"
             )
@@ -154,14 +164,14 @@ def select(operator: str, requested: str, device: torch.device, dtype: torch.dty
     if dtype == torch.float64:
         return "reference"
     for backend in PREFERENCE.get(device.type, ("reference",)):
-        if unavailable(operator, backend, device, dtype) is None:
+        if unavailable(operator, backend, device, dtype, *arguments) is None:
             return backend
     raise BackendUnavailable(f"no backend serves {operator} on {device.type} {dtype}")
 
 
 def run(operator: str, requested: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> Any:
     """Runs `operator` on the backend that `select` names, and counts the call in `calls`."""
-    backend = select(operator, requested, device, dtype)
+    backend = select(operator, requested, device, dtype, *arguments)
     if backend not in _kernels[operator]:
         single, places = _singles[operator], zip(*cast(tuple[Iterable[object], ...], arguments), strict=True)
         results = [run(single, backend, device, dtype, *place) for place in places]
@@ -171,4 +181,5 @@ def run(operator: str, requested: str, device: torch.device, dtype: torch.dtype,
 
 
 def _absent(backend: str, operator: str) -> str:
-    return _reasons.get(backend) or f"this version of xsmoe_kernels has no {backend} kernel for {operator}"
+    own = _reasons.get((backend, operator)) or _reasons.get((backend, None))
+    return own or f"this version of xsmoe_kernels has no {backend} kernel for {operator}"

@@ -17,7 +17,7 @@ def info() -> dict[str, Any]:
 
     Returns:
         "versions": of xsmoe_kernels, python, torch and the CUDA it was built for, triton and xformers; None where
-            absent. Neither triton nor xformers is imported.
+            absent. Triton is not imported, and xformers only to ask what it serves on a CUDA device that is there.
         "devices": "cpu" (architecture, vector instructions torch uses, threads) and "cuda" (for each GPU its name,
             compute capability and bytes of memory).
         "native": what `native.describe` tells of the native CPU kernels: "tier", the instructions in use, "tiers", all

@@ -12,6 +12,7 @@ ROOMS = {
     "rank_of_target": "RankOfTarget",
     "topk_items": "TopkItems",
     "in_batch_softmax_loss": "InBatchSoftmaxLoss",
+    "packed_attention": "PackedAttention",
 }
 
 

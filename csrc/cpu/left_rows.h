@@ -8,10 +8,8 @@ namespace xsmoe::XSMOE_TIER {
 namespace {
 
 // Read in place where products can do so, else from a copy whose rows zeros fill up to a multiple of columns.
-template <class T>
+template <class T, class Value = typename Held<T>::Value>
 struct LeftRows {
-    typedef typename Held<T>::Value Value;
-
     int64_t columns, padded;
     bool in_place;
     Value* copy = nullptr;

@@ -234,7 +234,7 @@ struct BlockShapes {
 
 constexpr BlockShapes block_shapes;
 
-__attribute__((noinline)) void matrix_block(
+[[maybe_unused]] __attribute__((noinline)) void matrix_block(
     int rows, int vecs, const Left<BFloat16>& left, const Right<BFloat16>& right, int64_t index, float* block
 ) {
     // The tile instructions do not tell the compiler what memory they read.

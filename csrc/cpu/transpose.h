@@ -9,6 +9,13 @@ namespace {
 typedef uint32_t Quad __attribute__((vector_size(16)));
 typedef uint16_t HalfQuad __attribute__((vector_size(8)));
 
+// Four numbers as floats.
+XSMOE_INLINE Quad load_quad(const float* from) { return load_as<Quad>(from); }
+
+XSMOE_INLINE Quad load_quad(const BFloat16* from) {
+    return __builtin_convertvector(load_as<HalfQuad>(from), Quad) << 16;
+}
+
 XSMOE_INLINE void transpose(Quad (&rows)[4]) {
     const Quad a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
     const Quad b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);

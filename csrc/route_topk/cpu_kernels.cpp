@@ -15,12 +15,6 @@ using route_topk::Forward;
 using route_topk::Kernels;
 using route_topk::Matrix;
 
-XSMOE_INLINE Quad load_quad(const float* from) { return load_as<Quad>(from); }
-
-XSMOE_INLINE Quad load_quad(const BFloat16* from) {
-    return __builtin_convertvector(load_as<HalfQuad>(from), Quad) << 16;
-}
-
 // Turns four rows of four numbers into four columns, `lanes` apart.
 template <class T>
 XSMOE_INLINE void transpose_quads(const T* from, int64_t row_stride, float* to) {

@@ -77,7 +77,7 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     called = suite.called()
     assert called[0] == "setup.py build_ext --inplace"
     assert sum("-m pytest" in call for call in called) == 3
-    assert sum("-m bench kernels" in call and "--device cuda" in call for call in called) == 5
+    assert sum("-m bench kernels" in call and "--device cuda" in call for call in called) == 6
     memcheck, racecheck = (
         [call for call in called if call.startswith(f"compute-sanitizer --tool {tool} ") and "-c" not in call.split()]
         for tool in ("memcheck", "racecheck")
@@ -89,7 +89,7 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     assert sum("compute-sanitizer" in call for call in called) == 4 + 4 + 1
     assert any("bench.profiled" in call for call in called)
     files = {word.rpartition("/")[2] for call in called for word in call.split() if str(suite.results) in word}
-    assert len({name for name in files if not name.endswith(".xml")} | {"gpu-suite-toy.md"}) <= 8
+    assert len({name for name in files if not name.endswith(".xml")} | {"gpu-suite-toy.md"}) <= 9
     assert {"side_moe-toy-bfloat16.json", "routing-toy-bfloat16.json"} <= files
     assert {"build", "test_side_moe", "bench_bfloat16", "profile", "racecheck_grouped_mm"} <= suite.markers()
     assert (suite.results / "gpu-suite-toy.md").read_text() == "the summary\n"

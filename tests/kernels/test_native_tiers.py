@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from native_library import ROOT, TESTS, needs_library, run_python
+from native_packed_attention import SELECTION as SEQUENCES
 from native_ranking import NUM_CASES
 from native_side_moe import SELECTION
 
@@ -14,6 +15,7 @@ from xsmoe_kernels import native
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 COMPARISON = str(TESTS / "native_side_moe.py")
 RANKING = str(TESTS / "native_ranking.py")
+ATTENTION = str(TESTS / "native_packed_attention.py")
 
 
 @needs_library
@@ -26,6 +28,12 @@ def test_side_moe_stays_within_the_error_budget(tier: str) -> None:
 @pytest.mark.parametrize("tier", native.describe().get("tiers") or ["baseline"])
 def test_rankings_equal_the_references(tier: str) -> None:
     assert run_python(RANKING, XSMOE_CPU_TIER=tier) == f"{tier} {NUM_CASES}\n"
+
+
+@needs_library
+@pytest.mark.parametrize("tier", native.describe().get("tiers") or ["baseline"])
+def test_packed_attention_stays_within_the_error_budget(tier: str) -> None:
+    assert run_python(ATTENTION, XSMOE_CPU_TIER=tier) == f"{tier} {len(SEQUENCES)}\n"
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def test_strided_inputs_and_int32_offsets() -> None:
 def test_opcheck() -> None:
     inputs = make(10)
     for keep, dropout_p in ((None, 0.0), (torch.rand(4, 2, 4, 4) >= 0.3, 0.3)):
-        arguments = (OFFSETS, 4, keep, dropout_p)
+        arguments = (OFFSETS, 4, keep, dropout_p, None)
         torch.library.opcheck(torch.ops.xsmoe.packed_attention, (*inputs, *arguments, "auto"))
         detached = [t.detach() for t in (inputs[0], *inputs)]
         needs = (True, keep is None, True)

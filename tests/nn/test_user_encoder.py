@@ -9,23 +9,41 @@ from bench.published_names import our_name
 from xsmoe.nn import UserEncoder
 
 
-def test_packed_equals_padded() -> None:
+@pytest.mark.parametrize("lengths", [[10, 1, 4, 7], [10] * 6, [1, 2], [3]], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_equals_padded(lengths: list[int], training: bool) -> None:
+    """In results and in gradients, of the embeddings and of every parameter."""
     torch.manual_seed(0)
-    padded, packed = PaddedUserEncoder(dim=16, inner=32).eval(), UserEncoder(16, inner_dim=32).eval()
+    padded, packed = PaddedUserEncoder(dim=16, inner=32, dropout=0.0), UserEncoder(16, inner_dim=32, dropout=0.0)
     packed.load_state_dict({our_name(key): value for key, value in padded.state_dict().items()})
-    lengths = [10, 1, 4, 7]
-    rows = torch.randn(sum(lengths), 16)
+    padded.train(training), packed.train(training)
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-    x, mask = torch.zeros(len(lengths), 10, 16), torch.zeros(len(lengths), 10)
-    for user, length in enumerate(lengths):
-        x[user, 10 - length :] = rows[offsets[user] : offsets[user + 1]]
-        mask[user, 10 - length :] = 1
-    expected = padded(x, mask)
+    rows = torch.randn(sum(lengths), 16, requires_grad=True)
+    upstream = torch.randn(sum(lengths), 16)
+    users = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    places = torch.arange(sum(lengths)) + 10 - offsets[1:][users]
+    x = torch.zeros(len(lengths), 10, 16).index_put((users, places), rows)
+    mask = torch.zeros(len(lengths), 10).index_put((users, places), torch.ones(()))
+    expected = padded(x, mask)[users, places]
     ours = packed(rows, offsets, lengths=lengths)
-    for user, length in enumerate(lengths):
-        torch.testing.assert_close(
-            ours[offsets[user] : offsets[user + 1]], expected[user, 10 - length :], rtol=1e-5, atol=1e-5
-        )
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    names = [our_name(name) for name, _ in padded.named_parameters()]
+    wanted = torch.autograd.grad(expected, [rows, *padded.parameters()], upstream)
+    found = torch.autograd.grad(ours, [rows, *(packed.get_parameter(name) for name in names)], upstream)
+    for name, mine, theirs in zip(("rows", *names), found, wanted, strict=True):
+        assert torch.linalg.norm(mine - theirs) <= 1e-5 * torch.linalg.norm(theirs) + 1e-6, name
+
+
+def test_one_product_and_three_are_the_same() -> None:
+    torch.manual_seed(0)
+    block = UserEncoder(16, inner_dim=32).blocks[0]
+    x = torch.randn(7, 16)
+    apart = block._projected(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        together = block._projected(x)
+    for one, other in zip(apart, together, strict=True):
+        assert other.dtype == torch.bfloat16
+        torch.testing.assert_close(other.float(), one, rtol=2e-2, atol=2e-2)
 
 
 def test_a_later_item_changes_no_earlier_query() -> None:

@@ -1,6 +1,6 @@
 """The recommender: items through the item encoder, users through the user encoder, trained by next-item prediction."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
@@ -61,14 +61,15 @@ class Recommender(Pretrained):
             counts=batch.counts,
         )
 
-    def queries(self, embeddings: Tensor, offsets: Tensor) -> Tensor:
+    def queries(self, embeddings: Tensor, offsets: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
         """The query of every sequence after its last item.
 
         Args:
             embeddings: (M, dim) of the sequences' items, laid end to end; no sequence is empty.
             offsets: (B + 1,) int64.
+            lengths: as `UserEncoder.forward` takes them.
 
         Returns:
             (B, dim).
         """
-        return functional.embedding(offsets[1:] - 1, self.users(embeddings, offsets))
+        return functional.embedding(offsets[1:] - 1, self.users(embeddings, offsets, lengths=lengths))

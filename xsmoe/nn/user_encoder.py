@@ -71,7 +71,7 @@ class UserEncoder(Pretrained):
         Args:
             items: (M, dim), the embeddings of all sequences, laid end to end.
             offsets: (B + 1,) int64; sequence b holds the rows offsets[b]:offsets[b + 1], at most `max_length`.
-            lengths: the sequences' lengths on the host, which attention on CUDA needs.
+            lengths: the sequences' lengths on the host, without which xformers cannot serve attention on CUDA.
 
         Returns:
             (M, dim).
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor, max_length: int, lengths: Sequence[int] | None) -> Tensor:
         """(M, dim) to (M, dim)."""
-        q, k, v = (layer(x).unflatten(1, (self.num_heads, -1)) for layer in (self.query, self.key, self.value))
+        q, k, v = (rows.unflatten(1, (self.num_heads, -1)) for rows in self._projected(x))
         attended = packed_attention(
             q,
             k,
@@ -118,4 +118,12 @@ class Block(nn.Module):
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         x = self.attention_norm(x + self.dropout(self.output(attended.flatten(1))))
-        return self.feed_forward_norm(x + self.dropout(self.outer(functional.relu(self.inner(x)))))
+        return self.feed_forward_norm(x + self.dropout(self.outer(functional.relu(self.inner(x), inplace=True))))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (M, dim) each."""
+        weights = [layer.weight for layer in (self.query, self.key, self.value)]
+        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            # In float32 one wide product gains nothing, and its gradient has to be put together.
+            return tuple(functional.linear(x, weight) for weight in weights)
+        return functional.linear(x, torch.cat(weights)).chunk(3, dim=1)

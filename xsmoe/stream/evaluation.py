@@ -119,7 +119,9 @@ def _rank_in_chunks(model: Recommender, features: ItemFeatures, task: RankingTas
     for start in range(0, len(task), USERS_A_CHUNK):
         part = task.chunk(start, min(start + USERS_A_CHUNK, len(task)))
         inputs = functional.embedding(_tensor(part.inputs, device), embeddings)
-        ranks.append(_rank(model.queries(inputs, _tensor(part.offsets, device)), embeddings, part, device))
+        lengths = np.diff(part.offsets).tolist()
+        queries = model.queries(inputs, _tensor(part.offsets, device), lengths=lengths)
+        ranks.append(_rank(queries, embeddings, part, device))
     return np.concatenate(ranks) if ranks else np.empty(0)
 
 

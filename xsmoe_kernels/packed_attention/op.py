@@ -1,6 +1,7 @@
 """Causal attention over many sequences that lie end to end, without padding."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ def packed_attention(
         offsets: (B+1,) int32 or int64 on q's device, ascending within [0, M]; sequence b is the rows
             `offsets[b]:offsets[b+1]`, and may be empty.
         max_length: no sequence is longer; at least 1.
-        lengths: the B sequences' lengths as host integers, for backends that plan a launch by them (xformers on CUDA
-            builds its block-diagonal mask from them) and must not wait for the device's offsets. The reference does
-            without; what is given is checked all the same.
+        lengths: the B sequences' lengths as host integers, from which xformers on CUDA builds its block-diagonal mask
+            without waiting for the device's offsets; it serves eager calls that bring them, drop nothing and have no
+            rows outside the offsets. Other kernels do without; what is given is checked all the same.
         dropout_p: probability in [0, 1) with which an attention weight is dropped, the others growing by
             1 / (1 - dropout_p); drawn from torch's generator at every call. A module passes 0 in evaluation.
 
@@ -60,7 +61,9 @@ def packed_attention(
     if dropout_p > 0:
         shape = (offsets.shape[0] - 1, q.shape[1], max_length, max_length)
         keep = torch.rand(shape, device=q.device) >= dropout_p
-    return _operator(q, k, v, offsets, max_length, keep, dropout_p, dispatch.requested())
+    # A graph would hold these lengths for good, and each batch has its own.
+    planned = None if lengths is None or torch.compiler.is_compiling() or not q.is_cuda else list(lengths)
+    return _operator(q, k, v, offsets, max_length, keep, dropout_p, planned, dispatch.requested())
 
 
 def _check_settings(offsets: Tensor, max_length: int, dropout_p: float) -> None:
@@ -89,7 +92,14 @@ def _check_lengths(lengths: Sequence[int], offsets: Tensor, max_length: int) -> 
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    keep: Tensor | None,
+    dropout_p: float,
+    lengths: Sequence[int] | None,
 ) -> None:
     shape = checks.floating("q", q, "M", "H", "d").shape
     checks.floating("k", k, *shape)
@@ -102,9 +112,12 @@ def _check(
         checks.tensor("keep", keep, offsets.shape[0] - 1, shape[1], max_length, max_length)
     if not checks.values_visible(offsets):
         return
-    checks.ragged("offsets", offsets, q.shape[0])
-    longest = max(offsets.diff().tolist(), default=0)
-    if longest > max_length:
+    bounds = offsets.tolist()
+    found = [end - begin for begin, end in pairwise(bounds)]
+    # Of good offsets the ends and the lengths tell all; `ragged` says what is wrong with others.
+    if min(found, default=0) < 0 or bounds[0] < 0 or bounds[-1] > q.shape[0]:
+        checks.ragged("offsets", offsets, q.shape[0])
+    if (longest := max(found, default=0)) > max_length:
         raise ValueError(f"max_length must be at least {longest}, the longest sequence of offsets, not {max_length}")
 
 
@@ -116,13 +129,14 @@ def _fake(
     max_length: int,
     keep: Tensor | None,
     dropout_p: float,
+    lengths: Sequence[int] | None,
     backend: str,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, ctx.backend = inputs
+    q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, ctx.lengths, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, offsets, keep)
 
 
@@ -130,9 +144,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, offsets, keep = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     gradients = torch.ops.xsmoe.packed_attention_backward(
-        grad, q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, *need, ctx.backend
+        grad, q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, ctx.lengths, *need, ctx.backend
     )
-    return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *(None,) * 5
+    return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *(None,) * 6
 
 
 def _backward_fake(
@@ -144,6 +158,7 @@ def _backward_fake(
     max_length: int,
     keep: Tensor | None,
     dropout_p: float,
+    lengths: Sequence[int] | None,
     need_q: bool,
     need_k: bool,
     need_v: bool,
@@ -154,8 +169,8 @@ def _backward_fake(
 
 _operator = library.define(
     "packed_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p, str backend)"
-    " -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p,"
+    " SymInt[]? lengths, str backend) -> Tensor",
     reference=reference.forward,
     fake=_fake,
     check=_check,
@@ -165,7 +180,7 @@ _operator = library.define(
 library.define_backward(
     "packed_attention",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p,"
-    " bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",
+    " SymInt[]? lengths, bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",
     reference=reference.backward,
     fake=_backward_fake,
 )

@@ -1,6 +1,7 @@
 """Causal attention within packed sequences in plain PyTorch: the specification of `packed_attention`."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,16 @@ from xsmoe_kernels import precision
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_length: int, keep: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    max_length: int,
+    keep: Tensor | None,
+    dropout_p: float,
+    lengths: Sequence[int] | None,
 ) -> Tensor:
-    """The attended values (M, H, d); zeros in rows outside the offsets."""
+    """The attended values (M, H, d); zeros in rows outside the offsets. Does without `lengths`."""
     index = _places(offsets, max_length, q.shape[0])
     # Padding stands on the right, where a causal query never looks: it needs no mask.
     queries, keys, values = (_pad(t, index) for t in (q, k, v))
@@ -33,6 +41,7 @@ def backward(
     max_length: int,
     keep: Tensor | None,
     dropout_p: float,
+    lengths: Sequence[int] | None,
     need_q: bool,
     need_k: bool,
     need_v: bool,

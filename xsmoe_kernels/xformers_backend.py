@@ -1,0 +1,47 @@
+"""xformers' attention for NVIDIA GPUs: registers it without importing xformers, and knows why it cannot serve."""
+
+import functools
+import importlib
+import importlib.metadata
+import re
+from typing import Any
+
+import torch
+
+from xsmoe_kernels import dispatch
+
+OLDEST = (0, 0, 35)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load() -> None:
+    """Registers the kernels with `dispatch`, or the reason why there are none."""
+    reason = _absence()
+    for name in ("forward", "backward"):
+        operator = "packed_attention" + ("_backward" if name == "backward" else "")
+        if reason is not None:
+            dispatch.declare_absent("cuda", reason, operator)
+            continue
+        dispatch.register(
+            operator,
+            "cuda",
+            functools.partial(_call, name),
+            devices=("cuda",),
+            dtypes=DTYPES,
+            refuses=functools.partial(_call, f"refuses_{name}"),
+        )
+
+
+def _call(function: str, *arguments: Any) -> Any:
+    module = importlib.import_module(f"{__package__}.packed_attention.xformers_attention")
+    return getattr(module, function)(*arguments)
+
+
+def _absence() -> str | None:
+    try:
+        version = importlib.metadata.version("xformers")
+    except importlib.metadata.PackageNotFoundError:
+        return "xformers is not installed; `pip install xformers`"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < OLDEST:
+        return f"xformers {version} is older than {'.'.join(map(str, OLDEST))}; `pip install --upgrade xformers`"
+    return None
