@@ -57,6 +57,10 @@ bench: native
 	$(BIN)/python -m bench kernels route_topk grouped_mm --seconds 3 --json bench/results/routing-cpu-float32.json
 	$(BIN)/python -m bench kernels in_batch_softmax_loss --sizes B=256 C=2640 --seconds 10 \
 		--json bench/results/loss-cpu-float32.json
+	$(BIN)/python -m bench kernels in_batch_softmax_loss --dtype bfloat16 --sizes B=256 C=2640 --variants eager,ours \
+		--seconds 10 --json bench/results/loss-cpu-bfloat16.json
+	$(BIN)/python -m bench kernels in_batch_softmax_loss --sizes B=32 C=20000,200000 --variants eager,compiled,ours \
+		--seconds 10 --json bench/results/loss-cpu-float32-full-softmax.json
 	$(BIN)/python -m bench kernels rank_of_target topk_items --variants chunked,tiled,ours --against chunked,tiled \
 		--seconds 12 --json bench/results/ranking-cpu-float32.json
 

@@ -12,7 +12,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class Peak(NamedTuple):
-    """Bytes of torch's allocator.
+    """Bytes of torch's allocator, on a CPU of what it is asked for.
 
     Attributes:
         growth: at the peak of a step, beyond what was there before. Some of what it returns is among them, all of it

@@ -53,7 +53,7 @@ class Row:
         worst: the result in which that was found.
         saved_bytes: kept for backward beyond inputs and weights.
         compile_seconds: its first run, where torch.compile made it. Inductor's cache on disk may have been warm.
-        peak_bytes: by how much torch's allocator grew during a step; None where nobody counts.
+        peak_bytes: by how much torch's allocator grew during a step; None where nobody counts, as for graphs.
         returned_bytes: what that step returned, results and gradients, of which some may be among `peak_bytes`.
         remark: what to know of this row, if anything.
         passes: timings; of "both" only, where a variant runs a whole step at once.

@@ -55,6 +55,7 @@ class Variant:
         like: another variant whose products are the same, where they cannot be counted.
         compiled: whether torch.compile made it, so that its first run takes long.
         prepare: brings a round's rows to where this variant reads them, ahead of what is timed.
+        solves: the workload whose exact result it is held to, if that is an easier one; its title says what it is.
         step: forward and backward in one, for a variant that knows no halves: results, and gradients by leaf.
         whole: what is timed in one, where it is more than forward and backward; these are what the gate sees.
     """
@@ -73,6 +74,7 @@ class Variant:
     prepare: Callable[[Tensors], Tensors] | None = None
     step: Callable[[Tensors], tuple[Tensors, Tensors]] | None = None
     whole: Callable[[Tensors], None] | None = None
+    solves: "Workload | None" = None
 
 
 def upstream(results: Tensors, rows: Tensors) -> tuple[list[Tensor], list[Tensor]]:

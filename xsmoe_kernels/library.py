@@ -130,6 +130,11 @@ def plain_eager() -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
+def last_backward() -> bool:
+    """Whether a backward in plain eager code runs for the last time: what it saved for itself is then its to change."""
+    return plain_eager() and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _eager_function(
     operator: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:

@@ -1,6 +1,7 @@
 """`in_batch_softmax_loss` of B users with eleven items each, of which ten are targets: M = 10 B queries, C items."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -8,9 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.graph import on_cuda, replayed
+from bench.kernels import softmax_loss_rivals
 from bench.workload import Product, Tensors, Variant, Work, Workload
 from xsmoe_kernels import dispatch, in_batch_softmax_loss, use_backend
 
+# Variants of the easier problem, which they are held to; ours among them, to compare them with.
+_PLAIN = ("ours-plain", *softmax_loss_rivals.MODULES)
 PLACES = 11
 """Items of a user; every one but the first is a target."""
 
@@ -43,10 +47,11 @@ class InBatchSoftmaxLoss(Workload):
         return f"{len(self.targets)} queries of {self.sizes['B']} users against {self.sizes['C']} items"
 
     def variants(self) -> tuple[str, ...]:
-        return "published", "eager", "compiled", "ours", *on_cuda(self.device, "ours-graph")
+        on_gpus = on_cuda(self.device, "ours-graph", *_PLAIN)
+        return "published", "eager", "compiled", "ours", *on_gpus
 
     def optional(self) -> tuple[str, ...]:
-        return ("reference",)
+        return ("reference", *(() if self.device.type == "cuda" else _PLAIN))
 
     def baselines(self) -> tuple[str, ...]:
         return "published", "eager"
@@ -76,6 +81,18 @@ class InBatchSoftmaxLoss(Workload):
             return self._ours(name, "auto")
         if name == "ours-graph":
             return replayed(self._ours(name, "auto"), self.device)
+        if name == "ours-plain":
+            plain = self._plain()
+            return replace(plain._ours(name, "auto"), solves=plain)
+        if name in softmax_loss_rivals.MODULES:
+            rival = softmax_loss_rivals.loss_of(name, self.device, self.dtype)
+            return Variant(
+                name,
+                lambda rows: {"y": rival(rows["queries"], rows["items"], self.targets).float()},
+                _leaves,
+                like="ours-plain",
+                solves=self._plain(),
+            )
         if name == "published":
             return Variant(name, lambda rows: {"y": self._published(rows["queries"], rows["items"])}, _leaves)
         if name == "eager":
@@ -96,6 +113,9 @@ class InBatchSoftmaxLoss(Workload):
     def memory(self, name: str) -> float:
         logits = 4.0 * len(self.targets) * max(self.sizes["C"], self.places.numel())
         return {"published": 8, "eager": 5, "compiled": 5}.get(name, 0) * logits
+
+    def _plain(self) -> "PlainSoftmaxLoss":
+        return PlainSoftmaxLoss(self.sizes, self.dtype, self.device, self.seed)
 
     def _loss(self, rows: Tensors) -> Tensor:
         return in_batch_softmax_loss(
@@ -144,6 +164,18 @@ class InBatchSoftmaxLoss(Workload):
             logits[user][closed] = -torch.inf
         own = torch.arange(users * PLACES, device=logits.device).view(users, PLACES)[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), own.flatten())
+
+
+class PlainSoftmaxLoss(InBatchSoftmaxLoss):
+    """The same queries, items and targets, but every item is a negative, once: what other libraries can do."""
+
+    @property
+    def title(self) -> str:
+        return f"{super().title} without rejected items, counts and logQ"
+
+    def _loss(self, rows: Tensors) -> Tensor:
+        nothing = self.targets.new_empty(len(self.targets), 0)
+        return in_batch_softmax_loss(rows["queries"], rows["items"], self.targets, nothing)
 
 
 def _leaves(rows: Tensors) -> Tensors:

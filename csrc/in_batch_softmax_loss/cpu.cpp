@@ -1,4 +1,4 @@
-// in_batch_softmax_loss on the CPU: takes tensors apart, and shares queries out among threads.
+// in_batch_softmax_loss on the CPU: takes tensors apart, and shares items out among threads.
 
 #include <torch/csrc/stable/library.h>
 
@@ -19,67 +19,150 @@ XSMOE_KERNELS_FOR
 
 namespace {
 
+// Floats of logits that a part keeps for a tile, so that they lie in a second-level cache next to its items and their
+// gradients; more of them where the tile would have too few queries for each time that it reads these.
+constexpr int64_t most_logits = 130'000, most_logits_of_few = int64_t{1} << 18;
+constexpr int64_t most_queries = 256, few_queries = 96, least_queries = 32;
+// Queries of a tile that keeps no logits.
+constexpr int64_t plain_tile = 112;
+// Floats of the parts' shares of the queries' gradients, 64 MB of them; queries beyond them wait.
+constexpr int64_t most_partial = int64_t{1} << 24;
+// What tiles are multiples of: the widest vectors.
+constexpr int64_t multiple = 16;
+
+// Tiles of equal height, at most `most` and a multiple.
+int64_t equal_tiles(int64_t queries, int64_t most) {
+    const int64_t tiles = (queries + most - 1) / most;
+    return (queries + tiles * multiple - 1) / (tiles * multiple) * multiple;
+}
+
+Plan plan_of(const Batch& batch, const Results& results, int64_t parts, int64_t widest) {
+    const int64_t affordable =
+        std::max(std::min(most_logits / widest, most_queries), std::min(most_logits_of_few / widest, few_queries));
+    const bool keeps =
+        !results.lse_known && (results.need_queries || results.need_items) && affordable >= least_queries;
+    const int64_t tile = equal_tiles(batch.num_queries, keeps ? affordable / multiple * multiple : plain_tile);
+    const int64_t tiles = std::max<int64_t>(1, most_partial / (parts * (batch.dim + 1) * tile));
+    return {
+        .keeps = keeps,
+        .tile = tile,
+        // Rows of logits that are many cache lines apart, a power of two of them, would share cache sets.
+        .stride = tile % 64 == 0 ? tile + multiple : tile,
+        .block = keeps ? tile : std::min(batch.num_queries, tiles * tile),
+        .parts = parts,
+        .widest = widest,
+    };
+}
+
 // The arguments that forward and backward share, as the kernels take them.
 class Input {
 public:
     Input(
         const Tensor& queries, const Tensor& items, const Tensor& targets, const Tensor& rejected,
-        const std::optional<Tensor>& users, const std::optional<Tensor>& logq, const std::optional<Tensor>& counts,
-        bool need_queries
+        const std::optional<Tensor>& users, const std::optional<Tensor>& logq, const std::optional<Tensor>& counts
     )
-        : kernels(kernels_for(queries.scalar_type())),
-          num_queries(queries.size(0)),
+        : kernels_(kernels_for(queries.scalar_type())),
           queries_(with_dense_rows(queries)),
           items_(with_dense_rows(items)),
           targets_(torch::stable::contiguous(targets)),
           rejected_(torch::stable::contiguous(rejected)) {
-        batch = {};
-        batch.num_items = items.size(0);
-        batch.dim = items.size(1);
-        batch.width = rejected.size(1);
-        batch.queries = data(queries_);
+        batch_ = {};
+        batch_.num_queries = queries.size(0);
+        batch_.num_items = items.size(0);
+        batch_.dim = items.size(1);
+        batch_.width = rejected.size(1);
+        batch_.queries = data(queries_);
         // Rows without numbers may lie nowhere, and nowhere has no neighbours.
-        batch.query_stride = batch.dim == 0 ? 0 : queries_.stride(0);
-        batch.items = data(items_);
-        batch.item_stride = batch.dim == 0 ? 0 : items_.stride(0);
-        batch.targets = static_cast<const int64_t*>(data(targets_));
-        batch.rejected = static_cast<const int64_t*>(data(rejected_));
-        if (users) batch.users = static_cast<const int64_t*>(data(held(torch::stable::contiguous(*users))));
+        batch_.query_stride = batch_.dim == 0 ? 0 : queries_.stride(0);
+        batch_.items = data(items_);
+        batch_.item_stride = batch_.dim == 0 ? 0 : items_.stride(0);
+        batch_.targets = static_cast<const int64_t*>(data(targets_));
+        batch_.rejected = static_cast<const int64_t*>(data(rejected_));
+        if (users) batch_.users = static_cast<const int64_t*>(data(held(torch::stable::contiguous(*users))));
         correct(logq, counts);
-        pack(need_queries);
     }
 
-    const Kernels& kernels;
-    int64_t num_queries;
-    Batch batch;
-
     // The losses' and gradients' part of a call. Returns the items' gradients.
-    Tensor run(const Results& results) {
-        const int64_t items = batch.num_items, dim = batch.dim;
+    Tensor run(Results results) {
+        const int64_t items = batch_.num_items, dim = batch_.dim;
         const Tensor grad_items = results.need_items ? empty(items_, {items, dim}, items_.scalar_type())
                                                      : empty(items_, {0}, items_.scalar_type());
         const double products = 2.0 + (results.need_queries ? 2.0 : 0.0) + (results.need_items ? 2.0 : 0.0);
-        const double cost = static_cast<double>(items) * (products * static_cast<double>(dim) + 20.0);
-        const Chunks chunks(num_queries, kernels.block_rows, cost);
-        const int64_t part = results.need_items ? items * kernels.sum_stride(dim) : 0;
-        const Tensor sums = empty(items_, {chunks.count * part}, ScalarType::Float);
-        const ChunkScratch work(items_, chunks.count, kernels.bytes(batch, results));
-        for_each_chunk(chunks.count, [&](int64_t chunk) {
-            const auto [first, last] = chunks[chunk];
-            kernels.run(batch, results, first, last, work.of(chunk), mutable_data_as<float>(sums) + chunk * part);
-        });
-        if (!results.need_items) return grad_items;
-        const Chunks shares(items, 1, 4.0 * static_cast<double>(chunks.count * dim));
-        for_each_chunk(shares.count, [&](int64_t chunk) {
-            const auto [first, last] = shares[chunk];
-            kernels.add(
-                batch, static_cast<const float*>(data(sums)), chunks.count, first, last, mutable_data(grad_items)
-            );
-        });
+        const double at_once = static_cast<double>(std::min(batch_.num_queries, most_queries));
+        const Chunks parts(items, kernels_.granularity, at_once * (products * static_cast<double>(dim) + 20.0));
+        int64_t widest = 0;
+        for (int64_t part = 0; part < parts.count; ++part) {
+            widest = std::max(widest, parts[part].last - parts[part].first);
+        }
+        Call call = {};
+        call.plan = plan_of(batch_, results, parts.count, widest);
+        results.items = mutable_data(grad_items);
+        const bool at_one_go = !call.plan.keeps && call.plan.block >= batch_.num_queries;
+        const bool elsewhere = results.need_items && !at_one_go && !kernels_.sums_in_place(dim);
+        results.sum_stride = kernels_.sum_stride(dim);
+        const Tensor sums = empty(items_, {elsewhere ? items * results.sum_stride : 0}, ScalarType::Float);
+        if (results.need_items && kernels_.sums_in_place(dim)) {
+            results.item_sums = static_cast<float*>(results.items);
+        } else if (elsewhere) {
+            results.item_sums = mutable_data_as<float>(sums);
+        }
+        if (results.need_queries) pack(parts, call.plan.keeps);
+        call.batch = batch_;
+        call.results = results;
+        const Tensor statistics = empty(items_, {kernels_.statistics_floats(call)}, ScalarType::Float);
+        const Tensor partial = empty(items_, {kernels_.partial_floats(call)}, ScalarType::Float);
+        call.statistics = mutable_data_as<float>(statistics);
+        call.partial = mutable_data_as<float>(partial);
+        const ChunkScratch scratch(items_, parts.count, kernels_.scratch_bytes(call));
+        const auto for_each_part = [&](const auto& body) {
+            for_each_chunk(parts.count, [&](int64_t index) {
+                body(Part{index, {parts[index].first, parts[index].last}, scratch.of(index)});
+            });
+        };
+        if (call.plan.keeps) {
+            keeping(call, for_each_part);
+        } else {
+            computing_again(call, for_each_part);
+        }
+        if (elsewhere) for_each_part([&](const Part& part) { kernels_.store_sums(call, part.items); });
         return grad_items;
     }
 
 private:
+    template <class ForEachPart>
+    void keeping(const Call& call, const ForEachPart& for_each_part) {
+        const int64_t tiles = (batch_.num_queries + call.plan.tile - 1) / call.plan.tile;
+        const int64_t steps = tiles + (call.results.need_queries ? 2 : 1);
+        for (int64_t index = 0; index < steps; ++index) {
+            for_each_part([&](const Part& part) { kernels_.step(call, part, index); });
+        }
+    }
+
+    template <class ForEachPart>
+    void computing_again(const Call& call, const ForEachPart& for_each_part) {
+        const Results& results = call.results;
+        const int64_t queries = batch_.num_queries;
+        if (!results.lse_known) {
+            for_each_part([&](const Part& part) { kernels_.summarize(call, part); });
+            const Chunks shares(queries, 64, 100.0 * static_cast<double>(call.plan.parts));
+            for_each_chunk(shares.count, [&](int64_t chunk) {
+                const auto [first, last] = shares[chunk];
+                kernels_.put_together(call, {first, last});
+            });
+        }
+        if (!results.need_queries && !results.need_items) return;
+        for (int64_t first = 0; first < queries; first += call.plan.block) {
+            const Span block = {first, std::min(first + call.plan.block, queries)};
+            for_each_part([&](const Part& part) { kernels_.differentiate(call, part, block); });
+            if (!results.need_queries) continue;
+            const Chunks shares(block.size(), 1, static_cast<double>(call.plan.parts * batch_.dim));
+            for_each_chunk(shares.count, [&](int64_t chunk) {
+                const auto [from, to] = shares[chunk];
+                kernels_.hand_out(call, block, {from, to});
+            });
+        }
+    }
+
     const Tensor& held(Tensor tensor) { return held_.emplace_back(std::move(tensor)); }
 
     const float* floats(const Tensor& tensor) {
@@ -90,34 +173,38 @@ private:
 
     // What counts and logq add to the logits of negatives.
     void correct(const std::optional<Tensor>& logq, const std::optional<Tensor>& counts) {
-        const int64_t items = batch.num_items, padded = strips_of(items) * strip;
-        batch.logq = logq ? floats(*logq) : nullptr;
+        const int64_t items = batch_.num_items;
+        batch_.logq = logq ? floats(*logq) : nullptr;
         const float* times = counts ? floats(*counts) : nullptr;
         const bool never = times != nullptr && std::find(times, times + items, 0.0f) != times + items;
-        float* bias = mutable_data_as<float>(held(empty(items_, {padded}, ScalarType::Float)));
-        // Not left to a bias of -inf alone: an item that is never a negative may have any logit, +inf and NaN too.
-        auto* drawn = never ? mutable_data_as<uint32_t>(held(empty(items_, {padded}, ScalarType::Int))) : nullptr;
-        for (int64_t i = 0; i < padded; ++i) {
-            const bool negative = i < items && (times == nullptr || times[i] != 0);
-            bias[i] = negative ? 0 : -INFINITY;
-            if (negative && times != nullptr && times[i] != 1) bias[i] = std::log(times[i]);
-            if (negative && batch.logq != nullptr) bias[i] -= batch.logq[i];
-            if (drawn != nullptr) drawn[i] = negative ? ~uint32_t{0} : 0;
+        float* bias = mutable_data_as<float>(held(empty(items_, {items}, ScalarType::Float)));
+        // Not left to a bias of -inf: an item that is never a negative may have any logit, +inf and NaN too.
+        bool* drawn = never ? mutable_data_as<bool>(held(empty(items_, {items}, ScalarType::Bool))) : nullptr;
+        for (int64_t i = 0; i < items; ++i) {
+            const bool negative = times == nullptr || times[i] != 0;
+            bias[i] = negative && times != nullptr && times[i] != 1 ? std::log(times[i]) : 0;
+            if (negative && batch_.logq != nullptr) bias[i] -= batch_.logq[i];
+            if (drawn != nullptr) drawn[i] = negative;
         }
-        batch.bias = bias;
-        batch.drawn = drawn;
+        batch_.bias = bias;
+        batch_.drawn = drawn;
     }
 
-    void pack(bool need_rows) {
-        batch.columns = mutable_data(held(scratch(items_, kernels.columns_bytes(batch))));
-        if (need_rows) batch.rows = mutable_data(held(scratch(items_, kernels.rows_bytes(batch))));
-        const Chunks chunks(strips_of(batch.num_items), 1, 10.0 * static_cast<double>(strip * batch.dim));
-        for_each_chunk(chunks.count, [&](int64_t chunk) {
-            const auto [first, last] = chunks[chunk];
-            for (int64_t index = first; index < last; ++index) kernels.pack(batch, index);
+    // Packs the items if they do not serve as they lie, and each is needed more than once.
+    void pack(const Chunks& parts, bool keeps) {
+        std::vector<char> serve(static_cast<size_t>(parts.count));
+        const auto part_of = [&](int64_t index) { return Span{parts[index].first, parts[index].last}; };
+        for_each_chunk(parts.count, [&](int64_t index) {
+            serve[static_cast<size_t>(index)] = kernels_.serve_in_place(batch_, part_of(index));
         });
+        batch_.packs = std::find(serve.begin(), serve.end(), 0) != serve.end();
+        if (!batch_.packs || !keeps) return;
+        batch_.packed = mutable_data(held(scratch(items_, kernels_.packed_bytes(batch_))));
+        for_each_chunk(parts.count, [&](int64_t index) { kernels_.pack(batch_, part_of(index)); });
     }
 
+    const Kernels& kernels_;
+    Batch batch_;
     Tensor queries_, items_, targets_, rejected_;
     std::vector<Tensor> held_;
 };
@@ -144,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
         *mutable_data_as<float>(loss) = 0;
         return {loss, lse, grad_queries, zeros(items, need_items)};
     }
-    Input input(queries, items, targets, rejected, users, logq, counts, need_queries);
+    Input input(queries, items, targets, rejected, users, logq, counts);
     const Tensor losses = empty(queries, {num_queries}, ScalarType::Float);
     const Results results = {
         .lse_known = false,
@@ -184,7 +271,7 @@ std::tuple<Tensor, Tensor> backward(
     if (ahead_queries && ahead_items) return {scaled(*ahead_queries, factor), scaled(*ahead_items, factor)};
     const Tensor grad_queries = gradient_of(queries, need_queries);
     if (num_queries == 0 || (!need_queries && !need_items)) return {grad_queries, zeros(items, need_items)};
-    Input input(queries, items, targets, rejected, users, logq, counts, need_queries);
+    Input input(queries, items, targets, rejected, users, logq, counts);
     lse = torch::stable::contiguous(lse);
     const Results results = {
         .lse_known = true,

@@ -1,4 +1,4 @@
-// in_batch_softmax_loss by tiles of queries, which meet the items strip by strip. Compiled once for each tier.
+// in_batch_softmax_loss by tiles of queries and strips of items. Compiled once for each tier.
 
 #include "in_batch_softmax_loss/gradients.h"
 #include "in_batch_softmax_loss/kernels.h"
@@ -9,204 +9,278 @@ namespace xsmoe::XSMOE_TIER {
 namespace {
 
 using in_batch_softmax_loss::Kernels;
-using in_batch_softmax_loss::Results;
-
-template <class T>
-constexpr int64_t tile_height = Words<typename Held<T>::Value>::block_rows;
-
-// Floats of logits that a tile keeps, half of a second-level cache, and rows of the highest tile.
-constexpr int64_t most_logits = int64_t{1} << 18;
-constexpr int64_t most_rows = 140;
-
-// How many queries a tile has, and whether it keeps their logits of all items. Then loss and gradients come from one
-// product for the logits; where the items are too many, the gradients compute them again.
-template <class T>
-struct Plan {
-    bool keeps;
-    int64_t tile;
-
-    Plan(const Batch& batch, const Results& results) {
-        constexpr int64_t height = tile_height<T>;
-        const int64_t affordable = most_logits / (strips_of(batch.num_items) * logit_stride);
-        keeps = !results.lse_known && (results.need_queries || results.need_items) && affordable >= 28;
-        const int64_t rows = keeps ? least(affordable, most_rows) : most_rows;
-        tile = rows < height ? height : rows / height * height;
-    }
-};
+using in_batch_softmax_loss::Plan;
 
 template <class T>
 struct Scratch {
     typedef typename Held<T>::Value Value;
 
-    Plan<T> plan;
-    LeftRows<T> queries;
-    float* logits;  // (strips that are kept, tile, logit_stride)
-    float* own;     // (tile,)
-    Softmax softmax;
+    LogitScratch<T> factors;
+    float* logits;    // (items, stride): of a tile and the whole part, or a strip of it
+    float* of_query;  // (tile,)
     GradientScratch<T> gradients;
 
-    Scratch(Arena& arena, const Batch& batch, const Results& results)
-        : plan(batch, results),
-          queries(batch.dim, Words<Value>::inner),
-          logits(arena.take<float>((plan.keeps ? strips_of(batch.num_items) : 1) * plan.tile * logit_stride)),
-          own(arena.take<float>(plan.tile)),
-          softmax(arena, plan.tile),
-          gradients(arena, plan.tile, batch.dim, results.need_queries, results.need_items) {
-        queries.take(arena, plan.tile);
+    Scratch(Arena& arena, const Call& call)
+        : factors(arena, call.plan.tile, call.plan.widest, call.batch.dim),
+          logits(arena.take<float>(
+              (call.plan.keeps ? call.plan.widest : least(call.plan.widest, strip<Value>)) * call.plan.stride
+          )),
+          of_query(arena.take<float>(call.plan.tile)),
+          gradients(arena, call) {}
+};
+
+Span tile_of(const Call& call, int64_t index) {
+    const int64_t first = index * call.plan.tile;
+    return {first, least(first + call.plan.tile, call.batch.num_queries)};
+}
+
+// A tile's statistics lie in one of two slots, for parts still read those of the tile before; without tiles that keep
+// logits, all queries' lie there.
+int64_t statistics_length(const Call& call) {
+    return call.plan.keeps ? call.plan.tile : round_up(call.batch.num_queries, lanes);
+}
+
+Softmax statistics_of(const Call& call, int64_t slot, int64_t part) {
+    const int64_t length = statistics_length(call);
+    float* most = call.statistics + (slot * call.plan.parts + part) * 2 * length;
+    return {most, most + length};
+}
+
+int64_t statistics_floats(const Call& call) {
+    return (call.plan.keeps ? 2 : 1) * call.plan.parts * 2 * statistics_length(call);
+}
+
+int64_t partial_distance(const Call& call) { return call.plan.block * round_up(call.batch.dim, lanes); }
+
+float* partial_of(const Call& call, int64_t slot, int64_t part) {
+    if (!call.results.need_queries) return nullptr;
+    return call.partial + (slot * call.plan.parts + part) * partial_distance(call);
+}
+
+int64_t partial_floats(const Call& call) {
+    return (call.plan.keeps ? 2 : 1) * call.plan.parts * (call.results.need_queries ? partial_distance(call) : 0);
+}
+
+// The lse and losses of queries `first` and following, so many of them, of a vector of statistics.
+void conclude(const Results& results, const Together& all, int64_t first, int64_t count) {
+    for (int lane = 0; lane < count && lane < lanes; ++lane) {
+        const float lse = all.lse(lane);
+        results.lse[first + lane] = lse;
+        results.losses[first + lane] = lse - results.losses[first + lane];
     }
+}
+
+template <class T>
+void begin_tile(const Call& call, const Part& part, const Scratch<T>& scratch, int64_t index) {
+    typedef typename Held<T>::Value Value;
+    const Span queries = tile_of(call, index);
+    const int64_t stride = call.plan.stride, columns = round_up(queries.size(), lanes);
+    const Softmax softmax = statistics_of(call, index % 2, part.index);
+    softmax.begin(columns);
+    pack_columns<T>(call.batch, queries, scratch.factors);
+    for_strips<Value>(part.items, [&](Span items) {
+        float* logits = scratch.logits + (items.first - part.items.first) * stride;
+        compute_logits<T>(call.batch, scratch.factors, items, queries, logits, stride, call.results.losses);
+        softmax.raise(logits, items.size(), stride, columns);
+    });
+    softmax.add<true>(scratch.logits, part.items.size(), stride, columns);
+}
+
+// Where a strip's gradients and a tile's go, and whether these are the first.
+struct Sums {
+    bool begins_queries, begins_items;
+    float *queries, *items;
+    int64_t item_stride;
 };
 
 template <class T>
-void run_tile(
-    const Batch& batch, const Results& results, const Scratch<T>& scratch, int64_t first, int64_t rows, bool begins,
-    float* item_sums
+void add_gradients(
+    const Call& call, const Scratch<T>& scratch, Span items, Span queries, float* shares, const Sums& sums
 ) {
+    const Batch& batch = call.batch;
+    const GradientScratch<T>& gradients = scratch.gradients;
+    const int64_t stride = call.plan.stride;
+    less_targets(batch, items, queries, call.results.scale, shares, stride);
+    if (call.results.need_queries) {
+        auto* packed = !batch.packs ? nullptr : batch.packed ? packed_strip<T>(batch, items) : gradients.items;
+        add_to_queries<T>(batch, gradients, items, queries, shares, stride, sums.begins_queries, packed, sums.queries);
+    }
+    if (call.results.need_items) {
+        add_to_items<T>(
+            batch, gradients, items, queries, shares, stride, sums.begins_items, sums.items, sums.item_stride
+        );
+    }
+}
+
+template <class T>
+void end_tile(const Call& call, const Part& part, const Scratch<T>& scratch, int64_t index) {
     typedef typename Held<T>::Value Value;
-    const int64_t strips = strips_of(batch.num_items);
-    const Softmax& softmax = scratch.softmax;
-    const Left<Value> queries =
-        scratch.queries.of(static_cast<const T*>(batch.queries) + first * batch.query_stride, batch.query_stride, rows);
-    const auto compute = [&](int64_t index, float* to) {
-        compute_logits<Value>(batch, queries, Strip(batch, index), first, rows, scratch.own, to);
-    };
-    const auto kept = [&](int64_t index) {
-        return scratch.logits + (scratch.plan.keeps ? index * scratch.plan.tile * logit_stride : 0);
-    };
-    own_logits<T>(batch, first, rows, scratch.own);
-
-    if (!results.lse_known) {
-        softmax.begin(rows);
-        for (int64_t s = 0; s < strips; ++s) {
-            const int64_t width = Strip(batch, s).padded();
-            compute(s, kept(s));
-            for (int64_t row = 0; row < rows; ++row) {
-                float* at = kept(s) + row * logit_stride;
-                const float before = softmax.most[row];
-                softmax.most[row] = largest(at, width, before);
-                if (scratch.plan.keeps) continue;
-                const float shift = softmax.shift(row);
-                if (before < shift) softmax.sum[row] *= exp_negative(splat(before - shift))[0];
-                softmax.sum[row] += exponentiate<false>(at, width, shift);
-            }
-        }
-        for (int64_t s = 0; scratch.plan.keeps && s < strips; ++s) {
-            const int64_t width = Strip(batch, s).padded();
-            for (int64_t row = 0; row < rows; ++row) {
-                softmax.sum[row] += exponentiate<true>(kept(s) + row * logit_stride, width, softmax.shift(row));
-            }
-        }
-        for (int64_t row = 0; row < rows; ++row) {
-            results.lse[first + row] = softmax.lse(row);
-            results.losses[first + row] = results.lse[first + row] - scratch.own[row];
+    const Span queries = tile_of(call, index);
+    const int64_t stride = call.plan.stride, columns = round_up(queries.size(), lanes), parts = call.plan.parts;
+    const Softmax own = statistics_of(call, index % 2, part.index), first = statistics_of(call, index % 2, 0);
+    for (int64_t column = 0; column < columns; column += lanes) {
+        const Together all(first, 2 * statistics_length(call), parts, column);
+        const Vec grown = exp_negative(load(own.most + column) - shift_of(all.most));
+        store(scratch.of_query + column, grown * call.results.scale / all.sum);
+        // One part tells for all.
+        if (column / lanes % parts == part.index) {
+            conclude(call.results, all, queries.first + column, queries.size() - column);
         }
     }
-    if (!results.need_queries && !results.need_items) return;
+    if (call.results.need_items) pack_rows<T>(call.batch, queries, scratch.gradients);
+    for_strips<Value>(part.items, [&](Span items) {
+        float* shares = scratch.logits + (items.first - part.items.first) * stride;
+        multiply_columns(shares, items.size(), stride, columns, scratch.of_query);
+        const int64_t sum_stride = call.results.sum_stride;
+        add_gradients<T>(
+            call, scratch, items, queries, shares,
+            {
+                .begins_queries = items.first == part.items.first,
+                .begins_items = index == 0,
+                .queries = partial_of(call, index % 2, part.index),
+                .items = call.results.need_items ? call.results.item_sums + items.first * sum_stride : nullptr,
+                .item_stride = sum_stride,
+            }
+        );
+    });
+}
 
-    float* factors = scratch.gradients.factors;
-    for (int64_t row = 0; row < rows; ++row) {
-        factors[row] = scratch.plan.keeps ? results.scale / softmax.sum[row] : results.scale;
+template <class T>
+void hand_out_from(const Call& call, const float* partial, int64_t first, Span rows) {
+    const int64_t dim = call.batch.dim;
+    store_queries<T>(
+        partial, partial_distance(call), call.plan.parts, round_up(dim, lanes), rows, dim,
+        static_cast<T*>(call.results.queries) + first * dim
+    );
+}
+
+template <class T>
+void step(const Call& call, const Part& part, int64_t index) {
+    Arena arena(part.scratch);
+    const Scratch<T> scratch(arena, call);
+    const MatrixUnit unit;
+    const int64_t tiles = (call.batch.num_queries + call.plan.tile - 1) / call.plan.tile, parts = call.plan.parts;
+    if (index >= 2 && call.results.need_queries) {
+        const Span queries = tile_of(call, index - 2);
+        const int64_t rows = queries.size();
+        const Span own = {rows * part.index / parts, rows * (part.index + 1) / parts};
+        hand_out_from<T>(call, partial_of(call, index % 2, 0), queries.first, own);
     }
-    if (results.need_items) pack_queries<T>(batch, scratch.gradients, first, rows);
-    for (int64_t s = 0; s < strips; ++s) {
-        const Strip items(batch, s);
-        float* grown = kept(s);
-        if (!scratch.plan.keeps) compute(s, grown);
-        for (int64_t row = 0; row < rows; ++row) {
-            float* at = grown + row * logit_stride;
-            if (!scratch.plan.keeps) exponentiate<true>(at, items.padded(), results.lse[first + row]);
-            const int64_t target = batch.targets[first + row] - items.begin;
-            if (target < 0 || target >= items.width) continue;
-            at[target] -= scratch.plan.keeps ? softmax.sum[row] : 1;
-        }
-        const Shares<Value> shares =
-            as_factors<T>(scratch.gradients, items, rows, grown, results.need_queries, results.need_items);
-        if (results.need_queries) {
-            add_to_queries<Value>(
-                batch, shares.rows, items, rows, s == 0, scratch.gradients.sums, scratch.gradients.dim_stride
+    if (index >= 1 && index <= tiles) end_tile<T>(call, part, scratch, index - 1);
+    if (index < tiles) begin_tile<T>(call, part, scratch, index);
+}
+
+template <class T>
+void summarize(const Call& call, const Part& part) {
+    typedef typename Held<T>::Value Value;
+    Arena arena(part.scratch);
+    const Scratch<T> scratch(arena, call);
+    const MatrixUnit unit;
+    const Softmax all = statistics_of(call, 0, part.index);
+    all.begin(statistics_length(call));
+    for (int64_t index = 0; index * call.plan.tile < call.batch.num_queries; ++index) {
+        const Span queries = tile_of(call, index);
+        const Softmax softmax = {all.most + queries.first, all.sum + queries.first};
+        pack_columns<T>(call.batch, queries, scratch.factors);
+        for_strips<Value>(part.items, [&](Span items) {
+            compute_logits<T>(
+                call.batch, scratch.factors, items, queries, scratch.logits, call.plan.stride, call.results.losses
+            );
+            softmax.take(
+                scratch.logits, items.size(), call.plan.stride, round_up(queries.size(), lanes), scratch.of_query
+            );
+        });
+    }
+}
+
+void put_together(const Call& call, Span queries) {
+    for (int64_t first = queries.first; first < queries.last; first += lanes) {
+        const Together all(statistics_of(call, 0, 0), 2 * statistics_length(call), call.plan.parts, first);
+        conclude(call.results, all, first, queries.last - first);
+    }
+}
+
+template <class T>
+void differentiate(const Call& call, const Part& part, Span block) {
+    typedef typename Held<T>::Value Value;
+    Arena arena(part.scratch);
+    const Scratch<T> scratch(arena, call);
+    const MatrixUnit unit;
+    const Results& results = call.results;
+    const int64_t dim = call.batch.dim, stride = call.plan.stride, dim_stride = scratch.gradients.dim_stride;
+    float* query_sums = partial_of(call, 0, part.index);
+    for_strips<Value>(part.items, [&](Span items) {
+        const bool elsewhere = results.item_sums != nullptr;
+        const int64_t sum_stride = elsewhere ? results.sum_stride : dim_stride;
+        if (results.need_queries && call.batch.packs) pack_strip<T>(call.batch, items, scratch.gradients.items);
+        float* sums = elsewhere ? results.item_sums + items.first * sum_stride : scratch.gradients.sums;
+        for (int64_t first = block.first; first < block.last; first += call.plan.tile) {
+            const Span queries = {first, least(first + call.plan.tile, block.last)};
+            const int64_t columns = round_up(queries.size(), lanes);
+            for (int64_t i = 0; i < columns; i += lanes) {
+                const int64_t query = first + i;
+                store(scratch.of_query + i, load(results.lse + query, queries.last - query));
+            }
+            pack_columns<T>(call.batch, queries, scratch.factors);
+            if (results.need_items) pack_rows<T>(call.batch, queries, scratch.gradients);
+            compute_logits<T>(call.batch, scratch.factors, items, queries, scratch.logits, stride, nullptr);
+            share_columns(scratch.logits, items.size(), stride, columns, scratch.of_query, results.scale);
+            add_gradients<T>(
+                call, scratch, items, queries, scratch.logits,
+                {
+                    .begins_queries = items.first == part.items.first,
+                    .begins_items = first == 0,
+                    .queries = query_sums + (results.need_queries ? first - block.first : 0) * dim_stride,
+                    .items = sums,
+                    .item_stride = sum_stride,
+                }
             );
         }
-        if (results.need_items) {
-            add_to_items<T>(batch, shares.columns, scratch.gradients, items, rows, begins, item_sums);
-        }
-    }
-    if (results.need_queries) {
-        store_queries<T>(scratch.gradients, rows, batch.dim, static_cast<T*>(results.queries) + first * batch.dim);
-    }
+        if (!results.need_items || elsewhere) return;
+        store_items<T>(sums, sum_stride, items.size(), dim, static_cast<T*>(results.items) + items.first * dim);
+    });
 }
 
 template <class T>
-void run(const Batch& batch, const Results& results, int64_t first, int64_t last, void* memory, float* item_sums) {
-    Arena arena(memory);
-    const Scratch<T> scratch(arena, batch, results);
-    const MatrixUnit unit;
-    const int64_t most = scratch.plan.tile, tiles = (last - first + most - 1) / most;
-    const int64_t tile = tiles == 0 ? 0 : round_up((last - first + tiles - 1) / tiles, tile_height<T>);
-    for (int64_t row = first; row < last; row += tile) {
-        run_tile<T>(batch, results, scratch, row, least(tile, last - row), row == first, item_sums);
-    }
-}
-
-// An item that no query may draw has shares of 0, and 0 times its NaN would still be NaN. Nothing is hidden: the shares
-// of a query that may draw it are NaN themselves.
-XSMOE_INLINE void drop_not_finite(float* words, int64_t count) {
-    for (int64_t i = 0; i < count; i += lanes) {
-        const Vec value = load(words + i);
-        store(words + i, value - value == 0.0f ? value : Vec{});
-    }
-}
-
-XSMOE_INLINE void drop_not_finite(Pair* words, int64_t count) {
-    constexpr uint32_t low = 0x7f80, high = low << 16;  // exponents
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t& bits = words[i].bits;
-        if ((bits & low) == low) bits &= 0xffff0000;
-        if ((bits & high) == high) bits &= 0xffff;
-    }
+void hand_out(const Call& call, Span block, Span queries) {
+    hand_out_from<T>(call, partial_of(call, 0, 0), block.first, queries);
 }
 
 template <class T>
-void pack_strip(const Batch& batch, int64_t index) {
-    typedef typename Held<T>::Value Value;
-    typedef typename Words<Value>::Word Word;
-    if (batch.dim == 0) return;
-    const Strip items(batch, index);
-    const T* from = static_cast<const T*>(batch.items) + items.begin * batch.item_stride;
-    Word* columns = static_cast<Word*>(batch.columns) + items.begin * packed_inner<Value>(batch.dim);
-    pack<Value>(from, batch.dim, items.width, 1, batch.item_stride, columns);
-    if (batch.rows == nullptr) return;
-    Word* rows = static_cast<Word*>(batch.rows) + items.begin / Words<Value>::values * round_up(batch.dim, panel);
-    pack<Value>(from, items.width, batch.dim, batch.item_stride, 1, rows);
-    drop_not_finite(rows, packed_words<Value>(items.width, batch.dim));
+void store_sums(const Call& call, Span items) {
+    const int64_t dim = call.batch.dim, stride = call.results.sum_stride;
+    store_items<T>(
+        call.results.item_sums + items.first * stride, stride, items.size(), dim,
+        static_cast<T*>(call.results.items) + items.first * dim
+    );
 }
 
 template <class T>
-int64_t columns_bytes(const Batch& batch) {
-    typedef typename Held<T>::Value Value;
-    return strips_of(batch.num_items) * packed_words<Value>(batch.dim, strip) *
-           int64_t{sizeof(typename Words<Value>::Word)};
-}
-
-template <class T>
-int64_t rows_bytes(const Batch& batch) {
-    typedef typename Held<T>::Value Value;
-    return strips_of(batch.num_items) * packed_words<Value>(strip, batch.dim) *
-           int64_t{sizeof(typename Words<Value>::Word)};
-}
-
-int64_t sum_stride(int64_t dim) { return round_up(dim, panel); }
-
-template <class T>
-void add(const Batch& batch, const float* item_sums, int64_t parts, int64_t first, int64_t last, void* to) {
-    const int64_t stride = sum_stride(batch.dim), distance = batch.num_items * stride;
-    for (int64_t item = first; item < last; ++item) {
-        const float* from = item_sums + item * stride;
-        T* at = static_cast<T*>(to) + item * batch.dim;
+bool serve_in_place(const Batch& batch, Span items) {
+    if (!whole_vectors<T>(batch.dim)) return false;
+    for (int64_t item = items.first; item < items.last; ++item) {
+        const T* row = item_rows<T>(batch, item);
+        Vec zero = {};
         for (int64_t i = 0; i < batch.dim; i += lanes) {
-            Vec total = load(from + i);
-            for (int64_t part = 1; part < parts; ++part) total += load(from + part * distance + i);
-            store(at + i, total, batch.dim - i);
+            const Vec value = load(row + i);
+            zero += value - value;
         }
+        if (sum(zero) != 0) return false;
     }
+    return true;
+}
+
+template <class T>
+int64_t packed_bytes(const Batch& batch) {
+    typedef typename Held<T>::Value Value;
+    return packed_words<Value>(batch.num_items, batch.dim) * int64_t{sizeof(typename Words<Value>::Word)};
+}
+
+template <class T>
+void pack_items(const Batch& batch, Span part) {
+    for_strips<typename Held<T>::Value>(part, [&](Span items) {
+        pack_strip<T>(batch, items, packed_strip<T>(batch, items));
+    });
 }
 
 template <class T>
@@ -218,14 +292,21 @@ void scale(const void* from, float factor, int64_t first, int64_t last, void* to
 
 template <class T>
 constexpr Kernels table = {
-    .block_rows = tile_height<T>,
-    .columns_bytes = columns_bytes<T>,
-    .rows_bytes = rows_bytes<T>,
-    .pack = pack_strip<T>,
-    .sum_stride = sum_stride,
-    .bytes = bytes_of<Scratch<T>, const Batch&, const Results&>,
-    .run = run<T>,
-    .add = add<T>,
+    .granularity = Words<typename Held<T>::Value>::values == 2 ? 32 : Words<float>::block_rows,
+    .serve_in_place = serve_in_place<T>,
+    .packed_bytes = packed_bytes<T>,
+    .pack = pack_items<T>,
+    .sums_in_place = [](int64_t dim) { return whole_vectors<T>(dim); },
+    .sum_stride = [](int64_t dim) { return round_up(dim, lanes); },
+    .statistics_floats = statistics_floats,
+    .partial_floats = partial_floats,
+    .scratch_bytes = bytes_of<Scratch<T>, const Call&>,
+    .step = step<T>,
+    .summarize = summarize<T>,
+    .put_together = put_together,
+    .differentiate = differentiate<T>,
+    .hand_out = hand_out<T>,
+    .store_sums = store_sums<T>,
     .scale = scale<T>,
 };
 

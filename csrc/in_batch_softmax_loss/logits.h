@@ -1,4 +1,4 @@
-// A tile of logits: some queries against a strip of items.
+// A tile of logits: some items against some queries, a row for each item.
 #pragma once
 
 #include "cpu/left_rows.h"
@@ -9,72 +9,92 @@ namespace xsmoe::XSMOE_TIER {
 namespace {
 
 using in_batch_softmax_loss::Batch;
-using in_batch_softmax_loss::strip;
-using in_batch_softmax_loss::strips_of;
+using in_batch_softmax_loss::Call;
+using in_batch_softmax_loss::Part;
+using in_batch_softmax_loss::Results;
+using in_batch_softmax_loss::Span;
 
 constexpr float infinity = __builtin_inff();
 
-// Distance of rows of logits: a cache line more than a strip, so that a column's numbers do not share a cache set.
-constexpr int64_t logit_stride = strip + 16;
+// Items whose logits are computed together: whole blocks of products, and of what they read of the inner dimension.
+template <class Value>
+constexpr int64_t strip = Words<Value>::values == 2 ? 512 : 504;
 
-struct Strip {
-    int64_t begin, width;
-
-    Strip(const Batch& batch, int64_t index) : begin(index * strip), width(least(strip, batch.num_items - begin)) {}
-
-    int64_t padded() const { return round_up(width, lanes); }
-};
-
-// The logits of targets, whose counts do not matter.
-template <class T>
-void own_logits(const Batch& batch, int64_t first, int64_t rows, float* own) {
-    const T* query = static_cast<const T*>(batch.queries) + first * batch.query_stride;
-    const T* items = static_cast<const T*>(batch.items);
-    for (int64_t row = 0; row < rows; ++row, query += batch.query_stride) {
-        const int64_t target = batch.targets[first + row];
-        const float score = dot(query, items + target * batch.item_stride, batch.dim);
-        own[row] = batch.logq == nullptr ? score : score - batch.logq[target];
+// Calls body(items) for each strip of a part.
+template <class Value, class Body>
+XSMOE_INLINE void for_strips(Span items, const Body& body) {
+    for (int64_t first = items.first; first < items.last; first += strip<Value>) {
+        body(Span{first, least(first + strip<Value>, items.last)});
     }
 }
 
-// Queries [first, first + rows) against the items of a strip; -inf is no candidate.
-template <class Value>
-void compute_logits(
-    const Batch& batch, const Left<Value>& queries, Strip items, int64_t first, int64_t rows, const float* own,
-    float* logits
-) {
+template <class T>
+struct LogitScratch {
+    typedef typename Held<T>::Value Value;
     typedef typename Words<Value>::Word Word;
+
+    LeftRows<T> items;
+    Word* queries;  // a tile's, as right factor
+
+    LogitScratch(Arena& arena, int64_t tile, int64_t most_items, int64_t dim)
+        : items(dim, Words<Value>::inner), queries(arena.take<Word>(packed_words<Value>(dim, tile))) {
+        items.take(arena, least(most_items, strip<Value>));
+    }
+};
+
+template <class T>
+const T* query_rows(const Batch& batch, int64_t first) {
+    return static_cast<const T*>(batch.queries) + first * batch.query_stride;
+}
+
+template <class T>
+const T* item_rows(const Batch& batch, int64_t first) {
+    return static_cast<const T*>(batch.items) + first * batch.item_stride;
+}
+
+template <class T>
+void pack_columns(const Batch& batch, Span queries, const LogitScratch<T>& scratch) {
+    typedef typename Held<T>::Value Value;
+    const T* from = query_rows<T>(batch, queries.first);
+    pack<Value>(from, batch.dim, queries.size(), 1, batch.query_stride, scratch.queries);
+}
+
+// The items of a strip against the queries that were packed; -inf is no candidate. `own`, if there is one, takes the
+// logits of the targets among them, whose counts do not matter.
+template <class T>
+void compute_logits(
+    const Batch& batch, const LogitScratch<T>& scratch, Span items, Span queries, float* logits, int64_t stride,
+    float* own
+) {
+    typedef typename Held<T>::Value Value;
     const int64_t words = packed_inner<Value>(batch.dim);
-    const Segment<Value> segment = {
-        0, static_cast<const Word*>(batch.columns) + items.begin * words, words, words * panel
-    };
-    const float* bias = batch.bias + items.begin;
-    const uint32_t* drawn = batch.drawn == nullptr ? nullptr : batch.drawn + items.begin;
+    const Segment<Value> segment = {0, scratch.queries, words, words * panel};
+    const Left<Value> left = scratch.items.of(item_rows<T>(batch, items.first), batch.item_stride, items.size());
     product<false>(
-        rows, items.padded(), queries, Right<Value>{&segment, 1, panel},
+        items.size(), round_up(queries.size(), lanes), left, Right<Value>{&segment, 1, panel},
         [&](int64_t row, int count, int64_t column, int width, const float* sums) {
-            for (int i = 0; i < width; i += lanes) {
-                const Vec shift = load(bias + column + i);
-                BitVec may = ~BitVec{};
-                if (drawn != nullptr) std::memcpy(&may, drawn + column + i, sizeof(may));
-                float* to = logits + row * logit_stride + column + i;
-                for (int r = 0; r < count; ++r) {
-                    const Vec logit = load(sums + r * panel + i) + shift;
-                    store(to + r * logit_stride, may != 0 ? logit : splat(-infinity));
-                }
+            for (int r = 0; r < count; ++r, sums += panel) {
+                const int64_t item = items.first + row + r;
+                const bool may = batch.drawn == nullptr || batch.drawn[item];
+                const Vec bias = splat(batch.bias[item]);
+                float* to = logits + (row + r) * stride + column;
+                for (int i = 0; i < width; i += lanes) store(to + i, may ? load(sums + i) + bias : splat(-infinity));
             }
         }
     );
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t query = first + row;
+    for (int64_t query = queries.first; query < queries.last; ++query) {
         const int64_t* rejected = batch.rejected + (batch.users == nullptr ? query : batch.users[query]) * batch.width;
-        float* at = logits + row * logit_stride;
+        float* at = logits + (query - queries.first);
         for (int64_t i = 0; i < batch.width; ++i) {
-            const int64_t column = rejected[i] - items.begin;
-            if (column >= 0 && column < items.width) at[column] = -infinity;
+            const int64_t item = rejected[i];
+            if (item >= items.first && item < items.last) at[(item - items.first) * stride] = -infinity;
         }
-        const int64_t target = batch.targets[query] - items.begin;
-        if (target >= 0 && target < items.width) at[target] = own[row];
+        const int64_t target = batch.targets[query];
+        if (target < items.first || target >= items.last) continue;
+        const float score = dot(query_rows<T>(batch, query), item_rows<T>(batch, target), batch.dim);
+        const float logit = batch.logq == nullptr ? score : score - batch.logq[target];
+        at[(target - items.first) * stride] = logit;
+        if (own != nullptr) own[query] = logit;
     }
 }
 

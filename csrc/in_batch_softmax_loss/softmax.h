@@ -1,4 +1,4 @@
-// Rows of logits through the softmax, a strip at a time.
+// Logits through the softmax: a row for each item, so that vectors hold numbers of several queries.
 #pragma once
 
 #include "in_batch_softmax_loss/logits.h"
@@ -6,57 +6,130 @@
 namespace xsmoe::XSMOE_TIER {
 namespace {
 
-// The largest logit so far and the sum of exp(logit - most), of each row of a tile.
+template <int count>
+struct Columns {
+    static constexpr int vecs = count;
+};
+
+// Calls body(Columns<n>, column) for groups of n vectors of columns.
+template <class Body>
+XSMOE_INLINE void for_columns(int64_t columns, const Body& body) {
+    int64_t column = 0;
+    for (; column + 4 * lanes <= columns; column += 4 * lanes) body(Columns<4>{}, column);
+    for (; column < columns; column += lanes) body(Columns<1>{}, column);
+}
+
+// Items whose exponentials one float32 sums: the sums of these are summed, which keeps rounding in bounds.
+constexpr int64_t summed = 64;
+
+// What logits are lessened by: queries without a candidate so far have none.
+XSMOE_INLINE Vec shift_of(Vec most) { return most == -infinity ? Vec{} : most; }
+
+// The largest logit so far and the sum of exp(logit - most), of each query of a tile.
 struct Softmax {
     float *most, *sum;
 
-    Softmax(Arena& arena, int64_t rows) : most(arena.take<float>(rows)), sum(arena.take<float>(rows)) {}
-
-    void begin(int64_t rows) const {
-        for (int64_t row = 0; row < rows; ++row) {
-            most[row] = -infinity;
-            sum[row] = 0;
+    void begin(int64_t columns) const {
+        for (int64_t i = 0; i < columns; i += lanes) {
+            store(most + i, splat(-infinity));
+            store(sum + i, Vec{});
         }
     }
 
-    // What logits are lessened by: rows without a candidate so far have none.
-    float shift(int64_t row) const { return most[row] == -infinity ? 0 : most[row]; }
+    void raise(const float* logits, int64_t items, int64_t stride, int64_t columns) const {
+        for_columns(columns, [&](auto group, int64_t column) {
+            constexpr int vecs = decltype(group)::vecs;
+            Vec largest[vecs];
+            for (int v = 0; v < vecs; ++v) largest[v] = load(most + column + v * lanes);
+            for (int64_t item = 0; item < items; ++item) {
+#pragma GCC unroll 4
+                for (int v = 0; v < vecs; ++v) {
+                    largest[v] = maximum(load(logits + item * stride + column + v * lanes), largest[v]);
+                }
+            }
+            for (int v = 0; v < vecs; ++v) store(most + column + v * lanes, largest[v]);
+        });
+    }
 
-    float lse(int64_t row) const { return most[row] == infinity ? infinity : shift(row) + __builtin_logf(sum[row]); }
+    // Adds exp(logit - most); logits become these where they lie, if they are `kept`.
+    template <bool kept>
+    void add(float* logits, int64_t items, int64_t stride, int64_t columns) const {
+        for (int64_t first = 0; first < items; first += summed) {
+            const int64_t last = least(first + summed, items);
+            for_columns(columns, [&](auto group, int64_t column) {
+                constexpr int vecs = decltype(group)::vecs;
+                Vec shift[vecs], sums[vecs] = {};
+                for (int v = 0; v < vecs; ++v) shift[v] = shift_of(load(most + column + v * lanes));
+                for (int64_t item = first; item < last; ++item) {
+                    float* at = logits + item * stride + column;
+#pragma GCC unroll 4
+                    for (int v = 0; v < vecs; ++v) {
+                        const Vec grown = exp_negative(load(at + v * lanes) - shift[v]);
+                        sums[v] += grown;
+                        if (kept) store(at + v * lanes, grown);
+                    }
+                }
+                for (int v = 0; v < vecs; ++v) {
+                    float* total = sum + column + v * lanes;
+                    store(total, load(total) + sums[v]);
+                }
+            });
+        }
+    }
+
+    // Takes in a strip of logits that are not kept.
+    void take(float* logits, int64_t items, int64_t stride, int64_t columns, float* before) const {
+        std::memcpy(before, most, columns * sizeof(float));
+        raise(logits, items, stride, columns);
+        for (int64_t i = 0; i < columns; i += lanes) {
+            const Vec old = load(before + i), shift = shift_of(load(most + i));
+            store(sum + i, old < shift ? load(sum + i) * exp_negative(old - shift) : load(sum + i));
+        }
+        add<false>(logits, items, stride, columns);
+    }
 };
 
-XSMOE_INLINE float largest(const float* logits, int64_t width, float most) {
-    Vec even = splat(most), odd = even;
-    int64_t i = 0;
-    for (; i + panel <= width; i += panel) {
-        even = maximum(load(logits + i), even);
-        odd = maximum(load(logits + i + lanes), odd);
-    }
-    if (i < width) even = maximum(load(logits + i), even);
-    even = maximum(odd, even);
-    for (int lane = 0; lane < lanes; ++lane) most = even[lane] > most ? even[lane] : most;
-    return most;
-}
+// Statistics of all parts together.
+struct Together {
+    Vec most, sum;
 
-// Turns logits into exp(logit - shift) where they lie, if they are `kept`; the sum of these.
-template <bool kept>
-XSMOE_INLINE float exponentiate(float* logits, int64_t width, float shift) {
-    Vec sums[2] = {};
-    int64_t i = 0;
-    for (; i + panel <= width; i += panel) {
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-            const Vec grown = exp_negative(load(logits + i + v * lanes) - shift);
-            sums[v] += grown;
-            if (kept) store(logits + i + v * lanes, grown);
+    Together(const Softmax& first, int64_t distance, int64_t parts, int64_t column)
+        : most(load(first.most + column)), sum{} {
+        for (int64_t part = 1; part < parts; ++part) {
+            most = maximum(load(first.most + part * distance + column), most);
+        }
+        const Vec shift = shift_of(most);
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t at = part * distance + column;
+            sum += load(first.sum + at) * exp_negative(load(first.most + at) - shift);
         }
     }
-    if (i < width) {
-        const Vec grown = exp_negative(load(logits + i) - shift);
-        sums[0] += grown;
-        if (kept) store(logits + i, grown);
+
+    float lse(int lane) const {
+        return most[lane] == infinity ? infinity : shift_of(most)[lane] + __builtin_logf(sum[lane]);
     }
-    return sum(sums[0] + sums[1]);
+};
+
+// Exponentials become shares: a factor for each query.
+XSMOE_INLINE void multiply_columns(
+    float* logits, int64_t items, int64_t stride, int64_t columns, const float* factors
+) {
+    for (int64_t item = 0; item < items; ++item) {
+        float* at = logits + item * stride;
+        for (int64_t i = 0; i < columns; i += lanes) store(at + i, load(at + i) * load(factors + i));
+    }
+}
+
+// Logits become shares: exp(logit - lse) times a factor.
+XSMOE_INLINE void share_columns(
+    float* logits, int64_t items, int64_t stride, int64_t columns, const float* lse, float factor
+) {
+    for (int64_t item = 0; item < items; ++item) {
+        float* at = logits + item * stride;
+        for (int64_t i = 0; i < columns; i += lanes) {
+            store(at + i, exp_negative(load(at + i) - load(lse + i)) * factor);
+        }
+    }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """Every room: all its variants are right, in every dtype, and its published formulation equals ours."""
 
 import argparse
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 
 from bench import kernels, steps
 from bench.case import Rows, Truth, examine, measure, outcome
-from bench.kernels import ROOMS
+from bench.kernels import ROOMS, softmax_loss_rivals
+from bench.kernels.in_batch_softmax_loss import InBatchSoftmaxLoss
 from bench.kernels.side_moe import SideMoE
 from bench.kernels_command import combinations, plan
 from bench.workload import Variant, Workload
+from xsmoe_kernels import dispatch
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -73,6 +76,77 @@ def test_published_formulation_saves_every_output_and_ours_does_not(cpu: torch.d
     # The first level's output, the gates, and what is E*R wide.
     assert ours >= lean + 2 * rows * experts * rank * 4
     assert lean < rows * (dim + 4 * experts) * 4
+
+
+def test_the_loss_takes_under_a_twentieth_of_the_memory_of_its_rivals(cpu: torch.device) -> None:
+    """On as many threads as the numbers in bench/results are from; results and gradients are half of ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        workload = InBatchSoftmaxLoss({"B": 256, "C": 2640, "d": 128}, torch.float32, cpu)
+        rows = Rows(workload)
+        truth = Truth(workload, rows.get(0, None))
+        peaks = {name: examine(workload, name, rows, truth).row.peak_bytes for name in ("published", "eager", "ours")}
+    finally:
+        torch.set_num_threads(before)
+    assert peaks["ours"] > 2 * (2560 + 2640) * 128
+    assert 20 * peaks["ours"] < peaks["eager"] < peaks["published"]
+
+
+class FakeModule:
+    """What both libraries look like, in plain PyTorch."""
+
+    @staticmethod
+    def linear_cross_entropy(queries: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(queries @ items.T, targets)
+
+    class LigerFusedLinearCrossEntropyLoss:
+        def __call__(self, items: torch.Tensor, queries: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return FakeModule.linear_cross_entropy(queries, items, targets)
+
+
+def tiny_loss(cpu: torch.device) -> tuple[InBatchSoftmaxLoss, Rows, Truth]:
+    workload = InBatchSoftmaxLoss({"B": 3, "C": 29, "d": 16}, torch.float32, cpu)
+    rows = Rows(workload)
+    return workload, rows, Truth(workload, rows.get(0, None))
+
+
+@pytest.mark.parametrize("name", softmax_loss_rivals.MODULES)
+def test_a_rival_of_the_plain_loss_is_held_to_that(
+    cpu: torch.device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    workload, *drawn = tiny_loss(cpu)
+    assert examine(workload, name, *drawn).row.reason == f"{name} needs a CUDA device, not cpu"
+    monkeypatch.setattr(softmax_loss_rivals, "DEVICES", ("cpu",))
+    monkeypatch.setitem(sys.modules, softmax_loss_rivals.MODULES[name], None)
+    missing = examine(workload, name, *drawn).row
+    assert missing.status == "absent"
+    assert missing.reason.startswith(f"{name} is not installed")
+    monkeypatch.setitem(sys.modules, softmax_loss_rivals.MODULES[name], FakeModule)
+    ours, theirs = (examine(workload, one, *drawn).row for one in ("ours-plain", name))
+    for row in (ours, theirs):
+        assert row.status == "measured", row.reason
+        assert row.remark.startswith("solves another problem: 30 queries")
+        assert row.remark.endswith("without rejected items, counts and logQ")
+    assert (ours.backend, theirs.backend) == (dispatch.select(workload.operator, "auto", cpu, torch.float32), None)
+
+
+def test_a_rival_that_fails_is_absent_and_one_that_is_wrong_is_refused(
+    cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload, *drawn = tiny_loss(cpu)
+    monkeypatch.setattr(softmax_loss_rivals, "DEVICES", ("cpu",))
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", FakeModule)
+    right = FakeModule.linear_cross_entropy
+
+    def fails(*_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("only bfloat16")
+
+    monkeypatch.setattr(FakeModule, "linear_cross_entropy", staticmethod(fails))
+    assert examine(workload, "cut-cross-entropy", *drawn).row.reason == "cut-cross-entropy fails here: only bfloat16"
+    wrong = staticmethod(lambda queries, items, targets: right(queries * 1.001, items, targets))
+    monkeypatch.setattr(FakeModule, "linear_cross_entropy", wrong)
+    assert examine(workload, "cut-cross-entropy", *drawn).row.status == "refused"
 
 
 def wrong_y(variant: Variant) -> Variant:

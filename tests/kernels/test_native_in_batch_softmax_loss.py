@@ -172,6 +172,12 @@ def test_hundreds_of_thousands_of_items() -> None:
     check(case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [4090, 4096])
+def test_more_queries_than_gradients_are_held_for_at_a_time(dtype: torch.dtype, dim: int) -> None:
+    check(Case(4500, 20, dim, 2, 9, dtype=dtype))
+
+
 def test_opcheck() -> None:
     batch = draw(Case(6, 5, 3, 2, 2))
     batch["counts"] = batch["counts"].float()
@@ -203,9 +209,11 @@ def test_gradients_come_with_the_loss_only_where_they_are_needed() -> None:
         loss = in_batch_softmax_loss(**batch)
         with torch.no_grad():
             assert in_batch_softmax_loss(**batch) == loss
-    torch.autograd.grad(loss, batch["queries"])
+    torch.autograd.grad(loss, batch["queries"], retain_graph=True)
     name = "in_batch_softmax_loss"
     assert dispatch.calls - before == {(name, "native"): 2, (f"{name}_backward", "native"): 1}
+    loss.backward()
+    assert dispatch.calls - before == {(name, "native"): 2, (f"{name}_backward", "native"): 1}, "they were there"
 
 
 def test_gradients_can_be_taken_twice() -> None:
@@ -214,7 +222,24 @@ def test_gradients_can_be_taken_twice() -> None:
         loss = in_batch_softmax_loss(**batch)
     leaves = batch["queries"], batch["items"]
     first = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(loss, leaves), tuple(t / 2 for t in first))
+    kept = [t.clone() for t in first]
+    for gradient in first:
+        gradient.zero_()
+    second = torch.autograd.grad(loss, leaves, retain_graph=True)
+    torch.testing.assert_close(second, tuple(t / 2 for t in kept))
+    torch.testing.assert_close(torch.autograd.grad(4 * loss, leaves), tuple(2 * t for t in kept))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_the_last_backward_copies_no_gradients(factor: float) -> None:
+    batch = draw(Case(300, 200, 64))
+    expected = outputs(batch, "native", factor)
+    with use_backend("native"):
+        loss = in_batch_softmax_loss(**batch)
+    taken = peak_allocation(lambda: loss.backward(torch.tensor(factor)))
+    assert taken < 1000
+    for name in ("queries", "items"):
+        torch.testing.assert_close(batch[name].grad, expected[name], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

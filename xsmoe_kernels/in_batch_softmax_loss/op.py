@@ -141,18 +141,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, need_queries, need_items, ctx.backend = inputs
     _, lse, *gradients = output
     ctx.mark_non_differentiable(lse, *gradients)
+    # Else backward would get zeros for the gradients of those.
+    ctx.set_materialize_grads(False)
     ctx.ahead = need_queries, need_items
     ctx.save_for_backward(*tensors, lse, *gradients)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     need_queries, need_items, *_rest = ctx.needs_input_grad
     *tensors, ahead_queries, ahead_items = ctx.saved_tensors
     ahead = (ahead_queries, ahead_items) if ctx.ahead == (need_queries, need_items) else (None, None)
-    grad_queries, grad_items = torch.ops.xsmoe.in_batch_softmax_loss_backward(
-        *tensors, *ahead, grad, need_queries, need_items, ctx.backend
-    )
-    return grad_queries if need_queries else None, grad_items if need_items else None, *(None,) * 8
+    if ahead[0] is not None and _takes_over(grad):
+        found = ahead_queries, ahead_items
+        if grad != 1:
+            found = ahead_queries.mul_(grad), ahead_items.mul_(grad)
+    else:
+        found = torch.ops.xsmoe.in_batch_softmax_loss_backward(
+            *tensors, *ahead, grad, need_queries, need_items, ctx.backend
+        )
+    return found[0] if need_queries else None, found[1] if need_items else None, *(None,) * 8
+
+
+def _takes_over(grad: Tensor) -> bool:
+    """Whether gradients that forward got ahead may be handed on, not copied: nobody else will read them."""
+    # A compiler's tensors are of a class of their own, and have no value to look at.
+    return type(grad) is Tensor and not torch.is_grad_enabled() and library.last_backward()
 
 
 def _backward_fake(
