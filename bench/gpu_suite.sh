@@ -144,8 +144,10 @@ pytest() {
 test_gpu() {
     pytest test_side_moe "test_triton_side_moe"
     pytest test_routing "test_triton_route_topk or test_triton_grouped_mm"
+    pytest test_ranking "test_triton_rank_of_target or test_triton_topk_items"
     # Two files compile for GPUs that need not be there; they are tests of any machine.
     local elsewhere="test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
+    elsewhere+=" or test_triton_rank_of_target or test_triton_topk_items"
     pytest test_rest "(triton or xformers) and not ($elsewhere or test_triton_budget or test_triton_compiles_once)"
 }
 
@@ -175,6 +177,11 @@ bench() {
     }
     kernels bench_routing "routing-$gpu-bfloat16.json" route_topk grouped_mm --dtype bfloat16 --seconds 2
     kernels bench_attention "attention-$gpu-bfloat16.json" packed_attention --dtype bfloat16 --seconds 2
+    local dtype
+    for dtype in float32 bfloat16; do
+        kernels "bench_ranking_$dtype" "ranking-$gpu-$dtype.json" rank_of_target topk_items --dtype "$dtype" --seconds 2 \
+            --variants chunked,tiled,ours,ours-graph --against chunked,tiled
+    done
     part profile "$PYTHON" -m bench.profiled --out "$folder/side_moe-profile-$gpu.txt"
     # The measurements under it may be new.
     forget roofline
@@ -208,7 +215,8 @@ sanitize() {
         # What torch asks the driver for, and is refused, is no error of a kernel.
         [ "$check" != memcheck ] || flags="--report-api-errors no"
         for room in "side_moe side_moe N=300 E=3 D=768 R=64 M=2" "side_moe_small side_moe N=300 E=3 D=48 R=8 M=2" \
-            "route_topk route_topk N=300 E=5 k=2" "grouped_mm grouped_mm M=300 E=3 K=48 P=8"; do
+            "route_topk route_topk N=300 E=5 k=2" "grouped_mm grouped_mm M=300 E=3 K=48 P=8" \
+            "rank_of_target rank_of_target M=70 C=900 d=48" "topk_items topk_items M=70 C=900 d=48 k=10"; do
             # Every tensor in an allocation of its own, so that what lies beyond it is seen.
             # shellcheck disable=SC2086 # the flags' and the room's words
             part "${check}_${room%% *}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

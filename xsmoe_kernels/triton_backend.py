@@ -21,12 +21,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAUNCHERS = {
     "grouped_mm": "grouped_mm.triton_launchers:forward",
     "grouped_mm_backward": "grouped_mm.triton_launchers:backward",
+    "rank_of_target": "rank_of_target.triton_kernels:forward",
     "route_topk": "route_topk.triton_kernels:forward",
     "route_topk_backward": "route_topk.triton_kernels:backward",
     "side_moe": "side_moe.triton_kernels:forward",
     "side_moe_backward": "side_moe.triton_kernels:backward",
     "side_moe_group": "side_moe.triton_kernels:group_forward",
     "side_moe_group_backward": "side_moe.triton_kernels:group_backward",
+    "topk_items": "topk_items.triton_launchers:forward",
 }
 """For each operator the function that launches its kernels, by module and name."""
 

@@ -34,6 +34,20 @@ def narrow(value, like):
 
 
 @triton.jit
+def sortable(values):
+    """Integers in the order of float32 values: the two zeros alike, and every NaN above infinity."""
+    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(values == values, keys, 0x7FFFFFFF)
+
+
+@triton.jit
+def sorted_value(keys):
+    """The float32 values whose `sortable` these are."""
+    return tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def pick(values, index):
     """`values[index]` of a tuple, for an index that is known at run time only."""
     picked = values[0]

@@ -224,7 +224,8 @@ def _fingerprint(table: Table) -> str:
 def _sources(operator: str) -> bytes:
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in (package / "triton_tools.py", *sorted((package / operator).rglob("*.py"))):
+    shared = (package / name for name in ("triton_tools.py", "scoring_triton.py"))
+    for path in (*shared, *sorted((package / operator).rglob("*.py"))):
         with contextlib.suppress(OSError):
             digest.update(path.read_bytes())
     return digest.digest()

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bench.graph import replayed_like
 from bench.kernels.ranking import BACKENDS, ITEMS, Ranking, chunks, exact_scores, ragged
 from bench.workload import Tensors, Variant
 from xsmoe_kernels import rank_of_target, use_backend
@@ -29,6 +30,8 @@ class RankOfTarget(Ranking):
     def build(self, name: str) -> Variant:
         if backend := BACKENDS.get(name):
             return self._ours(name, backend)
+        if name == "ours-graph":
+            return replayed_like(self.build, name, self.device)
         if name == "published":
             return self._variant(name, _published)
         if name == "chunked":

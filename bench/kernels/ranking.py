@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bench.graph import on_cuda
 from bench.workload import Product, Tensors, Variant, Work, Workload
 
 # Users whose scores stand together where users are taken in chunks, and items where items are.
@@ -52,7 +53,7 @@ class Ranking(Workload):
         return {name: tensor.to(self.device) for name, tensor in drawn.items()}
 
     def variants(self) -> tuple[str, ...]:
-        return "published", "chunked", "compiled", "tiled", "ours"
+        return "published", "chunked", "compiled", "tiled", "ours", *on_cuda(self.device, "ours-graph")
 
     def optional(self) -> tuple[str, ...]:
         return ("reference",)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bench.graph import replayed_like
 from bench.kernels.ranking import BACKENDS, ITEMS, Ranking, chunks, exact_scores, ragged
 from bench.workload import Tensors, Variant
 from xsmoe_kernels import topk_items, use_backend
@@ -30,6 +31,8 @@ class TopkItems(Ranking):
         k = self.sizes["k"]
         if backend := BACKENDS.get(name):
             return self._ours(name, backend)
+        if name == "ours-graph":
+            return replayed_like(self.build, name, self.device)
         if name == "published":
             return self._variant(name, lambda rows: _published(rows, k))
         if name == "chunked":

@@ -132,6 +132,8 @@ def test_a_profile_without_kernels_is_a_failure(
         ("side_moe", ["N=67", "E=3", "D=48", "R=8", "M=2"], "ours\nours-recompute\n"),
         ("route_topk", ["N=67", "E=5", "k=2"], "ours\n"),
         ("grouped_mm", ["M=67", "E=3", "K=48", "P=8"], "ours\n"),
+        ("rank_of_target", ["M=67", "C=300", "d=48"], "ours\n"),
+        ("topk_items", ["M=67", "C=300", "d=48", "k=10"], "ours\n"),
     ],
 )
 def test_what_the_sanitizer_watches_runs(

@@ -1,4 +1,4 @@
-"""A stream that grows compiles nothing anew: rows and experts are no part of what a kernel is compiled for."""
+"""A stream that grows compiles nothing anew: rows, experts and items are no part of what a kernel is compiled for."""
 
 import json
 import os
@@ -40,6 +40,15 @@ def products(rows, experts):
 def routes(rows, experts):
     return lambda dtype: scenarios.launcher("route_topk")(torch.empty(rows, experts, dtype=dtype), 1, True)
 
+def ranks(rows, experts):
+    def scenario(dtype):
+        queries, items = torch.empty(rows, 128, dtype=dtype), torch.empty(experts * rows, 128, dtype=dtype)
+        offsets = experts * torch.arange(rows + 1)
+        seen, targets = torch.zeros(experts * rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        scenarios.launcher("rank_of_target")(queries, items, targets, seen, offsets)
+        scenarios.launcher("topk_items")(queries, items, 10, seen, offsets)
+    return scenario
+
 SIZES = [(2816, 10), (2817, 10), (2832, 11), (17, 2), (2, 16), (2816, 17), (5000, 33), (16, 1)]
 found = {}
 for one_row in (False, True):
@@ -49,6 +58,8 @@ for one_row in (False, True):
                 found.setdefault(f"{name} one_row={one_row}", set()).update(own)
 for rows, experts in SIZES:
     for name, own in forms(products(rows, experts)).items():
+        found.setdefault(name, set()).update(own)
+    for name, own in forms(ranks(rows, experts)).items():
         found.setdefault(name, set()).update(own)
     if experts <= 32:
         for name, own in forms(routes(rows, experts)).items():
@@ -60,10 +71,12 @@ print(json.dumps({name: len(own) for name, own in found.items()}))
 SEVERAL = {
     "grouped_mm.product_kernel": 2,  # forward, and the gradient of the rows
     "grouped_mm.weight_gradient_kernel": 2,  # into the result, or into slices that are added up
+    "scoring_triton.hidden_keys_kernel": 2,  # with targets, or without
+    "topk_items.best_kernel": 3,  # of scores, into the results or into candidates; and of candidates
 }
 
 
-def test_rows_and_experts_compile_nothing_anew() -> None:
+def test_rows_experts_and_items_compile_nothing_anew() -> None:
     tests = Path(__file__).parent
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parents[1]), environment.get("PYTHONPATH", "")])

@@ -76,7 +76,38 @@ def grouped_mm(dtype: torch.dtype) -> None:
         launcher("grouped_mm_backward")(torch.empty_like(y), x, weight, offsets, 9, True, True)
 
 
-SCENARIOS: tuple[Scenario, ...] = (side_moe, routing, grouped_mm)
+def rank_of_target(dtype: torch.dtype) -> None:
+    """Ranks among a catalogue of the paper's width, of wider rows, and of rows that are loaded number by number."""
+    for dim in (128, 768, 100):
+        for most in (None, 20):
+            queries, items, targets, seen, offsets = ranking(dtype, dim, most)
+            launcher("rank_of_target")(queries, items, targets, seen, offsets)
+
+
+def topk_items(dtype: torch.dtype) -> None:
+    """The best ten; and the best hundred and thousand of few queries, whose lists are cut into slices, and of many."""
+    for dim in (128, 768, 100):
+        for most in (None, 20):
+            queries, items, _, seen, offsets = ranking(dtype, dim, most)
+            launcher("topk_items")(queries, items, 10, seen, offsets)
+    queries, items, _, seen, offsets = ranking(dtype, 128, 20, num_items=30_000)
+    for k in (100, 1000):
+        launcher("topk_items")(queries, items[:5000], k, seen, offsets)
+        launcher("topk_items")(queries[:10], items, k, seen, offsets[:11])
+
+
+def ranking(dtype: torch.dtype, dim: int, most_seen: int | None, num_items: int = 100_000) -> tuple[Any, ...]:
+    """Queries, items, targets, and the values and offsets of what was seen."""
+    num_queries = 2000
+    queries, items = torch.empty(num_queries, dim, dtype=dtype), torch.empty(num_items, dim, dtype=dtype)
+    targets = torch.zeros(num_queries, dtype=torch.int64)
+    if most_seen is None:
+        return queries, items, targets, None, None
+    offsets = torch.arange(0, most_seen * num_queries + 1, most_seen)
+    return queries, items, targets, torch.zeros(most_seen * num_queries, dtype=torch.int64), offsets
+
+
+SCENARIOS: tuple[Scenario, ...] = (side_moe, routing, grouped_mm, rank_of_target, topk_items)
 
 
 def launcher(operator: str) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xsmoe_kernels import triton_tools, tuning
+from xsmoe_kernels.triton_tools import sortable, sorted_value
 from xsmoe_kernels.tuning import Config, Table, everywhere
 
 MOST_EXPERTS = 1024
@@ -23,20 +24,6 @@ MOST_PARTS = 512
 
 TAKEN = tl.constexpr(-(2**31))
 """In place of the key of a column that is not there or was chosen; no logit has it."""
-
-
-@triton.jit
-def _sortable(values):
-    """Integers in the order of float32 values: the two zeros alike, and every NaN above infinity."""
-    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(values == values, keys, 0x7FFFFFFF)
-
-
-@triton.jit
-def _sorted_value(keys):
-    """The float32 values whose `_sortable` these are."""
-    return tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["logits_stride", "num_rows", "num_experts", "k", "part_rows"])
@@ -64,8 +51,8 @@ def route_kernel(
         inside = row < num_rows
         mask = inside[:, None] & (column < num_experts)[None, :]
         values = tl.load(logits + row[:, None] * logits_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        keys = tl.where(mask, _sortable(values), TAKEN)
-        largest = _sorted_value(tl.max(keys, axis=1))[:, None]
+        keys = tl.where(mask, sortable(values), TAKEN)
+        largest = sorted_value(tl.max(keys, axis=1))[:, None]
         if not RENORMALIZE:
             total = tl.sum(tl.where(mask, tl.exp(values - largest), 0.0), axis=1)
         chosen = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
@@ -77,7 +64,7 @@ def route_kernel(
             keys = tl.where(column[None, :] == expert[:, None], TAKEN, keys)
         count += tl.sum((mask & (keys == TAKEN)).to(tl.int32), axis=0)
         wanted = inside[:, None] & (place < k)[None, :]
-        weights = tl.where(wanted, tl.exp(_sorted_value(chosen_keys) - largest), 0.0)
+        weights = tl.where(wanted, tl.exp(sorted_value(chosen_keys) - largest), 0.0)
         if RENORMALIZE:
             total = tl.sum(weights, axis=1)
         target = row[:, None] * k + place[None, :]
