@@ -144,10 +144,11 @@ pytest() {
 test_gpu() {
     pytest test_side_moe "test_triton_side_moe"
     pytest test_routing "test_triton_route_topk or test_triton_grouped_mm"
+    pytest test_loss "test_triton_in_batch_softmax_loss"
     pytest test_ranking "test_triton_rank_of_target or test_triton_topk_items"
     # Two files compile for GPUs that need not be there; they are tests of any machine.
     local elsewhere="test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
-    elsewhere+=" or test_triton_rank_of_target or test_triton_topk_items"
+    elsewhere+=" or test_triton_in_batch_softmax_loss or test_triton_rank_of_target or test_triton_topk_items"
     pytest test_rest "(triton or xformers) and not ($elsewhere or test_triton_budget or test_triton_compiles_once)"
 }
 
@@ -176,6 +177,8 @@ bench() {
             --against naive-autocast,eager-graph
     }
     kernels bench_routing "routing-$gpu-bfloat16.json" route_topk grouped_mm --dtype bfloat16 --seconds 2
+    kernels bench_loss_float32 "loss-$gpu-float32.json" in_batch_softmax_loss --seconds 2
+    kernels bench_loss_bfloat16 "loss-$gpu-bfloat16.json" in_batch_softmax_loss --dtype bfloat16 --seconds 2
     kernels bench_attention "attention-$gpu-bfloat16.json" packed_attention --dtype bfloat16 --seconds 2
     local dtype
     for dtype in float32 bfloat16; do
@@ -216,7 +219,8 @@ sanitize() {
         [ "$check" != memcheck ] || flags="--report-api-errors no"
         for room in "side_moe side_moe N=300 E=3 D=768 R=64 M=2" "side_moe_small side_moe N=300 E=3 D=48 R=8 M=2" \
             "route_topk route_topk N=300 E=5 k=2" "grouped_mm grouped_mm M=300 E=3 K=48 P=8" \
-            "rank_of_target rank_of_target M=70 C=900 d=48" "topk_items topk_items M=70 C=900 d=48 k=10"; do
+            "rank_of_target rank_of_target M=70 C=900 d=48" "topk_items topk_items M=70 C=900 d=48 k=10" \
+            "loss in_batch_softmax_loss B=30 C=290 d=40"; do
             # Every tensor in an allocation of its own, so that what lies beyond it is seen.
             # shellcheck disable=SC2086 # the flags' and the room's words
             part "${check}_${room%% *}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

@@ -21,6 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAUNCHERS = {
     "grouped_mm": "grouped_mm.triton_launchers:forward",
     "grouped_mm_backward": "grouped_mm.triton_launchers:backward",
+    "in_batch_softmax_loss": "in_batch_softmax_loss.triton_launchers:forward",
+    "in_batch_softmax_loss_backward": "in_batch_softmax_loss.triton_launchers:backward",
     "rank_of_target": "rank_of_target.triton_kernels:forward",
     "route_topk": "route_topk.triton_kernels:forward",
     "route_topk_backward": "route_topk.triton_kernels:backward",

@@ -76,20 +76,25 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     called = suite.called()
     assert called[0] == "setup.py build_ext --inplace"
-    assert sum("-m pytest" in call for call in called) == 4
-    assert sum("-m bench kernels" in call and "--device cuda" in call for call in called) == 8
+    assert sum("-m pytest" in call for call in called) == 5
+    assert sum("-m bench kernels" in call and "--device cuda" in call for call in called) == 10
     memcheck, racecheck = (
         [call for call in called if call.startswith(f"compute-sanitizer --tool {tool} ") and "-c" not in call.split()]
         for tool in ("memcheck", "racecheck")
     )
-    assert len(memcheck) == len(racecheck) == 6
+    assert len(memcheck) == len(racecheck) == 7
     assert all("--report-api-errors no" in call for call in memcheck)
     assert all("N=300 E=3 D=768 R=64 M=2" in calls[0] for calls in (memcheck, racecheck))
     assert all("-m bench.gpu_sanitize " in call for call in (*memcheck, *racecheck))
-    assert sum("compute-sanitizer" in call for call in called) == 6 + 6 + 1
+    assert sum("compute-sanitizer" in call for call in called) == 7 + 7 + 1
     assert any("bench.profiled" in call for call in called)
     files = {word.rpartition("/")[2] for call in called for word in call.split() if str(suite.results) in word}
-    assert {"side_moe-toy-bfloat16.json", "routing-toy-bfloat16.json", "ranking-toy-float32.json"} <= files
+    assert {
+        "side_moe-toy-bfloat16.json",
+        "routing-toy-bfloat16.json",
+        "ranking-toy-float32.json",
+        "loss-toy-bfloat16.json",
+    } <= files
     assert {"build", "test_side_moe", "bench_bfloat16", "profile", "racecheck_grouped_mm"} <= suite.markers()
     assert (suite.results / "gpu-suite-toy.md").read_text() == "the summary\n"
     assert ended.stdout.endswith("the summary\n")
@@ -113,7 +118,7 @@ def test_a_part_that_fails_is_shown_and_run_again(suite: Suite) -> None:
     assert "test_routing: FAILED (3)" in ended.stdout
     assert "test_rest: passed" in ended.stdout
     assert (suite.state / "test_routing.failed").read_text() == "abc 3\n"
-    assert suite.markers() == {"test_side_moe", "test_rest"}
+    assert suite.markers() == {"test_side_moe", "test_ranking", "test_loss", "test_rest"}
     ended = suite.run("test", str(suite.results))
     assert ended.returncode == 0
     assert len(suite.called()) == 1

@@ -47,7 +47,16 @@ def ranks(rows, experts):
         seen, targets = torch.zeros(experts * rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
         scenarios.launcher("rank_of_target")(queries, items, targets, seen, offsets)
         scenarios.launcher("topk_items")(queries, items, 10, seen, offsets)
+
     return scenario
+
+
+def losses(queries, items, width):
+    def scenario(dtype):
+        scenarios.in_batch_softmax_loss_step(dtype, sizes=(queries, items, 128, width))
+
+    return scenario
+
 
 SIZES = [(2816, 10), (2817, 10), (2832, 11), (17, 2), (2, 16), (2816, 17), (5000, 33), (16, 1)]
 found = {}
@@ -64,11 +73,17 @@ for rows, experts in SIZES:
     if experts <= 32:
         for name, own in forms(routes(rows, experts)).items():
             found.setdefault(name, set()).update(own)
+BATCHES = [(2560, 2640, 11), (2561, 2641, 1), (16, 17, 0), (1, 1, 16), (70000, 5, 2), (70000, 70000, 9)]
+for queries, items, width in BATCHES:
+    for name, own in forms(losses(queries, items, width)).items():
+        found.setdefault(name, set()).update(own)
 print(json.dumps({name: len(own) for name, own in found.items()}))
 """
 
 
 SEVERAL = {
+    "in_batch_softmax_loss.item_gradient_kernel": 2,  # into the result, or into slices that are added up
+    "in_batch_softmax_loss.query_gradient_kernel": 4,  # likewise, and what came out undefined once more
     "grouped_mm.product_kernel": 2,  # forward, and the gradient of the rows
     "grouped_mm.weight_gradient_kernel": 2,  # into the result, or into slices that are added up
     "scoring_triton.hidden_keys_kernel": 2,  # with targets, or without

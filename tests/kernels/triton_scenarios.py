@@ -107,7 +107,42 @@ def ranking(dtype: torch.dtype, dim: int, most_seen: int | None, num_items: int 
     return queries, items, targets, torch.zeros(most_seen * num_queries, dtype=torch.int64), offsets
 
 
-SCENARIOS: tuple[Scenario, ...] = (side_moe, routing, grouped_mm, rank_of_target, topk_items)
+def in_batch_softmax_loss(dtype: torch.dtype) -> None:
+    """The paper's batch, and one of so many queries and items, with nothing to correct, that no sum is cut."""
+    in_batch_softmax_loss_step(dtype, sizes=(2560, 2640, 128, 11))
+    in_batch_softmax_loss_step(dtype, sizes=(40000, 40000, 256, 3), users=None, corrected=False)
+
+
+def in_batch_softmax_loss_step(
+    dtype: torch.dtype, *, sizes: tuple[int, int, int, int], users: int | None = 256, corrected: bool = True
+) -> None:
+    num_queries, num_items, dim, width = sizes
+
+    def indices(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64)
+
+    correction = torch.empty(num_items) if corrected else None
+    batch = (
+        torch.empty(num_queries, dim, dtype=dtype),
+        torch.empty(num_items, dim, dtype=dtype),
+        indices(num_queries),
+        indices(users or num_queries, width),
+        indices(num_queries) if users else None,
+        correction,
+        correction,
+    )
+    loss, lse, *_ = launcher("in_batch_softmax_loss")(*batch, False, False)
+    launcher("in_batch_softmax_loss_backward")(*batch, lse, None, None, loss, True, True)
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    side_moe,
+    routing,
+    grouped_mm,
+    rank_of_target,
+    topk_items,
+    in_batch_softmax_loss,
+)
 
 
 def launcher(operator: str) -> Callable[..., Any]:

@@ -1,0 +1,449 @@
+"""The Triton kernels of in_batch_softmax_loss against float64: in Triton's interpreter, or on a GPU if there is one."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from compilation import compiled
+from error_budget import assert_within_budget
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from native_in_batch_softmax_loss import GRADIENTS, NAME, Case
+from native_in_batch_softmax_loss import draw as draw_on_cpu
+from native_in_batch_softmax_loss import exact as exact_of
+from torch import Tensor
+from triton_gpu import DEVICE, DTYPES, ON_GPU, needs_gpu, needs_triton
+
+from xsmoe_kernels import dispatch, in_batch_softmax_loss, triton_backend, use_backend
+
+pytestmark = [
+    needs_triton,
+    # NumPy's, of NaN and infinity, which the interpreter computes with outside of masks.
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+]
+
+Batch = dict[str, Any]
+
+
+def draw(case: Case) -> Batch:
+    """The arguments of a call on the device under test."""
+    batch = draw_on_cpu(case)
+    moved = {name: value if value is None else value.detach().to(DEVICE) for name, value in batch.items()}
+    for name in GRADIENTS:
+        moved[name].requires_grad_(batch[name].requires_grad)
+    return moved
+
+
+def outputs(batch: Batch, backend: str, upstream: float = 3.0) -> dict[str, Tensor]:
+    """The loss, and the gradients that its inputs need, for an upstream gradient that is not 1."""
+    with use_backend(backend):
+        loss = in_batch_softmax_loss(**batch)
+    needed = [name for name in GRADIENTS if batch[name].requires_grad]
+    found = torch.autograd.grad(loss, [batch[name] for name in needed], loss.new_tensor(upstream)) if needed else ()
+    return {"loss": loss.detach(), **dict(zip(needed, found, strict=True))}
+
+
+def exact(batch: Batch) -> dict[str, Tensor]:
+    with use_backend("reference"):
+        return exact_of(batch)
+
+
+def within_budget(batch: Batch, note: object = "") -> dict[str, Tensor]:
+    """Fails unless the results of a batch keep the error budget; returns them."""
+    before = dispatch.calls.copy()
+    actual = outputs(batch, "triton")
+    called = {(NAME, "triton"): 1} | ({(f"{NAME}_backward", "triton"): 1} if len(actual) > 1 else {})
+    assert dispatch.calls - before == called
+    reference, truth = outputs(batch, "reference"), exact(batch)
+    for name, value in actual.items():
+        assert_within_budget(value, reference[name], truth[name], f"{name} {note}")
+    return actual
+
+
+def check(case: Case) -> dict[str, Tensor]:
+    return within_budget(draw(case), case)
+
+
+def replaced(batch: Batch, **values: Any) -> Batch:
+    """The batch with other values, of which queries and items are leaves that need what those before needed."""
+    for name in GRADIENTS:
+        if name in values:
+            values[name] = values[name].detach().requires_grad_(batch[name].requires_grad)
+    return batch | values
+
+
+@settings(deadline=None, derandomize=True, max_examples=300 if ON_GPU else 12)
+@given(
+    st.builds(
+        Case,
+        # Below, at and past blocks of queries and of items, and enough for several slices.
+        queries=st.sampled_from([0, 1, 2, 15, 16, 17, 33, 50, *((129, 700) if ON_GPU else ())]),
+        items=st.sampled_from([1, 2, 31, 32, 33, 65, 130, *((257, 3000) if ON_GPU else ())]),
+        dim=st.sampled_from([0, 1, 3, 16, 17, 32, 33, 64, *((128, 200) if ON_GPU else ())]),
+        width=st.sampled_from([0, 1, 3, 4, 5, 11]),
+        users=st.sampled_from([0, 1, 5]),
+        logq=st.booleans(),
+        counts=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+        needed=st.tuples(st.booleans(), st.booleans()),
+        seed=st.integers(0, 100),
+    )
+)
+@example(Case(50, 130, 33, 5, 5, dtype=torch.float16))
+@example(Case(1, 1, 1, 1))
+def test_stays_within_the_error_budget(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("needed", [(False, False), (False, True), (True, False), (True, True)])
+def test_every_subset_of_gradients(dtype: torch.dtype, needed: tuple[bool, bool]) -> None:
+    check(Case(20, 40, 20, 3, 5, dtype=dtype, needed=needed))
+
+
+@pytest.mark.parametrize("most", [1, 2, 6])
+def test_slices_do_not_change_results(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xsmoe_kernels import triton_tools
+
+    scale = 8 if ON_GPU else 1
+    case = Case(100 * scale, 170 * scale, 20, 3, 7)
+    monkeypatch.setattr(triton_tools, "ENOUGH_PROGRAMS", most * 7)
+    launched = spied(monkeypatch)
+    check(case)
+    assert ("slice_sum_kernel" in [name for name, _ in launched]) == (most > 1)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """The kernels that are launched from now on, and their arguments."""
+    from xsmoe_kernels import triton_tools
+
+    launched, launch = [], triton_tools.launch
+
+    def spy(kernel: Any, grid: Any, device: Any, arguments: Any, constants: Any, config: Any) -> None:
+        launched.append((kernel.__name__, {**arguments, **constants}))
+        launch(kernel, grid, device, arguments, constants, config)
+
+    monkeypatch.setattr(triton_tools, "launch", spy)
+    return launched
+
+
+def test_no_tensor_of_all_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xsmoe_kernels import triton_tools
+
+    # Partial sums have as many numbers as fill the device, whatever there is to sum.
+    monkeypatch.setattr(triton_tools, "ENOUGH_PROGRAMS", 1)
+    launched = spied(monkeypatch)
+    size = 2000 if ON_GPU else 130
+    outputs(draw(Case(size, size, 16)), "triton")
+    sizes = [value.numel() for _, arguments in launched for value in arguments.values() if isinstance(value, Tensor)]
+    assert 0 < max(sizes) < size * size // 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_again_in_any_order_of_programs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = draw(Case(34, 70, 20, 5, 4, dtype=dtype))
+    expected = outputs(batch, "triton")
+    if not ON_GPU:
+        from triton.runtime.interpreter import interpreter_builder
+
+        def set_grid_idx(x: int, y: int, z: int) -> None:
+            dims = interpreter_builder.grid_dim
+            interpreter_builder.grid_idx = (dims[0] - 1 - x, dims[1] - 1 - y, z)
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+    for name, value in outputs(batch, "triton").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def same_as_reference(batch: Batch) -> dict[str, Tensor]:
+    # Shares that are rounded to 16 bits before their products move small sums by more than their last bits.
+    half = batch["items"].dtype != torch.float32
+    bounds = {"rtol": 0.05, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-5}
+    actual = outputs(batch, "triton")
+    torch.testing.assert_close(actual, outputs(batch, "reference"), equal_nan=True, **bounds)
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_of_items_that_no_query_may_draw_do_not_matter(dtype: torch.dtype, value: float) -> None:
+    batch = draw(Case(40, 70, 17, 3, 0, dtype=dtype))
+    hidden = torch.tensor([3, 20, 69], device=DEVICE)
+    batch["counts"] = batch["counts"].clamp(min=1).index_fill(0, hidden[:2], 0)
+    batch["targets"] = batch["targets"].clamp(4, 19)
+    batch["rejected"] = batch["rejected"].index_fill(1, hidden.new_tensor(1), 69)
+    batch = replaced(batch, items=batch["items"].detach().index_fill(0, hidden, value))
+    found = same_as_reference(batch)
+    assert all(result.isfinite().all() for result in found.values())
+    # A logQ of -inf makes the logit of such an item +inf.
+    batch["logq"] = batch["logq"].index_fill(0, hidden, -torch.inf)
+    found = same_as_reference(batch)
+    assert all(result.isfinite().all() for result in found.values())
+
+
+@pytest.mark.parametrize("hidden", [3, 99])
+def test_such_an_item_in_one_slice_only(hidden: int) -> None:
+    batch = draw(Case(20, 100, 17))
+    index = torch.tensor(hidden, device=DEVICE)
+    batch |= {"targets": batch["targets"].clamp(4, 98), "counts": batch["counts"].index_fill(0, index, 0)}
+    batch = replaced(batch, items=batch["items"].detach().index_fill(0, index, torch.nan))
+    found = same_as_reference(batch)
+    assert all(result.isfinite().all() for result in found.values())
+
+
+def test_an_item_that_may_be_drawn_hides_no_nan() -> None:
+    batch = draw(Case(40, 70, 17, counts=False))
+    batch["targets"] = batch["targets"].clamp(max=68)
+    batch = replaced(batch, items=batch["items"].detach().index_fill(0, torch.tensor(69, device=DEVICE), torch.nan))
+    found = same_as_reference(batch)
+    assert all(result.isnan().all() for result in found.values())
+
+
+def test_a_query_that_is_not_finite_leaves_the_gradients_of_others_alone() -> None:
+    batch = draw(Case(40, 70, 17))
+    batch = replaced(batch, queries=batch["queries"].detach().index_fill(0, torch.tensor(7, device=DEVICE), torch.nan))
+    found = same_as_reference(batch)
+    assert found["queries"][:7].isfinite().all()
+    assert found["queries"][8:].isfinite().all()
+
+
+@pytest.mark.parametrize("logq", [torch.inf, -torch.inf])
+def test_infinite_corrections_give_the_loss_of_the_reference(logq: float) -> None:
+    batch = draw(Case(40, 70, 17, needed=(False, False)))
+    batch["counts"] = batch["counts"].clamp(min=1)
+    batch["logq"] = batch["logq"].index_fill(0, batch["targets"][:3], logq)
+    same_as_reference(batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_without_negatives_costs_nothing(dtype: torch.dtype) -> None:
+    batch = draw(Case(17, 40, 20, 0, dtype=dtype))
+    everything = torch.arange(40, device=DEVICE)
+    for result in outputs(batch | {"rejected": everything.expand(17, 40)}, "triton").values():
+        assert (result == 0).all()
+    # And one that has none beside others that have some.
+    batch["rejected"] = torch.where(torch.arange(17, device=DEVICE)[:, None] == 4, everything, -1)
+    assert (within_budget(batch)["queries"][4] == 0).all()
+
+
+def test_slices_without_a_candidate() -> None:
+    batch = draw(Case(5, 100, 8, counts=False))
+    batch |= {"rejected": torch.arange(70, device=DEVICE).expand(5, 70), "targets": batch["targets"].clamp(min=70)}
+    within_budget(batch)
+
+
+def test_the_target_is_a_candidate_once_whatever_is_rejected_or_counted() -> None:
+    batch = draw(Case(20, 70, 8, 2))
+    expected = outputs(batch, "triton")
+    target = batch["targets"][:, None]
+    listed = torch.cat([batch["rejected"], target, target], dim=1)
+    for name, value in outputs(batch | {"rejected": listed}, "triton").items():
+        assert torch.equal(value, expected[name]), name
+    everybody = batch["targets"].unique()
+    one_target = batch | {"targets": everybody[:1].expand(20)}
+    first, *others = (
+        outputs(one_target | {"counts": batch["counts"].index_fill(0, everybody[:1], times)}, "triton")
+        for times in (0, 1, 9)
+    )
+    for other in others:
+        for name, value in other.items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_the_same_item_rejected_several_times_is_left_out() -> None:
+    batch = draw(Case(20, 70, 8, 3))
+    expected = outputs(batch, "triton")
+    twice = torch.cat([batch["rejected"], batch["rejected"].flip(1)], dim=1)
+    for name, value in outputs(batch | {"rejected": twice}, "triton").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e4])
+def test_logits_far_from_zero(scale: float) -> None:
+    batch = draw(Case(33, 130, 16, 3))
+    batch = replaced(batch, queries=batch["queries"].detach() * scale)
+    actual, expected = outputs(batch, "triton"), outputs(batch, "reference")
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_small_shares_keep_their_digits_in_float16() -> None:
+    batch = draw(Case(17, 70, 8, counts=False, dtype=torch.float16))
+    # Every target has nearly all of its query, the others less than a millionth each: below the least normal number.
+    batch |= {"targets": batch["targets"] % 2, "rejected": torch.tensor([0, 1], device=DEVICE).expand(17, 2)}
+    batch["logq"] = torch.full((70,), 15.0, device=DEVICE).index_fill(0, torch.tensor([0, 1], device=DEVICE), 0.0)
+    wide = replaced(batch, **{name: batch[name].float() for name in GRADIENTS})
+    actual = outputs(batch, "triton", 1e4)["items"][2:].float()
+    expected = outputs(wide, "reference", 1e4)["items"][2:]
+    assert torch.linalg.vector_norm(actual - expected) < 2e-3 * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_strided_inputs_and_other_dtypes_of_the_correction(dtype: torch.dtype) -> None:
+    batch = draw(Case(30, 40, 9, 4, 5))
+    batch |= {"logq": batch["logq"].to(dtype), "counts": batch["counts"].to(dtype)}
+    strided = batch | {
+        name: torch.stack([batch[name], batch[name]], dim=-1)[..., 0]
+        for name in ("targets", "rejected", "users", "logq", "counts")
+    }
+    strided = replaced(strided, **{name: batch[name].detach().T.contiguous().T for name in GRADIENTS})
+    torch.testing.assert_close(outputs(strided, "triton"), outputs(batch, "triton"), rtol=0, atol=0)
+    same_as_reference(batch)
+
+
+@pytest.mark.parametrize("dim", [16, 48])
+def test_rows_are_copied_only_where_they_lie_badly(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = spied(monkeypatch)
+    batch = draw(Case(20, 40, dim, 1))
+    wide = torch.randn(20, dim + 16, device=DEVICE)
+    for queries in (batch["queries"], wide[:, :dim], wide[:, 1 : dim + 1]):
+        launched.clear()
+        other = replaced(batch, queries=queries)
+        within_budget(other)
+        in_place = all(
+            arguments["queries"].data_ptr() == other["queries"].data_ptr()
+            for _, arguments in launched
+            if "queries" in arguments
+        )
+        assert in_place == (queries.data_ptr() % 16 == 0)
+
+
+@pytest.mark.parametrize("num_items", [0, 40])
+def test_no_queries_give_zero_and_zero_gradients(num_items: int) -> None:
+    batch = draw(Case(0, num_items, 8, 2))
+    found = outputs(batch, "triton", upstream=torch.inf)
+    assert found["loss"] == 0
+    assert found["queries"].shape == (0, 8)
+    assert torch.equal(found["items"], torch.zeros(num_items, 8, device=DEVICE))
+
+
+def test_users_of_one_position_each() -> None:
+    batch = draw(Case(20, 40, 8, 4))
+    by_user = outputs(batch | {"users": torch.arange(20, device=DEVICE)}, "triton")
+    for name, value in outputs(batch, "triton").items():
+        assert torch.equal(value, by_user[name]), name
+
+
+def test_many_items() -> None:
+    check(Case(3, 300_000 if ON_GPU else 700, 4, 3, 2))
+
+
+def test_gradients_that_are_asked_for_ahead() -> None:
+    batch = draw(Case(20, 40, 8, 4))
+    inputs = [value if value is None else value.detach() for value in batch.values()]
+    inputs[-1] = inputs[-1].float()
+    operator, backward = torch.ops.xsmoe.in_batch_softmax_loss, torch.ops.xsmoe.in_batch_softmax_loss_backward
+    _, lse, *ahead = operator(*inputs, True, True, "triton")
+    _, same, *nothing = operator(*inputs, False, False, "triton")
+    assert torch.equal(lse, same)
+    assert [tuple(value.shape) for value in nothing] == [(0,), (0,)]
+    grad = torch.tensor(3.0, device=DEVICE)
+    later = backward(*inputs, lse, None, None, grad, True, True, "triton")
+    taken = backward(*inputs, lse, *ahead, grad, True, True, "triton")
+    torch.testing.assert_close(taken, later)
+    expected = operator(*inputs, False, False, "reference")[1]
+    torch.testing.assert_close(lse, expected)
+
+
+def test_opcheck() -> None:
+    batch = draw(Case(6, 5, 3, 2, 2))
+    batch["counts"] = batch["counts"].float()
+    operator, backward = torch.ops.xsmoe.in_batch_softmax_loss, torch.ops.xsmoe.in_batch_softmax_loss_backward
+    torch.library.opcheck(operator, (*batch.values(), False, False, "triton"))
+    inputs = [value if value is None else value.detach() for value in batch.values()]
+    _, lse, *_ = operator(*inputs, False, False, "triton")
+    grad = torch.tensor(0.5, device=DEVICE)
+    torch.library.opcheck(backward, (*inputs, lse, None, None, grad, True, True, "triton"))
+
+
+def test_autocast_casts_queries_and_items_only() -> None:
+    # bfloat16 has no 301.
+    batch = draw(Case(20, 40, 8, 4))
+    batch["counts"] = batch["counts"].clamp(min=1) * 301
+    low = replaced(batch, **{name: batch[name].bfloat16() for name in GRADIENTS})
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = outputs(batch, "triton")
+    assert torch.equal(found["loss"], outputs(low, "triton")["loss"])
+    assert found["items"].dtype == torch.float32
+
+
+def test_rows_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_grouped_mm = pytest.importorskip("test_triton_grouped_mm")
+    batch = draw(Case(34, 40, 16, 2, dtype=torch.float16))
+    expected = outputs(batch, "triton")
+    test_grouped_mm.leave_memory_alone(monkeypatch)
+    far = {name: test_grouped_mm.spread(batch[name].detach(), (2**26 + 64, 1)) for name in GRADIENTS}
+    for name, value in outputs(replaced(batch, **far), "triton").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_is_registered() -> None:
+    for operator in (NAME, f"{NAME}_backward"):
+        module, function = triton_backend.LAUNCHERS[operator].split(":")
+        assert callable(getattr(importlib.import_module(f"xsmoe_kernels.{module}"), function))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@needs_gpu
+@pytest.mark.usefixtures("tf32")
+def test_tf32() -> None:
+    check(Case(2560, 2640, 128, 11, 256))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [128, 256])
+def test_the_sizes_of_training(dtype: torch.dtype, dim: int) -> None:
+    check(Case(2560, 2640, dim, 11, 256, dtype=dtype))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_waits_for_nothing_and_is_captured_by_a_graph(dtype: torch.dtype) -> None:
+    batch = draw(Case(700, 900, 64, 11, 70, dtype=dtype))
+    inputs = [value if value is None else value.detach() for value in batch.values()]
+    inputs[-1] = inputs[-1].float()
+    grad = torch.tensor(2.0, device=DEVICE)
+
+    def step() -> tuple[Tensor, ...]:
+        loss, lse, *_ = torch.ops.xsmoe.in_batch_softmax_loss(*inputs, False, False, "triton")
+        rest = (lse, None, None, grad, True, True, "triton")
+        return loss, *torch.ops.xsmoe.in_batch_softmax_loss_backward(*inputs, *rest)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        for mine, other in zip(inputs, draw(Case(700, 900, 64, 11, 70, dtype=dtype, seed=seed)).values(), strict=True):
+            mine.copy_(other.detach())
+        graph.replay()
+        for actual, wanted in zip(captured, step(), strict=True):
+            assert torch.equal(actual, wanted)
+
+
+@needs_gpu
+def test_compiles_whole() -> None:
+    batch = draw(Case(300, 400, 64, 11, 30))
+    batch["counts"] = batch["counts"].float()
+    leaves = [batch[name] for name in GRADIENTS]
+    before = dispatch.calls.copy()
+    loss = compiled(in_batch_softmax_loss, backend="inductor")(**batch)
+    found = torch.autograd.grad(loss, leaves)
+    assert set(dispatch.calls - before) == {(NAME, "triton"), (f"{NAME}_backward", "triton")}
+    for actual, wanted in zip((loss, *found), outputs(batch, "triton", 1.0).values(), strict=True):
+        assert torch.equal(actual, wanted)
