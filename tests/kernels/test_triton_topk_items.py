@@ -126,6 +126,13 @@ def test_several_rounds_over_parts_of_queries_and_items(
     check_topk(wide, 33)
 
 
+def test_a_slice_ends_with_its_part_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles a part, two a slice: what the second slice has beyond them is the next part's."""
+    monkeypatch.setattr(triton_launchers, "PROGRAMS", 2)
+    monkeypatch.setattr(triton_launchers, "WORKSPACE", 3 * 128 * 128 if ON_GPU else 3 * 16 * 32)
+    check_topk(make_case(2, 1200 if ON_GPU else 300, 3, torch.float32, most_seen=20), 20)
+
+
 def test_the_last_round_finds_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launchers, "MOST_PLACES", 16)
     everything = ragged([torch.arange(70), torch.arange(5, 70), torch.arange(20, 70)])
