@@ -1,7 +1,6 @@
 """The Triton kernels of grouped_mm against the reference: in Triton's interpreter, or on a GPU where there is one."""
 
 import math
-import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,18 +11,13 @@ from error_budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_gpu import DEVICE, DTYPES, ON_GPU, leave_memory_alone, needs_gpu, needs_triton, reverse_programs, spread
 
 from xsmoe_kernels import dispatch
 from xsmoe_kernels.dispatch import use_backend
 from xsmoe_kernels.grouped_mm import grouped_mm
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-ABSENCE = dispatch.unavailable("grouped_mm", "triton", DEVICE, torch.float32)
-pytestmark = pytest.mark.skipif(ABSENCE is not None, reason=ABSENCE or "")
-gpu_only = pytest.mark.skipif(not GPU, reason="needs a GPU")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = needs_triton
 NAMES = ("y", "gradient of x", "gradient of weight")
 
 
@@ -68,14 +62,14 @@ def assert_agrees(
     return actual
 
 
-SIZES = [0, 1, 2, 3, 16, 17, 31, 32, 33, 65, *((128, 129, 300, 768) if GPU else ())]
+SIZES = [0, 1, 2, 3, 16, 17, 31, 32, 33, 65, *((128, 129, 300, 768) if ON_GPU else ())]
 
 
-@settings(deadline=None, derandomize=True, max_examples=300 if GPU else 30)
+@settings(deadline=None, derandomize=True, max_examples=300 if ON_GPU else 30)
 @given(
     # Groups that are empty, smaller than a tile, one past a tile, and of several tiles.
     sizes=st.lists(
-        st.sampled_from([0, 0, 1, 2, 15, 16, 17, 33, 50, *((128, 700) if GPU else ())]), min_size=2, max_size=9
+        st.sampled_from([0, 0, 1, 2, 15, 16, 17, 33, 50, *((128, 700) if ON_GPU else ())]), min_size=2, max_size=9
     ),
     inner=st.sampled_from(SIZES),
     columns=st.sampled_from(SIZES),
@@ -120,7 +114,7 @@ def test_long_groups_are_cut_into_slices(
     bounds: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = started_kernels(monkeypatch)
-    scale = 14 if GPU else 1
+    scale = 14 if ON_GPU else 1
     grad, x, weight, offsets = make(300 * scale, [bound * scale for bound in bounds], 20, 17, dtype)
     for num_frozen in (0, 1, 3):
         first = assert_agrees(grad, x, weight, offsets, num_frozen)
@@ -228,7 +222,7 @@ def test_an_expanded_upstream_gradient() -> None:
 
 def test_autocast() -> None:
     _, x, weight, offsets = make(30, [2, 2, 20, 28], 9, 6)
-    with torch.autocast(DEVICE, torch.bfloat16), use_backend("triton"):
+    with torch.autocast(DEVICE.type, torch.bfloat16), use_backend("triton"):
         y = grouped_mm(x, weight, offsets)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, torch.ops.xsmoe.grouped_mm(x.bfloat16(), weight.bfloat16(), offsets, 0, "triton"))
@@ -246,35 +240,6 @@ def test_places_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     actual += (torch.ops.xsmoe.grouped_mm(x, spread(weight, (5, 2**31 // 6, 1)), offsets, 1, "triton"),)
     for wanted, value in zip((*expected, expected[0]), actual, strict=True):
         assert torch.equal(wanted, value)
-
-
-def spread(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The same numbers, as far apart as the strides say, in memory of which only the pages that hold them are there."""
-    length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
-    if GPU:
-        far = torch.empty(0, dtype=tensor.dtype, device=DEVICE).new_zeros(length)
-    else:
-        pages = mmap.mmap(-1, length * tensor.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        far = torch.frombuffer(pages, dtype=tensor.dtype)
-    return far.as_strided(tensor.shape, stride).copy_(tensor)
-
-
-def reverse_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the interpreter run a kernel's programs from the last to the first; on a GPU they run in any order."""
-    if GPU:
-        return
-    from triton.runtime.interpreter import interpreter_builder
-
-    def set_grid_idx(x: int, y: int, z: int) -> None:
-        interpreter_builder.grid_idx = (interpreter_builder.grid_dim[0] - 1 - x, y, z)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
-
-
-def leave_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the interpreter from copying arguments back, which are on the CPU already and here too large."""
-    if not GPU:
-        monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: None)
 
 
 def started_kernels(
@@ -302,14 +267,14 @@ def tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-@gpu_only
+@needs_gpu
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("inner, columns", [(768, 64), (64, 768), (100, 33)])
 def test_tf32(inner: int, columns: int) -> None:
     assert_agrees(*make(3000, [0, 500, 500, 1700, 2990], inner, columns), 1)
 
 
-@gpu_only
+@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_waits_for_nothing_and_is_captured_by_a_graph(dtype: torch.dtype) -> None:
     grad, x, weight, offsets = make(3000, [0, 500, 500, 1700, 2990], 768, 64, dtype)
@@ -331,7 +296,7 @@ def test_waits_for_nothing_and_is_captured_by_a_graph(dtype: torch.dtype) -> Non
             assert torch.equal(actual, wanted), name
 
 
-@gpu_only
+@needs_gpu
 def test_compiles_whole() -> None:
     grad, x, weight, offsets = make(300, [0, 50, 50, 170, 290], 64, 48)
     x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -344,7 +309,7 @@ def test_compiles_whole() -> None:
         assert torch.equal(value, wanted), name
 
 
-@gpu_only
+@needs_gpu
 def test_more_experts_or_rows_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
@@ -362,7 +327,7 @@ def test_more_experts_or_rows_compile_nothing_anew(monkeypatch: pytest.MonkeyPat
     assert not compiled_anew
 
 
-@gpu_only
+@needs_gpu
 def test_results_beyond_32_bits() -> None:
     num_rows, columns = 2**21 + 5, 1040
     needed = 3 * num_rows * columns * 2

@@ -7,8 +7,7 @@ import torch
 from compilation import compiled
 from hypothesis import given, settings
 from native_ranking import Case, make_case, ragged
-from test_triton_grouped_mm import leave_memory_alone, reverse_programs, spread
-from triton_gpu import DEVICE, DTYPES, ON_GPU, needs_gpu, needs_triton
+from triton_gpu import DEVICE, DTYPES, ON_GPU, leave_memory_alone, needs_gpu, needs_triton, reverse_programs, spread
 from triton_ranking import captured, cases, check_rank, on_device, random_case, triton_rank
 
 from xsmoe_kernels import dispatch, rank_of_target, scoring_triton, use_backend

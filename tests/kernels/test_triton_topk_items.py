@@ -9,8 +9,7 @@ from error_budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_ranking import Case, make_case, ragged
-from test_triton_grouped_mm import leave_memory_alone, reverse_programs, spread
-from triton_gpu import DEVICE, DTYPES, ON_GPU, needs_gpu, needs_triton
+from triton_gpu import DEVICE, DTYPES, ON_GPU, leave_memory_alone, needs_gpu, needs_triton, reverse_programs, spread
 from triton_ranking import captured, cases, check_topk, on_device, random_case, triton_topk
 
 from xsmoe_kernels import dispatch, topk_items, use_backend

@@ -1,9 +1,11 @@
 """Where tests of Triton kernels run: on a GPU if there is one, else in Triton's interpreter."""
 
+import mmap
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from xsmoe_kernels import dispatch
 
@@ -14,6 +16,35 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _reason = dispatch.unavailable("side_moe", "triton", DEVICE, torch.float32)
 needs_triton = pytest.mark.skipif(_reason is not None, reason=_reason or "")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+def spread(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The same numbers, as far apart as the strides say, in memory of which only the pages that hold them are there."""
+    length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
+    if ON_GPU:
+        far = torch.empty(0, dtype=tensor.dtype, device=DEVICE).new_zeros(length)
+    else:
+        pages = mmap.mmap(-1, length * tensor.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        far = torch.frombuffer(pages, dtype=tensor.dtype)
+    return far.as_strided(tensor.shape, stride).copy_(tensor)
+
+
+def reverse_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the interpreter run a kernel's programs from the last to the first; on a GPU they run in any order."""
+    if ON_GPU:
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        interpreter_builder.grid_idx = (interpreter_builder.grid_dim[0] - 1 - x, y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+
+
+def leave_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the interpreter from copying arguments back, which are on the CPU already and here too large."""
+    if not ON_GPU:
+        monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: None)
 
 
 def _patch_once() -> None:
