@@ -230,6 +230,15 @@ class TrainingStep(Workload):
             forward(rows, DROPOUT)["y"].backward()
             optimizer.step()
 
+        compiling = [DROPOUT] if compiled else []
+
+        def gated(rows: Tensors) -> Tensors:
+            # What is timed has to be compiled by now, and the rate of a dropout is compiled in.
+            while compiling:
+                torch.autograd.grad(forward(rows, compiling.pop())["y"], list(leaves.values()))
+                items.reset()
+            return forward(rows)
+
         def counters() -> Tensors:
             return {
                 f"{key} {part}": mass
@@ -239,10 +248,10 @@ class TrainingStep(Workload):
 
         return Variant(
             name,
-            forward,
+            gated,
             leaves=lambda _: leaves,
             counters=counters,
-            reset=model.item_encoder.reset,
+            reset=items.reset,
             tidy=_as_ours,
             holds=lambda: [*model.parameters(), *model.buffers()],
             compiled=compiled,
