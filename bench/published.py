@@ -188,7 +188,7 @@ class Attention(nn.Module):
         )
         logits = q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads) + bias
         mixed = self.dropout(torch.softmax(logits, dim=-1)) @ v
-        return self.layer_norm(x + self.fc(mixed.transpose(1, 2).reshape(batch, length, dim)))
+        return self.layer_norm(x + self.dropout(self.fc(mixed.transpose(1, 2).reshape(batch, length, dim))))
 
 
 class FeedForward(nn.Module):

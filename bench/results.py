@@ -114,8 +114,18 @@ class Run:
 
 def save(run: Run, path: Path) -> None:
     """Writes a run; what was there before is replaced in one step."""
+    write(asdict(run), path)
+
+
+def rounded(data: Mapping[str, Any]) -> Any:
+    """The same with the digits that `write` keeps."""
+    return json.loads(_dumps(data))
+
+
+def write(data: Mapping[str, Any], path: Path) -> None:
+    """Writes JSON; what was there before is replaced in one step."""
     aside = path.with_name(path.name + ".part")
-    aside.write_text(_dumps(asdict(run)) + "\n")
+    aside.write_text(_dumps(data) + "\n")
     aside.replace(path)
 
 
@@ -126,6 +136,8 @@ def load(path: Path) -> Run:
         ValueError: the file has another schema.
     """
     data = json.loads(path.read_text())
+    if "cases" not in data:
+        raise ValueError(f"{path} has no cases: `python -m bench kernels` and `step` write those with --json")
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {data.get('schema')}, and this version reads {SCHEMA}; measure again")
     cases = [_case(case) for case in data.pop("cases")]
@@ -134,7 +146,7 @@ def load(path: Path) -> Run:
 
 def as_saved(case: Case) -> Case:
     """A case with the digits that `save` keeps, so that its table is that of the file."""
-    return _case(json.loads(_dumps(asdict(case))))
+    return _case(rounded(asdict(case)))
 
 
 def table(case: Case) -> str:

@@ -5,9 +5,9 @@ rank R at each of the two side levels, all but the last of them frozen.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench import published
 from bench.case import outcome
 from bench.kernels.side_moe import floor_backward, floor_forward
-from bench.published_names import our_name
+from bench.published_names import as_ours, canonical, published_levels, take_weights
 from bench.workload import Product, Tensors, Variant, Work, Workload
 from xsmoe.data import Sequences
 from xsmoe.encoders import HiddenStateStore, ModalitySpec
@@ -207,7 +207,7 @@ class TrainingStep(Workload):
 
     def _published(self, name: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False) -> Variant:
         model = self._published_model().to(self.device, dtype).train()
-        leaves: Tensors = {_canonical(key): p for key, p in model.named_parameters() if p.requires_grad}
+        leaves: Tensors = {canonical(key): p for key, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.Adam(leaves.values(), lr=self.config.lr)
         items, users = model.item_encoder, model.user_encoder
         if compiled:
@@ -242,7 +242,7 @@ class TrainingStep(Workload):
         def counters() -> Tensors:
             return {
                 f"{key} {part}": mass
-                for key, moe in _published_levels(items)
+                for key, moe in published_levels(items)
                 for part, mass in (("norm", moe.norm_mass), ("gate", moe.gate_mass))
             }
 
@@ -252,7 +252,7 @@ class TrainingStep(Workload):
             leaves=lambda _: leaves,
             counters=counters,
             reset=items.reset,
-            tidy=_as_ours,
+            tidy=as_ours,
             holds=lambda: [*model.parameters(), *model.buffers()],
             compiled=compiled,
             like="published" if compiled else "",
@@ -264,19 +264,7 @@ class TrainingStep(Workload):
         items = published.ItemEncoder(dict.fromkeys(self.modalities, dim), LEVELS, rank, OUT_DIM, experts)
         users = published.UserEncoder(OUT_DIM, blocks=BLOCKS, dropout=DROPOUT, max_length=PLACES - 1)
         model = published.Recommender(items, users)
-        state = {}
-        for key in model.state_dict():
-            canonical = _canonical(key)
-            if ".experts." not in key:
-                state[key] = self.weights[canonical]
-                continue
-            bank, _, part = canonical.rpartition(".")
-            every = torch.cat([self.weights[f"{bank}.frozen_{part}"], self.weights[f"{bank}.{part}"]])
-            weight = every[int(key.split(".experts.")[1].split(".")[0])]
-            state[key] = weight.T if part == "up" else weight
-        model.load_state_dict(state)
-        for _, moe in _published_levels(items):
-            moe.experts[:-1].requires_grad_(False)
+        take_weights(model, self.weights)
         return model
 
 
@@ -299,32 +287,5 @@ def drop_out(model: nn.Module, rate: float) -> None:
             module.p = rate
 
 
-def _published_levels(items: published.ItemEncoder) -> Iterator[tuple[str, Any]]:
-    """The experts of every level, under our name for it."""
-    ladders: dict[str, Any] = dict(items.ladders.items())
-    for modality, ladder in ladders.items():
-        for level, moe in enumerate(ladder.moes):
-            yield f"sides.{modality}.banks.{level}", moe
-
-
 def _used(bank: ExpertBank) -> Iterable[tuple[str, Tensor]]:
     return ("norm", bank.utilization.norm), ("gate", bank.utilization.gate)
-
-
-def _canonical(published_name: str) -> str:
-    """Our name of a parameter of the published formulation; an expert's is that of its bank's weight."""
-    if published_name.startswith("user_encoder."):
-        return "users." + our_name(published_name.removeprefix("user_encoder."))
-    name = published_name.removeprefix("item_encoder.")
-    if name.startswith("projection."):
-        return f"items.{name}"
-    _, modality, kind, level, *rest = name.split(".")
-    part = "router" if kind == "routers" else rest[-2].removeprefix("fc_")
-    return f"items.sides.{modality}.banks.{level}.{part}"
-
-
-def _as_ours(name: str, gradient: Tensor) -> Tensor:
-    """A gradient of the published formulation in the shape of ours."""
-    if name.endswith(".down"):
-        return gradient[None]
-    return gradient.T[None] if name.endswith(".up") else gradient

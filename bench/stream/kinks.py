@@ -1,0 +1,67 @@
+"""Users at whom a gradient jumps, so that rounding alone decides it and nobody can be judged by it.
+
+The slope of a ReLU jumps where its input is zero, and sparse routing where two experts are equally good for the last of
+the k places.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from xsmoe.nn import Recommender
+from xsmoe.nn.experts import ExpertBank
+from xsmoe.stream.batches import StepInput
+
+NEAR = 1e-5
+"""Relative to the values' size; some ten times what float32 makes of them."""
+
+
+@torch.no_grad()
+def smooth_users(model: Recommender, given: StepInput) -> Tensor:
+    """(B,) bool, False for users near a jump.
+
+    Args:
+        model: in float64, without dropout.
+        given: the users' step, in float64.
+    """
+    batch = given.batch
+    rows = torch.zeros(len(batch.inputs), dtype=torch.bool, device=batch.inputs.device)
+    items = torch.zeros(len(batch.items), dtype=torch.bool, device=batch.inputs.device)
+    with _watching(model, rows, items):
+        model(given.hidden, batch)
+    near = torch.zeros(len(batch.lengths), dtype=torch.bool, device=rows.device)
+    near[batch.users[rows]] = True
+    near |= (items[batch.rejected.clamp(min=0)] & (batch.rejected >= 0)).any(1)
+    return ~near
+
+
+@contextmanager
+def _watching(model: Recommender, rows: Tensor, items: Tensor) -> Iterator[None]:
+    """Marks the rows whose ReLUs, and the items whose experts, are near a jump."""
+
+    def activation(_: object, __: object, inner: Tensor) -> None:
+        rows.logical_or_((inner.abs() < NEAR * _size(inner)).any(1))
+
+    def routing(bank: ExpertBank, given: tuple[Tensor, ...], _: object) -> None:
+        logits = given[0] @ bank.router[1:].T
+        best = logits.topk(bank.top_k + 1).values if bank.top_k is not None else logits
+        items.logical_or_(best[:, -2] - best[:, -1] < NEAR * _size(logits))
+
+    handles: list[RemovableHandle] = []
+    for name, module in model.named_modules():
+        if name.startswith("users.blocks.") and name.endswith(".inner"):
+            handles.append(module.register_forward_hook(activation))
+        if isinstance(module, ExpertBank) and module.top_k is not None and module.top_k < module.num_experts:
+            handles.append(module.register_forward_hook(routing))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _size(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()
