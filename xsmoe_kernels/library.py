@@ -130,9 +130,18 @@ def plain_eager() -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
-def last_backward() -> bool:
-    """Whether a backward in plain eager code runs for the last time: what it saved for itself is then its to change."""
-    return plain_eager() and not torch._C._autograd._get_current_graph_task_keep_graph()
+def last_backward(ctx: Any, grad: torch.Tensor) -> bool:
+    """Whether a backward in plain eager code runs for the last time: what it saved for itself is then its to change.
+
+    Not where torch.library's autograd runs, which has given that to its caller, nor in batches or under a mode.
+    """
+    return (
+        getattr(ctx, "in_eager_code", False)
+        and plain_eager()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
 
 
 def _eager_function(
@@ -144,6 +153,7 @@ def _eager_function(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = operator(*inputs)
+            ctx.in_eager_code = True
             setup_context(ctx, inputs, output)
             return output
 

@@ -106,7 +106,8 @@ class TrainingStep(Workload):
     def products(self) -> Sequence[Product]:
         rows, dim = self._distinct() * self.sizes["M"], self.sizes["D"]
         hidden = self.sizes["E"] * self.sizes["R"]
-        return Product(rows, dim, hidden), Product(rows, hidden, dim)
+        # Of small sizes a product is mostly its call.
+        return Product(rows, dim, hidden), Product(rows, hidden, dim), Product(1024, 1024, 1024)
 
     def memory(self, name: str) -> float:
         if name not in ("published", "compiled"):
@@ -144,8 +145,9 @@ class TrainingStep(Workload):
 
     @cached_property
     def share(self) -> np.ndarray:
-        """(I,) each item's share of the training interactions."""
-        return torch.rand(self.sizes["I"], generator=self.generator, dtype=torch.float64).softmax(0).numpy()
+        """(I,) each item's share of the training interactions, by Zipf's law."""
+        weight = 1 / (1 + torch.randperm(self.sizes["I"], generator=self.generator, dtype=torch.float64))
+        return (weight / weight.sum()).numpy()
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -162,7 +164,9 @@ class TrainingStep(Workload):
         dim, rank, experts = (self.sizes[letter] for letter in "DRE")
         items = XSMoE(self.modalities, dim, LEVELS, rank, OUT_DIM, experts)
         for _, _, bank in items.banks():
-            bank.assign(bank.router.detach(), bank.down.detach(), bank.up.detach(), experts - 1)
+            # As large as trained ones, so that none goes unnoticed.
+            down, up = (scale * torch.randn(experts, rank, dim) for scale in (dim**-0.5, rank**-0.5))
+            bank.assign(bank.router.detach(), down, up, experts - 1)
         return Recommender(items, UserEncoder(OUT_DIM, BLOCKS, dropout=DROPOUT, max_length=PLACES - 1))
 
     def _ours(self, name: str, backend: str) -> Variant:
@@ -202,6 +206,7 @@ class TrainingStep(Workload):
             counters=counters,
             reset=model.items.reset_utilization,
             holds=lambda: [*model.parameters(), *model.buffers()],
+            products={name: least.flop for name, least in self.work().items()},
             whole=whole,
         )
 

@@ -32,7 +32,7 @@ def smooth_users(model: Recommender, given: StepInput) -> Tensor:
     items = torch.zeros(len(batch.items), dtype=torch.bool, device=batch.inputs.device)
     with _watching(model, rows, items):
         model(given.hidden, batch)
-    near = torch.zeros(len(batch.lengths), dtype=torch.bool, device=rows.device)
+    near = torch.zeros(batch.offsets.shape[0] - 1, dtype=torch.bool, device=rows.device)
     near[batch.users[rows]] = True
     near |= (items[batch.rejected.clamp(min=0)] & (batch.rejected >= 0)).any(1)
     return ~near

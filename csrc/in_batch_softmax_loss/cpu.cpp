@@ -23,6 +23,8 @@ namespace {
 // gradients; more of them where the tile would have too few queries for each time that it reads these.
 constexpr int64_t most_logits = 130'000, most_logits_of_few = int64_t{1} << 18;
 constexpr int64_t most_queries = 256, few_queries = 96, least_queries = 32;
+// Floats that all parts keep together for a tile, unless the gradients that are returned have four times as many.
+constexpr int64_t most_kept = int64_t{1} << 19;
 // Queries of a tile that keeps no logits.
 constexpr int64_t plain_tile = 112;
 // Floats of the parts' shares of the queries' gradients, 64 MB of them; queries beyond them wait.
@@ -37,8 +39,13 @@ int64_t equal_tiles(int64_t queries, int64_t most) {
 }
 
 Plan plan_of(const Batch& batch, const Results& results, int64_t parts, int64_t widest) {
-    const int64_t affordable =
-        std::max(std::min(most_logits / widest, most_queries), std::min(most_logits_of_few / widest, few_queries));
+    const int64_t kept = std::max(most_kept, (batch.num_queries + batch.num_items) * batch.dim / 4);
+    // A tile's share of the queries' gradients is there for two tiles at a time.
+    const int64_t of_query = batch.num_items + (results.need_queries ? 2 * parts * batch.dim : 0);
+    const int64_t affordable = std::min(
+        kept / of_query,
+        std::max(std::min(most_logits / widest, most_queries), std::min(most_logits_of_few / widest, few_queries))
+    );
     const bool keeps =
         !results.lse_known && (results.need_queries || results.need_items) && affordable >= least_queries;
     const int64_t tile = equal_tiles(batch.num_queries, keeps ? affordable / multiple * multiple : plain_tile);
@@ -89,7 +96,12 @@ public:
                                                      : empty(items_, {0}, items_.scalar_type());
         const double products = 2.0 + (results.need_queries ? 2.0 : 0.0) + (results.need_items ? 2.0 : 0.0);
         const double at_once = static_cast<double>(std::min(batch_.num_queries, most_queries));
-        const Chunks parts(items, kernels_.granularity, at_once * (products * static_cast<double>(dim) + 20.0));
+        // Each part gives all queries a gradient: of fewer items than these have numbers that costs more than it saves.
+        const int64_t worth = results.need_queries ? std::max<int64_t>(2, items / std::max<int64_t>(1, dim)) : items;
+        const Chunks parts(
+            items, kernels_.granularity, at_once * (products * static_cast<double>(dim) + 20.0),
+            std::min<int64_t>(torch::stable::get_num_threads(), worth)
+        );
         int64_t widest = 0;
         for (int64_t part = 0; part < parts.count; ++part) {
             widest = std::max(widest, parts[part].last - parts[part].first);
@@ -268,9 +280,11 @@ std::tuple<Tensor, Tensor> backward(
 ) {
     const int64_t num_queries = queries.size(0);
     const float factor = *static_cast<const float*>(data(grad));
-    if (ahead_queries && ahead_items) return {scaled(*ahead_queries, factor), scaled(*ahead_items, factor)};
     const Tensor grad_queries = gradient_of(queries, need_queries);
-    if (num_queries == 0 || (!need_queries && !need_items)) return {grad_queries, zeros(items, need_items)};
+    // Zero, whatever the loss's gradient is.
+    if (num_queries == 0) return {grad_queries, zeros(items, need_items)};
+    if (ahead_queries && ahead_items) return {scaled(*ahead_queries, factor), scaled(*ahead_items, factor)};
+    if (!need_queries && !need_items) return {grad_queries, zeros(items, need_items)};
     Input input(queries, items, targets, rejected, users, logq, counts);
     lse = torch::stable::contiguous(lse);
     const Results results = {

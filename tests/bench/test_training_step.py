@@ -6,12 +6,13 @@ import torch
 from bench.case import Rows, Truth, examine, measure
 from bench.steps import ROOMS, training_step
 from bench.steps.training_step import TrainingStep
+from xsmoe.nn import Recommender
 
 
-def tiny(name: str) -> TrainingStep:
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> TrainingStep:
     kind = ROOMS[name]
     sizes = {letter: values[0] for letter, values in {**kind.letters, **kind.tiny_sizes}.items()}
-    workload = kind(sizes, torch.float32, torch.device("cpu"))
+    workload = kind(sizes, dtype, torch.device("cpu"))
     assert isinstance(workload, TrainingStep)
     return workload
 
@@ -41,14 +42,27 @@ def test_with_cls_pooling_the_store_holds_one_row_for_the_first_level() -> None:
     assert {levels[0].shape[0] for levels in tiny("mean").store.hidden(torch.arange(7)).values()} == {7}
 
 
-def test_a_step_without_the_correction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = tiny("mean")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_step_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = tiny("mean", dtype)
     rows = Rows(workload)
     truth = Truth(workload, rows.get(0, None))
-    assert examine(workload, "ours", rows, truth).row.status == "measured"
-    monkeypatch.setattr(training_step.np, "log", lambda share: 0 * share)
-    row = examine(workload, "ours", rows, truth).row
-    assert row.status == "refused"
+
+    def status() -> str:
+        return examine(workload, "ours", rows, truth).row.status
+
+    assert status() == "measured"
+    with monkeypatch.context() as patch:
+        patch.setattr(training_step.np, "log", lambda share: 0 * share)
+        assert status() == "refused", "no logQ"
+    with monkeypatch.context() as patch:
+        weights = {k: 0 * v if "frozen_up" in k else v for k, v in workload.weights.items()}
+        patch.setattr(workload, "weights", weights)
+        assert status() == "refused", "frozen experts without weights"
+    whole = Recommender.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(Recommender, "forward", lambda *arguments: 1.1 * whole(*arguments))
+        assert status() == "refused", "gradients a tenth too large"
 
 
 def test_what_is_timed_is_the_whole_step() -> None:

@@ -252,3 +252,51 @@ def test_memory_does_not_grow_with_the_product_of_queries_and_items(dtype: torch
             in_batch_softmax_loss(**batch).backward()
 
     assert peak_allocation(step) < queries * items * 4 / 4
+
+
+@pytest.mark.parametrize("sizes", [(2560, 2640, 128), (256, 450, 2048)], ids=str)
+@pytest.mark.parametrize("count", [2, 16, 64])
+def test_memory_hardly_grows_with_the_number_of_threads(count: int, sizes: tuple[int, int, int]) -> None:
+    torch.set_num_threads(count)
+    queries, items, dim = sizes
+    batch = draw(Case(queries, items, dim, 11, 256))
+    expected = outputs(batch, "reference", 1.0)
+
+    def step() -> None:
+        with use_backend("native"):
+            in_batch_softmax_loss(**batch).backward()
+
+    returned = 4 * (queries + items) * dim
+    assert peak_allocation(step) < returned + (3 << 20)
+    torch.testing.assert_close(batch["items"].grad, expected["items"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_without_queries_gradients_are_zero_whatever_the_loss_has(retain_graph: bool) -> None:
+    batch = draw(Case(0, 9, 8))
+    with use_backend("native"):
+        loss = in_batch_softmax_loss(**batch)
+    loss.backward(torch.tensor(torch.inf), retain_graph=retain_graph)
+    assert torch.equal(batch["items"].grad, torch.zeros(9, 8))
+
+
+def test_several_gradients_in_a_batch() -> None:
+    batch = draw(Case(20, 30, 16))
+    expected = outputs(batch, "native", 1.0)
+    with use_backend("native"):
+        loss = in_batch_softmax_loss(**batch)
+    factors = torch.tensor([1.0, -2.0])
+    (found,) = torch.autograd.grad(loss, batch["items"], factors, is_grads_batched=True)
+    for gradient, factor in zip(found, factors, strict=True):
+        torch.testing.assert_close(gradient, factor * expected["items"])
+
+
+def test_gradients_that_the_operator_gave_its_caller_stay() -> None:
+    batch = draw(Case(20, 30, 16, counts=False))
+    rows = [batch[name] for name in ("queries", "items", "targets", "rejected", "users", "logq", "counts")]
+    loss, _, *ahead = torch.ops.xsmoe.in_batch_softmax_loss(*rows, True, True, "native")
+    before = [gradient.clone() for gradient in ahead]
+    (7 * loss).backward()
+    for gradient, was in zip(ahead, before, strict=True):
+        assert torch.equal(gradient, was)
+    torch.testing.assert_close(batch["items"].grad, 7 * before[1])

@@ -46,6 +46,22 @@ def test_one_product_and_three_are_the_same() -> None:
         torch.testing.assert_close(other.float(), one, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_somebody_put_on_a_projection_is_called(autocast: bool) -> None:
+    block, called = UserEncoder(16, inner_dim=32).blocks[0], []
+    block.key.register_forward_hook(lambda *_: called.append("key"))
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            called.append("query")
+            return super().forward(rows)
+
+    block.query = Adapted(16, 16, bias=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        block._projected(torch.randn(7, 16))
+    assert called == ["query", "key"]
+
+
 def test_a_later_item_changes_no_earlier_query() -> None:
     torch.manual_seed(0)
     encoder = UserEncoder(8, inner_dim=16).eval()

@@ -36,6 +36,8 @@ class ItemFeatures(Protocol):
     ) -> dict[str, list[Tensor]]:
         """The hidden states of some items: per modality one tensor per level, in the order of the levels.
 
+        A trainer on CUDA calls this from one thread of its own, ahead of the steps.
+
         Args:
             items: (N,) rows, integers; they may repeat, in any order.
             modalities: which of them, default all.

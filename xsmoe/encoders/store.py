@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,7 +152,7 @@ class HiddenStateStore:
         hidden = {}
         for name in features.select_modalities(modalities, self.modalities):
             part = self._manifest.parts[name]
-            gathered = torch.from_numpy(self._data[name]).index_select(0, index).view(part.spec.dtype).to(dtype)
+            gathered = self._data[name].index_select(0, index).view(part.spec.dtype).to(dtype)
             at = dict(zip(part.varying, gathered.unbind(1), strict=True))
             if part.constant:
                 once = torch.from_numpy(self._constant[name]).view(part.spec.dtype).to(dtype)
@@ -278,7 +279,7 @@ class HiddenStateStore:
 
     def _map(self) -> None:
         """Maps the committed rows of the data files into memory."""
-        self._data: dict[str, np.ndarray] = {}
+        self._data: dict[str, Tensor] = {}
         self._constant: dict[str, np.ndarray] = {}
         for name, part in self._manifest.parts.items():
             shape = (self._manifest.items, len(part.varying), part.spec.dim)
@@ -287,11 +288,14 @@ class HiddenStateStore:
             else:
                 self._constant[name] = np.zeros((len(part.constant), part.spec.dim), dtype=integers(part.spec))
             if self._manifest.items == 0:
-                self._data[name] = np.zeros(shape, dtype=integers(part.spec))
+                self._data[name] = torch.from_numpy(np.zeros(shape, dtype=integers(part.spec)))
                 continue
             with _open(self._folder / part.data_file, self._manifest.items * part.row_bytes) as file:
-                # torch takes no array that cannot be written; what is written to this one stays in memory.
-                self._data[name] = np.memmap(file, integers(part.spec), mode="c", shape=shape).view(np.ndarray)
+                mapped = np.memmap(file, integers(part.spec), mode="r", shape=shape).view(np.ndarray)
+            with warnings.catch_warnings():
+                # It cannot be written to, and nobody does. Mapped otherwise, it would count as memory in use.
+                warnings.filterwarnings("ignore", message=".*not writable")
+                self._data[name] = torch.from_numpy(mapped)
 
 
 def _check_strings(ids: Sequence[str] | np.ndarray) -> None:

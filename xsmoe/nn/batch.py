@@ -22,7 +22,7 @@ class Batch:
         users: (M,) int64, the sequence of each input.
         rejected: (B, W) int64 into items, each sequence's own items, -1 = none: no negatives for it.
         logq: (C,) float32, log of each item's sampling probability.
-        lengths: the number of inputs of each sequence, on the host.
+        lengths: the number of inputs of each sequence, on the host; None where nobody counted them.
     """
 
     items: Tensor
@@ -33,7 +33,7 @@ class Batch:
     users: Tensor
     rejected: Tensor
     logq: Tensor
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | None = None
 
     @classmethod
     def from_sequences(cls, items: np.ndarray, offsets: np.ndarray, log_share: np.ndarray) -> Self:
@@ -77,7 +77,7 @@ class Batch:
 
     def num_padding(self, max_items: int) -> int:
         """How many places the sequences leave empty if each is padded to `max_items`."""
-        return len(self.lengths) * (max_items - 1) - self.inputs.shape[0]
+        return (self.offsets.shape[0] - 1) * (max_items - 1) - self.inputs.shape[0]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -13,7 +13,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         dropped = round(self.p * DRAWS)
-        if not self.training or input.device.type != "cpu" or torch.compiler.is_compiling() or dropped in (0, DRAWS):
+        plain = not self.training or self.inplace or input.device.type != "cpu" or dropped in (0, DRAWS)
+        if plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return super().forward(input)
         count = input.numel()
         words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)

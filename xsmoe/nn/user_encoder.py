@@ -118,12 +118,18 @@ class Block(nn.Module):
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         x = self.attention_norm(x + self.dropout(self.output(attended.flatten(1))))
-        return self.feed_forward_norm(x + self.dropout(self.outer(functional.relu(self.inner(x), inplace=True))))
+        return self.feed_forward_norm(x + self.dropout(self.outer(functional.relu(self.inner(x)))))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, (M, dim) each."""
-        weights = [layer.weight for layer in (self.query, self.key, self.value)]
-        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            # In float32 one wide product gains nothing, and its gradient has to be put together.
-            return tuple(functional.linear(x, weight) for weight in weights)
-        return functional.linear(x, torch.cat(weights)).chunk(3, dim=1)
+        layers = self.query, self.key, self.value
+        # In float32 on a CPU one wide product gains nothing, and its gradient has to be put together.
+        narrow = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+        if narrow and all(map(_is_plain, layers)):
+            return functional.linear(x, torch.cat([layer.weight for layer in layers])).chunk(3, dim=1)
+        return tuple(layer(x) for layer in layers)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and nothing that somebody put there."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks

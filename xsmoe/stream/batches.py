@@ -48,7 +48,8 @@ class StepInput:
 
     def pin(self) -> Self:
         """The same in pinned memory, from which a GPU copies without making the host wait."""
-        return type(self)(self.batch.pin(), self._each_level(torch.Tensor.pin_memory))
+        # Levels may be slices of one tensor, each of which would pin as much as all of them.
+        return type(self)(self.batch.pin(), self._each_level(lambda level: level.contiguous().pin_memory()))
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""

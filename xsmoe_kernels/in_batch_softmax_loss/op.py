@@ -27,8 +27,9 @@ def in_batch_softmax_loss(
     `-z_t + log(exp(z_t) + sum of counts_i exp(z_i))`, the sum over all items but t and those the query rejects; a query
     that rejects all of them has loss 0. Subtracting logq makes the sampled softmax estimate the full one
     (arXiv 2508.05993; Bengio and Senecal, 2008). Accumulates in float32. Autocast casts queries and items
-    only. Here and in backward at most 2^18 logits exist at a time, or those of one query where C is larger. Queries and
-    items are differentiable, logq and counts are not.
+    only. Here and in backward the logits of some queries exist at a time: 2^18 in plain PyTorch, or one query's where C
+    is larger; on a CPU half a million, or a quarter as many as the gradients have numbers where that is more. Queries
+    and items are differentiable, logq and counts are not.
 
     Args:
         queries: (M, d), float32, bfloat16, float16 or float64; M may be 0.
@@ -153,9 +154,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     need_queries, need_items, *_rest = ctx.needs_input_grad
     *tensors, ahead_queries, ahead_items = ctx.saved_tensors
     ahead = (ahead_queries, ahead_items) if ctx.ahead == (need_queries, need_items) else (None, None)
-    if ahead[0] is not None and _takes_over(grad):
+    if ahead[0] is not None and _takes_over(ctx, grad):
         found = ahead_queries, ahead_items
-        if grad != 1:
+        if len(tensors[0]) and grad != 1:
             found = ahead_queries.mul_(grad), ahead_items.mul_(grad)
     else:
         found = torch.ops.xsmoe.in_batch_softmax_loss_backward(
@@ -164,10 +165,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return found[0] if need_queries else None, found[1] if need_items else None, *(None,) * 8
 
 
-def _takes_over(grad: Tensor) -> bool:
-    """Whether gradients that forward got ahead may be handed on, not copied: nobody else will read them."""
+def _takes_over(ctx: Any, grad: Tensor) -> bool:
+    """Whether gradients that forward got ahead may be handed on, not copied: they are this function's own, which does
+    not run again. Only hooks on saved tensors can have kept them."""
     # A compiler's tensors are of a class of their own, and have no value to look at.
-    return type(grad) is Tensor and not torch.is_grad_enabled() and library.last_backward()
+    return type(grad) is Tensor and not torch.is_grad_enabled() and library.last_backward(ctx, grad)
 
 
 def _backward_fake(

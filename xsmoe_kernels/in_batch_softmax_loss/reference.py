@@ -66,7 +66,7 @@ def backward(
 
     What forward got ahead only takes a factor.
     """
-    if ahead_queries is not None and ahead_items is not None:
+    if ahead_queries is not None and ahead_items is not None and len(queries):
         return ahead_queries * grad, ahead_items * grad
     wide = precision.widen(items)
     grad_queries = queries.new_empty(queries.shape if need_queries else 0)
