@@ -6,8 +6,9 @@ measured rates stand in for them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,10 @@ LEAST = 0.05
 """A smaller change is none that anybody should act on."""
 CONFIDENCE = 0.99
 RESAMPLES = 2000
-OURS = "ours"
+FEWEST_ROUNDS = 8
+"""With fewer, the rounds' spread says too little about a median."""
+OURS = ("ours", "plain", "reference")
+"""What the names of variants that run our code begin with."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Change:
         machine: how many times longer what did not change takes in the second run.
         change: how many times longer this takes, by the machine's measure: 1 is no change.
         low, high: the interval of `change` in which it lies with `CONFIDENCE`.
-        verdict: "slower", "faster" or "same".
+        verdict: "slower", "faster", "same", or "few rounds", from which nothing follows.
     """
 
     case: str
@@ -47,10 +51,18 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows that both runs measured, and what only one of them has."""
+    """All rows of ours that both runs measured, and what only one of them has.
+
+    Attributes:
+        lost: rows of ours that the first run measured and the second did not.
+        unmatched: what else only one of them has.
+        differences: what is not the same about the machines.
+    """
 
     changes: list[Change]
+    lost: list[str]
     unmatched: list[str]
+    differences: list[str]
 
 
 def compare(before: Run, after: Run, least: float = LEAST) -> Comparison:
@@ -58,26 +70,43 @@ def compare(before: Run, after: Run, least: float = LEAST) -> Comparison:
 
     Args:
         before, after: runs of the same cases, or of some in common.
-        least: the smallest change that counts.
+        least: the smallest change that counts, above 0. Two processes of one build can differ by some percent, which no
+            spread within them shows.
     """
-    others = {_label(case): case for case in after.cases}
-    changes: list[Change] = []
-    unmatched: list[str] = []
-    for case in before.cases:
-        label = _label(case)
-        other = others.pop(label, None)
-        if other is None:
-            unmatched.append(f"{label}: only in the first")
-            continue
-        rows = {row.variant: row for row in other.rows}
-        for row in case.rows:
-            if row.variant not in rows:
-                unmatched.append(f"{label}, {row.variant}: only in the first")
-            elif row.status != rows[row.variant].status:
-                unmatched.append(f"{label}, {row.variant}: {row.status} in the first, {rows[row.variant].status} then")
-        unmatched += [f"{label}, {name}: only in the second" for name in rows.keys() - {r.variant for r in case.rows}]
-        changes += _changes(label, case, other, least)
-    return Comparison(changes, unmatched + [f"{label}: only in the second" for label in others])
+    earlier, later = ({_label(case): case for case in run.cases} for run in (before, after))
+    had, has = _rows(before), _rows(after)
+    lost = [f"{label}, {name}" for label, name in had - has if name.startswith(OURS)]
+    rest = [(label, name, "first") for label, name in had - has if not name.startswith(OURS)]
+    rest += [(label, name, "second") for label, name in has - had]
+    return Comparison(
+        [
+            change
+            for label in earlier
+            if label in later
+            for change in _changes(label, earlier[label], later[label], least)
+        ],
+        sorted(lost),
+        sorted(f"{label}, {name}: measured in the {which} only" for label, name, which in rest),
+        [f"{what}: {one} and {other}" for what, one, other in _facts(before.machine, after.machine) if one != other],
+    )
+
+
+def _rows(run: Run) -> set[tuple[str, str]]:
+    """Every row that was measured, by its case and its variant and pass."""
+    return {
+        (_label(case), f"{row.variant} {one_pass}")
+        for case in run.cases
+        for row in case.rows
+        if row.status == "measured"
+        for one_pass in row.passes
+    }
+
+
+def _facts(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]:
+    for what in ("threads", "gpu"):
+        yield what, before.get(what), after.get(what)
+    yield "processor", *(machine.get("cpu", {}).get("model") for machine in (before, after))
+    yield "torch", *(machine.get("versions", {}).get("torch") for machine in (before, after))
 
 
 def _changes(label: str, before: Case, after: Case, least: float) -> Iterator[Change]:
@@ -129,6 +158,8 @@ def _change(
     low, high = np.quantile(moved[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     bound = math.log1p(least)
     verdict = "slower" if low > 0 and moved[0] > bound else "faster" if high < 0 and moved[0] < -bound else "same"
+    if min(len(timing.samples) for timing in mine) < FEWEST_ROUNDS:
+        verdict = "few rounds"
     return Change(
         label,
         variant,

@@ -16,7 +16,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="two files of results: which rows of ours changed by more than the machine did",
         description="Compares two files that --json wrote. A row of ours has changed if its time moved against the "
         "rivals' of the same case, by more than the rounds' spread and by more than --least. The exit code is 1 if a "
-        "row became slower, or is measured in the first file and not in the second.",
+        "row of ours became slower, or is measured in the first file and not in the second.",
     )
     parser.add_argument("before", type=Path, metavar="BEFORE.json")
     parser.add_argument("after", type=Path, metavar="AFTER.json")
@@ -27,28 +27,33 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 def run(options: argparse.Namespace) -> int:
     """Prints the table, and returns 1 if something became slower or was lost, 2 if a file cannot be read."""
     try:
+        if not options.least > 0:
+            raise ValueError(f"--least must be above 0, not {options.least:g}")
         before, after = results.load(options.before), results.load(options.after)
+        lines = [f"{when} {line(one.machine)}" for when, one in (("before:", before), ("after: ", after))]
     except (OSError, ValueError, KeyError) as error:
         print(f"python -m bench compare: {error}", file=sys.stderr)
         return 2
     found = compare(before, after, options.least)
-    print(f"before: {line(before.machine)}\nafter:  {line(after.machine)}\n")
+    print("\n".join(lines), end="\n\n")
+    for one in found.differences:
+        print(f"**Not the same machine or set-up: {one}.**\n")
     if not found.changes:
         print("The two files have no row of ours in common.")
     else:
         print("\n".join(results.aligned(HEAD, [_cells(change) for change in found.changes])))
         print(
-            f"\nx machine: what the rivals, whose code is the same, took of their time before. change: ours against "
-            f"that, with the {CONFIDENCE:.0%} interval over the rounds."
+            "\nx machine: how many times longer the rivals, whose code is the same, took the second time. change: what "
+            f"ours took beyond that, with the {CONFIDENCE:.0%} interval over the rounds."
         )
+    for one in found.lost:
+        print(f"- {one}: lost, measured in the first only")
     for one in found.unmatched:
         print(f"- {one}")
     slower = [change for change in found.changes if change.verdict == "slower"]
-    print(
-        f"\n{len(slower)} slower, {sum(c.verdict == 'faster' for c in found.changes)} faster, of {len(found.changes)}"
-    )
-    lost = [one for one in found.unmatched if "measured in the first" in one]
-    return 1 if slower or lost or not found.changes else 0
+    faster = sum(change.verdict == "faster" for change in found.changes)
+    print(f"\n{len(slower)} slower, {faster} faster, of {len(found.changes)}")
+    return 1 if slower or found.lost or not found.changes else 0
 
 
 HEAD = ["case", "variant", "pass", "before ms", "after ms", "x machine", "change", "interval", ""]

@@ -54,16 +54,17 @@ def add_options(parser: argparse.ArgumentParser, rooms: ModuleType, called: str)
 def run(options: argparse.Namespace) -> int:
     """Measures, prints a table per case, and returns 1 if a row was refused, 2 if the command line is wrong."""
     begin = time.monotonic()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     try:
+        _check(options)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: torch finds no CUDA device here")
         planned = list(plan(options, device))
     except UsageError as error:
         print(f"python -m bench {options.given[0]}: {error}", file=sys.stderr)
         return 2
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     facts = machine.describe(device)
     print(machine.line(facts), flush=True)
     if machine.busy(facts):
@@ -80,12 +81,27 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{results.table(results.as_saved(case))}", flush=True)
         # After every case, so that who is stopped loses only what was going on.
         if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
             results.save(results.Run(options.given, facts, cases, time.monotonic() - begin), options.json)
     done = results.Run(options.given, facts, cases, time.monotonic() - begin)
     for case, row in done.refused():
         print(f"refused: {case.operator} {row.variant} at {case.sizes}: {row.reason}", file=sys.stderr)
     return 1 if done.refused() else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What argparse does not see, and what would otherwise fail after everything was measured."""
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads must be at least 1, not {options.threads}")
+    if options.seconds is not None and options.seconds <= 0:
+        raise UsageError(f"--seconds must be above 0, not {options.seconds:g}")
+    if options.json is None:
+        return
+    try:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        with options.json.open("a"):
+            pass
+    except OSError as error:
+        raise UsageError(f"--json: cannot write {options.json}: {error.strerror}") from None
 
 
 def plan(
@@ -99,9 +115,12 @@ def plan(
         if name not in rooms.ROOMS:
             raise UsageError(f"there is no benchmark of {name!r}; there is {', '.join(rooms.ROOMS)}")
         kinds[name] = rooms.room(name)
+        if DTYPES[options.dtype] not in kinds[name].dtypes:
+            taken = ", ".join(one for one, dtype in DTYPES.items() if dtype in kinds[name].dtypes)
+            raise UsageError(f"--dtype: {name} is measured in {taken}, not in {options.dtype}")
     known = {letter for kind in kinds.values() for letter in kind.letters}
     if unknown := sorted(set(asked) - known):
-        raise UsageError(f"--sizes: no operator asked for has a size {', '.join(unknown)}; they have {sorted(known)}")
+        raise UsageError(f"--sizes: nothing asked for has a size {', '.join(unknown)}; they have {sorted(known)}")
     for kind in kinds.values():
         letters = {**kind.letters, **(kind.cuda_sizes if device.type == "cuda" else {})}
         letters |= kind.quick_sizes if options.quick else {}

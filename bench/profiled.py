@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import kernels, machine, results, steps
-from bench.kernels_command import DTYPES, sizes_of
+from bench.kernels_command import DTYPES, UsageError, sizes_of
 from bench.workload import Workload, gradients
 
 SIDE_MOE = ["N=2816", "E=10", "D=768", "R=64", "M=2"]
@@ -42,7 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("python -m bench.profiled: torch finds no CUDA device here", file=sys.stderr)
         return 2
     kind = rooms[options.name]
-    given = {**sizes_of(SIDE_MOE if options.name == "side_moe" else []), **sizes_of(options.sizes)}
+    try:
+        given = {**sizes_of(SIDE_MOE if options.name == "side_moe" else []), **sizes_of(options.sizes)}
+        if unknown := sorted(set(given) - set(kind.letters)):
+            raise UsageError(f"--sizes: {options.name} has no size {', '.join(unknown)}; it has {sorted(kind.letters)}")
+        if several := [letter for letter, values in given.items() if len(values) > 1]:
+            raise UsageError(f"--sizes: one value of {several[0]} only")
+    except UsageError as error:
+        print(f"python -m bench.profiled: {error}", file=sys.stderr)
+        return 2
     sizes = {letter: given.get(letter, values)[0] for letter, values in kind.letters.items()}
     workload = kind(sizes, DTYPES[options.dtype], device)
     letters = " ".join(f"{letter}={size}" for letter, size in sizes.items())
@@ -63,7 +71,7 @@ def measure(workload: Workload) -> list[Spent]:
     variant, rows = workload.build("ours"), workload.draw()
     cuda = workload.device.type == "cuda"
 
-    def steps(count: int) -> None:
+    def run(count: int) -> None:
         for _ in range(count):
             if variant.whole is not None:
                 variant.whole(rows)
@@ -72,9 +80,9 @@ def measure(workload: Workload) -> list[Spent]:
         if cuda:
             torch.cuda.synchronize(workload.device)
 
-    steps(WARM_UP)
+    run(WARM_UP)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-        steps(STEPS)
+        run(STEPS)
     found = []
     for event in profiler.key_averages():
         # What the host spent is no kernel's time, and an operator's device time is that of its kernels once more.

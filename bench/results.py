@@ -133,15 +133,21 @@ def load(path: Path) -> Run:
     """Reads what `save` wrote.
 
     Raises:
-        ValueError: the file has another schema.
+        ValueError: the file holds something else, or has another schema.
     """
-    data = json.loads(path.read_text())
-    if "cases" not in data:
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(data, dict) or not data.get("cases"):
         raise ValueError(f"{path} has no cases: `python -m bench kernels` and `step` write those with --json")
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {data.get('schema')}, and this version reads {SCHEMA}; measure again")
-    cases = [_case(case) for case in data.pop("cases")]
-    return _of(Run, data | {"cases": cases})
+    try:
+        cases = [_case(case) for case in data.pop("cases")]
+        return _of(Run, data | {"cases": cases})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; measure again") from error
 
 
 def as_saved(case: Case) -> Case:

@@ -103,6 +103,7 @@ class Workload(ABC):
         quick_sizes: those of `--quick` and of pytest-benchmark, for the letters that differ from `letters`.
         tiny_sizes: the same for tests, which look at results and not at times.
         operators: how many of them a result goes through one after the other.
+        dtypes: those that it is measured in.
         sizes: one value for each letter.
         dtype: of the rows and weights that are drawn.
         device: where they lie.
@@ -115,6 +116,7 @@ class Workload(ABC):
     quick_sizes: ClassVar[Mapping[str, Sequence[int]]] = {}
     tiny_sizes: ClassVar[Mapping[str, Sequence[int]]] = {}
     operators: ClassVar[int] = 1
+    dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32, torch.bfloat16, torch.float16)
 
     sizes: dict[str, int]
     dtype: torch.dtype

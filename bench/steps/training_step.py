@@ -36,6 +36,7 @@ class TrainingStep(Workload):
     """A step, its loss and its gradients; the gate sees it without dropout, the clock with it."""
 
     pooling: ClassVar[str]
+    dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32, torch.bfloat16)
     # Two side levels, the projection, two blocks of attention and feed-forward layer, and the loss.
     operators: ClassVar[int] = LEVELS + 1 + 2 * BLOCKS + 1
     letters: ClassVar[Mapping[str, Sequence[int]]] = {

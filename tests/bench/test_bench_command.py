@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kernels_command, results
+from bench import kernels_command, profiled, results
 from bench.__main__ import main
 from bench.workload import Workload
 
@@ -122,11 +122,25 @@ def test_what_was_measured_is_kept_when_the_next_case_fails(tmp_path: Path, monk
         (["side_moe", "--sizes", "N"], "as in N=256,2816, not 'N'"),
         (["side_moe", "--sizes", "N=0"], "must be at least 1"),
         (["side_moe", "--variants", "fast"], "side_moe has no variant 'fast'; it has compiled"),
+        (["side_moe", "--threads", "0"], "--threads must be at least 1, not 0"),
+        (["side_moe", "--seconds", "-1"], "--seconds must be above 0, not -1"),
+        (["side_moe", "--json", "/dev/null/run.json"], "--json: cannot write /dev/null/run.json"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_step_is_not_measured_in_float16(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["step", "mean", "--dtype", "float16"]) == 2
+    assert "python -m bench step: --dtype: mean is measured in float32, bfloat16, not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["B3", "Q=7", "B=3,4"])
+def test_mistakes_of_a_profile_are_named(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profiled.main(["cls", "--device", "cpu", "--sizes", size]) == 2
+    assert "python -m bench.profiled: --sizes" in capsys.readouterr().err
 
 
 def test_a_baseline_is_measured_though_nobody_asked_for_it(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from bench.results import Case, Row, Run, Timing
 TIMES = {"eager": 0.030, "compiled": 0.025, "ours": 0.010}
 
 
-def run(seed: int, *, machine: float = 1.0, slower: float = 1.0, rivals: bool = True, noise: float = 0.03) -> Run:
+def run(
+    seed: int, *, machine: float = 1.0, slower: float = 1.0, rivals: bool = True, noise: float = 0.03, rounds: int = 20
+) -> Run:
     """A run of one case, in which all times of a round share what disturbs them."""
-    rng, rounds = np.random.default_rng(seed), 20
+    rng = np.random.default_rng(seed)
     common = np.exp(rng.normal(0, 0.1, rounds)) * machine
     rows = []
     for name, base in TIMES.items():
@@ -65,11 +67,36 @@ def test_what_only_one_run_has_is_named() -> None:
     after = replace(after, cases=[replace(case, rows=[*case.rows[:1], refused]), replace(case, dtype="bfloat16")])
     found = compare(before, after)
     assert found.changes == []
+    assert found.lost == ["side_moe float32 cpu N=67, ours both"]
     assert found.unmatched == [
-        "side_moe float32 cpu N=67, compiled: only in the first",
-        "side_moe float32 cpu N=67, ours: measured in the first, refused then",
-        "side_moe bfloat16 cpu N=67: only in the second",
+        "side_moe bfloat16 cpu N=67, compiled both: measured in the second only",
+        "side_moe bfloat16 cpu N=67, eager both: measured in the second only",
+        "side_moe bfloat16 cpu N=67, ours both: measured in the second only",
+        "side_moe float32 cpu N=67, compiled both: measured in the first only",
     ]
+
+
+def test_our_own_plain_code_is_no_measure_of_the_machine() -> None:
+    before, after = run(0), run(1, slower=1.5)
+
+    def renamed(one: Run) -> Run:
+        (case,) = one.cases
+        rows = [replace(row, variant="plain") if row.variant == "compiled" else row for row in case.rows]
+        return replace(one, cases=[replace(case, rows=rows)])
+
+    changes = {change.variant: change.verdict for change in compare(renamed(before), renamed(after)).changes}
+    assert changes == {"plain": "same", "ours": "slower"}
+
+
+def test_few_rounds_say_nothing() -> None:
+    assert verdicts(run(0, rounds=5), run(1, slower=2, rounds=5)) == ["few rounds"]
+
+
+def test_another_machine_is_said() -> None:
+    before, after = run(0), run(1)
+    assert compare(before, after).differences == []
+    after = replace(after, machine={**after.machine, "threads": 64})
+    assert compare(before, after).differences == [f"threads: {before.machine['threads']} and 64"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,3 +109,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "slower" in capsys.readouterr().out
     assert main(["compare", paths[0], str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema": 1}', '{"schema": 1, "cases": [], "machine": {}}', "no JSON"])
+def test_a_file_of_something_else(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert main(["compare", str(path), str(path)]) == 2
+    assert "other.json" in capsys.readouterr().err
