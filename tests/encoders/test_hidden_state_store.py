@@ -75,6 +75,18 @@ def test_items_that_lack_a_modality_have_zeros(tmp_path: Path) -> None:
         assert torch.equal(got[level][[0, 2]], hidden["image"][[0, 2], level].half().float())
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.filterwarnings("error")
+def test_files_are_mapped_to_be_read(tmp_path: Path) -> None:
+    """What is mapped to be written to, even privately, counts as memory, and a large store could not be opened."""
+    HiddenStateStore.create(tmp_path, SPECS).append(names(0, 4), rows(4))
+    store = HiddenStateStore.open(tmp_path)
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(mapped) >= len(SPECS)
+    assert {permissions[1] for _, permissions, *_ in mapped} == {"-"}
+    assert store.hidden(np.array([1]))["text"][0].shape == (1, 5)
+
+
 def test_a_constant_level_is_stored_once(tmp_path: Path) -> None:
     store = HiddenStateStore.create(tmp_path, SPECS)
     hidden = rows(6, constant=True)

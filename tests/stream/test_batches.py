@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from xsmoe.data import Sequences
 from xsmoe.nn import Batch
 from xsmoe.stream import batches
 from xsmoe.stream.batches import StepInput, built_ahead, feed
+from xsmoe.stream.epoch import hidden_dtype
 
 CPU = torch.device("cpu")
 
@@ -102,3 +104,35 @@ def test_on_the_cpu_a_batch_is_built_when_its_turn_comes(monkeypatch: pytest.Mon
     steps = feed(note, [np.array([0]), np.array([1])], CPU)
     next(steps)
     assert len(built) == 1
+
+
+def test_for_cuda_batches_are_pinned_in_the_thread_and_moved_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, bool]] = []
+
+    def note(what: str) -> None:
+        done.append((what, threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(StepInput, "pin", lambda given: note("pinned") or given)
+    monkeypatch.setattr(StepInput, "to", lambda given, device: note(f"moved to {device}") or given)
+    chosen = [np.array([place]) for place in (2, 0, 1, 2)]
+    found = [given.batch.targets.tolist() for given in feed(build, chosen, torch.device("cuda"))]
+    assert found == [build(users).batch.targets.tolist() for users in chosen]
+    assert sorted(set(done)) == [("moved to cuda", True), ("pinned", False)]
+    assert len(done) == 2 * len(chosen)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "top_k", "expected"),
+    [
+        ("cpu", "auto", None, torch.float32),
+        ("cpu", "bfloat16", None, torch.bfloat16),
+        ("cpu", "bfloat16", 1, torch.float32),
+        ("cuda", "auto", None, torch.bfloat16),
+        ("cuda", "float32", None, torch.float32),
+    ],
+)
+def test_hidden_states_come_in_what_the_step_would_cast_them_to(
+    device: str, precision: Any, top_k: int | None, expected: torch.dtype
+) -> None:
+    config = tiny.config(device=device, precision=precision)
+    assert hidden_dtype(tiny.model(top_k=top_k), config) == expected
