@@ -121,7 +121,7 @@ def use_backend(name: str) -> Iterator[None]:
         if name not in BACKENDS:
             raise ValueError(f"name must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
         if not any(name in kernels for kernels in _kernels.values()):
-            raise BackendUnavailable(f"backend {name!r} cannot run: {_absent(name, 'any operator')}")
+            raise BackendUnavailable(f"backend {name!r} cannot run: {_absent(name)}")
     request = _Request(name)
     _requests.append(request)
     try:
@@ -180,6 +180,11 @@ def run(operator: str, requested: str, device: torch.device, dtype: torch.dtype,
     return _kernels[operator][backend](*arguments)
 
 
-def _absent(backend: str, operator: str) -> str:
-    own = _reasons.get((backend, operator)) or _reasons.get((backend, None))
-    return own or f"this version of xsmoe_kernels has no {backend} kernel for {operator}"
+def _absent(backend: str, operator: str | None = None) -> str:
+    """Why a backend has no kernel for an operator, or if none is named, for any."""
+    if operator is None:
+        # Several operators of a backend often lack the same.
+        found = "; ".join(dict.fromkeys(reason for (name, _), reason in _reasons.items() if name == backend))
+    else:
+        found = _reasons.get((backend, operator)) or _reasons.get((backend, None)) or ""
+    return found or f"this version of xsmoe_kernels has no {backend} kernel for {operator or 'any operator'}"

@@ -12,12 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xsmoe_kernels import triton_tools
+from xsmoe_kernels import triton_backend, triton_tools
 from xsmoe_kernels.triton_tools import product
 from xsmoe_kernels.tuning import Config, everywhere
-
-MOST_ITEMS = 2**31 - 2**10
-"""Items are counted in 32 bits, up to the end of the last tile."""
 
 NARROW = 2**31
 """Keys below it are sorted as 32 bits, which takes half of the time."""
@@ -245,9 +242,6 @@ def fitted(config: Config, queries: Tensor, items: Tensor) -> tuple[Config, dict
 
 
 def check_number_of_items(items: Tensor) -> None:
-    """Fails for more items than 32 bits count."""
-    if len(items) > MOST_ITEMS:
-        raise ValueError(
-            f"items has {len(items)} rows, but the triton kernels take at most {MOST_ITEMS};"
-            ' use_backend("reference") takes more'
-        )
+    """Fails for more items than 32 bits count, which `dispatch` is told to refuse before."""
+    if reason := triton_backend.too_many_items(items):
+        raise ValueError(reason)

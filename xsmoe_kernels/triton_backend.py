@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from xsmoe_kernels import dispatch
+from xsmoe_kernels import dispatch, tuning
 
 OLDEST = (3, 6)
 OLDEST_FOR_AMD = (3, 7)
@@ -33,6 +34,10 @@ LAUNCHERS = {
     "topk_items": "topk_items.triton_launchers:forward",
 }
 """For each operator the function that launches its kernels, by module and name."""
+RANKING = ("rank_of_target", "topk_items")
+"""The operators whose second argument is the items that are scored."""
+MOST_ITEMS = 2**31 - 2**10
+"""They count items in 32 bits, up to the end of the last tile."""
 
 
 def load() -> None:
@@ -42,12 +47,33 @@ def load() -> None:
         return
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
     for operator, launcher in LAUNCHERS.items():
-        dispatch.register(operator, "triton", _when_needed(launcher), devices=devices, dtypes=DTYPES)
+        refuses = _refuses_ranking if operator in RANKING else _refuses
+        kernel = _when_needed(launcher)
+        dispatch.register(operator, "triton", kernel, devices=devices, dtypes=DTYPES, refuses=refuses)
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter was asked for."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def too_many_items(items: Tensor) -> str | None:
+    """Why the ranking operators cannot take so many items, or None if they can."""
+    if len(items) <= MOST_ITEMS:
+        return None
+    return (
+        f"items has {len(items)} rows, but the triton kernels take at most {MOST_ITEMS};"
+        ' use_backend("reference") takes more'
+    )
+
+
+def _refuses(device: torch.device, dtype: torch.dtype, *_: Any) -> str | None:
+    return tuning.too_old(device)
+
+
+def _refuses_ranking(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+    reason = tuning.too_old(device)
+    return reason or (too_many_items(arguments[1]) if arguments else None)
 
 
 def _when_needed(launcher: str) -> Callable[..., Any]:

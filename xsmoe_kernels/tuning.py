@@ -108,13 +108,35 @@ def architecture(device: torch.device) -> str:
     """
     if torch.version.hip is not None:
         return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise dispatch.BackendUnavailable(
-            f"the triton kernels need a GPU of compute capability 8.0 or newer, and {device} has {major}.{minor}; "
-            'use_backend("reference") does without them'
-        )
+    if reason := too_old(device):
+        raise dispatch.BackendUnavailable(reason)
+    major, _ = torch.cuda.get_device_capability(device)
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why a device is too old for the kernels; None if it is not, or if there is no GPU to ask."""
+    if device.type != "cuda":
+        return None
+    # Which GPU has no index may change, and a compiler that traces this warns of caches.
+    if device.index is None or torch.compiler.is_compiling():
+        return _too_old(device)
+    return _known_too_old(device)
+
+
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return (
+        f"the triton kernels need a GPU of compute capability 8.0 or newer, and {device} has {major}.{minor}; "
+        'use_backend("reference") does without them'
+    )
+
+
+_known_too_old = functools.cache(_too_old)
 
 
 def folder() -> Path:

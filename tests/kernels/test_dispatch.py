@@ -55,7 +55,9 @@ def test_float64_is_served_by_the_reference(calls: Counter[tuple[str, str]]) -> 
 
 def test_a_backend_without_kernels_says_so_and_counts_nothing() -> None:
     level, counters = make_level(3, 4, 2, 2), Utilization(2)
-    with pytest.raises(BackendUnavailable, match="backend 'cuda'.* has no cuda kernel"), use_backend("cuda"):
+    # Without xformers that is what is said instead.
+    message = "backend 'cuda'.*( has no cuda kernel|xformers)"
+    with pytest.raises(BackendUnavailable, match=message), use_backend("cuda"):
         side_moe(*level, utilization=counters)
     assert not counters.gate.any()
     assert dispatch.requested() == "auto"
@@ -131,6 +133,21 @@ def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -
         pass
     assert dispatch.unavailable("side_moe", "cuda", CPU, torch.float32) == "its library is not built: build it"
     assert dispatch.unavailable("side_moe", "triton", CPU, torch.float32) is None
+
+
+def test_reasons_of_several_operators_are_said_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {operator: {"reference": reference.forward} for operator in dispatch._kernels}
+    monkeypatch.setattr(dispatch, "_kernels", kernels)
+    monkeypatch.setattr(dispatch, "_reasons", {})
+    with pytest.raises(BackendUnavailable, match="has no cuda kernel for any operator"), use_backend("cuda"):
+        pass
+    for operator, reason in (("side_moe", "too old"), ("side_moe_backward", "too old"), ("grouped_mm", "not built")):
+        dispatch.declare_absent("cuda", reason, operator)
+    dispatch.declare_absent("triton", "not installed")
+    with pytest.raises(BackendUnavailable, match="'cuda' cannot run: too old; not built$"), use_backend("cuda"):
+        pass
+    assert dispatch.unavailable("grouped_mm", "cuda", CPU, torch.float32) == "not built"
+    assert "no cuda kernel for topk_items" in (dispatch.unavailable("topk_items", "cuda", CPU, torch.float32) or "")
 
 
 def test_the_group_asks_for_the_same_backend(calls: Counter[tuple[str, str]]) -> None:

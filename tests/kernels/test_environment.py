@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import xsmoe_kernels
-from xsmoe_kernels import dispatch, info, native, use_backend
+from xsmoe_kernels import dispatch, info, native, triton_backend, use_backend
 
 ROOT = Path(xsmoe_kernels.__file__).parents[1]
 
@@ -78,6 +78,22 @@ def test_tells_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(cuda["unavailable"].values()) == {"torch was built without CUDA"}
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert set(info()["operators"]["side_moe"]["cuda"]["unavailable"].values()) == {"torch finds no CUDA device"}
+
+
+@pytest.mark.skipif(triton_backend._absence() is not None, reason=triton_backend._absence() or "")
+def test_tells_that_a_gpu_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    # Without kernels of other libraries, which would ask for the GPU as well.
+    kernels = {name: {k: v for k, v in own.items() if k != "cuda"} for name, own in dispatch._kernels.items()}
+    monkeypatch.setattr(dispatch, "_kernels", kernels)
+    operators = info()["operators"]
+    for operator in triton_backend.LAUNCHERS:
+        service = operators[operator]["cuda"]
+        assert service["backend"] == "reference"
+        assert "compute capability 8.0 or newer" in service["unavailable"]["triton"]
 
 
 def test_importing_loads_no_optional_library_and_warns_of_nothing() -> None:

@@ -165,6 +165,13 @@ def test_strided_inputs_and_int32_offsets() -> None:
     )
 
 
+def test_dropout_is_kept_as_bool() -> None:
+    for dtype in (torch.uint8, torch.float32):
+        keep = torch.ones(4, 2, 4, 4, dtype=dtype)
+        with pytest.raises(TypeError, match=f"keep must be bool, not {dtype}"):
+            torch.ops.xsmoe.packed_attention(*make(10), OFFSETS, 4, keep, 0.3, None, "auto")
+
+
 def test_opcheck() -> None:
     inputs = make(10)
     for keep, dropout_p in ((None, 0.0), (torch.rand(4, 2, 4, 4) >= 0.3, 0.3)):

@@ -14,7 +14,8 @@ from native_in_batch_softmax_loss import GRADIENTS, NAME, Case
 from native_in_batch_softmax_loss import draw as draw_on_cpu
 from native_in_batch_softmax_loss import exact as exact_of
 from torch import Tensor
-from triton_gpu import DEVICE, DTYPES, ON_GPU, needs_gpu, needs_triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_gpu import DEVICE, DTYPES, ON_GPU, leave_memory_alone, needs_gpu, needs_triton, reverse_programs, spread
 
 from xsmoe_kernels import dispatch, in_batch_softmax_loss, triton_backend, use_backend
 
@@ -145,14 +146,7 @@ def test_no_tensor_of_all_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_same_bits_again_in_any_order_of_programs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = draw(Case(34, 70, 20, 5, 4, dtype=dtype))
     expected = outputs(batch, "triton")
-    if not ON_GPU:
-        from triton.runtime.interpreter import interpreter_builder
-
-        def set_grid_idx(x: int, y: int, z: int) -> None:
-            dims = interpreter_builder.grid_dim
-            interpreter_builder.grid_idx = (dims[0] - 1 - x, dims[1] - 1 - y, z)
-
-        monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+    reverse_programs(monkeypatch)
     for name, value in outputs(batch, "triton").items():
         assert torch.equal(value, expected[name]), name
 
@@ -346,6 +340,37 @@ def test_gradients_that_are_asked_for_ahead() -> None:
     torch.testing.assert_close(lse, expected)
 
 
+def test_what_is_scaled_is_made_for_gradients_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fills(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran.append(str(function))
+            return function(*args, **kwargs or {})
+
+    from xsmoe_kernels import triton_tools
+    from xsmoe_kernels.in_batch_softmax_loss import triton_launchers
+
+    ran: list[str] = []
+    monkeypatch.setattr(triton_tools, "launch", lambda *_: None)
+    inputs = [value if value is None else value.detach() for value in draw(Case(6, 8, 16, 2)).values()]
+    for needed, fills in ((False, 0), (True, 1)):
+        ran.clear()
+        with Fills():
+            triton_launchers.forward(*inputs, needed, needed)
+        assert sum("ones" in name for name in ran) == fills
+
+
+@pytest.mark.parametrize("grad", [torch.nan, torch.inf])
+def test_no_queries_have_zero_gradients_ahead_too(grad: float) -> None:
+    inputs = [value if value is None else value.detach() for value in draw(Case(0, 5, 8, 2)).values()]
+    inputs[-1] = inputs[-1].float()
+    _, lse, *ahead = torch.ops.xsmoe.in_batch_softmax_loss(*inputs, True, True, "triton")
+    upstream = torch.tensor(grad, device=DEVICE)
+    backward = torch.ops.xsmoe.in_batch_softmax_loss_backward
+    of_queries, of_items = backward(*inputs, lse, *ahead, upstream, True, True, "triton")
+    assert of_queries.shape == (0, 8)
+    assert torch.equal(of_items, torch.zeros(5, 8, device=DEVICE))
+
+
 def test_opcheck() -> None:
     batch = draw(Case(6, 5, 3, 2, 2))
     batch["counts"] = batch["counts"].float()
@@ -369,11 +394,10 @@ def test_autocast_casts_queries_and_items_only() -> None:
 
 
 def test_rows_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    test_grouped_mm = pytest.importorskip("test_triton_grouped_mm")
     batch = draw(Case(34, 40, 16, 2, dtype=torch.float16))
     expected = outputs(batch, "triton")
-    test_grouped_mm.leave_memory_alone(monkeypatch)
-    far = {name: test_grouped_mm.spread(batch[name].detach(), (2**26 + 64, 1)) for name in GRADIENTS}
+    leave_memory_alone(monkeypatch)
+    far = {name: spread(batch[name].detach(), (2**26 + 64, 1)) for name in GRADIENTS}
     for name, value in outputs(replaced(batch, **far), "triton").items():
         assert torch.equal(value, expected[name]), name
 

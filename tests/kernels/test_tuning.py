@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from xsmoe_kernels import BackendUnavailable, tuning, tuning_file
+from xsmoe_kernels import BackendUnavailable, dispatch, triton_backend, tuning, tuning_file
 from xsmoe_kernels.tuning import Config, Table
 
 pytest.importorskip("triton")
@@ -289,8 +290,86 @@ def test_triton_tunes_a_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_pat
     tuning.forget()
 
 
-def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """That of all GPUs, which may be changed."""
+    capabilities = [(7, 5)]
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[-1])
+    # Without kernels of other libraries, which would ask for the GPU as well.
+    kernels = {name: {k: v for k, v in own.items() if k != "cuda"} for name, own in dispatch._kernels.items()}
+    monkeypatch.setattr(dispatch, "_kernels", kernels)
+    for cached in (tuning._known_too_old, tuning.architecture):
+        cached.cache_clear()
+    yield capabilities
+    for cached in (tuning._known_too_old, tuning.architecture):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("operator", triton_backend.LAUNCHERS)
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_auto_goes_on_to_the_reference_where_a_gpu_is_too_old(
+    capability: list[tuple[int, int]], operator: str, name: str
+) -> None:
+    device = torch.device(name)
+    assert dispatch.select(operator, "auto", device, torch.float32) == "reference"
+    assert "8.0 or newer" in (dispatch.unavailable(operator, "triton", device, torch.float32) or "")
+    with pytest.raises(BackendUnavailable, match=rf"8\.0 or newer, and {name} has 7\.5"):
+        dispatch.select(operator, "triton", device, torch.float32)
+    tuning._known_too_old.cache_clear()
+    capability.append((8, 0))
+    assert dispatch.select(operator, "auto", device, torch.float32) == "triton"
+
+
+def test_a_gpu_is_asked_for_its_age_once(capability: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
+    for _ in range(3):
+        assert dispatch.select("side_moe", "auto", torch.device("cuda:1"), torch.float32) == "triton"
+    assert asked == [torch.device("cuda:1")]
+
+
+@pytest.mark.filterwarnings("error:Dynamo detected a call to:UserWarning")
+@pytest.mark.parametrize(("age", "chosen"), [((7, 5), "reference"), ((9, 0), "triton")])
+def test_a_compiler_asks_too(monkeypatch: pytest.MonkeyPatch, age: tuple[int, int], chosen: str) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        backend = dispatch.select("in_batch_softmax_loss_backward", "auto", torch.device("cuda", 0), torch.float32)
+        return x + (1 if backend == chosen else 2)
+
+    # The compiler itself has to know that there is no GPU.
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda device: age)
+    without_hip = SimpleNamespace(hip=None)
+    monkeypatch.setattr(tuning, "torch", SimpleNamespace(cuda=cuda, compiler=torch.compiler, version=without_hip))
+    torch.compiler.reset()
+    assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_no_age_where_there_is_no_nvidia_gpu(
+    capability: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tuning.too_old(torch.device("cpu")) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.version, "hip", "7.0")
+        assert tuning.too_old(torch.device("cuda")) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tuning.too_old(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("operator", triton_backend.RANKING)
+def test_auto_goes_on_to_the_reference_for_items_that_32_bits_do_not_count(
+    capability: list[tuple[int, int]], operator: str
+) -> None:
+    capability.append((9, 0))
+    device, queries = torch.device("cuda:0"), torch.empty(2, 1, device="meta")
+    for more, backend in ((0, "triton"), (1, "reference")):
+        items = torch.empty(triton_backend.MOST_ITEMS + more, 1, device="meta")
+        arguments = queries, items, torch.empty(2, device="meta"), None, None
+        assert dispatch.select(operator, "auto", device, torch.float32, *arguments) == backend
+    with pytest.raises(BackendUnavailable, match=r"items has 2147482625 rows, but the triton kernels take at most"):
+        dispatch.select(operator, "triton", device, torch.float32, *arguments)
+
+
+def test_a_gpu_that_is_too_old_is_named(capability: list[tuple[int, int]]) -> None:
     with pytest.raises(BackendUnavailable, match=r"8\.0 or newer, and cuda:3 has 7\.5; use_backend\(\"reference\"\)"):
         tuning.architecture(torch.device("cuda:3"))

@@ -1,6 +1,8 @@
 """packed_attention by xformers: what xformers is asked for and when, by a stand-in for it; itself on a GPU."""
 
+import importlib
 import importlib.metadata
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from xsmoe_kernels.packed_attention import reference, xformers_attention
 
 CASE = Case((3, 0, 1, 4), heads=2, dim=8)
 NAMES = ("packed_attention", "packed_attention_backward")
+FMHA = xformers_attention._fmha
 
 
 class Operator:
@@ -124,13 +127,32 @@ def test_forward_and_backward_are_the_references(fake: Fake) -> None:
     y.add_(1)
 
 
-def test_the_mask_holds_the_devices_offsets(fake: Fake) -> None:
-    offsets = CASE.offsets
-    mask = xformers_attention._mask(offsets, CASE.lengths)
-    assert mask.q_seqinfo.seqstart.tolist() == offsets.tolist()
-    assert mask.k_seqinfo.seqstart.tolist() == offsets.tolist()
-    assert mask.q_seqinfo.seqstart.dtype == torch.int32
-    assert mask.q_seqinfo.max_seqlen == 4
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_mask_holds_the_devices_offsets(fake: Fake, dtype: torch.dtype) -> None:
+    # Other lengths than the offsets', as a CUDA graph has after the batch that it was captured with.
+    offsets = torch.tensor([0, 5, 6, 8, 8], dtype=dtype)
+    mask = xformers_attention._mask(offsets, 6, CASE.lengths)
+    for seqinfo in (mask.q_seqinfo, mask.k_seqinfo):
+        assert seqinfo.seqstart.dtype == torch.int32
+        assert seqinfo.seqstart.tolist() == offsets.tolist()
+        assert (seqinfo.seqstart.data_ptr() == offsets.data_ptr()) == (dtype == torch.int32)
+        assert seqinfo.max_seqlen == 6
+
+
+def test_each_pass_brings_the_offsets_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], xformers_attention._mask
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(xformers_attention, "_mask", counted)
+    *inputs, grad = draw(CASE)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    y = attend(*leaves)
+    assert len(made) == 1
+    torch.autograd.grad(y, leaves, grad)
+    assert len(made) == 2
 
 
 def test_strided_rows_and_subsets_of_gradients(fake: Fake) -> None:
@@ -207,13 +229,31 @@ def test_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no cuda kernel for side_moe" in (dispatch.unavailable("side_moe", "cuda", "cuda", torch.float32) or "")
 
 
-def test_one_that_cannot_be_imported_says_so(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """xformers that cannot be imported, and each attempt to do so."""
+    attempts, import_module = [], importlib.import_module
+
+    def fails(name: str, package: str | None = None) -> Any:
+        if not name.startswith("xformers"):
+            return import_module(name, package)
+        attempts.append(name)
         raise ImportError("it was built for another torch")
 
-    monkeypatch.setattr(xformers_attention, "_fmha", broken)
-    with pytest.raises(BackendUnavailable, match="cannot be imported: it was built for another torch"):
-        attend(*draw(CASE)[:3])
+    monkeypatch.setattr(importlib, "import_module", fails)
+    xformers_attention._fmha.cache_clear()
+    yield attempts
+    xformers_attention._fmha.cache_clear()
+
+
+def test_one_that_cannot_be_imported_says_so_and_is_tried_once(
+    broken: list[str], fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xformers_attention, "_fmha", FMHA)
+    for _ in range(3):
+        with pytest.raises(BackendUnavailable, match="cannot be imported: it was built for another torch"):
+            attend(*draw(CASE)[:3])
+    assert len(broken) == 1
 
 
 needs_gpu = pytest.mark.skipif(

@@ -36,7 +36,8 @@ def reverse_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import interpreter_builder
 
     def set_grid_idx(x: int, y: int, z: int) -> None:
-        interpreter_builder.grid_idx = (interpreter_builder.grid_dim[0] - 1 - x, y, z)
+        columns, rows, _ = interpreter_builder.grid_dim
+        interpreter_builder.grid_idx = (columns - 1 - x, rows - 1 - y, z)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
 

@@ -172,7 +172,7 @@ def forward(
         {},
         tuning.default(MEAN, queries, "ieee"),
     )
-    gradients = _gradients(batch, lse, torch.ones_like(loss), need_queries, need_items)
+    gradients = _gradients(batch, lse, None, need_queries, need_items)
     return loss, lse, *_as_wide_as(queries, *gradients)
 
 
@@ -192,7 +192,8 @@ def backward(
     need_items: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the queries (M, d) and of the items (C, d); `grad` is that of the loss, read on the device."""
-    if ahead_queries is not None and ahead_items is not None:
+    # Without queries the gradients are zeros, even times infinity.
+    if ahead_queries is not None and ahead_items is not None and len(queries) > 0:
         return ahead_queries * grad, ahead_items * grad
     batch = _in_place(queries, items, targets, rejected, users, logq, counts)
     return _as_wide_as(queries, *_gradients(batch, lse.contiguous(), grad, need_queries, need_items))
@@ -239,8 +240,10 @@ def _rows(batch: Batch, maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     return lse, losses
 
 
-def _gradients(batch: Batch, lse: Tensor, grad: Tensor, need_queries: bool, need_items: bool) -> tuple[Tensor, Tensor]:
-    """Of the queries and of the items, as wide as those of the batch."""
+def _gradients(
+    batch: Batch, lse: Tensor, grad: Tensor | None, need_queries: bool, need_items: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the queries and of the items, as wide as those of the batch; `grad` is that of the loss, 1 if None."""
     queries, items = batch.queries, batch.items
     grad_queries = queries.new_empty(queries.shape if need_queries else 0)
     grad_items = items.new_empty(items.shape if need_items else 0)
@@ -249,7 +252,8 @@ def _gradients(batch: Batch, lse: Tensor, grad: Tensor, need_queries: bool, need
     if need_queries or need_items:
         # The targets' logits, from the same binary as in forward: of a query without negatives that is lse, to the bit.
         own, _ = _rows(batch, lse.new_empty(0, len(queries)), lse)
-        arguments = {**batch.all(), "lse": lse, "own": own, "grad": grad}
+        upstream = lse.new_ones(()) if grad is None else grad
+        arguments = {**batch.all(), "lse": lse, "own": own, "grad": upstream}
         if need_queries:
             _query_gradient(batch, arguments, grad_queries)
         if need_items:

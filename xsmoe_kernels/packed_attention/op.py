@@ -110,6 +110,8 @@ def _check(
     _check_settings(offsets, max_length, dropout_p)
     if keep is not None:
         checks.tensor("keep", keep, offsets.shape[0] - 1, shape[1], max_length, max_length)
+        if keep.dtype != torch.bool:
+            raise TypeError(f"keep must be bool, not {keep.dtype}; kernels read its bytes")
     if not checks.values_visible(offsets):
         return
     bounds = offsets.tolist()

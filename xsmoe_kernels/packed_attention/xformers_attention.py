@@ -29,9 +29,10 @@ def forward(
     """The attended values (M, H, d)."""
     if q.numel() == 0:
         return torch.empty_like(q)
-    rows, mask = _batch(q, k, v), _mask(offsets, lengths)
-    found = _passes(rows, mask)
+    rows = _batch(q, k, v)
+    found = _passes(rows)
     assert isinstance(found, _Passes)
+    mask = _mask(offsets, max_length, lengths)
     attended = _fmha().memory_efficient_attention_forward(*rows, mask, op=found.forward)
     return _unbatch(attended, q)
 
@@ -54,9 +55,10 @@ def backward(
     needs = (need_q, need_k, need_v)
     if q.numel() == 0:
         return tuple(q.new_empty(q.shape if need else 0) for need in needs)
-    fmha, rows, mask = _fmha(), _batch(q, k, v), _mask(offsets, lengths)
-    found = _passes(rows, mask)
+    fmha, rows = _fmha(), _batch(q, k, v)
+    found = _passes(rows)
     assert isinstance(found, _Passes)
+    mask = _mask(offsets, max_length, lengths)
     # Forward runs again: the form in which its normalizers would be saved depends on the operator that runs.
     attended, normalizers = fmha.memory_efficient_attention_forward_requires_grad(*rows, mask, op=found.forward)
     gradients = fmha.memory_efficient_attention_backward(
@@ -67,14 +69,12 @@ def backward(
 
 def refuses_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
     """Why xformers cannot serve a call of `forward`; without arguments, an ordinary one of that dtype."""
-    try:
-        _fmha()
-    except Exception as error:
-        return f"xformers cannot be imported: {error}"
+    if isinstance(reason := _fmha(), str):
+        return reason
     if not arguments:
         q = torch.empty(8, 1, 64, device=device, dtype=dtype)
         arguments = (q, q, q, torch.tensor([0, 8], device=device), 8, None, 0.0, [8])
-    q, k, v, offsets, _, keep, _, lengths = arguments
+    q, k, v, _, _, keep, _, lengths = arguments
     if keep is not None:
         return "xformers draws dropout by itself, and not the same in backward; pass dropout_p = 0"
     if lengths is None:
@@ -83,7 +83,7 @@ def refuses_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -
         return f"xformers takes sequences that cover all rows, but lengths sum to {sum(lengths)} of {q.shape[0]}"
     if q.numel() == 0:
         return None
-    found = _passes(_batch(q, k, v), _mask(offsets, lengths))
+    found = _passes(_batch(q, k, v))
     return None if isinstance(found, _Passes) else found
 
 
@@ -94,22 +94,32 @@ def refuses_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) 
 
 @functools.cache
 def _fmha() -> Any:
-    return importlib.import_module("xformers.ops.fmha")
+    """xformers' module, or why there is none: an import that failed would fail anew, and slowly, at each call."""
+    try:
+        return importlib.import_module("xformers.ops.fmha")
+    except Exception as error:
+        return f"xformers cannot be imported: {error}"
 
 
-def _mask(offsets: Tensor, lengths: Sequence[int] | None) -> Any:
+def _mask(offsets: Tensor, max_length: int, lengths: Sequence[int] | None) -> Any:
     """The block-diagonal mask, which takes lengths on the host and their sums on the device."""
     assert lengths is not None
-    mask = _fmha().attn_bias.BlockDiagonalCausalMask.from_seqlens(list(lengths), device=torch.device("cpu"))
-    # The offsets are those sums: copying them anew would bind a CUDA graph to memory of the host.
+    mask = _host_mask(list(lengths))
+    # The offsets are those sums: copying them anew would bind a CUDA graph to memory of the host. What it is captured
+    # with has to do for other offsets too, and so for all lengths that the call allows.
     mask.q_seqinfo.seqstart = mask.k_seqinfo.seqstart = offsets.to(torch.int32).contiguous()
+    mask.q_seqinfo.max_seqlen = mask.k_seqinfo.max_seqlen = max_length
     return mask
 
 
-def _passes(rows: Sequence[Tensor], mask: Any) -> _Passes | str:
-    """The operators that take these rows, or why there are none."""
+def _host_mask(lengths: list[int]) -> Any:
+    return _fmha().attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths, device=torch.device("cpu"))
+
+
+def _passes(rows: Sequence[Tensor]) -> _Passes | str:
+    """The operators that take these rows, or why there are none; where sequences end does not matter to them."""
     fmha, reasons = _fmha(), []
-    inputs = fmha.Inputs(*rows, mask)
+    inputs = fmha.Inputs(*rows, _host_mask([rows[0].shape[1]]))
     for passes in (fmha.MemoryEfficientAttentionFlashAttentionOp, fmha.MemoryEfficientAttentionCutlassOp):
         why = [f"{one.NAME}: {reason}" for one in passes for reason in one.not_supported_reasons(inputs)]
         if not why:
