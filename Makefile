@@ -48,7 +48,7 @@ test: native lint
 test-all: native lint
 	$(BIN)/python -m pytest
 
-# What bench/results/ holds of the kernels; about twenty minutes, and nothing else may run meanwhile.
+# What bench/results/ holds of the kernels; about forty minutes, and nothing else may run meanwhile.
 bench: native
 	$(BIN)/python -m bench kernels side_moe --sizes N=2816 --seconds 10 --json bench/results/side_moe-cpu-float32.json
 	$(BIN)/python -m bench kernels side_moe --seconds 4 --json bench/results/side_moe-cpu-float32-all-sizes.json
@@ -58,11 +58,18 @@ bench: native
 	$(BIN)/python -m bench kernels in_batch_softmax_loss --sizes B=256 C=2640 --seconds 10 \
 		--json bench/results/loss-cpu-float32.json
 	$(BIN)/python -m bench kernels in_batch_softmax_loss --dtype bfloat16 --sizes B=256 C=2640 --variants eager,ours \
-		--seconds 10 --json bench/results/loss-cpu-bfloat16.json
-	$(BIN)/python -m bench kernels in_batch_softmax_loss --sizes B=32 C=20000,200000 --variants eager,compiled,ours \
-		--seconds 10 --json bench/results/loss-cpu-float32-full-softmax.json
+		--seconds 8 --json bench/results/loss-cpu-bfloat16.json
+	$(BIN)/python -m bench kernels in_batch_softmax_loss --sizes B=32 C=20000,200000 --variants eager,ours --against eager \
+		--seconds 8 --json bench/results/loss-cpu-float32-full-softmax.json
+	$(BIN)/python -m bench kernels packed_attention --seconds 5 --json bench/results/attention-cpu-float32.json
 	$(BIN)/python -m bench kernels rank_of_target topk_items --variants chunked,tiled,ours --against chunked,tiled \
-		--seconds 12 --json bench/results/ranking-cpu-float32.json
+		--seconds 10 --json bench/results/ranking-cpu-float32.json
+	$(BIN)/python -m bench kernels rank_of_target --sizes M=2000 C=100000 d=128 --variants published,ours \
+		--against published --seconds 10 --json bench/results/ranking-published-cpu-float32.json
+	$(BIN)/python -m bench step mean cls --seconds 24 --json bench/results/step-cpu-float32.json
+	$(BIN)/python -m bench step mean cls --dtype bfloat16 --variants published,plain,ours --seconds 20 \
+		--json bench/results/step-cpu-bfloat16.json
+	$(BIN)/python -m bench.profiled mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
 
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -185,6 +185,7 @@ bench() {
         kernels "bench_ranking_$dtype" "ranking-$gpu-$dtype.json" rank_of_target topk_items --dtype "$dtype" --seconds 2 \
             --variants chunked,tiled,ours,ours-graph --against chunked,tiled
     done
+    part bench_step "$PYTHON" -m bench step --dtype bfloat16 --device cuda --json "$folder/step-$gpu-bfloat16.json"
     part profile "$PYTHON" -m bench.profiled --out "$folder/side_moe-profile-$gpu.txt"
     # The measurements under it may be new.
     forget roofline

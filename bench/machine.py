@@ -176,7 +176,9 @@ def _commit() -> str:
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        # What is measured does not depend on what was: a run may be writing there by now.
+        asked = ["status", "--porcelain", "--", ":/", ":!/bench/results"]
+        changed = subprocess.run([*git, *asked], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")

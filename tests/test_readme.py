@@ -53,3 +53,20 @@ def test_table_of_speed_is_that_of_the_committed_result() -> None:
             experts,
             variant,
         )
+
+
+def test_table_of_steps_is_that_of_the_committed_results() -> None:
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        run = json.loads((README.parent / "bench" / "results" / f"step-cpu-{dtype}.json").read_text())
+        for case in run["cases"]:
+            rows = {row["variant"]: row for row in case["rows"]}
+            published, ours = (rows[name]["passes"]["both"] for name in ("published", "ours"))
+            times = (
+                f"{1e3 * published['median']:.0f} | {1e3 * ours['median']:.0f} | {ours['against']['published'][0]:.2f}"
+            )
+            peaks = " | ".join(f"{rows[name]['peak_bytes'] / 2**20:.0f}" for name in ("published", "ours"))
+            pooling = case["operator"].removeprefix("training_step_")
+            found.append(f"| {pooling} | {dtype} | {times} | {100 * ours['share']:.0f} % | {peaks} |")
+    assert len(found) == 4
+    assert "\n".join(found) in README.read_text()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xsmoe_kernels import triton_backend, triton_tools
+from xsmoe_kernels import triton_tools
 from xsmoe_kernels.triton_tools import product
 from xsmoe_kernels.tuning import Config, everywhere
 
@@ -239,9 +239,3 @@ def fitted(config: Config, queries: Tensor, items: Tensor) -> tuple[Config, dict
         "WHOLE": whole,
         "EVEN": dim > 0 and dim % blocks["BLOCK_K"] == 0,
     }
-
-
-def check_number_of_items(items: Tensor) -> None:
-    """Fails for more items than 32 bits count, which `dispatch` is told to refuse before."""
-    if reason := triton_backend.too_many_items(items):
-        raise ValueError(reason)

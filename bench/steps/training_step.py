@@ -247,7 +247,7 @@ class TrainingStep(Workload):
 
         def counters() -> Tensors:
             return {
-                f"{key} {part}": mass
+                f"{key} {part}": mass.to(self.device)
                 for key, moe in published_levels(items)
                 for part, mass in (("norm", moe.norm_mass), ("gate", moe.gate_mass))
             }

@@ -88,6 +88,7 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     assert all("-m bench.gpu_sanitize " in call for call in (*memcheck, *racecheck))
     assert sum("compute-sanitizer" in call for call in called) == 7 + 7 + 1
     assert any("bench.profiled" in call for call in called)
+    assert any("-m bench step --dtype bfloat16 --device cuda" in call for call in called)
     files = {word.rpartition("/")[2] for call in called for word in call.split() if str(suite.results) in word}
     assert {
         "side_moe-toy-bfloat16.json",

@@ -199,12 +199,6 @@ def test_places_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(*values) for values in zip(triton_topk(far, 5), expected, strict=True))
 
 
-def test_too_many_items_are_named() -> None:
-    items = torch.ones(1, 1, device=DEVICE).expand(2**31, 1)
-    with use_backend("triton"), pytest.raises(ValueError, match="items has 2147483648 rows, but the triton kernels"):
-        topk_items(torch.ones(1, 1, device=DEVICE), items, 1, None)
-
-
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_queries, k", [(500, 10), (3, 1000)])
