@@ -11,11 +11,12 @@ COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 # What runs under the sanitizers: the tests of native kernels, but for those of builds and of memory, which take minutes
 # there and see nothing more. Matrix tiles are emulated, so that what they read is seen as well.
 SANITIZED := sanitize-emulate-amx
-SANITIZED_TIERS := baseline avx2 avx512 amx
+SANITIZED_TIERS := baseline avx512 amx
 NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/test_native_*.py)) \
 	tests/kernels/test_route_topk.py tests/kernels/test_grouped_mm.py
 
-TRITON_TESTS := $(wildcard tests/kernels/test_triton_*.py)
+# About half of what the tests take.
+BESIDE := $(wildcard tests/kernels/test_triton_*.py) tests/bench
 
 .PHONY: demo test test-all native sanitize bench bench-quick lint clean
 
@@ -37,13 +38,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Triton's interpreter and compiler take one core for minutes, the other tests the other.
+# Tests run on one core for the most part: half of them take the other.
 test: native lint
 	@mkdir -p build; \
-	$(BIN)/python -m pytest -m "not slow" $(TRITON_TESTS) >build/test-triton.log 2>&1 & triton=$$!; \
-	$(BIN)/python -m pytest -m "not slow" $(TRITON_TESTS:%=--ignore=%); others=$$?; \
-	echo "waiting for the tests of the Triton kernels"; wait $$triton; code=$$?; \
-	cat build/test-triton.log; exit $$((others | code))
+	$(BIN)/python -m pytest -m "not slow" $(BESIDE) >build/test-beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m "not slow" $(BESIDE:%=--ignore=%); others=$$?; \
+	echo "waiting for the tests that run beside these"; wait $$beside; code=$$?; \
+	cat build/test-beside.log; exit $$((others | code))
 
 test-all: native lint
 	$(BIN)/python -m pytest
