@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import published
+from xsmoe.nn import XSMoE
 
 _SUBLAYERS = {
     "attention.w_q.": "query.",
@@ -54,6 +55,24 @@ def published_levels(items: published.ItemEncoder) -> Iterator[tuple[str, Any]]:
     for modality, ladder in ladders.items():
         for level, moe in enumerate(ladder.moes):
             yield f"sides.{modality}.banks.{level}", moe
+
+
+def counters(items: XSMoE) -> dict[str, Tensor]:
+    """The counters of all our levels."""
+    return {
+        f"sides.{modality}.banks.{level} {part}": mass
+        for modality, level, bank in items.banks()
+        for part, mass in (("norm", bank.utilization.norm), ("gate", bank.utilization.gate))
+    }
+
+
+def published_counters(items: published.ItemEncoder) -> dict[str, Tensor]:
+    """The same of the published formulation, which keeps them on the host."""
+    return {
+        f"{key} {part}": mass
+        for key, moe in published_levels(items)
+        for part, mass in (("norm", moe.norm_mass), ("gate", moe.gate_mass))
+    }
 
 
 def take_weights(model: published.Recommender, weights: Mapping[str, Tensor]) -> None:

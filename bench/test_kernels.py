@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.case import Checked, Rows, Truth, examine
+from bench.examine import Checked, Truth, examine
 from bench.kernels import ROOMS, room
 from bench.kernels_command import combinations
+from bench.rows import Rows
 from bench.workload import Variant, Workload, gradients
 
 pytest.importorskip("pytest_benchmark")

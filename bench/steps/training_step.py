@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from bench import published
-from bench.case import outcome
+from bench.examine import outcome
 from bench.kernels.side_moe import floor_backward, floor_forward
-from bench.published_names import as_ours, canonical, published_levels, take_weights
+from bench.published_names import as_ours, canonical, counters, published_counters, take_weights
 from bench.workload import Product, Tensors, Variant, Work, Workload
 from xsmoe.data import Sequences
 from xsmoe.encoders import HiddenStateStore, ModalitySpec
-from xsmoe.nn import ExpertBank, Recommender, UserEncoder, XSMoE
+from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream.batches import StepInput
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import autocast, hidden_dtype, make_optimizer, train_step
@@ -174,7 +174,6 @@ class TrainingStep(Workload):
         model = self._recommender()
         model.load_state_dict(self.weights)
         model.to(self.device).train()
-        banks = {f"sides.{modality}.banks.{level}": bank for modality, level, bank in model.items.banks()}
         leaves: Tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
         optimizer, log_share = make_optimizer(model, self.config), np.log(self.share)
 
@@ -196,15 +195,11 @@ class TrainingStep(Workload):
             with use_backend(backend):
                 train_step(model, given(rows), optimizer, self.config)
 
-        def counters() -> Tensors:
-            found = {f"{key} {part}": counter for key, bank in banks.items() for part, counter in _used(bank)}
-            return {name: counter.clone() for name, counter in found.items()}
-
         return Variant(
             name,
             forward,
             leaves=lambda _: dict(leaves),
-            counters=counters,
+            counters=lambda: counters(model.items),
             reset=model.items.reset_utilization,
             holds=lambda: [*model.parameters(), *model.buffers()],
             products={name: least.flop for name, least in self.work().items()},
@@ -219,7 +214,7 @@ class TrainingStep(Workload):
         if compiled:
             items.compile(dynamic=False)
             users.compile(dynamic=False)
-        popularity = torch.cat([torch.ones(1), torch.from_numpy(self.share)]).to(self.device)
+        shares = popularity(self.share).to(self.device)
         half = dtype == torch.float32 and self.dtype != torch.float32
 
         def forward(rows: Tensors, rate: float = 0.0) -> Tensors:
@@ -229,7 +224,7 @@ class TrainingStep(Workload):
             if dtype == torch.float64:
                 hidden = {key: states.double() for key, states in hidden.items()}
             with torch.autocast(self.device.type, self.dtype, enabled=half):
-                return {"y": published.published_loss(items, users, hidden, ids.to(self.device) + 1, popularity)}
+                return {"y": published.published_loss(items, users, hidden, ids.to(self.device) + 1, shares)}
 
         def whole(rows: Tensors) -> None:
             optimizer.zero_grad()
@@ -245,18 +240,11 @@ class TrainingStep(Workload):
                 items.reset()
             return forward(rows)
 
-        def counters() -> Tensors:
-            return {
-                f"{key} {part}": mass.to(self.device)
-                for key, moe in published_levels(items)
-                for part, mass in (("norm", moe.norm_mass), ("gate", moe.gate_mass))
-            }
-
         return Variant(
             name,
             gated,
             leaves=lambda _: leaves,
-            counters=counters,
+            counters=lambda: {name: mass.to(self.device) for name, mass in published_counters(items).items()},
             reset=items.reset,
             tidy=as_ours,
             holds=lambda: [*model.parameters(), *model.buffers()],
@@ -267,9 +255,7 @@ class TrainingStep(Workload):
 
     def _published_model(self) -> published.Recommender:
         dim, rank, experts = (self.sizes[letter] for letter in "DRE")
-        items = published.ItemEncoder(dict.fromkeys(self.modalities, dim), LEVELS, rank, OUT_DIM, experts)
-        users = published.UserEncoder(OUT_DIM, blocks=BLOCKS, dropout=DROPOUT, max_length=PLACES - 1)
-        model = published.Recommender(items, users)
+        model = published_model(self.modalities, dim, rank, experts, DROPOUT)
         take_weights(model, self.weights)
         return model
 
@@ -293,5 +279,15 @@ def drop_out(model: nn.Module, rate: float) -> None:
             module.p = rate
 
 
-def _used(bank: ExpertBank) -> Iterable[tuple[str, Tensor]]:
-    return ("norm", bank.utilization.norm), ("gate", bank.utilization.gate)
+def published_model(
+    modalities: Iterable[str], dim: int, rank: int, num_experts: int, dropout: float
+) -> published.Recommender:
+    """The published model of a step's sizes, with all its experts trainable."""
+    items = published.ItemEncoder(dict.fromkeys(modalities, dim), LEVELS, rank, OUT_DIM, num_experts)
+    users = published.UserEncoder(OUT_DIM, blocks=BLOCKS, dropout=dropout, max_length=PLACES - 1)
+    return published.Recommender(items, users)
+
+
+def popularity(share: np.ndarray) -> Tensor:
+    """Each item's share behind that of padding, which is 1: (items + 1,)."""
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.from_numpy(share)])

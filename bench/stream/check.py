@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bench import published
 from bench.gate import Verdict, judge
 from bench.peak import measure_peak
-from bench.published_names import as_ours, canonical, published_levels, take_weights
-from bench.steps.training_step import PLACES, TrainingStep, drop_out
+from bench.published_names import as_ours, canonical, counters, published_counters, take_weights
+from bench.steps.training_step import PLACES, TrainingStep, drop_out, popularity
 from bench.stream import published_run
 from bench.stream.kinks import smooth_users
 from bench.stream.runs import OurRun
@@ -57,7 +57,7 @@ class Check:
     def __init__(self, settings: Settings, drawn: Drawn, batch: Sequences, share: np.ndarray) -> None:
         self.settings, self.config, self.drawn, self.batch = settings, settings.config(), drawn, batch
         self.device = torch.device(settings.device)
-        self.popularity = published_run.popularity(share).to(self.device)
+        self.popularity = popularity(share).to(self.device)
         with np.errstate(divide="ignore"):
             self.log_share = np.log(share)
 
@@ -135,12 +135,7 @@ class Check:
             loss: Tensor = model(given.hidden, given.batch)
         loss.backward()
         count_padding(model.items, given.batch.num_padding(PLACES))
-        counters = {
-            f"sides.{modality}.banks.{level} {part}": mass
-            for modality, level, bank in model.items.banks()
-            for part, mass in (("norm", bank.utilization.norm), ("gate", bank.utilization.gate))
-        }
-        return _results(loss, model, lambda name: name, lambda name, gradient: gradient, counters)
+        return _results(loss, model, lambda name: name, lambda name, gradient: gradient, counters(model.items))
 
     def _published_results(self, model: published.Recommender, users: Sequences) -> dict[str, Tensor]:
         drop_out(model, 0.0)
@@ -151,12 +146,7 @@ class Check:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.half and not double):
             loss = model(batch)
         loss.backward()
-        counters = {
-            f"{key} {part}": mass
-            for key, moe in published_levels(model.item_encoder)
-            for part, mass in (("norm", moe.norm_mass), ("gate", moe.gate_mass))
-        }
-        return _results(loss, model, canonical, as_ours, counters)
+        return _results(loss, model, canonical, as_ours, published_counters(model.item_encoder))
 
     def _given(self, model: Recommender, users: Sequences, dtype: torch.dtype | None = None) -> StepInput:
         features, modalities = self.drawn.features, model.items.modalities
@@ -172,11 +162,11 @@ def _results(
     model: nn.Module,
     name_of: Callable[[str], str],
     shaped: Callable[[str, Tensor], Tensor],
-    counters: Mapping[str, Tensor],
+    counted: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Loss, gradients and counters under our names, on the host."""
     found = {"loss": loss.detach()}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is not None:
             found[name_of(key)] = shaped(name_of(key), parameter.grad)
-    return {name: value.cpu() for name, value in (found | dict(counters)).items()}
+    return {name: value.cpu() for name, value in (found | dict(counted)).items()}

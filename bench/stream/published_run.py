@@ -1,12 +1,14 @@
 """The published formulation going through the stream, by the protocol that our trainer follows with it."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench import published
 from bench.published_names import take_weights
-from bench.steps.training_step import BLOCKS, LEVELS, OUT_DIM, PLACES
+from bench.steps.training_step import PLACES, popularity, published_model
 from bench.stream.parts import StepClock
 from bench.stream.runs import GateRows, Run, byte_size
 from bench.stream.streams import Drawn, Settings
@@ -96,16 +98,9 @@ class PublishedRun(Run):
         return byte_size([*self.model.parameters(), *self.model.buffers()])
 
 
-def build(settings: Settings, modalities: list[str], num_experts: int) -> published.Recommender:
-    """The published model, with all its experts trainable."""
-    items = published.ItemEncoder(dict.fromkeys(modalities, settings.dim), LEVELS, settings.rank, OUT_DIM, num_experts)
-    users = published.UserEncoder(OUT_DIM, blocks=BLOCKS, dropout=settings.dropout, max_length=PLACES - 1)
-    return published.Recommender(items, users)
-
-
-def popularity(share: np.ndarray) -> Tensor:
-    """Each item's share behind that of padding, which is 1: (items + 1,)."""
-    return torch.cat([torch.ones(1, dtype=torch.float64), torch.from_numpy(share)])
+def build(settings: Settings, modalities: Iterable[str], num_experts: int) -> published.Recommender:
+    """The published model of a stream, with all its experts trainable."""
+    return published_model(modalities, settings.dim, settings.rank, num_experts, settings.dropout)
 
 
 def padded(items: np.ndarray, offsets: np.ndarray, places: int) -> Tensor:

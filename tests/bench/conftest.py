@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from bench import case, floor
+from bench import floor, rows
 
 
 @pytest.fixture(autouse=True)
 def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies and rotates through little memory."""
     monkeypatch.setattr(floor, "COPIED_BYTES", 1 << 16)
-    monkeypatch.setattr(case, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(rows, "ROTATED_BYTES", 1)
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from bench import case, graph, measure, peak
-from bench.case import Rows, Truth, examine, outcome, timed
+from bench.case import timed
+from bench.examine import Truth, examine, outcome
 from bench.kernels.grouped_mm import GroupedMM
 from bench.kernels.route_topk import RouteTopk, _offsets_by_count, _offsets_by_search
 from bench.kernels.side_moe import SideMoE
 from bench.results import table
+from bench.rows import Rows
 from bench.workload import Absent, Tensors, Variant, Workload
 
 CUDA = torch.device("cuda")
@@ -52,7 +54,7 @@ def with_graph(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_replayed_step_passes_the_gate_on_every_set_of_rows(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(case, "ROTATED_BYTES", 1)
+    monkeypatch.setattr("bench.rows.ROTATED_BYTES", 1)
     with_graph(workload, monkeypatch)
     rows = Rows(workload)
     checked = examine(workload, "ours-graph", rows, Truth(workload, rows.get(0, None)))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import case, floor
+from bench import case, examine, floor
 from bench.kernels.side_moe import SideMoE
 from bench.results import Row, table
 from bench.workload import Tensors, Variant
@@ -69,7 +69,7 @@ def test_the_peak_may_run_out_of_memory(workload: SideMoE, monkeypatch: pytest.M
     def measure_peak(step: object, device: torch.device) -> None:
         raise torch.OutOfMemoryError(SAID)
 
-    monkeypatch.setattr(case, "measure_peak", measure_peak)
+    monkeypatch.setattr(examine, "measure_peak", measure_peak)
     assert {row.reason for row in measured(workload, monkeypatch, lambda variant: variant)} == {REASON}
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from bench import kernels, steps
-from bench.case import Rows, Truth, examine, measure, outcome
+from bench.case import measure
+from bench.examine import Truth, examine, outcome
 from bench.kernels import ROOMS, softmax_loss_rivals
 from bench.kernels.in_batch_softmax_loss import InBatchSoftmaxLoss
 from bench.kernels.side_moe import SideMoE
 from bench.kernels_command import combinations, plan
+from bench.rows import Rows
 from bench.workload import Variant, Workload
 from xsmoe_kernels import dispatch
 

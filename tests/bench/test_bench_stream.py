@@ -137,6 +137,7 @@ def test_users_at_whom_a_gradient_jumps_are_not_judged() -> None:
     settings = replace(TINY, top_k=1)
     drawn = draw(settings)
     run = OurRun("ours", settings, drawn, top_k=1)
+    torch.manual_seed(0)  # the new gate row's; by chance some of the few users are near a jump
     run.model.items.expand()
     (window, *_) = drawn.windows
     users = settings.config().split(window).train

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from bench.case import Rows, Truth, examine, measure
+from bench.case import measure
+from bench.examine import Truth, examine
+from bench.rows import Rows
 from bench.steps import ROOMS, training_step
 from bench.steps.training_step import TrainingStep
 from xsmoe.nn import Recommender

@@ -202,7 +202,6 @@ class StreamingTrainer:
         with np.errstate(divide="ignore"):
             log_share = np.log(item_share(splits.train, self.stream.features.num_items))
         task = self._validation_task(splits)
-        parameters = [p for p in self.model.parameters() if p.requires_grad and p.numel()]
         optimizer = make_optimizer(self.model, config)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
@@ -223,7 +222,7 @@ class StreamingTrainer:
             "experts": {name: side.num_experts for name, side in self.model.items.ladders().items()},
             **shares(self.model.items),
             "parameters": {
-                "trainable": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                 "total": sum(t.numel() for t in [*self.model.parameters(), *self.model.buffers()]),
             },
             "time": watch.read(),
