@@ -3,7 +3,7 @@
 Each operator is a function of tensors, and is registered with `torch.library` as `xsmoe::<name>`.
 """
 
-from xsmoe_kernels import native, triton_backend, xformers_backend
+from xsmoe_kernels import cuda_backend, native, triton_backend, xformers_backend
 from xsmoe_kernels.dispatch import BackendUnavailable, use_backend
 from xsmoe_kernels.environment import __version__, info
 from xsmoe_kernels.grouped_mm import grouped_mm
@@ -34,4 +34,5 @@ __all__ = [
 
 native.load()
 triton_backend.load()
+cuda_backend.load()
 xformers_backend.load()

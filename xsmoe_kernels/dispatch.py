@@ -1,8 +1,8 @@
 """Which backend serves an operator: the one place that knows.
 
 A backend is a set of kernels: "reference" (plain PyTorch, every device), "native" (C++ for CPUs), "triton" and "cuda".
-"auto" takes the first one in `PREFERENCE` that can serve the device and dtype at hand; any other name is binding, and
-raises `BackendUnavailable` where it cannot run.
+"auto" takes the first one in `PREFERENCE` that can serve the device and dtype at hand, and passes over kernels that
+serve by name only; any other name is binding, and raises `BackendUnavailable` where it cannot run.
 """
 
 from collections import Counter
@@ -28,6 +28,7 @@ class _Limits(NamedTuple):
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...] | None
     refuses: Refuses | None
+    by_name_only: str | None
 
 
 _kernels: dict[str, dict[str, Kernel]] = {}
@@ -62,6 +63,7 @@ def register(
     devices: tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
     refuses: Refuses | None = None,
+    by_name_only: str | None = None,
 ) -> None:
     """Makes `kernel` the implementation of `operator` on `backend`.
 
@@ -72,11 +74,12 @@ def register(
         devices, dtypes: the types of device and the dtypes that the kernel takes, all if None.
         refuses: called with a device, a dtype and a call's arguments, or none where nobody calls yet; why the kernel
             cannot serve that, or None if it can. "auto" then goes on to another backend. Looks at no values of tensors.
+        by_name_only: why "auto" passes over a kernel that can serve; None if it does not.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     _kernels.setdefault(operator, {})[backend] = kernel
-    _limits[operator, backend] = _Limits(devices, dtypes, refuses)
+    _limits[operator, backend] = _Limits(devices, dtypes, refuses, by_name_only)
 
 
 def register_list(operator: str, single: str) -> None:
@@ -141,12 +144,18 @@ def unavailable(
         if operator in _singles:
             return unavailable(_singles[operator], backend, device, dtype)
         return _absent(backend, operator)
-    devices, dtypes, refuses = _limits[operator, backend]
+    devices, dtypes, refuses, _ = _limits[operator, backend]
     if devices is not None and (device_type := torch.device(device).type) not in devices:
         return f"the {backend} kernels run on {' and '.join(devices)} only, not on {device_type}"
     if dtypes is not None and dtype not in dtypes:
         return f"the {backend} kernels take {' and '.join(map(str, dtypes))}, not {dtype}"
     return None if refuses is None else refuses(torch.device(device), dtype, *arguments)
+
+
+def by_name_only(operator: str, backend: str) -> str | None:
+    """Why "auto" passes over a backend that can serve `operator`, or None if it does not."""
+    limits = _limits.get((operator, backend))
+    return None if limits is None else limits.by_name_only
 
 
 def select(operator: str, requested: str, device: torch.device, dtype: torch.dtype, *arguments: object) -> str:
@@ -164,7 +173,10 @@ def select(operator: str, requested: str, device: torch.device, dtype: torch.dty
     if dtype == torch.float64:
         return "reference"
     for backend in PREFERENCE.get(device.type, ("reference",)):
-        if unavailable(operator, backend, device, dtype, *arguments) is None:
+        if (
+            by_name_only(operator, backend) is None
+            and unavailable(operator, backend, device, dtype, *arguments) is None
+        ):
             return backend
     raise BackendUnavailable(f"no backend serves {operator} on {device.type} {dtype}")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xsmoe_kernels import dispatch, native
+from xsmoe_kernels import cuda_backend, dispatch, native
 
 __version__ = "0.1.0"
 
@@ -22,9 +22,12 @@ def info() -> dict[str, Any]:
             compute capability and bytes of memory).
         "native": what `native.describe` tells of the native CPU kernels: "tier", the instructions in use, "tiers", all
             that run here, "compiler", "flags", "torch" and more of the build; or "unavailable", why there are none.
+        "cuda_kernels": what `cuda_backend.describe` tells of the CUDA kernels: "architectures", "compiler", "torch" and
+            more of the build; or "unavailable", why there are none.
         "requested": what `use_backend` asks for, else "auto".
         "operators": for each operator, backward ones included, and each type of device: "backend", the one that serves
-            float32 under "auto", and "unavailable", the reason why each other one that cannot serve does not.
+            float32 under "auto"; "unavailable", the reason why each other one that cannot serve does not; "by_name",
+            why each that could serves only where `use_backend` names it.
     """
     return {
         "versions": {
@@ -37,6 +40,7 @@ def info() -> dict[str, Any]:
         },
         "devices": {"cpu": _cpu(), "cuda": [_gpu(index) for index in range(torch.cuda.device_count())]},
         "native": native.describe(),
+        "cuda_kernels": cuda_backend.describe(),
         "requested": dispatch.requested(),
         "operators": {
             operator: {device: _service(operator, device) for device in dispatch.PREFERENCE}
@@ -73,9 +77,14 @@ def _gpu(index: int) -> dict[str, Any]:
 def _service(operator: str, device: str) -> dict[str, Any]:
     if device == "cuda" and not torch.cuda.is_available():
         absent = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        return {"backend": None, "unavailable": dict.fromkeys(dispatch.BACKENDS, absent)}
+        return {"backend": None, "unavailable": dict.fromkeys(dispatch.BACKENDS, absent), "by_name": {}}
     reasons = {backend: dispatch.unavailable(operator, backend, device, torch.float32) for backend in dispatch.BACKENDS}
     return {
         "backend": dispatch.select(operator, "auto", torch.device(device), torch.float32),
         "unavailable": {backend: reason for backend, reason in reasons.items() if reason is not None},
+        "by_name": {
+            backend: why
+            for backend, reason in reasons.items()
+            if reason is None and (why := dispatch.by_name_only(operator, backend)) is not None
+        },
     }

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from xsmoe_kernels import dispatch
+from xsmoe_kernels import dispatch, library_file
 
-FOLDER = Path(__file__).parent
 LIBRARY = "libxsmoe_cpu.so"
 FACTS = "_build_facts"
 FAILURE = "_build_failure.txt"
@@ -39,7 +38,7 @@ def load() -> None:
     """
     global library
     named = os.environ.get("XSMOE_NATIVE_LIBRARY")
-    path = Path(named) if named else FOLDER / LIBRARY
+    path = Path(named) if named else library_file.FOLDER / LIBRARY
     if not path.exists():
         if named:
             raise ImportError(f"XSMOE_NATIVE_LIBRARY names a file that does not exist: {named}")
@@ -57,7 +56,7 @@ def load() -> None:
     for operator in dispatch.operators():
         if hasattr(torch.ops.xsmoe_native, operator):
             kernel = getattr(torch.ops.xsmoe_native, operator).default
-            if not _matches(kernel, getattr(torch.ops.xsmoe, operator).default):
+            if not library_file.matches(kernel, getattr(torch.ops.xsmoe, operator).default):
                 raise _unusable(path, f"belongs to another version of xsmoe_kernels, by its arguments of {operator}")
             dispatch.register(operator, "native", kernel, devices=("cpu",), dtypes=DTYPES)
     library = path
@@ -89,36 +88,13 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _matches(kernel: torch._ops.OpOverload, operator: torch._ops.OpOverload) -> bool:
-    """Whether a kernel takes the operator's arguments, all but the last, `backend`, and gives its results."""
-    own, asked = kernel._schema, operator._schema
-    takes, given = ([(a.name, str(a.type)) for a in schema.arguments] for schema in (own, asked))
-    gives, expected = ([str(result.type) for result in schema.returns] for schema in (own, asked))
-    return takes == given[:-1] and gives == expected
-
-
 def _absence() -> str:
     """Why there is no library."""
-    failure = FOLDER / FAILURE
-    if failure.exists():
-        return failure.read_text(encoding="utf-8").strip()
-    return f"the native kernels are not built: {_rebuild()}"
-
-
-def _rebuild() -> str:
-    root = FOLDER.parent
-    if (root / "setup.py").exists() and (root / "csrc").exists():
-        return f"run `python setup.py build_ext --inplace` in {root}"
-    return "install xsmoe anew, with `pip install --force-reinstall --no-deps --no-build-isolation`"
+    return library_file.absence("the native kernels", FAILURE)
 
 
 def _unusable(path: Path, problem: str) -> ImportError:
-    built = _build(_facts(path)).get("torch")
-    against = f"torch {built}" if built else "a torch that is not known, by another Python"
-    return ImportError(
-        f"{path} {problem}. It was built against {against}; torch {torch.__version__} is running. To build it anew, "
-        f"{_rebuild()}"
-    )
+    return library_file.unusable(path, problem, _build(_facts(path)).get("torch"))
 
 
 @functools.cache

@@ -131,7 +131,7 @@ def _too_old(device: torch.device) -> str | None:
     if major >= 8:
         return None
     return (
-        f"the triton kernels need a GPU of compute capability 8.0 or newer, and {device} has {major}.{minor}; "
+        f"the kernels for GPUs need one of compute capability 8.0 or newer, and {device} has {major}.{minor}; "
         'use_backend("reference") does without them'
     )
 

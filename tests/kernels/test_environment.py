@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import xsmoe_kernels
-from xsmoe_kernels import dispatch, info, native, triton_backend, use_backend
+from xsmoe_kernels import dispatch, info, library_file, native, triton_backend, use_backend
 
 ROOT = Path(xsmoe_kernels.__file__).parents[1]
 
@@ -37,10 +37,11 @@ def test_tells_for_each_operator_what_serves_it_and_why_not_the_others() -> None
     for service in operators.values():
         cpu = service["cpu"]
         assert cpu["backend"] in dispatch.BACKENDS
-        assert {cpu["backend"], *cpu["unavailable"]} <= set(dispatch.BACKENDS)
+        assert {cpu["backend"], *cpu["unavailable"], *cpu["by_name"]} <= set(dispatch.BACKENDS)
+        assert not cpu["by_name"].keys() & {cpu["backend"], *cpu["unavailable"]}
         assert cpu["backend"] not in cpu["unavailable"]
         assert all(cpu["unavailable"].values())
-    assert operators["side_moe"]["cpu"]["unavailable"]["cuda"]
+    assert operators["topk_items"]["cpu"]["unavailable"]["cuda"]
 
 
 @pytest.mark.skipif(native.library is None, reason=native.describe().get("unavailable", ""))
@@ -59,7 +60,7 @@ def test_tells_how_the_native_kernels_were_built() -> None:
 
 def test_tells_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "library", None)
-    monkeypatch.setattr(native, "FOLDER", tmp_path / "xsmoe_kernels")
+    monkeypatch.setattr(library_file, "FOLDER", tmp_path / "xsmoe_kernels")
     (tmp_path / "xsmoe_kernels").mkdir()
     assert info()["native"]["unavailable"].startswith("the native kernels are not built: install xsmoe anew")
     (tmp_path / "csrc").mkdir()

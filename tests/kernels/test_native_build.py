@@ -10,12 +10,12 @@ import pytest
 import torch
 from native_library import ROOT, needs_library
 
-from xsmoe_kernels import dispatch, native
+from xsmoe_kernels import dispatch, library_file, native
 
 IMPORT = "import xsmoe_kernels"
 FUNCTIONS = {"cpu_tier", "pack_experts"}
 """What the library holds beyond operators."""
-SOURCES = ("build_facts.cpp", "cpu/features.h", "cpu/features.cpp", "cpu/library.cpp")
+SOURCES = ("build_cuda.py", "build_facts.cpp", "cpu/features.h", "cpu/features.cpp", "cpu/library.cpp")
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside the package")
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="there is no C++ compiler")
@@ -257,9 +257,9 @@ def test_a_kernel_takes_what_its_operator_takes() -> None:
     library.define("other_type(Tensor? x, SymInt n) -> (Tensor, Tensor)")
     library.define("other_result(Tensor x, SymInt n) -> Tensor")
     operators = torch.ops.xsmoe_test_native
-    assert native._matches(operators.kernel.default, operators.operator.default)
+    assert library_file.matches(operators.kernel.default, operators.operator.default)
     for name in ("fewer", "swapped", "other_type", "other_result"):
-        assert not native._matches(getattr(operators, name).default, operators.operator.default)
+        assert not library_file.matches(getattr(operators, name).default, operators.operator.default)
 
 
 @needs_library

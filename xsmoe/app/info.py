@@ -26,6 +26,7 @@ def info(display: Display, *, as_json: bool) -> None:
         lines.append(["cuda", "none"])
     display.lines(_indented(lines))
     _show_native(found["native"], display)
+    _show_cuda(found["cuda_kernels"], display)
     for device in ("cpu", "cuda"):
         _show_operators(device, {name: on[device] for name, on in found["operators"].items()}, display)
 
@@ -44,11 +45,22 @@ def _show_native(native: dict[str, Any], display: Display) -> None:
     display.lines(_indented(rows))
 
 
+def _show_cuda(cuda: dict[str, Any], display: Display) -> None:
+    """What the CUDA kernels were built with and for, or why they are not there."""
+    if "unavailable" in cuda:
+        display.heading(f"CUDA kernels: none, {cuda['unavailable']}")
+        return
+    display.heading("CUDA kernels")
+    rows = [["architectures", "emulated on the CPU" if cuda["emulated"] else ", ".join(cuda["architectures"])]]
+    rows += [[name, cuda[name]] for name in ("compiler", "torch", "library")]
+    display.lines(_indented(rows))
+
+
 def _show_operators(device: str, operators: dict[str, Any], display: Display) -> None:
     """Who serves the operators on a type of device; reasons that operators share are given once."""
     reasons: dict[str, list[tuple[str, str]]] = {}
     for operator, service in operators.items():
-        for backend, reason in service["unavailable"].items():
+        for backend, reason in (*service["unavailable"].items(), *service["by_name"].items()):
             general = reason.replace(operator, "this operator")
             reasons.setdefault(general, []).append((operator, backend))
     if len(reasons) == 1 and not any(service["backend"] for service in operators.values()):

@@ -1,0 +1,149 @@
+"""The CUDA part of the build, which setup.py calls: what there is to compile with, for which GPUs, and how."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+LIBRARY = "libxsmoe_cuda.so"
+FAILURE = "_cuda_build_failure.txt"
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
+"""Compiled for unless TORCH_CUDA_ARCH_LIST says otherwise, as far as nvcc knows them; PTX too for the last."""
+OLDEST = 80
+"""Older GPUs have neither asynchronous copies nor reductions over a warp in hardware."""
+OLDEST_NVCC = 12
+
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+EMULATED = "-DXSMOE_EMULATE_CUDA"
+
+# What ptxas says of registers, spills and shared memory is kept beside the object.
+RULE = """\
+rule nvcc
+  command = $nvcc $flags -Xptxas=-v -MD -MF $out.d -c $in -o $out >$out.log 2>&1 || { cat $out.log; exit 1; }
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+"""
+
+
+class Unavailable(Exception):
+    """Why CUDA kernels cannot be built, and what to do about it."""
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit and the GPUs to compile for."""
+
+    nvcc: str
+    version: str
+    root: Path
+    architectures: tuple[str, ...]
+
+    def targets(self) -> list[str]:
+        """nvcc's flags that name the GPUs."""
+        flags = []
+        for one in self.architectures:
+            number = one.removesuffix("+PTX").replace(".", "")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if one.endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
+
+def wanted(torch_cuda: str | None) -> bool:
+    """Whether CUDA kernels are to be built beside a torch of this CUDA, None for a torch without."""
+    return torch_cuda is not None or forced()
+
+
+def forced() -> bool:
+    """Whether FORCE_CUDA asks for them whatever torch says; what is missing is then an error."""
+    return os.environ.get("FORCE_CUDA", "0") not in ("", "0")
+
+
+def toolkit(torch_cuda: str | None) -> Toolkit:
+    """The toolkit to build with.
+
+    Raises:
+        Unavailable: there is none, or it does not fit torch's CUDA or TORCH_CUDA_ARCH_LIST.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [str(Path(home, "bin", "nvcc"))] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, candidates)), None)
+    if nvcc is None:
+        where = f"in {candidates[0]}, where CUDA_HOME points" if home else "on PATH or in /usr/local/cuda"
+        raise Unavailable(f"nvcc was not found {where}; install a CUDA toolkit and name it in CUDA_HOME")
+    version = _version(nvcc)
+    if int(version.split(".")[0]) < OLDEST_NVCC:
+        raise Unavailable(f"nvcc {version} is too old: it takes {OLDEST_NVCC} or newer; name another in CUDA_HOME")
+    if torch_cuda is not None and version.split(".")[0] != torch_cuda.split(".")[0]:
+        raise Unavailable(
+            f"nvcc is of CUDA {version} and torch of CUDA {torch_cuda}; name a toolkit of it in CUDA_HOME"
+        )
+    root = _root(nvcc)
+    if not (root / "include" / "cuda_runtime.h").exists():
+        raise Unavailable(f"{root} has no include/cuda_runtime.h; install the whole CUDA toolkit")
+    return Toolkit(nvcc, version, root, architectures(nvcc))
+
+
+def architectures(nvcc: str) -> tuple[str, ...]:
+    """The GPUs to compile for, such as "9.0" and "10.0+PTX"."""
+    known = set(re.findall(r"compute_(\d+[af]?)", _said(nvcc, "--list-gpu-arch")))
+    asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,"))
+    if asked == [""]:
+        chosen = [one for one in ARCHITECTURES if one.replace(".", "") in known]
+        return *chosen[:-1], f"{chosen[-1]}+PTX"
+    for one in asked:
+        number = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", one)
+        if number is None:
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one!r}, which is no number like 9.0 or 9.0+PTX")
+        if int(re.sub(r"\D", "", number[1] + number[2])) < OLDEST:
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one}; the CUDA kernels need 8.0 or newer")
+        # Variants of an architecture, such as 9.0a, are not listed by every nvcc that knows them.
+        if re.sub(r"\D", "", number[1] + number[2]) not in {re.sub(r"\D", "", name) for name in known}:
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one}, which {nvcc} does not compile for")
+    return tuple(dict.fromkeys(asked))
+
+
+def _version(nvcc: str) -> str:
+    found = re.search(r"release (\d+\.\d+)", _said(nvcc, "--version"))
+    if found is None:
+        raise Unavailable(f"{nvcc} does not tell its version; name another toolkit in CUDA_HOME")
+    return found[1]
+
+
+def _root(nvcc: str) -> Path:
+    # nvcc may be a link or a script that calls the real one, which tells where its toolkit is.
+    top = re.search(r"^#\$ TOP=(.*)$", _said(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
+    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def _said(nvcc: str, *arguments: str) -> str:
+    try:
+        ran = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    except OSError as error:
+        raise Unavailable(f"{nvcc} does not run: {error}") from error
+    return ran.stdout + ran.stderr
+
+
+def compile_flags(tools: Toolkit) -> list[str]:
+    """nvcc's flags for kernels, with those that $NVCC_APPEND_FLAGS adds left to nvcc."""
+    return [*FLAGS, *tools.targets()]
+
+
+def link_flags(tools: Toolkit) -> list[str]:
+    """The runtime is linked in, so that it need not be found where the library is loaded."""
+    folders = [folder for folder in (tools.root / "lib64", tools.root / "lib") if folder.exists()]
+    return [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def facts(tools: Toolkit | None, compiler: str, torch_version: str) -> dict[str, object]:
+    """What the library tells of its build; without a toolkit it is the emulation."""
+    return {
+        "emulated": tools is None,
+        "compiler": compiler if tools is None else f"nvcc {tools.version}, {compiler}",
+        "architectures": [] if tools is None else list(tools.architectures),
+        "flags": shlex.join(FLAGS if tools else [EMULATED]),
+        "torch": torch_version,
+    }

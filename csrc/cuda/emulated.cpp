@@ -1,0 +1,323 @@
+// CUDA's threads as fibers of one thread of the CPU.
+
+#include "cuda/emulated.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define XSMOE_TELL_SANITIZER 1
+#else
+#define XSMOE_TELL_SANITIZER 0
+#endif
+
+namespace xsmoe::cuda::emulated {
+
+Place place;
+
+namespace {
+
+constexpr size_t stack_bytes = 256 * 1024;
+constexpr int lanes_of_warp = 32;
+
+[[noreturn]] void fail(const std::string& what) {
+    std::fprintf(stderr, "emulated CUDA: %s\n", what.c_str());
+    std::fflush(stderr);
+    std::abort();
+}
+
+// A stack that goes back to the pool of its thread.
+class Stack {
+public:
+    Stack() {
+        if (!pool().empty()) {
+            memory_ = pool().back();
+            pool().pop_back();
+            return;
+        }
+        void* taken = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (taken == MAP_FAILED) fail("there is no memory for a thread's stack");
+        memory_ = taken;
+    }
+    ~Stack() { pool().push_back(memory_); }
+    Stack(const Stack&) = delete;
+    Stack& operator=(const Stack&) = delete;
+
+    void* memory() const { return memory_; }
+
+private:
+    static std::vector<void*>& pool() {
+        static std::vector<void*> free;
+        return free;
+    }
+    void* memory_;
+};
+
+// Threads that wait for each other; what they exchange is read before any of them can wait here again.
+struct Meeting {
+    int members = 0, arrived = 0;
+    uint64_t rounds = 0;
+    const char* collective = "";
+    uint64_t left[lanes_of_warp] = {}, seen[lanes_of_warp] = {};
+};
+
+struct Copy {
+    void* shared;
+    const void* global;
+    int bytes;
+};
+
+struct Block;
+
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<Stack> stack;
+    Place place;
+    Block* block;
+    Meeting* waits = nullptr;
+    uint64_t round = 0;
+    const char* at = "";
+    bool ended = false;
+    std::vector<Copy> begun;
+    std::vector<std::vector<Copy>> groups;
+};
+
+struct Block {
+    std::unique_ptr<unsigned char[]> shared;
+    std::vector<std::unique_ptr<Thread>> threads;
+    std::vector<Meeting> warps;
+    Meeting all;
+};
+
+// The launch that is running.
+struct Launch {
+    const std::function<void()>* kernel;
+    Meeting grid;
+    ucontext_t scheduler;
+    Thread* current = nullptr;
+#if XSMOE_TELL_SANITIZER
+    void* scheduler_stack_save = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+#endif
+};
+Launch* launch = nullptr;
+
+void begin_switch([[maybe_unused]] void** save, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t size) {
+#if XSMOE_TELL_SANITIZER
+    __sanitizer_start_switch_fiber(save, stack, size);
+#endif
+}
+
+void end_switch([[maybe_unused]] void* save, [[maybe_unused]] bool from_scheduler) {
+#if XSMOE_TELL_SANITIZER
+    __sanitizer_finish_switch_fiber(
+        save, from_scheduler ? &launch->scheduler_stack : nullptr,
+        from_scheduler ? &launch->scheduler_stack_size : nullptr
+    );
+#endif
+}
+
+void to_scheduler(bool for_good) {
+    Thread& self = *launch->current;
+    void* save = nullptr;
+#if XSMOE_TELL_SANITIZER
+    begin_switch(for_good ? nullptr : &save, launch->scheduler_stack, launch->scheduler_stack_size);
+#else
+    static_cast<void>(for_good);
+#endif
+    swapcontext(&self.context, &launch->scheduler);
+    end_switch(save, true);
+}
+
+void thread_main() {
+    end_switch(nullptr, true);
+    (*launch->kernel)();
+    launch->current->ended = true;
+    to_scheduler(true);
+}
+
+void resume(Thread& thread) {
+    launch->current = &thread;
+    place = thread.place;
+    void* save = nullptr;
+    begin_switch(&save, thread.stack->memory(), stack_bytes);
+    swapcontext(&launch->scheduler, &thread.context);
+    end_switch(save, false);
+    if (thread.ended) thread.stack.reset();
+}
+
+void wait(Meeting& meeting, const char* collective) {
+    Thread& self = *launch->current;
+    if (meeting.arrived > 0 && meeting.collective != collective && std::strcmp(meeting.collective, collective) != 0) {
+        fail(std::string("threads that should meet wait at ") + meeting.collective + " and at " + collective);
+    }
+    meeting.collective = collective;
+    if (++meeting.arrived == meeting.members) {
+        std::copy(meeting.left, meeting.left + lanes_of_warp, meeting.seen);
+        meeting.arrived = 0;
+        ++meeting.rounds;
+        return;
+    }
+    self.waits = &meeting;
+    self.round = meeting.rounds;
+    self.at = collective;
+    to_scheduler(false);
+    self.waits = nullptr;
+}
+
+bool can_run(const Thread& thread) { return !thread.ended && (!thread.waits || thread.waits->rounds != thread.round); }
+
+std::string told(const Thread& thread) {
+    const std::string who =
+        "thread " + std::to_string(thread.place.thread.x) + " of block " + std::to_string(thread.place.block.x);
+    return thread.ended ? who + " has ended" : who + " waits at " + thread.at;
+}
+
+void prepare(Thread& thread) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack->memory();
+    thread.context.uc_stack.ss_size = stack_bytes;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, thread_main, 0);
+}
+
+std::unique_ptr<Block> make_block(const Grid& grid, dim3 at) {
+    auto block = std::make_unique<Block>();
+    const auto bytes = static_cast<size_t>(grid.shared_bytes);
+    block->shared.reset(static_cast<unsigned char*>(::operator new[](bytes)));
+    std::fill_n(block->shared.get(), bytes, static_cast<unsigned char>(0xff));
+    block->warps.resize(static_cast<size_t>(grid.threads) / lanes_of_warp);
+    for (Meeting& warp : block->warps) warp.members = lanes_of_warp;
+    block->all.members = grid.threads;
+    for (unsigned x = 0; x < static_cast<unsigned>(grid.threads); ++x) {
+        auto thread = std::make_unique<Thread>();
+        thread->stack = std::make_unique<Stack>();
+        thread->block = block.get();
+        thread->place = {{x, 0, 0}, at, {static_cast<unsigned>(grid.threads), 1, 1}, grid.blocks};
+        prepare(*thread);
+        block->threads.push_back(std::move(thread));
+    }
+    return block;
+}
+
+bool descending() {
+    const char* order = std::getenv("XSMOE_EMULATED_ORDER");
+    return order && std::string(order) == "descending";
+}
+
+void finish(const std::vector<std::unique_ptr<Block>>& blocks) {
+    std::vector<Thread*> threads;
+    for (const auto& block : blocks) {
+        for (const auto& thread : block->threads) threads.push_back(thread.get());
+    }
+    if (descending()) std::reverse(threads.begin(), threads.end());
+    for (size_t left = threads.size(); left > 0;) {
+        bool ran = false;
+        for (Thread* thread : threads) {
+            if (!can_run(*thread)) continue;
+            resume(*thread);
+            ran = true;
+            left -= thread->ended;
+        }
+        if (!ran) {
+            const auto waiting = std::find_if(threads.begin(), threads.end(), [](Thread* one) { return !one->ended; });
+            const auto other = std::find_if(threads.begin(), threads.end(), [&](Thread* one) {
+                return one->waits != (*waiting)->waits || one->ended;
+            });
+            fail("nobody can go on: " + told(**waiting) + (other == threads.end() ? "" : ", and " + told(**other)));
+        }
+    }
+}
+
+void complete(const std::vector<Copy>& group) {
+    for (const Copy& copy : group) {
+        auto* target = static_cast<unsigned char*>(copy.shared);
+        std::memcpy(target, copy.global, static_cast<size_t>(copy.bytes));
+        std::memset(target + copy.bytes, 0, static_cast<size_t>(16 - copy.bytes));
+    }
+}
+
+}  // namespace
+
+void run(const Grid& grid, const std::function<void()>& kernel) {
+    if (grid.threads < 1 || grid.threads > 1024 || grid.threads % lanes_of_warp != 0) {
+        fail("a block has " + std::to_string(grid.threads) + " threads, not a multiple of 32 up to 1024");
+    }
+    if (launch) fail("a kernel launches a kernel");
+    Launch mine;
+    mine.kernel = &kernel;
+    launch = &mine;
+    const int64_t count = int64_t{grid.blocks.x} * grid.blocks.y * grid.blocks.z;
+    if (grid.cooperative && count > multiprocessors())
+        fail("a cooperative launch has more blocks than there is room for");
+    mine.grid.members = static_cast<int>(grid.cooperative ? count * grid.threads : 0);
+    std::vector<std::unique_ptr<Block>> blocks;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = descending() ? count - 1 - i : i;
+        const auto x = static_cast<unsigned>(at % grid.blocks.x), yz = static_cast<unsigned>(at / grid.blocks.x);
+        blocks.push_back(make_block(grid, {x, yz % grid.blocks.y, yz / grid.blocks.y}));
+        if (!grid.cooperative) {
+            finish(blocks);
+            blocks.clear();
+        }
+    }
+    finish(blocks);
+    launch = nullptr;
+}
+
+const uint64_t* exchange(const char* collective, unsigned lanes, uint64_t value) {
+    if (lanes != 0xffffffffu) fail(std::string(collective) + " is asked of a part of a warp");
+    Block& block = *launch->current->block;
+    Meeting& warp = block.warps[place.thread.x / lanes_of_warp];
+    warp.left[place.thread.x % lanes_of_warp] = value;
+    wait(warp, collective);
+    return warp.seen;
+}
+
+unsigned char* shared_memory() { return launch->current->block->shared.get(); }
+
+void wait_for_block() { wait(launch->current->block->all, "__syncthreads"); }
+
+void wait_for_grid() {
+    if (launch->grid.members == 0) fail("wait_for_grid outside of a cooperative launch");
+    wait(launch->grid, "wait_for_grid");
+}
+
+void begin_copy(void* shared, const void* global, int bytes) {
+    const auto from = reinterpret_cast<uintptr_t>(global), to = reinterpret_cast<uintptr_t>(shared);
+    if (from % 16 != 0 || to % 16 != 0) fail("begin_copy between addresses that are no multiples of 16");
+    if (bytes < 0 || bytes > 16) fail("begin_copy of " + std::to_string(bytes) + " bytes");
+    std::memset(shared, 0xff, 16);
+    launch->current->begun.push_back({shared, global, bytes});
+}
+
+void close_copies() {
+    Thread& self = *launch->current;
+    self.groups.push_back(std::move(self.begun));
+    self.begun.clear();
+}
+
+void wait_for_copies(int open) {
+    auto& groups = launch->current->groups;
+    while (groups.size() > static_cast<size_t>(open)) {
+        complete(groups.front());
+        groups.erase(groups.begin());
+    }
+}
+
+int multiprocessors() {
+    const char* asked = std::getenv("XSMOE_EMULATED_MULTIPROCESSORS");
+    const int count = asked ? std::atoi(asked) : 3;
+    if (count < 1) fail("XSMOE_EMULATED_MULTIPROCESSORS must be at least 1");
+    return count;
+}
+
+}  // namespace xsmoe::cuda::emulated

@@ -1,0 +1,147 @@
+"""The CUDA kernels for NVIDIA GPUs: loads their library where torch has CUDA, and knows why it is not there.
+
+    XSMOE_CUDA_LIBRARY    the library to load instead of the package's own; one that emulates CUDA on a CPU, for tests,
+                          is loaded without CUDA too, and serves CPU tensors where `use_backend("cuda")` asks for it
+
+It is read when xsmoe_kernels is imported.
+"""
+
+import functools
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from xsmoe_kernels import dispatch, library_file
+
+LIBRARY = "libxsmoe_cuda.so"
+FAILURE = "_cuda_build_failure.txt"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNMEASURED = (
+    "its kernels have not been measured against Triton's on a GPU yet, so that they serve only where "
+    'use_backend("cuda") asks for them'
+)
+
+
+class _Served(NamedTuple):
+    """What serves an operator: its kernel in the library, or a Python function that launches several."""
+
+    launcher: str | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    refuses: dispatch.Refuses | None = None
+
+
+OPERATORS: dict[str, _Served] = {}
+
+library: Path | None = None
+"""The library that is loaded, if one is."""
+
+
+def load() -> None:
+    """Loads the library, and registers its kernels with `dispatch` for the operators that are defined by now.
+
+    Raises:
+        ImportError: the library is there, but this torch or this version of xsmoe_kernels cannot use it; or
+            `XSMOE_CUDA_LIBRARY` names no file.
+    """
+    global library
+    named = os.environ.get("XSMOE_CUDA_LIBRARY")
+    path = Path(named) if named else library_file.FOLDER / LIBRARY
+    if named and not path.exists():
+        raise ImportError(f"XSMOE_CUDA_LIBRARY names a file that does not exist: {named}")
+    if reason := None if named else _absence():
+        for operator in OPERATORS:
+            dispatch.declare_absent("cuda", reason, operator)
+        return
+    try:
+        torch.ops.load_library(str(path))
+        built = json.loads(torch.ops.xsmoe_cuda.build())
+    except (OSError, AttributeError) as error:
+        raise library_file.unusable(path, f"cannot be loaded: {error.__cause__ or error}", None) from error
+    devices = ("cuda", "cpu") if built["emulated"] else ("cuda",)
+    for operator, served in OPERATORS.items():
+        kernel = _when_needed(served.launcher) if served.launcher else _kernel(operator, path, built["torch"])
+        refuses = functools.partial(_refuses, tuple(built["architectures"]), served.refuses)
+        dispatch.register(
+            operator,
+            "cuda",
+            kernel,
+            devices=devices,
+            dtypes=served.dtypes,
+            refuses=refuses,
+            by_name_only=UNMEASURED,
+        )
+    library = path
+
+
+def describe() -> dict[str, Any]:
+    """What is loaded and how it was built, or why nothing is. JSON can hold it.
+
+    Returns:
+        "library", its file; "compiler", "flags" and "torch", what it was built with; "architectures", the GPUs that it
+        was compiled for; "emulated", whether it is for tests on a CPU. Without a library: "unavailable", why.
+    """
+    if library is None:
+        return {"unavailable": _absence()}
+    return {"library": str(library), **json.loads(torch.ops.xsmoe_cuda.build())}
+
+
+def _absence() -> str | None:
+    """Why there is no library to load."""
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    if (library_file.FOLDER / LIBRARY).exists():
+        return None
+    return library_file.absence("the CUDA kernels", FAILURE)
+
+
+def _kernel(operator: str, path: Path, built: str) -> Callable[..., Any]:
+    kernel = getattr(torch.ops.xsmoe_cuda, operator, None)
+    if kernel is None or not library_file.matches(kernel.default, getattr(torch.ops.xsmoe, operator).default):
+        raise library_file.unusable(path, f"belongs to another version of xsmoe_kernels, by its {operator}", built)
+    return kernel.default
+
+
+def _when_needed(launcher: str) -> Callable[..., Any]:
+    module, function = launcher.split(":")
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(*arguments)
+
+    return launch
+
+
+def _refuses(
+    architectures: tuple[str, ...],
+    others: dispatch.Refuses | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *arguments: Any,
+) -> str | None:
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if not _runs_on(capability, architectures):
+            had = ".".join(map(str, capability))
+            return (
+                f"the CUDA kernels were compiled for {', '.join(architectures)}, and {device} has {had}; build them "
+                "anew with that in TORCH_CUDA_ARCH_LIST"
+            )
+    return others(device, dtype, *arguments) if others else None
+
+
+def _runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
+    """Whether code for these architectures runs on a GPU of that capability."""
+    for name in architectures:
+        major, minor, variant = re.fullmatch(r"(\d+)\.(\d)([af]?)(?:\+PTX)?", name).groups()  # type: ignore[union-attr]
+        compiled = int(major), int(minor)
+        if compiled == capability:
+            return True
+        # Variants run on nothing newer, machine code on later ones of its generation, PTX on all that came later.
+        if not variant and compiled < capability and (name.endswith("+PTX") or compiled[0] == capability[0]):
+            return True
+    return False
