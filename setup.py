@@ -1,4 +1,4 @@
-"""Build of the native CPU extension. The project's metadata lies in pyproject.toml.
+"""Build of the native kernels. The project's metadata lies in pyproject.toml.
 
     python setup.py build_ext --inplace
 
@@ -23,7 +23,6 @@ tests, which build aside into build/<name> and leave the package as it is:
 """
 
 import importlib.util
-import json
 import os
 import runpy
 import shlex
@@ -34,7 +33,6 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -43,9 +41,10 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda  # noqa: E402
+import build_plan  # noqa: E402
+from build_plan import LIBRARY, Toolchain  # noqa: E402
 
 PACKAGE = "xsmoe_kernels"
-LIBRARY = "libxsmoe_cpu.so"
 FACTS = "_build_facts"
 FAILURE = "_build_failure.txt"
 ASIDE = {
@@ -66,55 +65,10 @@ Quad reversed(Quad a) { return __builtin_shufflevector(a, a, 3, 2, 1, 0); }
 struct Two { int a, b; };
 int sum(Two two) { const auto [a, b] = two; return [&] { return a + b; }(); }
 """
-COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-KERNELS = [
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-strict-aliasing",
-    "-ffp-contract=fast",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
-]
-OPTIMIZED = ["-O3"]
-# Line numbers alone: all of -g makes compilers half as fast.
-SANITIZERS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-EMULATED = "-DXSMOE_EMULATE_AMX"
-
-AVX2 = ["-mavx2", "-mfma"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-AVX512_BF16 = [*AVX512, "-mavx512bf16"]
-TIERS = {
-    "baseline": [],
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": AVX512_BF16,
-    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
-}
-
-RULES = """\
-rule compile
-  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-  description = compile $out
-rule link
-  command = $cxx $flags -shared $in -o $out $libraries
-  description = link $out
-"""
 
 
 class Missing(Exception):
     """What the build lacks, and what to do about it."""
-
-
-class Toolchain(NamedTuple):
-    """All that compiling takes."""
-
-    cxx: list[str]
-    compiler: str
-    ninja: str
-    torch: Path
-    torch_version: str
-    torch_cuda: str | None
 
 
 def toolchain() -> Toolchain:
@@ -124,7 +78,7 @@ def toolchain() -> Toolchain:
     if not sys.platform.startswith("linux"):
         raise Missing(f"native kernels are built on Linux only so far, not on {sys.platform}")
     cxx, compiler = _compiler()
-    if not _accepts(cxx, ["-std=c++20"], MODERN):
+    if not build_plan.accepts(cxx, ["-std=c++20"], MODERN):
         raise Missing(f"{compiler} is too old: it takes g++ 12 or clang 16; install one and name it in CXX")
     ninja = shutil.which("ninja") or _packaged_ninja()
     if ninja is None:
@@ -145,14 +99,6 @@ def toolchain() -> Toolchain:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
-
-
-def _tiers(cxx: list[str]) -> dict[str, list[str]]:
-    """The tiers to compile, and their flags."""
-    named = os.environ.get("XSMOE_BUILD_TIERS", "").split() or [*TIERS]
-    if unknown := sorted(set(named) - set(TIERS)):
-        raise CompileError(f"XSMOE_BUILD_TIERS names no tiers: {', '.join(unknown)}; there are {', '.join(TIERS)}")
-    return {name: flags for name, flags in TIERS.items() if name in named and _accepts(cxx, flags)}
 
 
 def _compiler() -> tuple[list[str], str]:
@@ -206,7 +152,7 @@ class BuildNative(build_ext):
     def _build_native(self, tools: Toolchain, target: Path, aside: list[str]) -> None:
         facts = FACTS + sysconfig.get_config_var("EXT_SUFFIX")
         with _folder(tools, "-".join(aside) or "native") as folder:
-            plan = Plan(tools, folder, facts, aside)
+            plan = build_plan.Plan(tools, folder, facts, aside)
             _write(ROOT / folder / "facts.h", plan.facts_header())
             _run_ninja(tools, folder, plan.ninja())
         for stale in set(target.glob(f"{FACTS}.*.so")) - {target / facts}:
@@ -233,14 +179,14 @@ class BuildNative(build_ext):
                 failure.unlink(missing_ok=True)
             return
         with _folder(tools, "-".join(aside) or "cuda") as folder:
-            plan = CudaPlan(tools, folder, toolkit, aside)
+            plan = build_plan.CudaPlan(tools, folder, toolkit, aside)
             _write(ROOT / folder / "cuda_facts.h", plan.facts_header())
             _run_ninja(tools, folder, plan.ninja())
         _replace(ROOT / folder / build_cuda.LIBRARY, product)
         failure.unlink(missing_ok=True)
 
     def get_source_files(self) -> list[str]:
-        return [path for kind in ("cpp", "cu", "h", "py") for path in _sources(f"csrc/**/*.{kind}")]
+        return [path for kind in ("cpp", "cu", "h", "py") for path in build_plan.sources(f"csrc/**/*.{kind}")]
 
     def get_outputs(self) -> list[str]:
         if self.inplace or self.editable_mode:
@@ -252,125 +198,6 @@ class BuildNative(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
-
-
-class BuildFile:
-    """A build.ninja in the making; sources are named from the root, where ninja runs."""
-
-    def __init__(self, tools: Toolchain, folder: Path, aside: list[str]) -> None:
-        self.tools, self.folder = tools, folder
-        self.sanitize = "sanitize" in aside
-        self.extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        self.linked = shlex.split(os.environ.get("LDFLAGS", ""))
-        self.headers = ["-Icsrc", "-isystem", str(tools.torch / "include")]
-        self.lines = [f"builddir = {_escape(str(folder))}", f"cxx = {_escape(shlex.join(tools.cxx))}", RULES]
-
-    def compile(self, source: str, flags: list[str], suffix: str = "", rule: str = "compile") -> str:
-        """Has a source compiled; the object's name."""
-        name = source.removeprefix("csrc/").removesuffix(".cpp").replace("/", ".")
-        target = str(self.folder / f"{name}{suffix}.o")
-        self.lines += [f"build {_path(target)}: {rule} {_path(source)}", f"  flags = {_escape(shlex.join(flags))}"]
-        return target
-
-    def link(self, product: str, objects: list[str], flags: list[str], libraries: list[str]) -> None:
-        """Has objects linked."""
-        self.lines += [
-            f"build {_path(str(self.folder / product))}: link {' '.join(map(_path, objects))}",
-            f"  flags = {_escape(shlex.join(flags))}",
-            f"  libraries = {_escape(shlex.join(libraries))}",
-        ]
-
-    def library(self, product: str, objects: list[str], compiled: list[str], libraries: list[str]) -> None:
-        """Has a library of operators linked, whose objects were compiled with these flags."""
-        linked = [flag for flag in compiled if flag.startswith("-fsanitize")]
-        if not self.sanitize:
-            linked.append("-Wl,-z,defs")  # a function that nobody defines fails here, not when the library is loaded
-        torch = ["-L" + str(self.tools.torch / "lib"), "-ltorch_cpu"]
-        self.link(product, objects, [*linked, *self.extra], [*torch, *libraries, *self.linked])
-
-    def text(self) -> str:
-        """What ninja reads."""
-        return "\n".join(self.lines) + "\n"
-
-
-class Plan(BuildFile):
-    """Which file of the kernels for CPUs is compiled with what."""
-
-    def __init__(self, tools: Toolchain, folder: Path, facts: str, aside: list[str]) -> None:
-        super().__init__(tools, folder, aside)
-        self.facts = facts
-        self.tiers = _tiers(tools.cxx)
-        # Of its own intrinsics, for the values that these leave open, GCC warns by the hundred.
-        self.quiet = [flag for flag in ("-Wno-maybe-uninitialized",) if _accepts(tools.cxx, [flag])]
-        self.common = [*COMMON, *([EMULATED] if "emulate-amx" in aside else [])]
-        self.flags = [*self.common, *KERNELS, *(SANITIZERS if self.sanitize else OPTIMIZED)]
-
-    def facts_header(self) -> str:
-        facts = {
-            "compiler": self.tools.compiler,
-            "flags": shlex.join([*self.flags, *self.extra]),
-            "torch": self.tools.torch_version,
-            "tiers": {name: shlex.join(flags) for name, flags in self.tiers.items()},
-            "left_out": [name for name in TIERS if name not in self.tiers],
-        }
-        return _header("facts", facts)
-
-    def ninja(self) -> str:
-        tiers = "XSMOE_TIERS(X)=" + " ".join(f"X({name})" for name in self.tiers)
-        flags = [*self.flags, "-D" + tiers, *self.headers]
-        objects = [
-            self.compile(source, [*flags, *self.extra])
-            for source in ("csrc/cpu/features.cpp", "csrc/cpu/library.cpp", *_sources("csrc/*/cpu.cpp"))
-        ]
-        objects += [
-            self.compile(source, [*flags, *self.quiet, *tier_flags, f"-DXSMOE_TIER={tier}", *self.extra], "." + tier)
-            for source in _sources("csrc/*/cpu_kernels.cpp")
-            for tier, tier_flags in self.tiers.items()
-        ]
-        self.library(LIBRARY, objects, self.flags, [])
-        # Nothing here is worth a wait: no optimization, no sanitizer. pybind11 comes with torch's headers.
-        plain = [
-            *self.common,
-            "-D" + tiers,
-            *self.headers,
-            "-I" + str(self.folder),
-            "-I" + sysconfig.get_path("include"),
-        ]
-        modules = [self.compile(f"csrc/{name}.cpp", plain, ".facts") for name in ("build_facts", "cpu/features")]
-        self.link(self.facts, modules, [], [])
-        return self.text()
-
-
-class CudaPlan(BuildFile):
-    """Which file of the CUDA kernels is compiled with what; without a toolkit all are compiled for a CPU."""
-
-    def __init__(self, tools: Toolchain, folder: Path, toolkit: build_cuda.Toolkit | None, aside: list[str]) -> None:
-        super().__init__(tools, folder, aside)
-        self.toolkit = toolkit
-        emulated = [] if toolkit else [build_cuda.EMULATED]
-        self.flags = [*COMMON, *KERNELS, *(SANITIZERS if self.sanitize else OPTIMIZED), *emulated]
-
-    def facts_header(self) -> str:
-        """What `xsmoe_cuda::build` tells."""
-        return _header("cuda_facts", build_cuda.facts(self.toolkit, self.tools.compiler, self.tools.torch_version))
-
-    def ninja(self) -> str:
-        """What ninja reads."""
-        flags, libraries = [*self.flags, *self.headers, "-I" + str(self.folder)], []
-        operators = [*_sources("csrc/cuda/*.cpp"), *_sources("csrc/*/cuda.cpp")]
-        kernels = _sources("csrc/*/cuda.cu")
-        if self.toolkit is None:
-            objects = [self.compile(source, ["-xc++", *flags, *self.extra]) for source in kernels]
-        else:
-            operators.remove("csrc/cuda/emulated.cpp")
-            flags += ["-isystem", str(self.toolkit.root / "include")]
-            libraries = build_cuda.link_flags(self.toolkit)
-            self.lines += [f"nvcc = {_escape(shlex.quote(self.toolkit.nvcc))}", build_cuda.RULE]
-            nvcc = [*build_cuda.compile_flags(self.toolkit), "-ccbin", self.tools.cxx[0], "-Icsrc"]
-            objects = [self.compile(source, nvcc, rule="nvcc") for source in kernels]
-        objects += [self.compile(source, [*flags, *self.extra]) for source in operators]
-        self.library(build_cuda.LIBRARY, objects, self.flags, libraries)
-        return self.text()
 
 
 @contextmanager
@@ -400,28 +227,6 @@ def _leave_out(what: str, reason: str, failure: Path, *products: Path) -> None:
     for stale in products:
         stale.unlink(missing_ok=True)
     failure.write_text(reason + "\n", encoding="utf-8")
-
-
-def _header(namespace: str, facts: dict[str, object]) -> str:
-    # JSON's escapes of plain text are those of C++.
-    return f"namespace {namespace} {{\nconstexpr char json[] = {json.dumps(json.dumps(facts))};\n}}\n"
-
-
-def _sources(pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
-
-
-def _accepts(cxx: list[str], flags: list[str], source: str = "") -> bool:
-    command = [*cxx, *flags, "-Werror", "-fsyntax-only", "-x", "c++", "-"]
-    return not flags or subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
-
-
-def _escape(text: str) -> str:
-    return text.replace("$", "$$")
-
-
-def _path(text: str) -> str:
-    return _escape(text).replace(" ", "$ ").replace(":", "$:")
 
 
 def _write(path: Path, text: str) -> None:

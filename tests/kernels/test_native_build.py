@@ -15,7 +15,7 @@ from xsmoe_kernels import dispatch, library_file, native
 IMPORT = "import xsmoe_kernels"
 FUNCTIONS = {"cpu_tier", "pack_experts"}
 """What the library holds beyond operators."""
-SOURCES = ("build_cuda.py", "build_facts.cpp", "cpu/features.h", "cpu/features.cpp", "cpu/library.cpp")
+SOURCES = ("build_cuda.py", "build_plan.py", "build_facts.cpp", "cpu/features.h", "cpu/features.cpp", "cpu/library.cpp")
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside the package")
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="there is no C++ compiler")

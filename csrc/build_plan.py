@@ -1,0 +1,212 @@
+"""Which source is compiled with what, and what is linked: the build.ninja that setup.py has run."""
+
+import json
+import os
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import build_cuda
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = "libxsmoe_cpu.so"
+
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+KERNELS = [
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-ffp-contract=fast",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
+]
+OPTIMIZED = ["-O3"]
+# Line numbers alone: all of -g makes compilers half as fast.
+SANITIZERS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+EMULATED = "-DXSMOE_EMULATE_AMX"
+
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+TIERS = {
+    "baseline": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+
+RULES = """\
+rule compile
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+rule link
+  command = $cxx $flags -shared $in -o $out $libraries
+  description = link $out
+"""
+
+
+class Toolchain(NamedTuple):
+    """All that compiling takes."""
+
+    cxx: list[str]
+    compiler: str
+    ninja: str
+    torch: Path
+    torch_version: str
+    torch_cuda: str | None
+
+
+class BuildFile:
+    """A build.ninja in the making; sources are named from the root, where ninja runs."""
+
+    def __init__(self, tools: Toolchain, folder: Path, aside: list[str]) -> None:
+        self.tools, self.folder = tools, folder
+        self.sanitize = "sanitize" in aside
+        self.extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        self.linked = shlex.split(os.environ.get("LDFLAGS", ""))
+        self.headers = ["-Icsrc", "-isystem", str(tools.torch / "include")]
+        self.lines = [f"builddir = {_escape(str(folder))}", f"cxx = {_escape(shlex.join(tools.cxx))}", RULES]
+
+    def compile(self, source: str, flags: list[str], suffix: str = "", rule: str = "compile") -> str:
+        """Has a source compiled; the object's name."""
+        name = source.removeprefix("csrc/").removesuffix(".cpp").replace("/", ".")
+        target = str(self.folder / f"{name}{suffix}.o")
+        self.lines += [f"build {_path(target)}: {rule} {_path(source)}", f"  flags = {_escape(shlex.join(flags))}"]
+        return target
+
+    def link(self, product: str, objects: list[str], flags: list[str], libraries: list[str]) -> None:
+        """Has objects linked."""
+        self.lines += [
+            f"build {_path(str(self.folder / product))}: link {' '.join(map(_path, objects))}",
+            f"  flags = {_escape(shlex.join(flags))}",
+            f"  libraries = {_escape(shlex.join(libraries))}",
+        ]
+
+    def library(self, product: str, objects: list[str], compiled: list[str], libraries: list[str]) -> None:
+        """Has a library of operators linked, whose objects were compiled with these flags."""
+        linked = [flag for flag in compiled if flag.startswith("-fsanitize")]
+        if not self.sanitize:
+            linked.append("-Wl,-z,defs")  # a function that nobody defines fails here, not when the library is loaded
+        torch = ["-L" + str(self.tools.torch / "lib"), "-ltorch_cpu"]
+        self.link(product, objects, [*linked, *self.extra], [*torch, *libraries, *self.linked])
+
+    def text(self) -> str:
+        """What ninja reads."""
+        return "\n".join(self.lines) + "\n"
+
+
+class Plan(BuildFile):
+    """Which file of the kernels for CPUs is compiled with what."""
+
+    def __init__(self, tools: Toolchain, folder: Path, facts: str, aside: list[str]) -> None:
+        super().__init__(tools, folder, aside)
+        self.facts = facts
+        self.tiers = _tiers(tools.cxx)
+        # Of its own intrinsics, for the values that these leave open, GCC warns by the hundred.
+        self.quiet = [flag for flag in ("-Wno-maybe-uninitialized",) if accepts(tools.cxx, [flag])]
+        self.common = [*COMMON, *([EMULATED] if "emulate-amx" in aside else [])]
+        self.flags = [*self.common, *KERNELS, *(SANITIZERS if self.sanitize else OPTIMIZED)]
+
+    def facts_header(self) -> str:
+        facts = {
+            "compiler": self.tools.compiler,
+            "flags": shlex.join([*self.flags, *self.extra]),
+            "torch": self.tools.torch_version,
+            "tiers": {name: shlex.join(flags) for name, flags in self.tiers.items()},
+            "left_out": [name for name in TIERS if name not in self.tiers],
+        }
+        return _header("facts", facts)
+
+    def ninja(self) -> str:
+        tiers = "XSMOE_TIERS(X)=" + " ".join(f"X({name})" for name in self.tiers)
+        flags = [*self.flags, "-D" + tiers, *self.headers]
+        objects = [
+            self.compile(source, [*flags, *self.extra])
+            for source in ("csrc/cpu/features.cpp", "csrc/cpu/library.cpp", *sources("csrc/*/cpu.cpp"))
+        ]
+        objects += [
+            self.compile(source, [*flags, *self.quiet, *tier_flags, f"-DXSMOE_TIER={tier}", *self.extra], "." + tier)
+            for source in sources("csrc/*/cpu_kernels.cpp")
+            for tier, tier_flags in self.tiers.items()
+        ]
+        self.library(LIBRARY, objects, self.flags, [])
+        # Nothing here is worth a wait: no optimization, no sanitizer. pybind11 comes with torch's headers.
+        plain = [
+            *self.common,
+            "-D" + tiers,
+            *self.headers,
+            "-I" + str(self.folder),
+            "-I" + sysconfig.get_path("include"),
+        ]
+        modules = [self.compile(f"csrc/{name}.cpp", plain, ".facts") for name in ("build_facts", "cpu/features")]
+        self.link(self.facts, modules, [], [])
+        return self.text()
+
+
+class CudaPlan(BuildFile):
+    """Which file of the CUDA kernels is compiled with what; without a toolkit all are compiled for a CPU."""
+
+    def __init__(self, tools: Toolchain, folder: Path, toolkit: build_cuda.Toolkit | None, aside: list[str]) -> None:
+        super().__init__(tools, folder, aside)
+        self.toolkit = toolkit
+        emulated = [] if toolkit else [build_cuda.EMULATED]
+        self.flags = [*COMMON, *KERNELS, *(SANITIZERS if self.sanitize else OPTIMIZED), *emulated]
+
+    def facts_header(self) -> str:
+        """What `xsmoe_cuda::build` tells."""
+        return _header("cuda_facts", build_cuda.facts(self.toolkit, self.tools.compiler, self.tools.torch_version))
+
+    def ninja(self) -> str:
+        """What ninja reads."""
+        flags, libraries = [*self.flags, *self.headers, "-I" + str(self.folder)], []
+        operators = [*sources("csrc/cuda/*.cpp"), *sources("csrc/*/cuda.cpp")]
+        kernels = sources("csrc/*/cuda.cu")
+        if self.toolkit is None:
+            objects = [self.compile(source, ["-xc++", *flags, *self.extra]) for source in kernels]
+        else:
+            operators.remove("csrc/cuda/emulated.cpp")
+            flags += ["-isystem", str(self.toolkit.root / "include")]
+            libraries = build_cuda.link_flags(self.toolkit)
+            self.lines += [f"nvcc = {_escape(shlex.quote(self.toolkit.nvcc))}", build_cuda.RULE]
+            nvcc = [*build_cuda.compile_flags(self.toolkit), "-ccbin", self.tools.cxx[0], "-Icsrc"]
+            objects = [self.compile(source, nvcc, rule="nvcc") for source in kernels]
+        objects += [self.compile(source, [*flags, *self.extra]) for source in operators]
+        self.library(build_cuda.LIBRARY, objects, self.flags, libraries)
+        return self.text()
+
+
+def _tiers(cxx: list[str]) -> dict[str, list[str]]:
+    """The tiers to compile, and their flags."""
+    named = os.environ.get("XSMOE_BUILD_TIERS", "").split() or [*TIERS]
+    if unknown := sorted(set(named) - set(TIERS)):
+        raise CompileError(f"XSMOE_BUILD_TIERS names no tiers: {', '.join(unknown)}; there are {', '.join(TIERS)}")
+    return {name: flags for name, flags in TIERS.items() if name in named and accepts(cxx, flags)}
+
+
+def _header(namespace: str, facts: dict[str, object]) -> str:
+    # JSON's escapes of plain text are those of C++.
+    return f"namespace {namespace} {{\nconstexpr char json[] = {json.dumps(json.dumps(facts))};\n}}\n"
+
+
+def sources(pattern: str) -> list[str]:
+    """The files that a pattern names, as ninja calls them."""
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def accepts(cxx: list[str], flags: list[str], source: str = "") -> bool:
+    """Whether a compiler knows the flags, and takes the source with them."""
+    command = [*cxx, *flags, "-Werror", "-fsyntax-only", "-x", "c++", "-"]
+    return not flags or subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _path(text: str) -> str:
+    return _escape(text).replace(" ", "$ ").replace(":", "$:")
