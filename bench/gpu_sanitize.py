@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from bench.kernels import ROOMS, room
-from bench.workload import gradients
+from bench.kernels_command import DTYPES
+from bench.workload import Absent, gradients
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one forward and backward of each of our variants; whether they are right is for others to say."""
+    """Runs one forward and backward of each of our variants that can run; whether they are right others say."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_sanitize", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("operator", choices=ROOMS)
     parser.add_argument("sizes", nargs="+", metavar="L=N", help="all sizes of the operator")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -22,16 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("python -m bench.gpu_sanitize: torch finds no CUDA device here", file=sys.stderr)
         return 2
     sizes = {letter: int(size) for letter, _, size in (one.partition("=") for one in options.sizes)}
-    workload = room(options.operator)(sizes, torch.bfloat16, device)
+    workload = room(options.operator)(sizes, DTYPES[options.dtype], device)
     rows = workload.draw()
-    for name in workload.variants():
+    for name in dict.fromkeys((*workload.variants(), *workload.optional())):
         # A replayed graph runs the same kernels.
-        if name.startswith("ours") and not name.endswith("-graph"):
+        if not name.startswith("ours") or name.endswith("-graph"):
+            continue
+        try:
             variant = workload.build(name)
-            gradients(variant, rows, variant.forward(rows))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            print(name)
+        except Absent as absent:
+            print(f"{name} is absent: {absent}")
+            continue
+        gradients(variant, rows, variant.forward(rows))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        print(name)
     return 0
 
 

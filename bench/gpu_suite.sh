@@ -128,11 +128,15 @@ absent() {
 }
 
 build() {
+    local reason
     if command -v "${CXX:-c++}" >/dev/null; then
         part build "$PYTHON" setup.py build_ext --inplace
     else
-        absent build "there is no C++ compiler ${CXX:-c++}; the kernels for CPUs are not needed here"
+        absent build "there is no C++ compiler ${CXX:-c++}; neither the CUDA kernels nor those for CPUs can be built"
     fi
+    # Triton's kernels do without them.
+    forget cuda_kernels
+    reason=$("$PYTHON" -m bench.gpu_summary --no-cuda-kernels) && absent cuda_kernels "$reason"
 }
 
 pytest() {
@@ -146,6 +150,7 @@ test_gpu() {
     pytest test_routing "test_triton_route_topk or test_triton_grouped_mm"
     pytest test_loss "test_triton_in_batch_softmax_loss"
     pytest test_ranking "test_triton_rank_of_target or test_triton_topk_items"
+    pytest test_cuda "test_cuda_ and not test_cuda_build"
     # Two files compile for GPUs that need not be there; they are tests of any machine.
     local elsewhere="test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
     elsewhere+=" or test_triton_in_batch_softmax_loss or test_triton_rank_of_target or test_triton_topk_items"
@@ -209,7 +214,7 @@ sanitizer_fails() {
 sanitize() {
     local tool wrong="compute-sanitizer is not here" check room flags
     tool=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) && wrong=$(sanitizer_fails "$tool")
-    for check in memcheck racecheck; do
+    for check in memcheck racecheck synccheck; do
         forget "$check"
         if [ -n "$wrong" ]; then
             absent "$check" "$wrong"
@@ -221,6 +226,7 @@ sanitize() {
         for room in "side_moe side_moe N=300 E=3 D=768 R=64 M=2" "side_moe_small side_moe N=300 E=3 D=48 R=8 M=2" \
             "route_topk route_topk N=300 E=5 k=2" "grouped_mm grouped_mm M=300 E=3 K=48 P=8" \
             "rank_of_target rank_of_target M=70 C=900 d=48" "topk_items topk_items M=70 C=900 d=48 k=10" \
+            "rank_of_target_wide rank_of_target M=150 C=900 d=48 --dtype float32" \
             "loss in_batch_softmax_loss B=30 C=290 d=40"; do
             # Every tensor in an allocation of its own, so that what lies beyond it is seen.
             # shellcheck disable=SC2086 # the flags' and the room's words

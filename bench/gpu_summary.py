@@ -12,6 +12,7 @@ import torch
 from bench import results
 from bench.measure import quantiles
 from bench.results import Row, Run
+from xsmoe_kernels import cuda_backend
 
 _STATE = ".gpu_suite"
 _MARKS = {"passed": "passed in ", "failed": "FAILED: ", "absent": "left out: "}
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_summary", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("bench/results"))
     parser.add_argument("--gpu", action="store_true", help="prints what the GPU is called in file names")
+    parser.add_argument("--no-cuda-kernels", action="store_true", help="why there are none; exit code 1 if there are")
     parser.add_argument("--commit", help="leaves out what is of another commit")
     options = parser.parse_args(arguments)
     if options.gpu:
@@ -32,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         print(short_name(torch.cuda.get_device_name()))
         return 0
+    if options.no_cuda_kernels:
+        if reason := cuda_backend.describe().get("unavailable"):
+            print(reason)
+        return 0 if reason else 1
     ran, runs = parts(options.folder / _STATE, options.commit), measured(options.folder, options.commit)
     print("\n\n".join(filter(None, (ran, speeds(runs)))))
     return 0

@@ -19,6 +19,7 @@ PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case "$*" in
     "-m bench.gpu_summary --gpu") [ -z "${NO_GPU:-}" ] && echo toy || exit 2 ;;
+    "-m bench.gpu_summary --no-cuda-kernels") echo "${NO_CUDA_KERNELS:-}"; [ -n "${NO_CUDA_KERNELS:-}" ] ;;
     "-m bench.gpu_summary "*) echo "the summary" ;;
     *"${FAIL:-nothing fails}"*) echo "this went wrong"; exit 3 ;;
     *"${SLOW:-nothing is slow}"*) echo $$ >"$CALLS.pid"; exec sleep 30 ;;
@@ -76,17 +77,18 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     called = suite.called()
     assert called[0] == "setup.py build_ext --inplace"
-    assert sum("-m pytest" in call for call in called) == 5
+    assert sum("-m pytest" in call for call in called) == 6
     assert sum("-m bench kernels" in call and "--device cuda" in call for call in called) == 10
-    memcheck, racecheck = (
+    memcheck, *others = checks = [
         [call for call in called if call.startswith(f"compute-sanitizer --tool {tool} ") and "-c" not in call.split()]
-        for tool in ("memcheck", "racecheck")
-    )
-    assert len(memcheck) == len(racecheck) == 7
+        for tool in ("memcheck", "racecheck", "synccheck")
+    ]
+    assert list(map(len, checks)) == [8, 8, 8]
     assert all("--report-api-errors no" in call for call in memcheck)
-    assert all("N=300 E=3 D=768 R=64 M=2" in calls[0] for calls in (memcheck, racecheck))
-    assert all("-m bench.gpu_sanitize " in call for call in (*memcheck, *racecheck))
-    assert sum("compute-sanitizer" in call for call in called) == 7 + 7 + 1
+    assert not any("--report-api-errors" in call for calls in others for call in calls)
+    assert all("N=300 E=3 D=768 R=64 M=2" in calls[0] for calls in checks)
+    assert all("-m bench.gpu_sanitize " in call for calls in checks for call in calls)
+    assert sum("compute-sanitizer" in call for call in called) == 3 * 8 + 1
     assert any("bench.profiled" in call for call in called)
     assert any("-m bench step --dtype bfloat16 --device cuda" in call for call in called)
     files = {word.rpartition("/")[2] for call in called for word in call.split() if str(suite.results) in word}
@@ -119,7 +121,7 @@ def test_a_part_that_fails_is_shown_and_run_again(suite: Suite) -> None:
     assert "test_routing: FAILED (3)" in ended.stdout
     assert "test_rest: passed" in ended.stdout
     assert (suite.state / "test_routing.failed").read_text() == "abc 3\n"
-    assert suite.markers() == {"test_side_moe", "test_ranking", "test_loss", "test_rest"}
+    assert suite.markers() == {"test_side_moe", "test_ranking", "test_loss", "test_cuda", "test_rest"}
     ended = suite.run("test", str(suite.results))
     assert ended.returncode == 0
     assert len(suite.called()) == 1
@@ -213,6 +215,14 @@ def test_a_sanitizer_that_does_not_work_is_said_and_fails_nothing(suite: Suite) 
     assert not list(suite.state.glob("*.absent"))
 
 
+def test_cuda_kernels_that_are_not_there_are_said_and_fail_nothing(suite: Suite) -> None:
+    ended = suite.run("build", str(suite.results), NO_CUDA_KERNELS="nvcc was not found")
+    assert "cuda_kernels: left out: nvcc was not found" in ended.stdout
+    assert ended.returncode == 0
+    suite.run("build", str(suite.results))
+    assert not list(suite.state.glob("*.absent"))
+
+
 def test_without_a_gpu_it_says_so(suite: Suite) -> None:
     ended = suite.run("all", str(suite.results), NO_GPU="1")
     assert ended.returncode == 2
@@ -233,12 +243,12 @@ def selects(expression: str, name: str) -> bool:
     return bool(eval(re.sub(r"\w+", lambda word: word[0] if word[0] in WORDS else str(word[0] in name), expression)))
 
 
-def test_every_triton_test_is_in_one_part(suite: Suite) -> None:
+def test_every_test_of_kernels_for_gpus_is_in_one_part(suite: Suite) -> None:
     suite.run("test", str(suite.results))
     asked = [call.partition(" -k ")[2].partition(" --junitxml")[0] for call in suite.called()]
-    for path in (ROOT / "tests/kernels").glob("test_triton_*.py"):
+    for path in [one for kind in ("triton", "cuda") for one in (ROOT / "tests/kernels").glob(f"test_{kind}_*.py")]:
         taken = [one for one in asked if selects(one, path.stem)]
-        offline = path.stem in ("test_triton_budget", "test_triton_compiles_once")
+        offline = path.stem in ("test_triton_budget", "test_triton_compiles_once", "test_cuda_build")
         assert len(taken) == (0 if offline else 1), path.name
 
 
