@@ -14,6 +14,7 @@ SANITIZED := sanitize-emulate-amx
 SANITIZED_TIERS := baseline avx512 amx
 NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/test_native_*.py)) \
 	tests/kernels/test_route_topk.py tests/kernels/test_grouped_mm.py
+CUDA_TESTS := $(filter-out %_build.py,$(wildcard tests/kernels/test_cuda_*.py))
 
 # About half of what the tests take.
 BESIDE := $(wildcard tests/kernels/test_triton_*.py) tests/bench
@@ -80,10 +81,12 @@ bench-quick: native
 sanitize: $(STAMP)
 	XSMOE_SANITIZE=1 XSMOE_EMULATE_AMX=1 XSMOE_BUILD_TIERS="$(SANITIZED_TIERS)" \
 	$(BIN)/python setup.py -q build_ext --inplace
+	XSMOE_SANITIZE=1 XSMOE_EMULATE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	runtimes="$$(for name in asan ubsan stdc++; do $(COMPILER) -print-file-name=lib$$name.so; done | paste -sd:)"; \
 	LD_PRELOAD="$$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	XSMOE_NATIVE_LIBRARY=$(CURDIR)/build/$(SANITIZED)/libxsmoe_cpu.so \
-	$(BIN)/python -m pytest -q --capture=sys -m "not slow" $(NATIVE_TESTS)
+	XSMOE_CUDA_LIBRARY=$(CURDIR)/build/sanitize-emulate-cuda/libxsmoe_cuda.so \
+	$(BIN)/python -m pytest -q --capture=sys -m "not slow" $(NATIVE_TESTS) $(CUDA_TESTS)
 
 clean:
-	rm -rf $(VENV) build xsmoe_kernels/*.so xsmoe_kernels/_build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build xsmoe_kernels/*.so xsmoe_kernels/_*build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
