@@ -50,7 +50,7 @@ test: native lint
 test-all: native lint
 	$(BIN)/python -m pytest
 
-# What bench/results/ holds of the kernels; about forty minutes, and nothing else may run meanwhile.
+# What bench/results/ holds of the kernels; about an hour, and nothing else may run meanwhile.
 bench: native
 	$(BIN)/python -m bench kernels side_moe --sizes N=2816 --seconds 10 --json bench/results/side_moe-cpu-float32.json
 	$(BIN)/python -m bench kernels side_moe --seconds 4 --json bench/results/side_moe-cpu-float32-all-sizes.json
@@ -71,6 +71,9 @@ bench: native
 	$(BIN)/python -m bench step mean cls --seconds 24 --json bench/results/step-cpu-float32.json
 	$(BIN)/python -m bench step mean cls --dtype bfloat16 --variants published,plain,ours --seconds 20 \
 		--json bench/results/step-cpu-bfloat16.json
+	$(BIN)/python -m bench memory side_moe --variants naive,eager,compiled,ours,ours-recompute \
+		--json bench/results/memory-side_moe-cpu-float32.json
+	$(BIN)/python -m bench memory step --json bench/results/memory-step-cpu-float32.json
 	$(BIN)/python -m bench.profiled mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
 
 bench-quick: native

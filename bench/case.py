@@ -8,9 +8,9 @@ import torch
 from bench import floor
 from bench.examine import Checked, Truth, examine, too_large
 from bench.measure import Samples, Stopwatch, Task, flusher, interleave, quantiles
-from bench.memory import OutOfMemory, fitting, named, release
 from bench.results import Case, Timing
 from bench.rows import Rows
+from bench.shortage import OutOfMemory, fitting, named, release
 from bench.workload import Variant, Workload, gradients
 
 # Rounds that are not counted; on a GPU torch.compile's graphs are recorded in the second.

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if not options.least > 0:
             raise ValueError(f"--least must be above 0, not {options.least:g}")
-        before, after = results.load(options.before), results.load(options.after)
+        before, after = _timed(options.before), _timed(options.after)
         lines = [f"{when} {line(one.machine)}" for when, one in (("before:", before), ("after: ", after))]
     except (OSError, ValueError, KeyError) as error:
         print(f"python -m bench compare: {error}", file=sys.stderr)
@@ -54,6 +54,14 @@ def run(options: argparse.Namespace) -> int:
     faster = sum(change.verdict == "faster" for change in found.changes)
     print(f"\n{len(slower)} slower, {faster} faster, of {len(found.changes)}")
     return 1 if slower or found.lost or not found.changes else 0
+
+
+def _timed(path: Path) -> results.Run:
+    """A run that has times."""
+    run = results.load(path)
+    if run.command[:1] == ["memory"]:
+        raise ValueError(f"{path} is of `bench memory` and has no times; give files of `bench kernels` or `bench step`")
+    return run
 
 
 HEAD = ["case", "variant", "pass", "before ms", "after ms", "x machine", "change", "interval", ""]

@@ -10,12 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import gate, graph, machine
-from bench.memory import first_line, fitting
-from bench.peak import Peak, measure_peak
+from bench.peak import measure_peak
 from bench.results import Row
 from bench.rows import Rows
 from bench.saved import count_saved
-from bench.workload import Absent, Tensors, Variant, Workload, gradients
+from bench.shortage import first_line, fitting
+from bench.workload import Absent, Tensors, Variant, Workload, both_passes, gradients
 from xsmoe_kernels import dispatch
 
 MEMORY_SHARE = 0.8
@@ -81,7 +81,9 @@ def _examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked
     verdict = gate.judge(ran.found, truth.exact, truth.reference, truth.dtype, workload.operators)
     left_out = graph.skipped() - skipped if workload.device.type == "cuda" else 0
     # A graph's memory is its own between runs, too.
-    peak = None if variant.prepare or verdict.refused else _peak(workload, variant, taken)
+    peak = None
+    if not (variant.prepare or verdict.refused):
+        peak = measure_peak(lambda: both_passes(variant, taken), workload.device)
     row = Row(
         name,
         "refused" if verdict.refused else "measured",
@@ -125,14 +127,6 @@ def _tidied(variant: Variant, results: Tensors, taken: Tensors) -> Tensors:
     """Copies of all that a run gave: a graph's next run writes to the same place."""
     tidy = {name: variant.tidy(name, gradient) for name, gradient in taken.items()}
     return {name: t.detach().clone() for name, t in (results | tidy | variant.counters()).items()}
-
-
-def _peak(workload: Workload, variant: Variant, rows: Tensors) -> Peak:
-    def step() -> list[torch.Tensor]:
-        results = variant.forward(rows)
-        return [*results.values(), *gradients(variant, rows, results).values()]
-
-    return measure_peak(step, workload.device)
 
 
 def _run(variant: Variant, rows: Tensors) -> _Ran:

@@ -191,6 +191,12 @@ bench() {
             --variants chunked,tiled,ours,ours-graph --against chunked,tiled
     done
     part bench_step "$PYTHON" -m bench step --dtype bfloat16 --device cuda --json "$folder/step-$gpu-bfloat16.json"
+    local name
+    for name in side_moe step; do
+        part "memory_$name" "$PYTHON" -m bench memory "$name" --dtype bfloat16 --device cuda \
+            --json "$folder/memory-$name-$gpu-bfloat16.json" --snapshot "$folder/memory-$name-$gpu-snapshot.pickle" \
+            --plot "$folder/memory-$gpu"
+    done
     part profile "$PYTHON" -m bench.profiled --out "$folder/side_moe-profile-$gpu.txt"
     # The measurements under it may be new.
     forget roofline

@@ -11,6 +11,8 @@ import torch
 
 from bench import results
 from bench.measure import quantiles
+from bench.memory.growth import curves
+from bench.memory.tables import slopes
 from bench.results import Row, Run
 from xsmoe_kernels import cuda_backend
 
@@ -38,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason := cuda_backend.describe().get("unavailable"):
             print(reason)
         return 0 if reason else 1
-    ran, runs = parts(options.folder / _STATE, options.commit), measured(options.folder, options.commit)
-    print("\n\n".join(filter(None, (ran, speeds(runs)))))
+    ran, runs = parts(options.folder / _STATE, options.commit), list(measured(options.folder, options.commit))
+    timed, swept = ([run for run in runs if _of_memory(run) == memory] for memory in (False, True))
+    print("\n\n".join(filter(None, (ran, speeds(timed), growths(swept)))))
     return 0
 
 
@@ -88,7 +91,7 @@ def measured(folder: Path, commit: str | None = None) -> Iterator[Run]:
         yield run
 
 
-def speeds(runs: Iterator[Run]) -> str:
+def speeds(runs: Iterable[Run]) -> str:
     """A row for each of our variants of each case: speed against rivals, share of the floor, memory."""
     cases = [case for run in runs for case in run.cases if case.device == "cuda"]
     rivals = list(dict.fromkeys(row.variant for case in cases for row in case.rows if not _ours(row)))
@@ -107,6 +110,11 @@ def speeds(runs: Iterator[Run]) -> str:
             body.append([*label, f"{step.median * 1e3:.3f}", *against, f"{step.share:.0%}", *peaks])
     head = ["case", "variant", "ms", *(f"x {name}" for name in rivals), "of floor", "peak MiB", "leanest rival's"]
     return "\n".join(results.aligned(head, body)) if body else ""
+
+
+def growths(runs: Iterable[Run]) -> str:
+    """A row for each sweep and variant: how fast memory grows."""
+    return slopes(curves(case for run in runs for case in run.cases if case.device == "cuda"))
 
 
 def speedup(row: Row, rival: Row | None) -> str:
@@ -130,6 +138,10 @@ def leanest(rivals: Iterable[Row], dtype: str) -> str:
         return ""
     least, name = min(peaks)
     return f"{_mib(least)} ({name})"
+
+
+def _of_memory(run: Run) -> bool:
+    return run.command[:1] == ["memory"]
 
 
 def _ours(row: Row) -> bool:

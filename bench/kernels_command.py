@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     for kind, sizes, names, against in planned:
         workload = kind(sizes, DTYPES[options.dtype], device, options.seed)
         label = f"{workload.operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
-        case = measure(workload, names, against, seconds=seconds, say=_speaker(label, begin))
+        case = measure(workload, names, against, seconds=seconds, say=speaker(label, begin))
         cases.append(case)
         print(f"\n{results.table(results.as_saved(case))}", flush=True)
         # After every case, so that who is stopped loses only what was going on.
@@ -94,14 +94,18 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--threads must be at least 1, not {options.threads}")
     if options.seconds is not None and options.seconds <= 0:
         raise UsageError(f"--seconds must be above 0, not {options.seconds:g}")
-    if options.json is None:
-        return
+    if options.json is not None:
+        make_file("--json", options.json)
+
+
+def make_file(option: str, path: Path) -> None:
+    """The file that an option names, before minutes are spent on what goes into it."""
     try:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        with options.json.open("a"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
             pass
     except OSError as error:
-        raise UsageError(f"--json: cannot write {options.json}: {error.strerror}") from None
+        raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from None
 
 
 def plan(
@@ -128,7 +132,7 @@ def plan(
         every = list(combinations(letters))
         for sizes in [sizes for sizes in every if kind.sensible(sizes)] or every:
             workload = kind(sizes, DTYPES[options.dtype], device)
-            names, against = choose(workload, _listed(options.variants), _listed(options.against))
+            names, against = choose(workload, listed(options.variants), listed(options.against))
             yield kind, sizes, names, against
 
 
@@ -163,11 +167,13 @@ def sizes_of(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _listed(names: str | None) -> list[str]:
+def listed(names: str | None) -> list[str]:
+    """The names of a list with commas."""
     return [] if names is None else names.split(",")
 
 
-def _speaker(label: str, begin: float) -> Callable[[str], None]:
+def speaker(label: str, begin: float) -> Callable[[str], None]:
+    """Says on a terminal what goes on."""
     live = sys.stderr.isatty()
 
     def say(text: str) -> None:

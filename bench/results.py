@@ -55,8 +55,10 @@ class Row:
         compile_seconds: its first run, where torch.compile made it. Inductor's cache on disk may have been warm.
         peak_bytes: by how much torch's allocator grew during a step; None where nobody counts, as for graphs.
         returned_bytes: what that step returned, results and gradients, of which some may be among `peak_bytes`.
+        resident_bytes: by how much the resident memory of a process grew at the peak of a step; None on a GPU.
+        expected_saved_bytes: what `saved_bytes` should be by the variant's design; None where none is stated.
         remark: what to know of this row, if anything.
-        passes: timings; of "both" only, where a variant runs a whole step at once.
+        passes: timings; none where only memory was measured; of "both" only, where a variant runs a whole step at once.
     """
 
     variant: str
@@ -69,6 +71,8 @@ class Row:
     compile_seconds: float | None = None
     peak_bytes: int | None = None
     returned_bytes: int | None = None
+    resident_bytes: int | None = None
+    expected_saved_bytes: int | None = None
     remark: str | None = None
     passes: dict[str, Timing] = field(default_factory=dict)
 
@@ -140,7 +144,7 @@ def load(path: Path) -> Run:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(data, dict) or not data.get("cases"):
-        raise ValueError(f"{path} has no cases: `python -m bench kernels` and `step` write those with --json")
+        raise ValueError(f"{path} has no cases: `python -m bench kernels`, `step` and `memory` write those with --json")
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {data.get('schema')}, and this version reads {SCHEMA}; measure again")
     try:

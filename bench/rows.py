@@ -12,12 +12,12 @@ MOST_SETS = 16
 
 
 class Rows:
-    """Sets of rows to rotate through, in any dtype that a variant wants."""
+    """Sets of rows to rotate through, by default many, in any dtype that a variant wants."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, sets: int | None = None) -> None:
         first = workload.draw()
         size = max(1, sum(tensor.nbytes for tensor in first.values()))
-        count = min(MOST_SETS, max(2, math.ceil(ROTATED_BYTES / size)))
+        count = sets or min(MOST_SETS, max(2, math.ceil(ROTATED_BYTES / size)))
         self._dtype = workload.dtype
         self._sets: dict[torch.dtype, list[Tensors]] = {
             workload.dtype: [first, *(workload.draw() for _ in range(count - 1))]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import machine
+from bench import machine, pictures
 from bench.kernels_command import UsageError
 from bench.stream import plots, records, tables
 from bench.stream.parts import PARTS
@@ -145,8 +145,8 @@ def _make_folders(options: argparse.Namespace) -> None:
 def _shown(found: StreamRun, folder: Path | None) -> int:
     print(tables.report(found), flush=True)
     if folder is not None:
-        if plots.missing():
-            print("\n--plot: no pictures, because matplotlib is not installed (pip install matplotlib)", flush=True)
+        if pictures.missing():
+            print(f"\n{pictures.ABSENT}", flush=True)
         else:
             print(f"\npictures: {', '.join(map(str, plots.write(found, folder)))}", flush=True)
     for window, name, reason in found.refused():

@@ -92,6 +92,12 @@ def gradients(variant: Variant, rows: Tensors, results: Tensors) -> Tensors:
     return dict(zip(leaves, torch.autograd.grad(ys, list(leaves.values()), grads), strict=True))
 
 
+def both_passes(variant: Variant, rows: Tensors) -> list[Tensor]:
+    """A forward and a backward: all results and gradients."""
+    results = variant.forward(rows)
+    return [*results.values(), *gradients(variant, rows, results).values()]
+
+
 @dataclass
 class Workload(ABC):
     """An operator at one size: feeds correctness, speed and memory.
@@ -180,6 +186,10 @@ class Workload(ABC):
     def memory(self, name: str) -> float:
         """Bytes that a variant takes at its peak, roughly, beyond its inputs; for refusing what cannot fit."""
         return 0.0
+
+    def kept(self, name: str) -> int | None:
+        """Bytes that a variant by its design saves for backward, beyond inputs and weights; None if none are stated."""
+        return None
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal random numbers in the workload's dtype."""

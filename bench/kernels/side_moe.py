@@ -153,6 +153,20 @@ class SideMoE(Workload):
             return (LEVELS + 4) * rows * (experts + 1) * dim * 4.0
         return 4.0 * LEVELS * rows * (2 * experts * rank + 2 * dim) * 4.0
 
+    def kept(self, name: str) -> int | None:
+        rows, experts, dim, rank = (self.sizes[letter] for letter in "NEDR")
+        # Gates are float32 in every dtype. The first level's rows are an input, the others' the last level's result.
+        gates, states = LEVELS * rows * (experts + 1) * 4, (LEVELS - 1) * rows * dim
+        if name == "naive":
+            stacks = LEVELS * rows * (experts + 1) * dim
+            # GELU's input of every expert through which a gradient flows, and its result where a weight takes one.
+            hidden = (1 + (LEVELS - 1) * experts + LEVELS) * rows * rank
+            return self.modalities * (gates + 4 * (stacks + states + hidden))
+        if name not in ("ours", "ours-recompute"):
+            return None
+        hidden = 0 if name == "ours-recompute" else LEVELS * rows * experts * rank
+        return self.modalities * (gates + self.dtype.itemsize * (states + hidden))
+
     def _ours(self, name: str, *, recompute: bool, backend: str) -> Variant:
         ladders = [[_OurLevel(weights, recompute) for weights in levels] for levels in self.weights]
         every = [level for levels in ladders for level in levels]

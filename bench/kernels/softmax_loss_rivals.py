@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.memory import first_line
+from bench.shortage import first_line
 from bench.workload import Absent
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -5,7 +5,7 @@ rank R at each of the two side levels, all but the last of them frozen.
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench import published
 from bench.examine import outcome
 from bench.kernels.side_moe import floor_backward, floor_forward
+from bench.kinks import smooth_users
 from bench.published_names import as_ours, canonical, counters, published_counters, take_weights
 from bench.workload import Product, Tensors, Variant, Work, Workload
 from xsmoe.data import Sequences
@@ -30,6 +31,8 @@ PLACES = 11
 """Items of a user: ten inputs, and the target of the last of them."""
 LEVELS, BLOCKS, OUT_DIM, DROPOUT = 2, 2, 128, 0.1
 APPENDED = 4096
+DRAWS = 20
+"""Of users instead of those near a jump: almost always two."""
 
 
 class TrainingStep(Workload):
@@ -63,11 +66,19 @@ class TrainingStep(Workload):
         return "published", "compiled", "plain"
 
     def draw(self) -> Tensors:
-        shape = self.sizes["B"], PLACES
-        return {
-            "items": torch.randint(self.sizes["I"], shape, generator=self.generator),
-            "grad": torch.ones((), device=self.device),
-        }
+        items = self._drawn(self.sizes["B"])
+        if self.dtype == torch.float32:
+            # Rounding alone decides the gradient near a jump. In fewer bits the gate's measure has the same jumps.
+            near = torch.arange(len(items))
+            for _ in range(DRAWS):
+                near = near[self._near_jumps(items[near])]
+                if not len(near):
+                    break
+                items[near] = self._drawn(len(near))
+        return {"items": items, "grad": torch.ones((), device=self.device)}
+
+    def _drawn(self, users: int) -> Tensor:
+        return torch.randint(self.sizes["I"], (users, PLACES), generator=self.generator)
 
     def exact(self, rows: Tensors) -> Tensors:
         return outcome(self._published("exact", torch.float64), rows)
@@ -170,6 +181,25 @@ class TrainingStep(Workload):
             bank.assign(bank.router.detach(), down, up, experts - 1)
         return Recommender(items, UserEncoder(OUT_DIM, BLOCKS, dropout=DROPOUT, max_length=PLACES - 1))
 
+    def _near_jumps(self, items: Tensor) -> Tensor:
+        """(B,) bool: the users at whom a gradient jumps."""
+        given = self._given(items, np.log(self.share), torch.float64)
+        return ~smooth_users(self._exact_model, given).cpu()
+
+    @cached_property
+    def _exact_model(self) -> Recommender:
+        model = self._recommender()
+        model.load_state_dict(self.weights)
+        model.to(self.device, torch.float64)
+        drop_out(model, 0.0)
+        return model
+
+    def _given(self, items: Tensor, log_share: np.ndarray, dtype: torch.dtype) -> StepInput:
+        """What a step of ours takes for some users' items."""
+        sequences = Sequences(np.arange(len(items)), items.flatten().numpy(), np.arange(len(items) + 1) * PLACES)
+        built = StepInput.build(self.store, self.modalities, sequences, log_share, dtype)
+        return (built.pin() if self.device.type == "cuda" else built).to(self.device)
+
     def _ours(self, name: str, backend: str) -> Variant:
         model = self._recommender()
         model.load_state_dict(self.weights)
@@ -178,11 +208,7 @@ class TrainingStep(Workload):
         optimizer, log_share = make_optimizer(model, self.config), np.log(self.share)
 
         def given(rows: Tensors) -> StepInput:
-            items, users = rows["items"].flatten().numpy(), len(rows["items"])
-            sequences = Sequences(np.arange(users), items, np.arange(users + 1) * PLACES)
-            dtype = hidden_dtype(model, self.config)
-            built = StepInput.build(self.store, self.modalities, sequences, log_share, dtype)
-            return (built.pin() if self.device.type == "cuda" else built).to(self.device)
+            return self._given(rows["items"], log_share, hidden_dtype(model, self.config))
 
         def forward(rows: Tensors) -> Tensors:
             drop_out(model, 0.0)
@@ -201,10 +227,17 @@ class TrainingStep(Workload):
             leaves=lambda _: dict(leaves),
             counters=lambda: counters(model.items),
             reset=model.items.reset_utilization,
-            holds=lambda: [*model.parameters(), *model.buffers()],
+            holds=lambda: [*model.parameters(), *model.buffers(), *self._derived(model)],
             products={name: least.flop for name, least in self.work().items()},
             whole=whole,
         )
+
+    def _derived(self, model: Recommender) -> Iterator[Tensor]:
+        """What is made once of frozen weights: their packs, and their casts under autocast."""
+        for _, _, bank in model.items.banks():
+            if (frozen := bank.frozen_experts()) is not None:
+                cast = frozen.to(self.dtype)
+                yield from (tensor for tensor in (cast.down, cast.up, cast.pack()) if tensor is not None)
 
     def _published(self, name: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False) -> Variant:
         model = self._published_model().to(self.device, dtype).train()

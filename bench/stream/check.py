@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from bench import published
 from bench.gate import Verdict, judge
+from bench.kinks import smooth_users
 from bench.peak import measure_peak
 from bench.published_names import as_ours, canonical, counters, published_counters, take_weights
 from bench.steps.training_step import PLACES, TrainingStep, drop_out, popularity
 from bench.stream import published_run
-from bench.stream.kinks import smooth_users
 from bench.stream.runs import OurRun
 from bench.stream.streams import Drawn, Settings
 from xsmoe.data import Sequences

@@ -1,48 +1,29 @@
 """A stream's run in pictures: steps, memory, quality and parts, as experts grow."""
 
-import importlib.util
-import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import pictures
 from bench.measure import quantiles
 from bench.stream.records import RunRecord, StreamRun
 from bench.stream.tables import METRICS, medians
-from xsmoe.files import replace_file
-from xsmoe.report.plots import BLUE, CYCLE, DPI, GREEN, GREY, RED, STYLE
+from xsmoe.report.plots import BLUE, CYCLE, GREEN, GREY, RED
 
 COLOURS = (RED, BLUE, GREEN)
 
 
-def missing() -> bool:
-    """Whether there is nothing to draw with."""
-    return importlib.util.find_spec("matplotlib") is None
-
-
 def write(run: StreamRun, folder: Path) -> list[Path]:
     """Writes each picture that the run allows as a PNG file, and returns where they are."""
-    import matplotlib
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    with matplotlib.rc_context(STYLE):
-        for name, draw in PICTURES.items():
-            figure = draw(run)
-            if figure is None:
-                continue
-            picture = io.BytesIO()
-            figure.savefig(picture, dpi=DPI, format="png")
-            written.append(folder / f"{name}.png")
-            replace_file(written[-1], picture.getvalue())
-    return written
+    return pictures.write({name: partial(draw, run) for name, draw in PICTURES.items()}, folder)
 
 
 def draw_time(run: StreamRun) -> Any:
     """Each run's step with the 10th and 90th percentile on a logarithmic axis, and the ratios."""
     from matplotlib.ticker import LogFormatter, ScalarFormatter
 
-    figure, (steps, ratios) = _figure(2)
+    figure, (steps, ratios) = pictures.figure(2)
     for name, colour in zip(run.names, COLOURS, strict=False):
         found = [(w.experts, quantiles(r.step_seconds)) for w in run.windows if (r := w.timed(name))]
         x = [experts for experts, _ in found]
@@ -65,7 +46,7 @@ def draw_time(run: StreamRun) -> Any:
 
 def draw_memory(run: StreamRun) -> Any:
     """Each run's peak in a step, and what it holds between steps."""
-    figure, (peaks, held) = _figure(2)
+    figure, (peaks, held) = pictures.figure(2)
     _lines(run, peaks, lambda one: (one.peak_bytes or 0) / 2**20)
     _lines(run, held, lambda one: (one.weight_bytes + one.optimizer_bytes) / 2**20)
     peaks.set(title="Peak of a step beyond what is held", ylabel="MiB", ylim=(0, None))
@@ -78,7 +59,7 @@ def draw_quality(run: StreamRun) -> Any:
     tested = [window for window in run.windows if window.popularity is not None]
     if not tested:
         return None
-    figure, panels = _figure(2)
+    figure, panels = pictures.figure(2)
     for panel, metric in zip(panels, METRICS, strict=True):
         for place, (name, colour) in enumerate(zip(run.names, COLOURS, strict=False)):
             found = [(w.experts, r.test_scores) for w in tested if (r := w.timed(name)) and r.test_scores]
@@ -100,7 +81,7 @@ def draw_quality(run: StreamRun) -> Any:
 
 def draw_parts(run: StreamRun) -> Any:
     """Each run's parts of a step, stacked."""
-    figure, panels = _figure(len(run.names))
+    figure, panels = pictures.figure(len(run.names))
     for panel, name in zip(panels, run.names, strict=True):
         found = [(w.experts, medians(r)) for w in run.windows if (r := w.timed(name))]
         bottom = [0.0] * len(found)
@@ -126,26 +107,13 @@ def _lines(run: StreamRun, panel: Any, value: Callable[[RunRecord], float]) -> N
         panel.plot([x for x, _ in found], [y for _, y in found], "o-", color=colour, label=name)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
-
 def _finished(run: StreamRun, figure: Any, *panels: Any) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     for panel in panels:
         panel.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
         panel.set_xlabel("experts a level")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
-    device = run.machine["gpu"]["name"] if "gpu" in run.machine else run.machine["cpu"]["model"]
+    pictures.legend_below(figure, panels[0])
     s = run.settings
-    figure.suptitle(
-        f"{device}, threads: {run.machine['threads']}; {s['dtype']}, batch {s['batch']}, {s['pooling']} pooling"
-    )
+    figure.suptitle(f"{pictures.device_name(run.machine)}; {s['dtype']}, batch {s['batch']}, {s['pooling']} pooling")
     return figure

@@ -109,6 +109,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "slower" in capsys.readouterr().out
     assert main(["compare", paths[0], str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+    results.save(replace(run(0), command=["memory"]), tmp_path / "memory.json")
+    assert main(["compare", paths[0], str(tmp_path / "memory.json")]) == 2
+    assert "memory.json is of `bench memory` and has no times" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"schema": 1}', '{"schema": 1, "cases": [], "machine": {}}', "no JSON"])

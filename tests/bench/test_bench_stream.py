@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import published, results, stream_command
+from bench import pictures, published, results, stream_command
 from bench.__main__ import main
+from bench.kinks import smooth_users
 from bench.published_names import published_levels
 from bench.steps.training_step import drop_out
-from bench.stream import check, plots, records, tables, windows
-from bench.stream.kinks import smooth_users
+from bench.stream import check, records, tables, windows
 from bench.stream.parts import PARTS
 from bench.stream.published_run import PublishedRun, padded
 from bench.stream.runs import OurRun
@@ -247,7 +247,7 @@ def test_what_was_streamed_is_kept_and_shown_when_it_is_stopped(
 def test_without_matplotlib_a_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plots, "missing", lambda: True)
+    monkeypatch.setattr(pictures, "missing", lambda: True)
     monkeypatch.setattr(stream_command, "draw", lambda settings: draw(replace(settings, windows=2)))
     assert main([*ARGUMENTS, "--plot", str(tmp_path)]) == 0
     assert "matplotlib is not installed" in capsys.readouterr().out

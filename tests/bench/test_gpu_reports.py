@@ -78,6 +78,19 @@ def test_the_summary_tells_of_parts_and_tests(tmp_path: Path, capsys: pytest.Cap
     assert "profile" in everything
 
 
+def test_memory_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def case(experts: int) -> results.Case:
+        row = results.Row("ours", "measured", saved_bytes=experts << 21, peak_bytes=experts << 22, error=1.0)
+        sizes = {"N": 3, "E": experts}
+        return results.Case("side_moe", "title", sizes, "bfloat16", "cuda", 0.0, 0.0, {}, {}, 0, [row])
+
+    results.save(results.Run(["memory"], {"commit": "abc"}, [case(1), case(4)], 1.0), tmp_path / "memory-toy.json")
+    assert gpu_summary.main([str(tmp_path)]) == 0
+    rows = [_cells(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["memory", "for", "variant", "saved", "by design", "peak"]
+    assert rows[2:] == [["side_moe bfloat16 N=3", "an expert", "ours", "2.00 MiB", "", "4.00 MiB"]]
+
+
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[1:-1]]
 

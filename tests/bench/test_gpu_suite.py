@@ -91,12 +91,19 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     assert sum("compute-sanitizer" in call for call in called) == 3 * 8 + 1
     assert any("bench.profiled" in call for call in called)
     assert any("-m bench step --dtype bfloat16 --device cuda" in call for call in called)
+    memory = [call for call in called if "-m bench memory" in call]
+    assert [call.split()[3] for call in memory] == ["side_moe", "step"]
+    assert all("--dtype bfloat16 --device cuda --json" in call for call in memory)
+    assert all(option in call for call in memory for option in ("--snapshot", "--plot"))
     files = {word.rpartition("/")[2] for call in called for word in call.split() if str(suite.results) in word}
     assert {
         "side_moe-toy-bfloat16.json",
         "routing-toy-bfloat16.json",
         "ranking-toy-float32.json",
         "loss-toy-bfloat16.json",
+        "memory-side_moe-toy-bfloat16.json",
+        "memory-step-toy-snapshot.pickle",
+        "memory-toy",
     } <= files
     assert {"build", "test_side_moe", "bench_bfloat16", "profile", "racecheck_grouped_mm"} <= suite.markers()
     assert (suite.results / "gpu-suite-toy.md").read_text() == "the summary\n"

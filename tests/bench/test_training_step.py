@@ -11,9 +11,9 @@ from bench.steps.training_step import TrainingStep
 from xsmoe.nn import Recommender
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32) -> TrainingStep:
+def tiny(name: str, dtype: torch.dtype = torch.float32, **changed: int) -> TrainingStep:
     kind = ROOMS[name]
-    sizes = {letter: values[0] for letter, values in {**kind.letters, **kind.tiny_sizes}.items()}
+    sizes = {letter: values[0] for letter, values in {**kind.letters, **kind.tiny_sizes}.items()} | changed
     workload = kind(sizes, dtype, torch.device("cpu"))
     assert isinstance(workload, TrainingStep)
     return workload
@@ -70,3 +70,30 @@ def test_a_wrong_step_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 def test_what_is_timed_is_the_whole_step() -> None:
     case = measure(tiny("mean"), ["published", "ours"], ["published"], seconds=0.01)
     assert [list(row.passes) for row in case.rows] == [["both"], ["both"]]
+
+
+def test_no_user_that_is_judged_is_near_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is zero to rounding, a ReLU's slope is anyone's guess, and a right step would be refused."""
+    monkeypatch.setattr("bench.kinks.NEAR", 1e-4)
+    workload = tiny("mean")
+    assert workload._near_jumps(workload._drawn(20)).any()
+    for _ in range(5):
+        assert not workload._near_jumps(workload.draw()["items"]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packs_of_frozen_experts_are_not_saved_for_backward(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are held between steps: what more experts save is columns and gates of every item, level and modality."""
+    monkeypatch.setattr(TrainingStep, "_near_jumps", lambda step, items: torch.zeros(len(items), dtype=torch.bool))
+    saved = {}
+    for experts in (3, 9):
+        workload = tiny("mean", dtype, E=experts)
+        rows = Rows(workload)
+        saved[experts] = examine(workload, "ours", rows, Truth(workload, rows.get(0, None))).row.saved_bytes
+        items = len(rows.get(0, None)["items"].unique())
+    columns = workload.sizes["R"] * dtype.itemsize
+    # Under autocast the gate's rows are cast in every step.
+    cast = 0 if dtype == torch.float32 else workload.sizes["D"] * dtype.itemsize
+    assert saved[9] - saved[3] == 2 * 2 * 6 * (items * (columns + 4) + cast)

@@ -165,7 +165,7 @@ def test_a_cast_keeps_the_counters_precise(bank: ExpertBank) -> None:
 def test_loading_in_place_reaches_the_frozen_experts(bank: ExpertBank) -> None:
     x, backbone = torch.randn(5, 6), torch.randn(5, 6)
     bank(x, backbone)
-    assert bank._frozen_experts() is bank._frozen_experts()
+    assert bank.frozen_experts() is bank.frozen_experts()
     state = {name: value.clone() for name, value in bank.state_dict().items()}
     state["frozen_down"] += 1
     bank.load_state_dict(state)

@@ -109,7 +109,7 @@ class ExpertBank(nn.Module):
             "router": self.router,
             "down": self.down,
             "up": self.up,
-            "frozen": self._frozen_experts(),
+            "frozen": self.frozen_experts(),
             "utilization": self._counters(),
             "row_weight": row_weight,
         }
@@ -192,20 +192,21 @@ class ExpertBank(nn.Module):
         counters = self.utilization.norm.new_zeros(router.shape[0])
         self.load_state_dict(weights | {"utilization.norm": counters, "utilization.gate": counters})
 
-    def extra_repr(self) -> str:
-        experts = f"num_experts={self.num_experts}, num_frozen={self.num_frozen}, top_k={self.top_k}"
-        return f"dim={self.dim}, rank={self.rank}, {experts}"
-
-    def _counters(self) -> Utilization | None:
-        return self.utilization if self.training or self.count_in_eval else None
-
-    def _frozen_experts(self) -> FrozenExperts | None:
+    def frozen_experts(self) -> FrozenExperts | None:
+        """The frozen experts as `side_moe` takes them, with what is derived from them once; None without any."""
         if self.num_frozen == 0:
             return None
         # Moving the module replaces its buffers, and growth does too: what was built on the old ones is then stale.
         if self._frozen is None or self._frozen[0] is not self.frozen_down or self._frozen[1] is not self.frozen_up:
             self._frozen = self.frozen_down, self.frozen_up, FrozenExperts(self.frozen_down, self.frozen_up)
         return self._frozen[2]
+
+    def extra_repr(self) -> str:
+        experts = f"num_experts={self.num_experts}, num_frozen={self.num_frozen}, top_k={self.top_k}"
+        return f"dim={self.dim}, rank={self.rank}, {experts}"
+
+    def _counters(self) -> Utilization | None:
+        return self.utilization if self.training or self.count_in_eval else None
 
     def _replace(self, optimizer: Optimizers, name: str, value: Tensor, carry: Carry | None) -> None:
         old = getattr(self, name)

@@ -1,0 +1,1 @@
+"""How much memory operators and training steps take, as a function of their sizes."""

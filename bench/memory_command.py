@@ -1,0 +1,191 @@
+"""`python -m bench memory`: what operators and training steps save and take, as their sizes grow."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench import machine, pictures, results
+from bench.kernels_command import DTYPES, UsageError, choose, listed, make_file, sizes_of, speaker
+from bench.memory import plots, tables
+from bench.memory.growth import curves
+from bench.memory.point import measure
+from bench.memory.step import step_of, warm_up
+from bench.memory.sweeps import SWEPT, Plan, plan
+from bench.results import Case
+from bench.snapshot import VIEWER, recorded
+from bench.workload import Workload
+
+SNAPPED = "ours"
+"""The variant whose step a snapshot shows."""
+
+
+def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to those of `python -m bench`."""
+    parser = commands.add_parser(
+        "memory",
+        help="bytes saved for backward and taken at the peak, as experts, rows, rank, users and modalities grow",
+        description="Measures memory along sweeps: one size at a time changes, and the others stay at a centre. A "
+        "variant whose result is wrong gets no number, and makes the exit code 1. docs/benchmarking.md says how to "
+        "read the tables.",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(SWEPT)}; side_moe by default. step is a training step"
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=[],
+        metavar="L=N[,N]",
+        help="as in E=1,10,100 D=384: several values are a sweep, one is where the other sweeps have that letter",
+    )
+    parser.add_argument("--quick", action="store_true", help="few and small sizes; under a minute for one name")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, metavar="T", help="threads of torch; by default what torch takes")
+    parser.add_argument("--variants", metavar="V[,V]", help="only these; also compiled ones, which are left out else")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="writes everything, after every point")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draws a picture of every sweep (matplotlib)")
+    parser.add_argument(
+        "--snapshot",
+        type=Path,
+        metavar="PATH",
+        help=f"on a GPU: every allocation of a step of {SNAPPED} at the centre, for PyTorch's memory viewer",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and prints; returns 1 if a row was refused, 2 if the command line is wrong, 130 after Ctrl-C."""
+    begin = time.monotonic()
+    device = torch.device(options.device)
+    try:
+        planned = _planned(options, device)
+    except UsageError as error:
+        print(f"python -m bench memory: {error}", file=sys.stderr)
+        return 2
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    facts = machine.describe(device)
+    print(machine.line(facts), flush=True)
+    cases: list[Case] = []
+
+    def found() -> results.Run:
+        return results.Run(options.given, facts, cases, time.monotonic() - begin)
+
+    def take(workload: Workload, names: list[str]) -> None:
+        cases.append(measure(workload, names, say=speaker(tables.label_of(workload.operator, workload.sizes), begin)))
+        # After every point, so that who is stopped loses only what was going on.
+        if options.json is not None:
+            results.save(found(), options.json)
+
+    stopped = False
+    try:
+        for name, sizes, names in planned:
+            kind = SWEPT[name].kind
+            done = len(cases)
+            for letter, points in sizes.sweeps():
+                try:
+                    for point in points:
+                        if not any(case.sizes == point for case in cases[done:]):
+                            take(kind(point, DTYPES[options.dtype], device, options.seed), names)
+                finally:
+                    _show([case for case in cases[done:] if case.sizes in points], letter)
+            if options.snapshot is not None:
+                workload = kind(sizes.centre, DTYPES[options.dtype], device, options.seed)
+                _snap(workload, cases[done:], options.snapshot)
+    except KeyboardInterrupt:
+        stopped = True
+        print(f"\nStopped after {len(cases)} points.", flush=True)
+    if options.plot is not None and cases:
+        _draw(found(), options.plot)
+    for case, row in found().refused():
+        print(f"refused: {case.operator} {row.variant} at {case.sizes}: {row.reason}", file=sys.stderr)
+    return 130 if stopped else 1 if found().refused() else 0
+
+
+def _planned(options: argparse.Namespace, device: torch.device) -> list[tuple[str, Plan, list[str]]]:
+    """For each name its sweeps and variants.
+
+    Raises:
+        UsageError: an argument that cannot be served; the message names it.
+    """
+    names = list(dict.fromkeys(options.names)) or ["side_moe"]
+    for name in names:
+        if name not in SWEPT:
+            raise UsageError(f"there is no memory benchmark of {name!r}; there is {', '.join(SWEPT)}")
+        kind = SWEPT[name].kind
+        if DTYPES[options.dtype] not in kind.dtypes:
+            taken = ", ".join(one for one, dtype in DTYPES.items() if dtype in kind.dtypes)
+            raise UsageError(f"--dtype: {name} is measured in {taken}, not in {options.dtype}")
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads must be at least 1, not {options.threads}")
+    if options.snapshot is not None and device.type != "cuda":
+        raise UsageError(
+            "--snapshot needs a GPU, of whose memory alone torch keeps a history; give --device cuda where there is "
+            "one, or leave it out"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here")
+    if options.snapshot is not None and len(names) > 1:
+        raise UsageError(f"--snapshot is of one name, not of {', '.join(names)}; run the command once for each")
+    asked = sizes_of(options.sizes)
+    known = {letter for name in names for letter in SWEPT[name].centre}
+    if unknown := sorted(set(asked) - known):
+        raise UsageError(f"--sizes: nothing asked for has a size {', '.join(unknown)}; they have {sorted(known)}")
+    planned = []
+    for name in names:
+        sizes = plan(SWEPT[name], asked, quick=options.quick, cuda=device.type == "cuda")
+        # Names do not depend on sizes, and weights of these are drawn at once.
+        workload = SWEPT[name].kind(dict.fromkeys(sizes.centre, 1), DTYPES[options.dtype], device)
+        variants = choose(workload, listed(options.variants) or usual(workload), [])[0]
+        if options.snapshot is not None and SNAPPED not in variants:
+            raise UsageError(f"--snapshot shows a step of {SNAPPED}, which is not among --variants {options.variants}")
+        planned.append((name, sizes, variants))
+    for option, path in (("--json", options.json), ("--snapshot", options.snapshot)):
+        if path is not None:
+            make_file(option, path)
+    if options.plot is not None:
+        try:
+            options.plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--plot: cannot make {options.plot}: {error.strerror}") from None
+    return planned
+
+
+def usual(workload: Workload) -> list[str]:
+    """The variants of an ordinary run: what needs no compiler, and keeps no graph's memory between steps."""
+    return [name for name in workload.variants() if not name.startswith("compiled") and not name.endswith("-graph")]
+
+
+def _show(cases: list[Case], letter: str) -> None:
+    for curve in curves(map(results.as_saved, cases)):
+        if curve.letter == letter:
+            print(f"\n{tables.table(curve)}", flush=True)
+
+
+def _snap(workload: Workload, cases: list[Case], path: Path) -> None:
+    """Writes a snapshot of a step at the centre, if it was measured there and is right."""
+    right = [row for case in cases if case.sizes == workload.sizes for row in case.rows if row.variant == SNAPPED]
+    if not right or right[0].status != "measured":
+        why = right[0].status if right else "not measured at the centre, which is none of the values"
+        print(f"\nno snapshot: {SNAPPED} is {why}", flush=True)
+        return
+    variant = workload.build(SNAPPED)
+    rows = workload.draw()
+    # Kernels are compiled, and the optimizer's state is made, in the first.
+    warm_up(variant, rows)
+    with recorded(path):
+        step_of(variant, rows)()
+    print(f"\nsnapshot of a step of {SNAPPED}: {path}; open {VIEWER} in a browser and drop the file there", flush=True)
+
+
+def _draw(found: results.Run, folder: Path) -> None:
+    if pictures.missing():
+        print(f"\n{pictures.ABSENT}", flush=True)
+        return
+    written = plots.write(curves(map(results.as_saved, found.cases)), found.machine, folder)
+    print(f"\npictures: {', '.join(map(str, written))}", flush=True)
