@@ -75,6 +75,7 @@ bench: native
 		--json bench/results/memory-side_moe-cpu-float32.json
 	$(BIN)/python -m bench memory step --json bench/results/memory-step-cpu-float32.json
 	$(BIN)/python -m bench.profiled mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
+	$(BIN)/python -m bench.losing --write
 
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -4,9 +4,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench import compare_command, kernels_command, memory_command, step_command, stream_command
+from bench import (
+    all_command,
+    compare_command,
+    kernels_command,
+    memory_command,
+    roofline_command,
+    step_command,
+    stream_command,
+)
 
-COMMANDS = (kernels_command, step_command, memory_command, stream_command, compare_command)
+COMMANDS = (
+    all_command,
+    kernels_command,
+    step_command,
+    memory_command,
+    stream_command,
+    roofline_command,
+    compare_command,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -60,14 +60,26 @@ def operands(product: Product, dtype: torch.dtype) -> int:
 
 def rates(samples: Samples, products: Sequence[Product], dtype: torch.dtype, device: torch.device = _CPU) -> Rates:
     """The best product's and the copy's rate, from their median times; 0 where memory did not suffice for a probe."""
-    flop = [
-        product.flop / _median(samples, name)
-        for product in products
-        for one in _dtypes(dtype, device)
-        for layout in _LAYOUTS
-        if (name := _name(product, one, layout)) in samples
-    ]
-    return Rates(max(flop, default=0.0), 2 * _copied(device) / _median(samples, _COPY) if _COPY in samples else 0.0)
+    flop = [rate for _, _, rate in product_rates(samples, products, dtype, device)]
+    return Rates(max(flop, default=0.0), byte_rate(samples, device))
+
+
+def product_rates(
+    samples: Samples, products: Sequence[Product], dtype: torch.dtype, device: torch.device = _CPU
+) -> list[tuple[Product, torch.dtype, float]]:
+    """Each product's FLOP a second in each dtype that counts, with the weight lying the better way."""
+    found = []
+    for product in products:
+        for one in _dtypes(dtype, device):
+            names = [name for layout in _LAYOUTS if (name := _name(product, one, layout)) in samples]
+            if names:
+                found.append((product, one, max(product.flop / _median(samples, name) for name in names)))
+    return found
+
+
+def byte_rate(samples: Samples, device: torch.device = _CPU) -> float:
+    """The copy's bytes a second, read and written; 0 where memory did not suffice for it."""
+    return 2 * _copied(device) / _median(samples, _COPY) if _COPY in samples else 0.0
 
 
 def total(work: Mapping[str, Work]) -> Work:

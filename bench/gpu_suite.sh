@@ -201,8 +201,16 @@ bench() {
     # The measurements under it may be new.
     forget roofline
     if "$PYTHON" -c "import matplotlib" 2>/dev/null; then
-        part roofline "$PYTHON" -m bench.roofline "$folder/roofline-$gpu.png" \
-            "$folder/side_moe-$gpu-bfloat16.json" "$folder/side_moe-$gpu-bfloat16-sizes.json"
+        # Of what was measured: a part that failed leaves nothing, or only its first cases.
+        local steps=() file
+        for file in "side_moe-$gpu-bfloat16" "side_moe-$gpu-bfloat16-sizes" "step-$gpu-bfloat16"; do
+            [ ! -s "$folder/$file.json" ] || steps+=("$folder/$file.json")
+        done
+        if [ ${#steps[@]} -gt 0 ]; then
+            part roofline "$PYTHON" -m bench roofline "${steps[@]}" --plot "$folder/roofline-$gpu.png"
+        else
+            absent roofline "nothing was measured"
+        fi
     else
         absent roofline "matplotlib is not installed"
     fi

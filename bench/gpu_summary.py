@@ -9,8 +9,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench import results
-from bench.measure import quantiles
+from bench import results, standing
 from bench.memory.growth import curves
 from bench.memory.tables import slopes
 from bench.results import Row, Run
@@ -94,19 +93,20 @@ def measured(folder: Path, commit: str | None = None) -> Iterator[Run]:
 def speeds(runs: Iterable[Run]) -> str:
     """A row for each of our variants of each case: speed against rivals, share of the floor, memory."""
     cases = [case for run in runs for case in run.cases if case.device == "cuda"]
-    rivals = list(dict.fromkeys(row.variant for case in cases for row in case.rows if not _ours(row)))
+    rivals = list(dict.fromkeys(row.variant for case in cases for row in case.rows if not standing.ours(row)))
     body = []
     for case in cases:
-        others = {row.variant: row for row in case.rows if not _ours(row)}
-        for row in filter(_ours, case.rows):
+        others = {row.variant: row for row in case.rows if not standing.ours(row)}
+        for row in filter(standing.ours, case.rows):
             size = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
             label = [f"{case.operator} {case.dtype} {size}", row.variant]
             if row.status != "measured":
                 body.append([*label, row.status, *[""] * len(rivals), "", "", ""])
                 continue
-            step = _step(row)
+            step = standing.whole(row)
+            assert step is not None
             against = [speedup(row, others.get(name)) for name in rivals]
-            peaks = [_mib(row.peak_bytes), leanest(others.values(), case.dtype)]
+            peaks = [results.mib(row.peak_bytes), leanest(others.values(), case.dtype)]
             body.append([*label, f"{step.median * 1e3:.3f}", *against, f"{step.share:.0%}", *peaks])
     head = ["case", "variant", "ms", *(f"x {name}" for name in rivals), "of floor", "peak MiB", "leanest rival's"]
     return "\n".join(results.aligned(head, body)) if body else ""
@@ -123,8 +123,8 @@ def speedup(row: Row, rival: Row | None) -> str:
         return ""
     if rival.status != "measured":
         return rival.status
-    ratios = [theirs / ours for ours, theirs in zip(_step(row).samples, _step(rival).samples, strict=True)]
-    return f"{quantiles(ratios).median:.2f}"
+    found = standing.ratio(row, rival, standing.step(row))
+    return "" if found is None else f"{found.median:.2f}"
 
 
 def leanest(rivals: Iterable[Row], dtype: str) -> str:
@@ -137,23 +137,11 @@ def leanest(rivals: Iterable[Row], dtype: str) -> str:
     if not peaks:
         return ""
     least, name = min(peaks)
-    return f"{_mib(least)} ({name})"
+    return f"{results.mib(least)} ({name})"
 
 
 def _of_memory(run: Run) -> bool:
     return run.command[:1] == ["memory"]
-
-
-def _ours(row: Row) -> bool:
-    return row.variant.startswith("ours")
-
-
-def _step(row: Row) -> results.Timing:
-    return row.passes.get("both") or row.passes["forward"]
-
-
-def _mib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**20:.1f}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from bench import kernels, machine, results
+from bench import case_plots, kernels, machine, pictures, results
 from bench.case import measure
 from bench.workload import Workload
 
@@ -48,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser, rooms: ModuleType, called: str)
     parser.add_argument("--seconds", type=float, help=f"of timing for each size; {SECONDS:g}, quick {QUICK_SECONDS:g}")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="writes everything, every sample too, to a file")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draws a picture of each case (matplotlib)")
     parser.set_defaults(run=run, rooms=rooms)
 
 
@@ -83,6 +84,8 @@ def run(options: argparse.Namespace) -> int:
         if options.json is not None:
             results.save(results.Run(options.given, facts, cases, time.monotonic() - begin), options.json)
     done = results.Run(options.given, facts, cases, time.monotonic() - begin)
+    if options.plot is not None:
+        pictures.announced(lambda: case_plots.write(done, options.plot))
     for case, row in done.refused():
         print(f"refused: {case.operator} {row.variant} at {case.sizes}: {row.reason}", file=sys.stderr)
     return 1 if done.refused() else 0
@@ -94,6 +97,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--threads must be at least 1, not {options.threads}")
     if options.seconds is not None and options.seconds <= 0:
         raise UsageError(f"--seconds must be above 0, not {options.seconds:g}")
+    make_folder("--plot", options.plot)
     if options.json is not None:
         make_file("--json", options.json)
 
@@ -106,6 +110,15 @@ def make_file(option: str, path: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from None
+
+
+def make_folder(option: str, folder: Path | None) -> None:
+    """Makes the folder that an option names, if it was given, before minutes are spent."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option}: cannot make {folder}: {error.strerror}") from None
 
 
 def plan(

@@ -1,6 +1,7 @@
 """Which machine the numbers come from."""
 
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -51,7 +52,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load": _load(),
         "memory_bytes": memory("MemTotal"),
         "allocator": _allocator(),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
@@ -182,6 +183,12 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+
+
+@functools.cache
+def _load() -> list[float] | None:
+    """The load before anything was measured: later it is this process's own."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
 def _allocator() -> str:

@@ -184,8 +184,4 @@ def _snap(workload: Workload, cases: list[Case], path: Path) -> None:
 
 
 def _draw(found: results.Run, folder: Path) -> None:
-    if pictures.missing():
-        print(f"\n{pictures.ABSENT}", flush=True)
-        return
-    written = plots.write(curves(map(results.as_saved, found.cases)), found.machine, folder)
-    print(f"\npictures: {', '.join(map(str, written))}", flush=True)
+    pictures.announced(lambda: plots.write(curves(map(results.as_saved, found.cases)), found.machine, folder))

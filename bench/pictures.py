@@ -1,4 +1,4 @@
-"""What all pictures of the bench share: figures without a display, and files that are replaced in one step."""
+"""What all pictures of the bench share: how they look, and how they come to be files."""
 
 import importlib.util
 import io
@@ -9,39 +9,43 @@ from typing import Any
 from xsmoe.files import replace_file
 from xsmoe.report.plots import DPI, STYLE
 
-ABSENT = "--plot: no pictures, because matplotlib is not installed (pip install matplotlib)"
-
 
 def missing() -> bool:
     """Whether there is nothing to draw with."""
     return importlib.util.find_spec("matplotlib") is None
 
 
-def write(draw: Mapping[str, Callable[[], Any]], folder: Path) -> list[Path]:
-    """Writes each figure that is not None as a PNG file of that name, and returns where they are."""
+def announced(written: Callable[[], list[Path]]) -> None:
+    """Draws, and says where the pictures are or why there are none."""
+    if missing():
+        print("\n--plot: no pictures, because matplotlib is not installed (pip install matplotlib)", flush=True)
+    else:
+        print(f"\npictures: {', '.join(map(str, written()))}", flush=True)
+
+
+def write(draw: Callable[[], Any], path: Path) -> list[Path]:
+    """Draws a figure into a PNG file, which is replaced in one step; nothing where there is no figure."""
     import matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        for name, figure in ((name, one()) for name, one in draw.items()):
-            if figure is None:
-                continue
-            picture = io.BytesIO()
-            figure.savefig(picture, dpi=DPI, format="png")
-            written.append(folder / f"{name}.png")
-            replace_file(written[-1], picture.getvalue())
-    return written
+        figure = draw()
+        if figure is None:
+            return []
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=DPI, format="png")
+    replace_file(path, picture.getvalue())
+    return [path]
 
 
-def figure(panels: int) -> tuple[Any, list[Any]]:
-    """A figure with panels side by side."""
+def figure(panels: int, *, width: float = 5.0, height: float = 4.2, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure that needs no display, and its panels, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = Figure(figsize=(5 * panels, 4.2), layout="constrained")
+    found = Figure(figsize=(width * panels, height), layout="constrained")
     FigureCanvasAgg(found)
-    return found, list(found.subplots(1, panels, squeeze=False)[0])
+    return found, list(found.subplots(1, panels, squeeze=False, **options)[0])
 
 
 def legend_below(found: Any, panel: Any) -> None:
@@ -50,7 +54,7 @@ def legend_below(found: Any, panel: Any) -> None:
     found.legend(handles, labels, loc="outside lower center", ncols=6)
 
 
-def device_name(machine: Mapping[str, Any]) -> str:
-    """What the title of a figure calls the machine."""
-    name = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]["model"]
-    return f"{name}, threads: {machine['threads']}"
+def device(facts: Mapping[str, Any]) -> str:
+    """What was measured on, for a title."""
+    name = facts["gpu"]["name"] if "gpu" in facts else facts["cpu"]["model"]
+    return f"{name}, threads: {facts['threads']}"

@@ -178,10 +178,10 @@ def table(case: Case) -> str:
         cells = [name, *(_span(row.passes[name]) if name in row.passes else "" for name in passes)]
         cells += [_ratio(last.against.get(name)) for name in baselines]
         cells += [
-            f"{last.share:.0%}" if last.share >= 0.1 else f"{last.share:.1%}",
+            percent(last.share),
             "" if last.flop is None else f"{last.flop / last.median / 1e9:.0f}",
         ]
-        cells += [_mib(row.saved_bytes), *([_mib(row.peak_bytes), _mib(row.returned_bytes)] if peaks else [])]
+        cells += [mib(row.saved_bytes), *([mib(row.peak_bytes), mib(row.returned_bytes)] if peaks else [])]
         cells += ["" if row.error is None else f"{row.error:.2f}"]
         body.append(cells)
         if row.compile_seconds is not None:
@@ -203,21 +203,29 @@ def _floor(case: Case, floor: float | None) -> str:
     rates = f"{case.byte_rate / 1e9:.1f} GB/s"
     if case.flop_rate:
         rates = f"{case.flop_rate / 1e9:.0f} GFLOP/s and {rates}"
-    found = "" if floor is None else f"Floor {_ms(floor)} ms at {rates}; "
+    found = "" if floor is None else f"Floor {ms(floor)} ms at {rates}; "
     return f"{found}{case.rounds} rounds."
 
 
 def _span(timing: Timing) -> str:
-    return f"{_ms(timing.median)} ({_ms(timing.p10)}-{_ms(timing.p90)})"
+    return f"{ms(timing.median)} ({ms(timing.p10)}-{ms(timing.p90)})"
 
 
-def _ms(seconds: float) -> str:
-    ms = seconds * 1e3
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+def ms(seconds: float) -> str:
+    """Milliseconds, with three figures."""
+    found = seconds * 1e3
+    digits = 0 if found >= 100 else 1 if found >= 10 else 2 if found >= 1 else 3
+    return f"{found:.{digits}f}"
 
 
-def _mib(size: int | None) -> str:
+def mib(size: int | None) -> str:
+    """MiB; nothing where nobody counted."""
     return "" if size is None else f"{size / 2**20:.1f}"
+
+
+def percent(share: float) -> str:
+    """A share, small ones with a digit more."""
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
 
 def _ratio(ratio: Sequence[float] | None) -> str:

@@ -1,26 +1,33 @@
-"""Measured steps under the machine's measured ceilings: `python -m bench.roofline PICTURE RESULTS...`."""
+"""Steps under a machine's ceilings: the rate of its matrix products, and of its memory."""
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from bench import results
-from bench.results import Case, Run
+import torch
 
+from bench import floor, pictures, standing
+from bench.measure import interleave
+from bench.results import Case, Run, Timing, aligned, percent
+from bench.workload import Product
+from xsmoe.report.plots import BLUE, GREEN, GREY, ORANGE, RED
 
-class Point(NamedTuple):
-    """A variant of a case: the floor's FLOP for each of the floor's bytes, and such FLOP a second."""
-
-    label: str
-    variant: str
-    intensity: float
-    rate: float
+# Those of the paper's sizes, thin ones and square ones: side levels, the loss, and what a library does best.
+PRODUCTS = (
+    Product(2816, 768, 64),
+    Product(2816, 768, 640),
+    Product(2816, 640, 768),
+    Product(2560, 128, 2640),
+    Product(1024, 1024, 1024),
+    Product(4096, 4096, 4096),
+)
+QUICK_PRODUCTS = PRODUCTS[:-1]
+_COLOURS = {"ours": BLUE, "published": RED, "eager": GREY, "compiled": GREEN, "library": ORANGE}
+_MARKERS = "osD^vPX*<>"
+_LINES = ("-", "--", ":", "-.")
 
 
 class Ceilings(NamedTuple):
-    """What the machine showed between the variants' runs."""
+    """Rates that a machine showed: FLOP and bytes a second."""
 
     flop: float
     bytes: float
@@ -29,69 +36,171 @@ class Ceilings(NamedTuple):
         """The most FLOP a second at so many FLOP a byte."""
         return min(self.flop, self.bytes * intensity)
 
+    @property
+    def ridge(self) -> float:
+        """From how many FLOP a byte on the products are the limit."""
+        return self.flop / self.bytes
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws the picture."""
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("results", type=Path, nargs="+", help="files that `python -m bench kernels --json` wrote")
-    options = parser.parse_args(arguments)
-    runs = [results.load(path) for path in options.results if path.exists()]
-    found = points(runs)
-    if not found:
-        print("python -m bench.roofline: no step with products was measured", file=sys.stderr)
-        return 1
-    draw(found, ceilings(runs), options.picture)
-    return 0
+
+class Point(NamedTuple):
+    """A variant of a case.
+
+    Attributes:
+        intensity: the floor's FLOP for each of the floor's bytes; 0 where it has none.
+        rate: such FLOP a second that the whole step reached; bytes a second where the floor has no FLOP.
+        ceiling: the most at this intensity, by the rates that were measured between the case's own rounds.
+    """
+
+    case: Case
+    variant: str
+    kind: str
+    intensity: float
+    rate: float
+    ceiling: float
+
+    @property
+    def share(self) -> float:
+        return self.rate / self.ceiling
+
+
+class ProductRate(NamedTuple):
+    """What `torch.mm` reaches, with the weight lying the better way."""
+
+    product: Product
+    dtype: torch.dtype
+    rate: float
+
+
+class Measured(NamedTuple):
+    """A machine's ceilings, measured on the spot."""
+
+    products: list[ProductRate]
+    bytes: float
+
+    def best(self) -> Ceilings:
+        """The highest."""
+        return Ceilings(max(one.rate for one in self.products), self.bytes)
+
+
+def measure(dtype: torch.dtype, device: torch.device, *, quick: bool, seconds: float) -> Measured:
+    """Runs the probes of the floor, interleaved."""
+    products = QUICK_PRODUCTS if quick else PRODUCTS
+    samples = interleave(floor.probes(products, dtype, device), seconds=seconds, warm_up=2)
+    found = floor.product_rates(samples, products, dtype, device)
+    return Measured([ProductRate(*one) for one in found], floor.byte_rate(samples, device))
 
 
 def points(runs: Sequence[Run]) -> list[Point]:
-    """One for each variant that was measured, of each case that has products."""
-    found = []
-    for case in _with_products(runs):
-        flop, moved = sum(case.flop.values()), sum(case.bytes.values())
-        sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items() if letter in "NEM")
-        for row in case.rows:
-            timing = row.passes.get("both") or row.passes.get("forward")
-            if timing is not None:
-                label = f"{case.operator} {case.dtype} {sizes}"
-                found.append(Point(label, row.variant, flop / moved, flop / timing.median))
-    return found
+    """One for each variant that was measured, of each case whose rates were."""
+    return [point for run in runs for case in run.cases for point in _points(case)]
 
 
-def ceilings(runs: Sequence[Run]) -> Ceilings:
-    """The highest that any case saw."""
-    cases = _with_products(runs)
-    return Ceilings(max(case.flop_rate for case in cases), max(case.byte_rate for case in cases))
+def ceilings(runs: Sequence[Run]) -> dict[str, Ceilings]:
+    """The highest that any case saw, by device and dtype."""
+    cases = [case for run in runs for case in run.cases if case.byte_rate and case.flop_rate]
+    names = dict.fromkeys(_roof(case) for case in cases)
+    return {
+        name: Ceilings(
+            max(case.flop_rate for case in cases if _roof(case) == name),
+            max(case.byte_rate for case in cases if _roof(case) == name),
+        )
+        for name in names
+    }
 
 
-def draw(found: Sequence[Point], roof: Ceilings, picture: Path) -> None:
-    """Both axes logarithmic; a colour for each variant."""
-    import matplotlib
+def table_of_products(found: Measured) -> str:
+    """Each product's rate, the bandwidth, and the ridges that they make."""
+    body = [
+        [
+            f"({one.product.rows}, {one.product.inner}) x ({one.product.inner}, {one.product.columns})",
+            str(one.dtype).removeprefix("torch."),
+            f"{one.rate / 1e9:.0f}",
+            f"{found.bytes / 1e9:.1f}",
+            f"{Ceilings(one.rate, found.bytes).ridge:.1f}",
+        ]
+        for one in found.products
+    ]
+    return "\n".join(aligned(["product", "dtype", "GFLOP/s", "GB/s of a copy", "ridge, FLOP/byte"], body))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    ridge = roof.flop / roof.bytes
-    intensities = [point.intensity for point in found]
-    left, right = min([*intensities, ridge]) / 2, max([*intensities, ridge]) * 2
-    axes.plot([left, ridge, right], [roof.at(one) for one in (left, ridge, right)], color="black")
-    axes.annotate(f"{roof.flop / 1e12:.3g} TFLOP/s", (right, roof.flop), ha="right", va="bottom")
-    axes.annotate(f"{roof.bytes / 1e12:.3g} TB/s", (left, roof.at(left)), ha="left", va="bottom")
-    for variant in dict.fromkeys(point.variant for point in found):
-        mine = [point for point in found if point.variant == variant]
-        axes.scatter([one.intensity for one in mine], [one.rate for one in mine], label=variant, s=18)
+def table_of_ceilings(found: Mapping[str, Ceilings]) -> str:
+    """The same of results: the highest rates between their rounds."""
+    body = [
+        [name, f"{roof.flop / 1e9:.0f}", f"{roof.bytes / 1e9:.1f}", f"{roof.ridge:.1f}"] for name, roof in found.items()
+    ]
+    return "\n".join(aligned(["ceilings", "GFLOP/s", "GB/s of a copy", "ridge, FLOP/byte"], body))
+
+
+def table_of_points(found: Sequence[Point]) -> str:
+    """A row for each variant of each case."""
+    body = []
+    for point in found:
+        unit = "GFLOP/s" if point.intensity else "GB/s"
+        reached, ceiling = (_figures(rate / 1e9) for rate in (point.rate, point.ceiling))
+        body.append(
+            [
+                standing.label(point.case),
+                point.variant,
+                f"{point.intensity:.1f}",
+                f"{reached} {unit}",
+                f"{ceiling} {unit}",
+                percent(point.share),
+            ]
+        )
+    return "\n".join(aligned(["case", "variant", "FLOP/byte", "reached", "ceiling there", "share"], body))
+
+
+def draw(found: Sequence[Point], roofs: Mapping[str, Ceilings], machine: Mapping[str, Any]) -> Any:
+    """Both axes logarithmic: a colour for each kind of variant, a mark for each operator, a roof for each dtype."""
+    figure, (axes,) = pictures.figure(1, width=9.0, height=6.0)
+    found = [point for point in found if point.intensity]
+    ridges = [roof.ridge for roof in roofs.values()]
+    reach = [*(point.intensity for point in found), *ridges]
+    left, right = min(reach) / 3, max(reach) * 3
+    for (name, roof), line in zip(roofs.items(), _LINES, strict=False):
+        x = [left, roof.ridge, right]
+        said = f"{name}: {_si(roof.flop)}FLOP/s, {_si(roof.bytes)}B/s, ridge {roof.ridge:.1f}"
+        axes.plot(x, [roof.at(one) for one in x], color="black", linestyle=line, label=said)
+    operators = list(dict.fromkeys(point.case.operator for point in found))
+    for point in found:
+        marker = _MARKERS[operators.index(point.case.operator) % len(_MARKERS)]
+        axes.plot(point.intensity, point.rate, marker, color=_COLOURS[point.kind], markersize=7, alpha=0.8, mew=0)
     axes.set(xscale="log", yscale="log", xlabel="FLOP for each byte, of the least work", ylabel="FLOP/s")
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(picture, dpi=140)
-    pyplot.close(figure)
+    kinds = [kind for kind in _COLOURS if any(point.kind == kind for point in found)]
+    for kind in kinds:
+        axes.plot([], [], "s", color=_COLOURS[kind], label=kind)
+    for place, operator in enumerate(operators):
+        axes.plot([], [], _MARKERS[place % len(_MARKERS)], color="black", label=operator)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(f"Steps under the ceilings of this machine\n{pictures.device(machine)}", fontsize="medium")
+    return figure
 
 
-def _with_products(runs: Sequence[Run]) -> list[Case]:
-    return [case for run in runs for case in run.cases if case.flop_rate and case.byte_rate and sum(case.flop.values())]
+def _points(case: Case) -> Iterator[Point]:
+    flop, moved = sum(case.flop.values()), sum(case.bytes.values())
+    for row in case.rows:
+        timing = standing.whole(row)
+        if timing is not None and timing.floor > 0:
+            kind = "ours" if standing.ours(row) else standing.role(row.variant)
+            yield Point(case, row.variant, kind, flop / moved if moved else 0.0, *_rates(case, timing, flop, moved))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _rates(case: Case, timing: Timing, flop: float, moved: float) -> tuple[float, float]:
+    """What was reached, and the ceiling: the floor is the time that the ceiling takes for the same work."""
+    work = flop if flop and case.flop_rate else moved
+    return work / timing.median, work / timing.floor
+
+
+def _figures(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _roof(case: Case) -> str:
+    return f"{case.device} {case.dtype}"
+
+
+def _si(value: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g} "

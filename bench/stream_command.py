@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench import machine, pictures
-from bench.kernels_command import UsageError
+from bench.kernels_command import UsageError, make_folder
 from bench.stream import plots, records, tables
 from bench.stream.parts import PARTS
 from bench.stream.records import StreamRun, WindowRecord
@@ -131,13 +131,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def _make_folders(options: argparse.Namespace) -> None:
-    """Those of --json and --plot, before minutes are spent."""
-    for name, folder in (("json", options.json and options.json.parent), ("plot", options.plot)):
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--{name}: cannot make {folder}: {error.strerror}") from None
+    """Those of --json and --plot."""
+    make_folder("--json", options.json and options.json.parent)
+    make_folder("--plot", options.plot)
     if options.json is not None and options.json.is_dir():
         raise UsageError(f"--json must name a file, and {options.json} is a folder")
 
@@ -145,10 +141,7 @@ def _make_folders(options: argparse.Namespace) -> None:
 def _shown(found: StreamRun, folder: Path | None) -> int:
     print(tables.report(found), flush=True)
     if folder is not None:
-        if pictures.missing():
-            print(f"\n{pictures.ABSENT}", flush=True)
-        else:
-            print(f"\npictures: {', '.join(map(str, plots.write(found, folder)))}", flush=True)
+        pictures.announced(lambda: plots.write(found, folder))
     for window, name, reason in found.refused():
         print(f"refused: {name} in window {window}: {reason}", file=sys.stderr)
     return 1 if found.refused() else 0

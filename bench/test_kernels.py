@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import kernels, steps
 from bench.examine import Checked, Truth, examine
-from bench.kernels import ROOMS, room
 from bench.kernels_command import combinations
 from bench.rows import Rows
 from bench.workload import Variant, Workload, gradients
@@ -38,6 +38,11 @@ class Bench:
         return self.checked[name]
 
 
+def room(name: str) -> type[Workload]:
+    """An operator's, or a training step's with that pooling."""
+    return (steps if name in steps.ROOMS else kernels).room(name)
+
+
 @lru_cache(maxsize=1)
 def bench(operator: str, sizes: tuple[tuple[str, int], ...]) -> Bench:
     """The bench of one case; the last one is let go, with its memory, when the next begins."""
@@ -45,17 +50,17 @@ def bench(operator: str, sizes: tuple[tuple[str, int], ...]) -> Bench:
 
 
 def cases() -> Iterator[object]:
-    """Operator, sizes and variant, for the sizes of `--quick`."""
-    for operator in ROOMS:
+    """Room, sizes, variant and pass, for the sizes of `--quick`; a training step is one pass."""
+    for operator in (*kernels.ROOMS, *steps.ROOMS):
         kind = room(operator)
         for sizes in filter(kind.sensible, combinations({**kind.letters, **kind.quick_sizes})):
-            label = f"{operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
+            label = f"{kind.operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
             for name in kind(dict.fromkeys(sizes, 1), torch.float32, CPU).variants():
-                yield pytest.param(operator, tuple(sizes.items()), name, id=f"{label}-{name}")
+                for one_pass in PASSES[operator in steps.ROOMS :]:
+                    yield pytest.param(operator, tuple(sizes.items()), name, one_pass, id=f"{label}-{name}-{one_pass}")
 
 
-@pytest.mark.parametrize("one_pass", PASSES)
-@pytest.mark.parametrize(("operator", "sizes", "name"), cases())
+@pytest.mark.parametrize(("operator", "sizes", "name", "one_pass"), list(cases()))
 @pytest.mark.benchmark(min_rounds=5, max_time=0.5, disable_gc=True)
 def test_speed(
     benchmark: BenchmarkFixture, operator: str, sizes: tuple[tuple[str, int], ...], name: str, one_pass: str
@@ -67,15 +72,18 @@ def test_speed(
     if row.status in ("absent", "skipped") or variant is None:
         pytest.skip(f"{name} is {row.status}: {row.reason}")
     assert row.status == "measured", row.reason
-    benchmark.group = f"{operator} {' '.join(f'{letter}={size}' for letter, size in sizes)} {one_pass}"
+    benchmark.group = f"{mine.workload.operator} {' '.join(f'{letter}={size}' for letter, size in sizes)} {one_pass}"
     benchmark.extra_info.update(backend=row.backend, error=row.error, saved_bytes=row.saved_bytes)
     turns = iter(range(1 << 30))
     benchmark(step, variant, mine.rows, turns, one_pass)
 
 
-def step(variant: Variant, rows: Rows, turns: Iterator[int], one_pass: str) -> Tensor:
-    """One forward, and one backward if the pass has it."""
+def step(variant: Variant, rows: Rows, turns: Iterator[int], one_pass: str) -> Tensor | None:
+    """One forward, and one backward if the pass has it; of a training step all that is timed as one."""
     taken = rows.get(next(turns), variant.dtype)
+    if variant.whole is not None:
+        variant.whole(taken)
+        return None
     results = variant.forward(taken)
     if one_pass == "both":
         gradients(variant, taken, results)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.graph import on_cuda, replayed_like
+from bench.kernels import grouped_mm_rivals
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe_kernels import grouped_mm, use_backend
 
@@ -52,7 +53,7 @@ class GroupedMM(Workload):
 
     def variants(self) -> tuple[str, ...]:
         names = "loop", "padded", "torch", "ours"
-        return *names, *on_cuda(self.device, *(f"{name}-graph" for name in names))
+        return *names, *on_cuda(self.device, *(f"{name}-graph" for name in names)), *grouped_mm_rivals.MODULES
 
     def baselines(self) -> tuple[str, ...]:
         return "loop", *on_cuda(self.device, "loop-graph", "torch-graph")
@@ -93,6 +94,8 @@ class GroupedMM(Workload):
             return self._padded(name)
         if name == "torch":
             return self._torch(name)
+        if name in grouped_mm_rivals.MODULES:
+            return self._library(name)
         raise ValueError(f"grouped_mm has no variant {name!r}")
 
     def work(self) -> Mapping[str, Work]:
@@ -187,6 +190,14 @@ class GroupedMM(Workload):
             raise
         except RuntimeError as error:
             raise Absent(f"torch's grouped_mm fails here: {str(error).splitlines()[0]}") from error
-        # It cannot leave out the weight gradients of frozen experts, and torch does not count its products.
+        return self._all_weights(name, forward, weight)
+
+    def _library(self, name: str) -> Variant:
+        run = grouped_mm_rivals.product_of(name, self._counts(), self.device, self.dtype)
+        weight = self.weight.clone().requires_grad_()
+        return self._all_weights(name, lambda rows: {"y": run(rows["x"], weight)}, weight)
+
+    def _all_weights(self, name: str, forward: Callable[[Tensors], Tensors], weight: Tensor) -> Variant:
+        """A variant that cannot leave out the weight gradients of frozen experts, and whose products nobody counts."""
         product = Product(*(self.sizes[letter] for letter in "MKP")).flop
         return self._whole(name, forward, weight, products={"forward": product, "backward": 2 * product})

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.graph import on_cuda, replayed_like
+from bench.kernels import rivals
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe_kernels import dispatch, packed_attention, use_backend
 
@@ -47,7 +48,7 @@ class PackedAttention(Workload):
 
     def variants(self) -> tuple[str, ...]:
         names = "published", "sdpa", "compiled", "ours"
-        return *names, *on_cuda(self.device, "flash", "xformers", "sdpa-graph", "ours-graph")
+        return *names, *on_cuda(self.device, "flash", "sdpa-graph", "ours-graph"), "xformers"
 
     def optional(self) -> tuple[str, ...]:
         return ("reference",)
@@ -135,10 +136,7 @@ class PackedAttention(Workload):
 
     def _xformers(self) -> Attention:
         """What our operator asks xformers for, by its own autograd."""
-        try:
-            fmha: Any = importlib.import_module("xformers.ops.fmha")
-        except ImportError as error:
-            raise Absent(f"xformers cannot be imported: {error}") from error
+        fmha: Any = rivals.load("xformers", "xformers.ops.fmha", self.device)
         mask = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(self.lengths, device=self.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -3,21 +3,17 @@
 They know no items that a query rejects and no counts; what they get leaves logQ out as well.
 """
 
-import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bench.shortage import first_line
-from bench.workload import Absent
+from bench.kernels import rivals
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The mean loss of queries (M, d), items (C, d) and targets (M,)."""
 
 MODULES = {"cut-cross-entropy": "cut_cross_entropy", "liger": "liger_kernel.transformers"}
-DEVICES = ("cuda",)
-"""Where their kernels run."""
 
 
 def loss_of(name: str, device: torch.device, dtype: torch.dtype) -> Loss:
@@ -26,12 +22,7 @@ def loss_of(name: str, device: torch.device, dtype: torch.dtype) -> Loss:
     Raises:
         Absent: it is not installed, or does not run here.
     """
-    if device.type not in DEVICES:
-        raise Absent(f"{name} needs a CUDA device, not {device.type}")
-    try:
-        module = importlib.import_module(MODULES[name])
-    except ImportError as error:
-        raise Absent(f"{name} is not installed: {first_line(error)}") from error
+    module = rivals.load(name, MODULES[name], device)
     if name == "liger":
         criterion = module.LigerFusedLinearCrossEntropyLoss()
 
@@ -42,15 +33,9 @@ def loss_of(name: str, device: torch.device, dtype: torch.dtype) -> Loss:
         def loss(queries: Tensor, items: Tensor, targets: Tensor) -> Tensor:
             return module.linear_cross_entropy(queries, items, targets)
 
-    _try(name, loss, device, dtype)
-    return loss
-
-
-def _try(name: str, loss: Loss, device: torch.device, dtype: torch.dtype) -> None:
-    queries, items = (torch.zeros(rows, 32, device=device, dtype=dtype, requires_grad=True) for rows in (16, 64))
-    try:
+    def trial() -> None:
+        queries, items = (torch.zeros(rows, 32, device=device, dtype=dtype, requires_grad=True) for rows in (16, 64))
         loss(queries, items, torch.zeros(16, device=device, dtype=torch.int64)).backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise Absent(f"{name} fails here: {first_line(error)}") from error
+
+    rivals.attempt(name, trial)
+    return loss

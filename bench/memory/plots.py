@@ -25,9 +25,11 @@ def write(curves: Sequence[Curve], machine: Mapping[str, Any], folder: Path) -> 
     # With other sizes swept too, a letter may have several curves.
     unique = [f"{name}-{names[:place].count(name) + 1}" if names.count(name) > 1 else name
               for place, name in enumerate(names)]  # fmt: skip
-    return pictures.write(
-        {name: partial(draw, curve, machine) for name, curve in zip(unique, drawn, strict=True)}, folder
-    )
+    return [
+        path
+        for name, curve in zip(unique, drawn, strict=True)
+        for path in pictures.write(partial(draw, curve, machine), folder / f"{name}.png")
+    ]
 
 
 def draw(curve: Curve, machine: Mapping[str, Any]) -> Any:
@@ -48,5 +50,5 @@ def draw(curve: Curve, machine: Mapping[str, Any]) -> Any:
     pictures.legend_below(figure, panels[0])
     fixed = " ".join(f"{letter}={size}" for letter, size in curve.fixed.items())
     first = curve.first
-    figure.suptitle(f"{first.operator} {first.dtype} {fixed}; {pictures.device_name(machine)}")
+    figure.suptitle(f"{first.operator} {first.dtype} {fixed}; {pictures.device(machine)}")
     return figure

@@ -16,7 +16,9 @@ COLOURS = (RED, BLUE, GREEN)
 
 def write(run: StreamRun, folder: Path) -> list[Path]:
     """Writes each picture that the run allows as a PNG file, and returns where they are."""
-    return pictures.write({name: partial(draw, run) for name, draw in PICTURES.items()}, folder)
+    return [
+        path for name, draw in PICTURES.items() for path in pictures.write(partial(draw, run), folder / f"{name}.png")
+    ]
 
 
 def draw_time(run: StreamRun) -> Any:
@@ -115,5 +117,5 @@ def _finished(run: StreamRun, figure: Any, *panels: Any) -> Any:
         panel.set_xlabel("experts a level")
     pictures.legend_below(figure, panels[0])
     s = run.settings
-    figure.suptitle(f"{pictures.device_name(run.machine)}; {s['dtype']}, batch {s['batch']}, {s['pooling']} pooling")
+    figure.suptitle(f"{pictures.device(run.machine)}; {s['dtype']}, batch {s['batch']}, {s['pooling']} pooling")
     return figure

@@ -1,5 +1,6 @@
-"""What the bench tells of a GPU, whose driver is asked and never told anything."""
+"""What the bench tells of a machine: a GPU, whose driver is asked and never told anything, and the load."""
 
+import os
 import subprocess
 from types import SimpleNamespace
 from typing import Any
@@ -74,3 +75,9 @@ def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 20)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert machine.available(CUDA) == 150
+
+
+def test_the_load_is_that_from_before_anything_was_measured(cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = machine.describe(cpu)["load"]
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0))
+    assert machine.describe(cpu)["load"] == before

@@ -10,7 +10,7 @@ import torch
 from bench import kernels, steps
 from bench.case import measure
 from bench.examine import Truth, examine, outcome
-from bench.kernels import ROOMS, softmax_loss_rivals
+from bench.kernels import ROOMS, rivals, softmax_loss_rivals
 from bench.kernels.in_batch_softmax_loss import InBatchSoftmaxLoss
 from bench.kernels.side_moe import SideMoE
 from bench.kernels_command import combinations, plan
@@ -119,7 +119,7 @@ def test_a_rival_of_the_plain_loss_is_held_to_that(
 ) -> None:
     workload, *drawn = tiny_loss(cpu)
     assert examine(workload, name, *drawn).row.reason == f"{name} needs a CUDA device, not cpu"
-    monkeypatch.setattr(softmax_loss_rivals, "DEVICES", ("cpu",))
+    monkeypatch.setattr(rivals, "DEVICES", ("cpu",))
     monkeypatch.setitem(sys.modules, softmax_loss_rivals.MODULES[name], None)
     missing = examine(workload, name, *drawn).row
     assert missing.status == "absent"
@@ -137,7 +137,7 @@ def test_a_rival_that_fails_is_absent_and_one_that_is_wrong_is_refused(
     cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workload, *drawn = tiny_loss(cpu)
-    monkeypatch.setattr(softmax_loss_rivals, "DEVICES", ("cpu",))
+    monkeypatch.setattr(rivals, "DEVICES", ("cpu",))
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", FakeModule)
     right = FakeModule.linear_cross_entropy
 

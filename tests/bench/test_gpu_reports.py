@@ -1,11 +1,11 @@
-"""The summary, the profile and the roofline, from made-up results and on a CPU."""
+"""The summary and the profile, from made-up results and on a CPU."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu_sanitize, gpu_summary, profiled, results, roofline
+from bench import gpu_sanitize, gpu_summary, profiled, results
 from bench.profiled import Spent
 from bench.results import Case, Row, Run, Timing
 
@@ -162,27 +162,6 @@ def test_without_a_gpu_nothing_is_profiled(capsys: pytest.CaptureFixture[str]) -
     assert gpu_summary.main(["--gpu"]) == 2
     assert gpu_sanitize.main(["route_topk", "N=5", "E=5", "k=2"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
-
-
-def test_roofline_points_are_the_floors_work_in_the_measured_time() -> None:
-    case = run().cases[0]
-    found = roofline.points([run()])
-    assert [point.variant for point in found] == ["naive", "naive-autocast", "eager", "ours", "ours-graph"]
-    assert found[3].rate == pytest.approx(4e12)
-    assert found[3].intensity == pytest.approx(sum(case.flop.values()) / sum(case.bytes.values()))
-    roof = roofline.ceilings([run()])
-    assert roof == (1e13, 2e12)
-    assert roof.at(1) == 2e12
-    assert roof.at(1e6) == 1e13
-
-
-def test_the_roofline_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    results.save(run(), tmp_path / "run.json")
-    picture = tmp_path / "roof.png"
-    assert roofline.main([str(picture), str(tmp_path / "run.json"), str(tmp_path / "absent.json")]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert roofline.main([str(picture), str(tmp_path / "absent.json")]) == 1
 
 
 def test_a_whole_step_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:

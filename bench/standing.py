@@ -1,0 +1,115 @@
+"""How our rows stand beside their rivals': who a rival is, ratios of rounds, and where we lose."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from bench.kernels import grouped_mm_rivals, softmax_loss_rivals
+from bench.measure import Quantiles, quantiles
+from bench.results import Case, Row, Run, Timing, ms
+
+PUBLISHED = ("published", "naive", "naive-autocast", "naive-narrow")
+LIBRARIES = (*softmax_loss_rivals.MODULES, *grouped_mm_rivals.MODULES, "xformers", "flash")
+ROLES = ("published", "eager", "compiled", "library")
+
+
+class Rival(NamedTuple):
+    """A rival's row, and how many times faster ours is, over the rounds."""
+
+    row: Row
+    ratio: Quantiles
+
+
+class Loss(NamedTuple):
+    """A pass in which ours takes longer than a rival, by the median of the rounds' ratios."""
+
+    case: Case
+    row: Row
+    rival: Row
+    one_pass: str
+    ratio: Quantiles
+
+
+def ours(row: Row) -> bool:
+    """Whether our kernels are what the row times."""
+    return row.variant.startswith("ours")
+
+
+def role(variant: str) -> str:
+    """What a rival is: the published formulation, plain PyTorch, what torch.compile makes, or a library."""
+    if variant in PUBLISHED:
+        return "published"
+    if variant in LIBRARIES:
+        return "library"
+    return "compiled" if variant.startswith("compiled") else "eager"
+
+
+def step(row: Row) -> str:
+    """The pass that is a row's whole step."""
+    return "both" if "both" in row.passes else "forward"
+
+
+def whole(row: Row) -> Timing | None:
+    """A row's whole step, if it was timed."""
+    return row.passes.get(step(row))
+
+
+def label(case: Case) -> str:
+    """A case in a few words."""
+    return f"{case.operator} {case.dtype} {' '.join(f'{letter}={size}' for letter, size in case.sizes.items())}"
+
+
+def ratio(row: Row, rival: Row, one_pass: str) -> Quantiles | None:
+    """How many times faster a pass of a row is than a rival's, round by round."""
+    mine, theirs = row.passes.get(one_pass), rival.passes.get(one_pass)
+    if mine is None or theirs is None:
+        return None
+    return quantiles([b / a for a, b in zip(mine.samples, theirs.samples, strict=True)])
+
+
+def rivals(case: Case, row: Row) -> Iterator[Row]:
+    """The rows of a case that solve the same problem as one of ours, and are not ours."""
+    for other in case.rows:
+        if not ours(other) and problem(other) == problem(row):
+            yield other
+
+
+def problem(row: Row) -> str | None:
+    """The easier problem that a row solves, if it does."""
+    said = row.remark or ""
+    return said.partition(";")[0] if said.startswith("solves another problem") else None
+
+
+def best(case: Case, row: Row, of: str) -> Rival | None:
+    """The fastest rival of a role that was measured in a case."""
+    found = [
+        Rival(other, compared)
+        for other in rivals(case, row)
+        if role(other.variant) == of and (compared := ratio(row, other, step(row)))
+    ]
+    return min(found, key=lambda rival: rival.ratio.median, default=None)
+
+
+def losses(runs: Sequence[Run], *, steps: bool) -> list[Loss]:
+    """Where ours is slower than a rival in a whole step; or, with `steps` false, in a pass of a step that is not."""
+    found = []
+    for case in (case for run in runs for case in run.cases):
+        for row in filter(ours, case.rows):
+            for rival in rivals(case, row):
+                slower = [
+                    Loss(case, row, rival, one, compared)
+                    for one in row.passes
+                    if (compared := ratio(row, rival, one)) and compared.median < 1
+                ]
+                lost = any(loss.one_pass == step(row) for loss in slower)
+                found += [loss for loss in slower if (loss.one_pass == step(row) if steps else not lost)]
+    return found
+
+
+def told(loss: Loss) -> str:
+    """A loss in a line."""
+    mine, theirs = (row.passes[loss.one_pass].median for row in (loss.row, loss.rival))
+    one_pass = "" if loss.one_pass == step(loss.row) else f", {loss.one_pass}"
+    return (
+        f"{label(loss.case)}{one_pass}: {loss.row.variant} {loss.ratio.median:.2f} times as fast as "
+        f"{loss.rival.variant} ({loss.ratio.p10:.2f}-{loss.ratio.p90:.2f}), {ms(mine)} and {ms(theirs)} ms"
+    )

@@ -1,0 +1,126 @@
+"""`python -m bench roofline`: ceilings measured here, steps of files under theirs, pictures, and mistakes."""
+
+import json
+from pathlib import Path
+
+import made_up
+import pytest
+import torch
+
+from bench import pictures, results, roofline
+from bench.__main__ import main
+from bench.results import Case, Row, Run, Timing
+from bench.workload import Product
+
+
+def timing(seconds: float, floor: float) -> Timing:
+    return made_up.timing(*[seconds] * 3, floor=floor)
+
+
+def run() -> Run:
+    # 4 GFLOP at 1 TFLOP/s are 4 ms, and 40 MB at 20 GB/s 2 ms.
+    passes = {"both": timing(8e-3, 4e-3)}
+    product = Case(
+        "side_moe", "title", {"N": 5}, "float32", "cpu", 1e12, 2e10, {"forward": 1e9, "backward": 3e9},
+        {"forward": 4e7, "backward": 0.0}, 3, [Row("naive", "measured", passes={"both": timing(4e-2, 4e-3)}),
+        Row("compiled", "absent", "no compiler"), Row("ours", "measured", passes=passes)],
+    )  # fmt: skip
+    memory = Case(
+        "route_topk", "title", {"N": 7}, "float32", "cpu", 0.0, 2e10, {"forward": 0.0}, {"forward": 4e7}, 3,
+        [Row("ours", "measured", passes={"forward": timing(4e-3, 2e-3)})],
+    )  # fmt: skip
+    return Run(["kernels"], made_up.MACHINE, [product, memory], 1.0)
+
+
+def test_points_are_the_floors_work_in_the_measured_time() -> None:
+    naive, ours, routing = roofline.points([run()])
+    assert (naive.kind, ours.kind) == ("published", "ours")
+    assert ours.intensity == pytest.approx(100)
+    assert ours.rate == pytest.approx(5e11)
+    assert ours.ceiling == pytest.approx(1e12)
+    assert ours.share == pytest.approx(0.5)
+    assert naive.share == pytest.approx(0.1)
+    assert (routing.intensity, routing.rate, routing.ceiling) == pytest.approx((0, 1e10, 2e10))
+
+
+def test_ceilings_are_the_highest_of_any_case() -> None:
+    (roof,) = roofline.ceilings([run()]).values()
+    assert roof == (1e12, 2e10)
+    assert roof.ridge == 50
+    assert roof.at(1) == 2e10
+    assert roof.at(1e6) == 1e12
+
+
+def test_committed_results_lie_where_their_floor_says() -> None:
+    root = Path(roofline.__file__).parent / "results"
+    runs = [results.load(path) for path in root.glob("s*-cpu-*.json")]
+    shares = [t.share for run in runs for case in run.cases for row in case.rows if (t := row.passes.get("both"))]
+    assert [point.share for point in roofline.points(runs)] == pytest.approx(shares, rel=1e-4)
+    for point in roofline.points(runs):
+        case = point.case
+        roof = roofline.Ceilings(case.flop_rate, case.byte_rate)
+        assert point.ceiling == pytest.approx(roof.at(point.intensity), rel=1e-4)
+
+
+def test_files_are_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, picture = tmp_path / "run.json", tmp_path / "new" / "roof.png"
+    results.save(run(), path)
+    assert main(["roofline", str(path), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]
+    assert ["cpu float32", "1000", "20.0", "50.0"] in rows
+    assert ["side_moe float32 N=5", "ours", "100.0", "500 GFLOP/s", "1000 GFLOP/s", "50%"] in rows
+    assert ["route_topk float32 N=7", "ours", "0.0", "10 GB/s", "20 GB/s", "50%"] in rows
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_files_the_machine_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(roofline, "PRODUCTS", (Product(8, 16, 24), Product(16, 16, 16)))
+    path, picture = tmp_path / "roof.json", tmp_path / "roof.png"
+    given = ["--dtype", "bfloat16", "--seconds", "0.01", "--json", str(path), "--plot", str(picture)]
+    assert main(["roofline", *given]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| (8, 16) x (16, 24) ") == printed.count("| (16, 16) x (16, 16) ") == 2
+    found = json.loads(path.read_text())
+    assert found["kind"] == "roofline"
+    assert found["byte_rate"] > 0
+    assert {one["dtype"] for one in found["products"]} == {"bfloat16", "float32"}
+    assert min(one["rate"] for one in found["products"]) > 0
+    assert f"meets {found['byte_rate'] / 1e9:.1f} GB/s" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pictures, "missing", lambda: True)
+    results.save(run(), tmp_path / "run.json")
+    assert main(["roofline", str(tmp_path / "run.json"), "--plot", str(tmp_path / "roof.png")]) == 0
+    assert "--plot: no pictures, because matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "roof.png").exists()
+
+
+def test_files_without_products_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run()
+    results.save(Run(found.command, found.machine, found.cases[1:], 1.0), tmp_path / "run.json")
+    assert main(["roofline", str(tmp_path / "run.json")]) == 1
+    assert "no step with products" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-file.json"], "no-such-file.json"),
+        (["no-such-file.json", "--dtype", "float32"], "--dtype is for measuring, and files of results are only shown"),
+        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--seconds", "-1"], "--seconds must be above 0, not -1"),
+        (["--plot", "/dev/null/roof.png"], "--plot: cannot make /dev/null"),
+        (["--json", "/"], "--json must name a file"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch finds no CUDA device here")]),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["roofline", *arguments]) == 2
+    assert message in capsys.readouterr().err

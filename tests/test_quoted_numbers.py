@@ -1,0 +1,206 @@
+"""README and docs quote no measurement that no committed result has."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+from quoted import MEASURED, RESULTS, ROOT, problems
+
+from bench import losing, results, standing
+from bench.results import Case, Row, Run
+
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+# Measurements that nobody keeps: what decided something once.
+HISTORY = {"docs/kernels.md": ("What was tried and left",)}
+# Definitions, sizes by design and forecasts; "..." stands for the rest of a paragraph.
+CONSTANTS = {
+    "docs/benchmarking.md": (
+        "| of floor | the floor divided by the median: 100 % is the least time the work can take |",
+        "the copy is one of 96 MiB",
+        "a share slightly above 100 % is possible",
+        "moved against them by more than 5 % (`--least`), and the 99 % interval",
+        "Ahead of each, 256 MiB are written",
+        "a copy of 1 GiB",
+        "(256 MiB and more, where the rows are many enough)",
+    ),
+    "docs/triton_kernels.md": ("What an H200 should do...", "a workspace of at most 64 MiB"),
+}
+
+
+@cache
+def run(name: str) -> Run:
+    return results.load(RESULTS / f"{name}.json")
+
+
+def case(name: str, **sizes: int) -> Case:
+    (found,) = [one for one in run(name).cases if sizes.items() <= one.sizes.items()]
+    return found
+
+
+def row(of: Case, variant: str) -> Row:
+    (found,) = [one for one in of.rows if one.variant == variant]
+    return found
+
+
+def times(name: str, rival: str, **sizes: int) -> str:
+    of = case(name, **sizes)
+    ratio = standing.ratio(row(of, "ours"), row(of, rival), "both")
+    assert ratio is not None
+    return f"{ratio.median:.2f}"
+
+
+def mib(size: int | None) -> str:
+    assert size is not None
+    return f"{size / 2**20:.1f}"
+
+
+def demo() -> Iterator[str]:
+    found: dict[str, Any] = json.loads((RESULTS / "demo-cpu.json").read_text())
+    quality, cost = found["quality"][0], found["cost"]
+    baseline, error = quality["baselines"][quality["best"]]
+    assert quality["best"] == "last_window"
+    yield (
+        f"over five tests of {quality['users']} users in all, HR@10 of {100 * quality['model']:.1f} ± "
+        f"{100 * quality['model_se']:.1f} % against {100 * baseline:.1f} ± {100 * error:.1f} % for popularity in the "
+        f"last window, the better of two popularity baselines; {cost['step_ms']:.1f} ms a training step of "
+        f"{found['settings']['batch_size']} users, {cost['seconds']:.0f} s for training and tests, "
+        f"{cost['peak_rss_mib']:.0f} MiB at the peak."
+    )
+
+
+def kernels() -> Iterator[str]:
+    main, sizes = "side_moe-cpu-float32", "side_moe-cpu-float32-all-sizes"
+    one, ten = (standing.whole(row(case(main, E=experts), "ours")) for experts in (1, 10))
+    assert one is not None
+    assert ten is not None
+    yield f"with one expert a step reaches {100 * one.share:.0f} % of the floor, with ten {100 * ten.share:.0f} %"
+    fast = {experts: [times(name, "naive", N=2816, E=experts) for name in (main, sizes)] for experts in (1, 10)}
+    yield (
+        f"two runs found `side_moe` {fast[1][0]} and {fast[1][1]} times as fast with one expert, and "
+        f"{fast[10][0]} and {fast[10][1]} times with ten"
+    )
+    shares = profile()
+    side = shares["xsmoe_native::side_moe"] + shares["xsmoe_native::side_moe_backward"]
+    products, loss_share = shares["aten::mm"] + shares["aten::addmm"], shares["xsmoe_native::in_batch_softmax_loss"]
+    yield (
+        f"{side:.0f} % of it are `side_moe` and its backward, {products:.0f} % torch's products in the projection and "
+        f"the user encoder, {loss_share:.0f} % the loss, "
+        f"{shares['aten::index_select']:.0f} % the gathering of hidden states; no other operator takes more than one."
+    )
+    named = ("side_moe", "side_moe_backward", "in_batch_softmax_loss")
+    others = shares.keys() - {f"xsmoe_native::{name}" for name in named}
+    assert max(shares[name] for name in others - {"aten::mm", "aten::addmm", "aten::index_select", "all"}) <= 1
+    loss = case("loss-cpu-float32", B=256, C=2640)
+    ours = row(loss, "ours")
+    yield (
+        f"a step of two threads takes {mib(ours.peak_bytes)} MiB at its peak, {mib(ours.returned_bytes)} of which it "
+        f"returns; the published formulation takes {mib(row(loss, 'published').peak_bytes)} and the eager one "
+        f"{mib(row(loss, 'eager').peak_bytes)}."
+    )
+    large = case("loss-cpu-float32-full-softmax", C=200000)
+    ours = row(large, "ours")
+    yield (
+        f"it takes {mib(ours.peak_bytes)} MiB, {mib(ours.returned_bytes)} of which it returns; eager takes "
+        f"{mib(row(large, 'eager').peak_bytes)}."
+    )
+
+
+def profile() -> dict[str, float]:
+    """Shares in percent, by kernel."""
+    text = (RESULTS / "step-profile-cpu-float32.txt").read_text()
+    return {name: float(share) for name, share in re.findall(r"^\| ([A-Za-z_]\S+).*?([\d.]+)% \|$", text, re.MULTILINE)}
+
+
+CLAIMS = {"README.md": demo, "docs/kernels.md": kernels}
+
+
+@cache
+def claims(page: str) -> tuple[str, ...]:
+    return tuple(CLAIMS[page]()) if page in CLAIMS else ()
+
+
+@cache
+def open_rows() -> str:
+    return losing.section(losing.committed())
+
+
+def found(page: str, text: str) -> list[str]:
+    wrong = problems(text, claims=claims(page), constants=CONSTANTS.get(page, ()), history=HISTORY.get(page, ()))
+    if losing.BEGIN in text and losing.found(text) != open_rows():
+        wrong.append("the list of open rows is not that of the results: python -m bench.losing --write")
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_quotes_what_results_have(page: str) -> None:
+    assert found(page, (ROOT / page).read_text()) == []
+
+
+def test_the_list_of_open_rows_is_there() -> None:
+    assert losing.BEGIN in (ROOT / "docs" / "kernels.md").read_text()
+
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_every_changed_digit_is_found(page: str) -> None:
+    """Each digit of each sentence, table and list that results stand behind, made another one."""
+    text = (ROOT / page).read_text()
+    places = sorted({place for begin, end in quoted_spans(page, text) for place in range(begin, end)})
+    digits = [place for place in places if text[place].isdigit()]
+    assert len(digits) > 50
+    for place in digits:
+        other = str((int(text[place]) + 1) % 10)
+        changed = text[:place] + other + text[place + 1 :]
+        assert found(page, changed), f"nobody saw {other} for {text[place]} in {text[place - 40 : place + 20]!r}"
+
+
+def quoted_spans(page: str, text: str) -> Iterator[tuple[int, int]]:
+    for claim in claims(page):
+        pattern = r"\s+".join(map(re.escape, claim.split()))
+        yield from (match.span() for match in re.finditer(pattern, text))
+    for line in re.finditer(r"^\|.*\d \|$|^\|.*\d % \|.*$", text, re.MULTILINE):
+        if "What was tried" not in text[: line.start()]:
+            yield line.span()
+    if losing.BEGIN in text:
+        begin = text.index(losing.found(text))
+        yield begin, begin + len(losing.found(text))
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "A step is 3.25 times as fast.",
+        "It takes 12 ms.",
+        "That is 40 % of the floor, and 17.5 MiB.",
+        "| variant | note |\n| --- | --- |\n| ours | 12 ms |",
+        "| E | variant | ms |\n| --- | --- | --- |\n| 10 | ours | 12.3 |",
+    ],
+)
+def test_a_number_without_a_result_is_found(added: str) -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    assert found("docs/kernels.md", text.replace("## `side_moe`\n", f"## `side_moe`\n\n{added}\n")) != []
+
+
+def test_a_table_is_of_the_results_that_its_own_section_links_to() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    table = "| L | ours ms |\n| --- | --- |\n| 10 | 1.41 |"
+    before = "Nested tensors have no causal attention on a CPU.\n"
+    assert found("docs/kernels.md", text.replace(before, f"{table}\n\n{before}")) == []
+    (wrong,) = found("docs/kernels.md", text.replace(before, f"## Elsewhere\n\n{table}\n\n{before}"))
+    assert wrong.startswith("0 cases of the linked results are meant by")
+
+
+def test_what_is_excused_must_be_there() -> None:
+    assert problems("No number.", claims=(), constants=("5 % by design",), history=()) != []
+
+
+@pytest.mark.parametrize("text", ["12 ms", "12.5 ms", "1,200 s", "14.1 ± 0.5 %", "3 times", "64 MiB", "27%", "2 us"])
+def test_measured_numbers_are_seen(text: str) -> None:
+    assert MEASURED.fullmatch(text)
+
+
+@pytest.mark.parametrize("text", ["2,816 rows", "torch 2.11", "8.6 MB", "sm_90", "12 steps", "N = 2,816"])
+def test_sizes_are_no_measurements(text: str) -> None:
+    assert not MEASURED.search(text)
