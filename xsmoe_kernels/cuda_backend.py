@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from xsmoe_kernels import dispatch, library_file
+from xsmoe_kernels.route_topk import limits as route_limits
 
 LIBRARY = "libxsmoe_cuda.so"
 FAILURE = "_cuda_build_failure.txt"
@@ -36,7 +37,10 @@ class _Served(NamedTuple):
     refuses: dispatch.Refuses | None = None
 
 
-OPERATORS: dict[str, _Served] = {}
+OPERATORS: dict[str, _Served] = {
+    "route_topk": _Served(refuses=route_limits.refuses_forward),
+    "route_topk_backward": _Served(refuses=route_limits.refuses_backward),
+}
 
 library: Path | None = None
 """The library that is loaded, if one is."""

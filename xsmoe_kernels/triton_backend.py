@@ -4,6 +4,7 @@ TRITON_INTERPRET=1    Triton's own setting, read when xsmoe_kernels is imported:
                       CPU tensors too, where `use_backend("triton")` asks for them; slow, for tests
 """
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xsmoe_kernels import dispatch, tuning
+from xsmoe_kernels.route_topk import limits as route_limits
 
 OLDEST = (3, 6)
 OLDEST_FOR_AMD = (3, 7)
@@ -47,7 +49,7 @@ def load() -> None:
         return
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
     for operator, launcher in LAUNCHERS.items():
-        refuses = _refuses_ranking if operator in RANKING else _refuses
+        refuses = functools.partial(_refuses, REFUSES.get(operator))
         kernel = _when_needed(launcher)
         dispatch.register(operator, "triton", kernel, devices=devices, dtypes=DTYPES, refuses=refuses)
 
@@ -67,13 +69,20 @@ def too_many_items(items: Tensor) -> str | None:
     )
 
 
-def _refuses(device: torch.device, dtype: torch.dtype, *_: Any) -> str | None:
-    return tuning.too_old(device)
-
-
 def _refuses_ranking(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
-    reason = tuning.too_old(device)
-    return reason or (too_many_items(arguments[1]) if arguments else None)
+    return too_many_items(arguments[1]) if arguments else None
+
+
+REFUSES: dict[str, dispatch.Refuses] = {
+    **dict.fromkeys(RANKING, _refuses_ranking),
+    "route_topk": route_limits.refuses_forward,
+    "route_topk_backward": route_limits.refuses_backward,
+}
+"""What some operators' kernels refuse beyond what all do."""
+
+
+def _refuses(others: dispatch.Refuses | None, device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+    return tuning.too_old(device) or (others(device, dtype, *arguments) if others else None)
 
 
 def _when_needed(launcher: str) -> Callable[..., Any]:

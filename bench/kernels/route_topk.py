@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from bench.graph import on_cuda, replayed_like
-from bench.workload import Tensors, Variant, Work, Workload
-from xsmoe_kernels import route_topk, use_backend
+from bench.workload import Absent, Tensors, Variant, Work, Workload
+from xsmoe_kernels import BackendUnavailable, dispatch, route_topk, use_backend
 
+BACKENDS = {"reference": "reference", "ours": "auto", "ours-triton": "triton", "ours-cuda": "cuda"}
+"""Variants that are our operator, and the backend that serves them."""
 _INDEX_BYTES = 8
 
 
@@ -26,8 +28,9 @@ class RouteTopk(Workload):
         return f"the best {self.sizes['k']} of {self.sizes['E']} experts for each row, sorted by expert"
 
     def variants(self) -> tuple[str, ...]:
-        graphs = on_cuda(self.device, "eager-graph", "ours-graph")
-        return "eager", *graphs[:1], "compiled", "ours", *graphs[1:]
+        named = "ours-triton", "ours-triton-graph", "ours-cuda", "ours-cuda-graph"
+        ours = "ours", *on_cuda(self.device, "ours-graph", *named)
+        return *self.baselines(), "compiled", *ours
 
     def baselines(self) -> tuple[str, ...]:
         return "eager", *on_cuda(self.device, "eager-graph")
@@ -50,14 +53,12 @@ class RouteTopk(Workload):
         return results | {"logits": gradient}
 
     def reference(self) -> Variant:
-        return self._ours("reference", "reference")
+        return self._ours("reference")
 
     def build(self, name: str) -> Variant:
-        if name == "reference":
-            return self.reference()
-        if name == "ours":
-            return self._ours(name, "auto")
-        if name in ("eager-graph", "ours-graph"):
+        if name in BACKENDS:
+            return self._ours(name)
+        if (base := name.removesuffix("-graph")) != name and (base == "eager" or base in BACKENDS):
             return replayed_like(self.build, name, self.device)
         chosen = self.sizes["k"]
         if name == "eager":
@@ -76,7 +77,14 @@ class RouteTopk(Workload):
             "backward": Work(bytes=gates + rows * chosen * _INDEX_BYTES + 2 * logits),
         }
 
-    def _ours(self, name: str, backend: str) -> Variant:
+    def _ours(self, name: str) -> Variant:
+        backend = BACKENDS[name]
+        try:
+            for operator in ("route_topk", "route_topk_backward"):
+                dispatch.select(operator, backend, self.device, self.dtype)
+        except BackendUnavailable as reason:
+            raise Absent(str(reason)) from None
+
         def forward(rows: Tensors) -> Tensors:
             with use_backend(backend):
                 gates, experts, order, offsets = route_topk(rows["logits"], self.sizes["k"])

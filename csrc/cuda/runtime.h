@@ -11,9 +11,17 @@
 
 #include <cstdint>
 
+// Has the next loop unrolled, so that an array which it indexes stays in registers.
+#define XSMOE_UNROLL _Pragma("unroll")
+// Has it left as it is, where several turns at once would take registers and gain nothing.
+#define XSMOE_ROLLED _Pragma("unroll 1")
+
 #else
 
 #include "cuda/emulated.h"
+
+#define XSMOE_UNROLL
+#define XSMOE_ROLLED
 
 #endif
 

@@ -25,12 +25,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second backend for side_moe, which takes the reference's functions under another name."""
+    """A second backend for side_moe, which takes the reference's functions under another name; CUDA has none."""
     kernels = {operator: dict(backends) for operator, backends in dispatch._kernels.items()}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
     monkeypatch.setattr(dispatch, "_limits", dict(dispatch._limits))
     for own in dispatch._kernels.values():
         own.pop("triton", None)
+        own.pop("cuda", None)
     dispatch.register("side_moe", "triton", reference.forward)
     dispatch.register("side_moe_backward", "triton", reference.backward)
 

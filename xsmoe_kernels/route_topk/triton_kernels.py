@@ -16,7 +16,6 @@ from xsmoe_kernels import triton_tools, tuning
 from xsmoe_kernels.triton_tools import sortable, sorted_value
 from xsmoe_kernels.tuning import Config, Table, everywhere
 
-MOST_EXPERTS = 1024
 FEWEST_COLUMNS = 32
 """Up to so many experts nothing is compiled anew."""
 MOST_PARTS = 512
@@ -241,11 +240,6 @@ def backward(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: bool) -
 
 
 def _columns(num_experts: int) -> int:
-    if num_experts > MOST_EXPERTS:
-        raise ValueError(
-            f"logits has {num_experts} experts, but the triton kernels take at most {MOST_EXPERTS};"
-            ' use_backend("reference") takes more'
-        )
     return max(FEWEST_COLUMNS, triton.next_power_of_2(num_experts))
 
 

@@ -1,0 +1,44 @@
+// What launches the CUDA kernels of route_topk.
+#pragma once
+
+#include <cstdint>
+
+namespace xsmoe::cuda::route_topk {
+
+// A row of more logits does not fit into the registers of a warp.
+constexpr int64_t most_experts = 1024;
+
+enum class Number { float32, bfloat16, float16 };
+
+struct Forward {
+    Number number;
+    int64_t rows, experts, chosen;
+    bool renormalize;
+    const void* logits;  // the numbers of a row side by side
+    int64_t logits_stride;
+    void* gates;       // (rows, chosen)
+    int64_t* places;   // (rows, chosen), the experts chosen
+    int64_t* order;    // (rows * chosen,)
+    int64_t* offsets;  // (experts + 1,)
+    int32_t* counts;   // scratch: (blocks, experts)
+};
+
+// How many blocks of the current device `forward` takes.
+int64_t forward_blocks(const Forward& call);
+void forward(const Forward& call, int64_t blocks, void* stream);
+
+struct Backward {
+    Number number;
+    int64_t rows, experts, chosen;
+    bool renormalize;
+    const void* grad;
+    int64_t grad_stride, grad_step;  // between rows, and between the numbers of a row
+    const void* logits;              // the numbers of a row side by side
+    int64_t logits_stride;
+    const int64_t* places;  // (rows, chosen)
+    void* dlogits;          // (rows, experts)
+};
+
+void backward(const Backward& call, void* stream);
+
+}  // namespace xsmoe::cuda::route_topk
