@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from xsmoe_kernels import dispatch, library_file
+from xsmoe_kernels import dispatch, library_file, scoring
 from xsmoe_kernels.route_topk import limits as route_limits
 
 LIBRARY = "libxsmoe_cuda.so"
@@ -37,9 +37,19 @@ class _Served(NamedTuple):
     refuses: dispatch.Refuses | None = None
 
 
+def _refuses_ranking(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+    if device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return (
+            "torch.backends.cuda.matmul.fp32_precision asks for tf32, and the cuda kernels multiply float32 as it is; "
+            'set it to "ieee", or use_backend("triton")'
+        )
+    return scoring.too_many_items(arguments[1], "cuda") if arguments else None
+
+
 OPERATORS: dict[str, _Served] = {
     "route_topk": _Served(refuses=route_limits.refuses_forward),
     "route_topk_backward": _Served(refuses=route_limits.refuses_backward),
+    "rank_of_target": _Served(dtypes=(torch.float32,), refuses=_refuses_ranking),
 }
 
 library: Path | None = None

@@ -12,6 +12,8 @@ Seen = tuple[Tensor, Tensor]
 
 TILE = 1 << 21
 """Scores that exist at one time, unless two queries alone have more."""
+MOST_ITEMS = 2**31 - 2**10
+"""Kernels for GPUs count items in 32 bits, up to the end of the last tile."""
 
 
 def check_types(queries: Tensor, items: Tensor, seen: Seen | None) -> None:
@@ -37,6 +39,16 @@ def check(queries: Tensor, items: Tensor, seen: Tensor | None, seen_offsets: Ten
         if checks.values_visible(seen):
             checks.ragged("seen offsets", seen_offsets, seen.shape[0])
             checks.in_range("seen values", seen, 0, num_items)
+
+
+def too_many_items(items: Tensor, backend: str) -> str | None:
+    """Why a backend's kernels for GPUs cannot take so many items, or None if they can."""
+    if len(items) <= MOST_ITEMS:
+        return None
+    return (
+        f"items has {len(items)} rows, but the {backend} kernels take at most {MOST_ITEMS};"
+        ' use_backend("reference") takes more'
+    )
 
 
 def tiles(

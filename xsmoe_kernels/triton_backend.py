@@ -13,9 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from xsmoe_kernels import dispatch, tuning
+from xsmoe_kernels import dispatch, scoring, tuning
 from xsmoe_kernels.route_topk import limits as route_limits
 
 OLDEST = (3, 6)
@@ -38,8 +37,6 @@ LAUNCHERS = {
 """For each operator the function that launches its kernels, by module and name."""
 RANKING = ("rank_of_target", "topk_items")
 """The operators whose second argument is the items that are scored."""
-MOST_ITEMS = 2**31 - 2**10
-"""They count items in 32 bits, up to the end of the last tile."""
 
 
 def load() -> None:
@@ -59,18 +56,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def too_many_items(items: Tensor) -> str | None:
-    """Why the ranking operators cannot take so many items, or None if they can."""
-    if len(items) <= MOST_ITEMS:
-        return None
-    return (
-        f"items has {len(items)} rows, but the triton kernels take at most {MOST_ITEMS};"
-        ' use_backend("reference") takes more'
-    )
-
-
 def _refuses_ranking(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
-    return too_many_items(arguments[1]) if arguments else None
+    return scoring.too_many_items(arguments[1], "triton") if arguments else None
 
 
 REFUSES: dict[str, dispatch.Refuses] = {

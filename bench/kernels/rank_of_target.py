@@ -6,10 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.graph import replayed_like
-from bench.kernels.ranking import BACKENDS, ITEMS, Ranking, chunks, exact_scores, ragged
-from bench.workload import Tensors, Variant
-from xsmoe_kernels import rank_of_target, use_backend
+from bench import graph
+from bench.kernels import ranking
+from bench.kernels.ranking import ITEMS, Ranking, chunks, exact_scores, ragged
+from bench.workload import Absent, Tensors, Variant
+from xsmoe_kernels import BackendUnavailable, dispatch, rank_of_target, use_backend
+
+BACKENDS = {**ranking.BACKENDS, "ours-triton": "triton", "ours-cuda": "cuda"}
+"""Variants that are our operator, and the backend that serves them."""
 
 
 class RankOfTarget(Ranking):
@@ -21,6 +25,10 @@ class RankOfTarget(Ranking):
     def title(self) -> str:
         return "the rank of each query's target among the items that the query has not seen"
 
+    def variants(self) -> tuple[str, ...]:
+        named = "ours-triton", "ours-triton-graph", "ours-cuda", "ours-cuda-graph"
+        return *super().variants(), *graph.on_cuda(self.device, *named)
+
     def exact(self, rows: Tensors) -> Tensors:
         ranks = torch.empty_like(rows["targets"])
         for users, scores in exact_scores(rows):
@@ -28,10 +36,10 @@ class RankOfTarget(Ranking):
         return {"y": ranks}
 
     def build(self, name: str) -> Variant:
-        if backend := BACKENDS.get(name):
-            return self._ours(name, backend)
-        if name == "ours-graph":
-            return replayed_like(self.build, name, self.device)
+        if name in BACKENDS:
+            return self._ours(name)
+        if (base := name.removesuffix("-graph")) != name and base in BACKENDS:
+            return graph.replayed_like(self.build, name, self.device)
         if name == "published":
             return self._variant(name, _published)
         if name == "chunked":
@@ -43,7 +51,13 @@ class RankOfTarget(Ranking):
             return self._variant(name, _tiled)
         raise ValueError(f"rank_of_target has no variant {name!r}")
 
-    def _ours(self, name: str, backend: str) -> Variant:
+    def _ours(self, name: str) -> Variant:
+        backend = BACKENDS[name]
+        try:
+            dispatch.select(self.operator, backend, self.device, self.dtype)
+        except BackendUnavailable as reason:
+            raise Absent(str(reason)) from None
+
         def forward(rows: Tensors) -> Tensor:
             with use_backend(backend):
                 return rank_of_target(rows["queries"], rows["items"], rows["targets"], ragged(rows["seen"]))

@@ -71,7 +71,7 @@ struct Meeting {
 struct Copy {
     void* shared;
     const void* global;
-    int bytes;
+    int size, bytes;
 };
 
 struct Block;
@@ -241,7 +241,7 @@ void complete(const std::vector<Copy>& group) {
     for (const Copy& copy : group) {
         auto* target = static_cast<unsigned char*>(copy.shared);
         std::memcpy(target, copy.global, static_cast<size_t>(copy.bytes));
-        std::memset(target + copy.bytes, 0, static_cast<size_t>(16 - copy.bytes));
+        std::memset(target + copy.bytes, 0, static_cast<size_t>(copy.size - copy.bytes));
     }
 }
 
@@ -291,12 +291,16 @@ void wait_for_grid() {
     wait(launch->grid, "wait_for_grid");
 }
 
-void begin_copy(void* shared, const void* global, int bytes) {
+void begin_copy(void* shared, const void* global, int size, int bytes) {
     const auto from = reinterpret_cast<uintptr_t>(global), to = reinterpret_cast<uintptr_t>(shared);
-    if (from % 16 != 0 || to % 16 != 0) fail("begin_copy between addresses that are no multiples of 16");
-    if (bytes < 0 || bytes > 16) fail("begin_copy of " + std::to_string(bytes) + " bytes");
-    std::memset(shared, 0xff, 16);
-    launch->current->begun.push_back({shared, global, bytes});
+    const auto boundary = static_cast<uintptr_t>(size);
+    if (from % boundary != 0 || to % boundary != 0) {
+        fail("a copy of " + std::to_string(size) + " bytes between addresses that are no multiples of it");
+    }
+    if (bytes < 0 || bytes > size)
+        fail("a copy of " + std::to_string(bytes) + " of " + std::to_string(size) + " bytes");
+    std::memset(shared, 0xff, static_cast<size_t>(size));
+    launch->current->begun.push_back({shared, global, size, bytes});
 }
 
 void close_copies() {

@@ -68,7 +68,8 @@ const uint64_t* exchange(const char* collective, unsigned lanes, uint64_t value)
 unsigned char* shared_memory();
 void wait_for_block();
 void wait_for_grid();
-void begin_copy(void* shared, const void* global, int bytes);
+// Of `size` bytes, the first `bytes` of which are copied and the others become zeros.
+void begin_copy(void* shared, const void* global, int size, int bytes);
 void close_copies();
 void wait_for_copies(int open);
 int multiprocessors();
@@ -95,7 +96,10 @@ inline unsigned lane() { return place.thread.x % 32; }
 
 inline unsigned char* shared_memory() { return emulated::shared_memory(); }
 inline void wait_for_grid() { emulated::wait_for_grid(); }
-inline void begin_copy(void* shared, const void* global, int bytes) { emulated::begin_copy(shared, global, bytes); }
+inline void begin_copy(void* shared, const void* global, int bytes) { emulated::begin_copy(shared, global, 16, bytes); }
+inline void begin_copy_4(void* shared, const void* global, bool there) {
+    emulated::begin_copy(shared, global, 4, there ? 4 : 0);
+}
 inline void close_copies() { emulated::close_copies(); }
 template <int open>
 void wait_for_copies() {
@@ -182,6 +186,12 @@ inline unsigned __reduce_add_sync(unsigned lanes, unsigned value) {
 inline int atomicAdd(int* place, int value) {
     const int before = *place;
     *place += value;
+    return before;
+}
+
+inline unsigned atomicOr(unsigned* place, unsigned bits) {
+    const unsigned before = *place;
+    *place |= bits;
     return before;
 }
 

@@ -52,6 +52,13 @@ __device__ inline void begin_copy(void* shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(target), "l"(global), "r"(bytes) : "memory");
 }
 
+// The same for 4 bytes, which need not lie on a 16-byte boundary; zeros unless they are `there`.
+__device__ inline void begin_copy_4(void* shared, const void* global, bool there) {
+    const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    const int bytes = there ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(target), "l"(global), "r"(bytes) : "memory");
+}
+
 // Makes one group of the copies begun since the last.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 

@@ -11,6 +11,7 @@ from bench import case, graph, measure, peak
 from bench.case import timed
 from bench.examine import Truth, examine, outcome
 from bench.kernels.grouped_mm import GroupedMM
+from bench.kernels.rank_of_target import RankOfTarget
 from bench.kernels.route_topk import RouteTopk, _offsets_by_count, _offsets_by_search
 from bench.kernels.side_moe import SideMoE
 from bench.results import table
@@ -205,6 +206,20 @@ def test_kernels_are_measured_by_name_where_they_can_run(backend: str, monkeypat
     for variant in (name, f"{name}-graph"):
         with pytest.raises(Absent, match=f"{backend} has no GPU"):
             workload.build(variant)
+
+
+def test_ranks_are_measured_on_each_backend_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"M": 7, "C": 45, "d": 4}
+    workload = RankOfTarget(sizes, torch.float32, torch.device("cpu"))
+    names = {f"ours-{backend}{suffix}" for backend in ("triton", "cuda") for suffix in ("", "-graph")}
+    assert names.isdisjoint((*workload.variants(), *workload.optional()))
+    monkeypatch.setattr(workload, "device", CUDA)
+    assert names <= set(workload.variants())
+    narrow = RankOfTarget(sizes, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(narrow, "device", CUDA)
+    for name in ("ours-cuda", "ours-cuda-graph"):
+        with pytest.raises(Absent, match=r"'cuda' cannot serve rank_of_target on cuda torch\.bfloat16: "):
+            narrow.build(name)
 
 
 def test_static_rows_stay_where_they_are() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from allocations import largest_allocation, peak_allocation
 from native_library import needs_library
-from native_ranking import Case, native_rank, native_topk
+from native_ranking import NATIVE
+from ranking import Case
 from side_level import Level, make_level
 from torch import Tensor
 
@@ -97,9 +98,9 @@ def test_rankings_of_a_large_catalogue_take_little_memory(threads: int) -> None:
     try:
         seen = torch.arange(100_000).flip(0), torch.arange(2001) * 50
         case = Case(torch.randn(2000, 128), torch.randn(100_000, 128), torch.arange(2000), seen)
-        assert peak_allocation(lambda: native_rank(case)) < 8 << 20
+        assert peak_allocation(lambda: NATIVE.rank(case)) < 8 << 20
         for k in (10, 1000):
             results = 2000 * k * (4 + 8)
-            assert peak_allocation(lambda k=k: native_topk(case, k)) < results + threads * (12 << 20)
+            assert peak_allocation(lambda k=k: NATIVE.topk(case, k)) < results + threads * (12 << 20)
     finally:
         torch.set_num_threads(before)

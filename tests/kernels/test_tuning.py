@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from xsmoe_kernels import BackendUnavailable, dispatch, triton_backend, tuning, tuning_file
+from xsmoe_kernels import BackendUnavailable, dispatch, scoring, triton_backend, tuning, tuning_file
 from xsmoe_kernels.tuning import Config, Table
 
 pytest.importorskip("triton")
@@ -363,7 +363,7 @@ def test_auto_goes_on_to_the_reference_for_items_that_32_bits_do_not_count(
     capability.append((9, 0))
     device, queries = torch.device("cuda:0"), torch.empty(2, 1, device="meta")
     for more, backend in ((0, "triton"), (1, "reference")):
-        items = torch.empty(triton_backend.MOST_ITEMS + more, 1, device="meta")
+        items = torch.empty(scoring.MOST_ITEMS + more, 1, device="meta")
         arguments = queries, items, torch.empty(2, device="meta"), None, None
         assert dispatch.select(operator, "auto", device, torch.float32, *arguments) == backend
     with pytest.raises(BackendUnavailable, match=r"items has 2147482625 rows, but the triton kernels take at most"):
