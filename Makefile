@@ -17,7 +17,7 @@ NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/tes
 CUDA_TESTS := $(filter-out %_build.py,$(wildcard tests/kernels/test_cuda_*.py))
 
 # About half of what the tests take.
-BESIDE := $(wildcard tests/kernels/test_triton_*.py) tests/bench
+BESIDE := $(wildcard tests/kernels/test_triton_*.py tests/kernels/test_gpu_*.py) tests/bench
 
 .PHONY: demo test test-all native sanitize bench bench-quick lint clean
 

@@ -147,12 +147,12 @@ pytest() {
 
 test_gpu() {
     pytest test_side_moe "test_triton_side_moe"
-    pytest test_routing "test_triton_route_topk or test_triton_grouped_mm"
+    pytest test_routing "test_gpu_route_topk or test_triton_route_topk or test_triton_grouped_mm"
     pytest test_loss "test_triton_in_batch_softmax_loss"
     pytest test_ranking "test_triton_rank_of_target or test_triton_topk_items"
     pytest test_cuda "test_cuda_ and not test_cuda_build"
-    # Two files compile for GPUs that need not be there; they are tests of any machine.
-    local elsewhere="test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
+    # What is left of Triton's, but for two files that compile for GPUs which need not be there: tests of any machine.
+    local elsewhere="test_gpu_route_topk or test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
     elsewhere+=" or test_triton_in_batch_softmax_loss or test_triton_rank_of_target or test_triton_topk_items"
     pytest test_rest "(triton or xformers) and not ($elsewhere or test_triton_budget or test_triton_compiles_once)"
 }
