@@ -258,7 +258,9 @@ def selects(expression: str, name: str) -> bool:
 def test_every_test_of_kernels_for_gpus_is_in_one_part(suite: Suite) -> None:
     suite.run("test", str(suite.results))
     asked = [call.partition(" -k ")[2].partition(" --junitxml")[0] for call in suite.called()]
-    for path in [one for kind in ("triton", "cuda", "gpu") for one in (ROOT / "tests/kernels").glob(f"test_{kind}_*.py")]:
+    for path in [
+        one for kind in ("triton", "cuda", "gpu") for one in (ROOT / "tests/kernels").glob(f"test_{kind}_*.py")
+    ]:
         taken = [one for one in asked if selects(one, path.stem)]
         offline = path.stem in ("test_triton_budget", "test_triton_compiles_once", "test_cuda_build")
         assert len(taken) == (0 if offline else 1), path.name

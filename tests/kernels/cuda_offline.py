@@ -29,15 +29,19 @@ class Found(NamedTuple):
     shared: int
 
 
-def build() -> str:
-    """Compiles and links the library for all GPUs, and returns what was said.
+def build(architectures: str = "") -> str:
+    """Compiles and links the library and returns what was said.
+
+    Args:
+        architectures: the GPUs, as TORCH_CUDA_ARCH_LIST names them; by default those of an ordinary build.
 
     Raises:
         RuntimeError: it does not compile or link.
     """
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("XSMOE_") and name != "LD_PRELOAD"}
-    ran = subprocess.run(command, cwd=ROOT, env={**kept, "XSMOE_CUDA_ASIDE": "1"}, capture_output=True, text=True)
+    asked = {**kept, "XSMOE_CUDA_ASIDE": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+    ran = subprocess.run(command, cwd=ROOT, env=asked, capture_output=True, text=True)
     if ran.returncode != 0:
         raise RuntimeError(f"the CUDA kernels do not build:\n{ran.stdout}\n{ran.stderr}")
     return ran.stdout + ran.stderr
@@ -79,9 +83,9 @@ def readable(mangled: list[str]) -> list[str]:
     return plain
 
 
-def measure() -> list[Found]:
+def measure(architectures: str = "") -> list[Found]:
     """Builds, and tells what all kernels take."""
-    build()
+    build(architectures)
     return [one for path in logs() for one in parse(path.read_text())]
 
 

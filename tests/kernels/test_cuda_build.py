@@ -35,16 +35,32 @@ needs_nvcc = pytest.mark.skipif(_no_toolkit() is not None, reason=_no_toolkit() 
 LIBRARY = ROOT / "build" / "cuda" / cuda_backend.LIBRARY
 
 
+SOME = ("8.0", "9.0", "10.0+PTX")
+"""A GPU of each generation that is compiled for; the others take code much like that of 8.0."""
+
+
 @pytest.fixture(scope="module")
 def found() -> list[Found]:
-    return cuda_offline.measure()
+    return cuda_offline.measure(";".join(SOME))
 
 
 @needs_nvcc
-def test_all_kernels_compile_for_all_gpus_and_spill_nothing(found: list[Found]) -> None:
+def test_all_kernels_compile_and_spill_nothing(found: list[Found]) -> None:
     sources = {path.parent.name for path in ROOT.glob("csrc/*/cuda.cu")}
     assert sources == {path.name.split(".")[0] for path in cuda_offline.logs()}
-    architectures = {one.removesuffix("+PTX").replace(".", "") for one in build_cuda.toolkit(None).architectures}
+    assert_nothing_spills(found, SOME)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_all_kernels_compile_for_all_gpus_within_their_budget() -> None:
+    found = cuda_offline.measure()
+    assert_nothing_spills(found, build_cuda.toolkit(None).architectures)
+    assert_within_budget(found)
+
+
+def assert_nothing_spills(found: list[Found], asked: tuple[str, ...]) -> None:
+    architectures = {one.removesuffix("+PTX").replace(".", "") for one in asked}
     by_kernel: dict[str, set[str]] = {}
     for one in found:
         by_kernel.setdefault(one.kernel, set()).add(one.architecture.removeprefix("sm_"))
@@ -58,10 +74,13 @@ def test_all_kernels_compile_for_all_gpus_and_spill_nothing(found: list[Found]) 
 
 @needs_nvcc
 def test_kernels_keep_to_their_budget(found: list[Found]) -> None:
+    assert_within_budget(found)
+
+
+def assert_within_budget(found: list[Found]) -> None:
     budget = json.loads(BUDGET.read_text())
     asked = cuda_offline.as_budget(found, cuda_offline.nvcc_version())
-    kernels = {name: set(registers) for name, registers in asked["registers"].items()}
-    assert kernels == {name: set(registers) for name, registers in budget["registers"].items()}, "write it anew"
+    assert set(asked["registers"]) == set(budget["registers"]), "write it anew"
     if asked["nvcc"] != budget["nvcc"]:
         pytest.skip(f"the budget is that of nvcc {budget['nvcc']}")
     beyond = {
@@ -98,7 +117,7 @@ def test_the_library_loads_without_a_gpu_and_holds_our_operators() -> None:
     told = json.loads(run_python("-c", program, XSMOE_CUDA_LIBRARY=str(LIBRARY)))
     assert told["library"] == str(LIBRARY)
     assert told["emulated"] is False
-    assert tuple(told["architectures"]) == build_cuda.toolkit(None).architectures
+    assert tuple(told["architectures"]) == SOME
     assert told["compiler"].startswith("nvcc ")
 
 
