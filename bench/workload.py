@@ -8,6 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from xsmoe_kernels import BackendUnavailable, dispatch
+
 Tensors = dict[str, Tensor]
 PASSES = ("forward", "backward")
 
@@ -190,6 +192,18 @@ class Workload(ABC):
     def kept(self, name: str) -> int | None:
         """Bytes that a variant by its design saves for backward, beyond inputs and weights; None if none are stated."""
         return None
+
+    def need(self, backend: str, *operators: str) -> None:
+        """Goes on only where a backend of ours serves these operators here.
+
+        Raises:
+            Absent: it does not serve one of them; the message says why.
+        """
+        try:
+            for operator in operators:
+                dispatch.select(operator, backend, self.device, self.dtype)
+        except BackendUnavailable as reason:
+            raise Absent(str(reason)) from None
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal random numbers in the workload's dtype."""

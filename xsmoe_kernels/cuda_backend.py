@@ -33,6 +33,8 @@ class _Served(NamedTuple):
     """What serves an operator: its kernel in the library, or a Python function that launches several."""
 
     launcher: str | None = None
+    launched: tuple[str, ...] = ()
+    """What that function needs of the library."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     refuses: dispatch.Refuses | None = None
 
@@ -46,10 +48,24 @@ def _refuses_ranking(device: torch.device, dtype: torch.dtype, *arguments: Any) 
     return scoring.too_many_items(arguments[1], "cuda") if arguments else None
 
 
+def _without_triton(device: torch.device, dtype: torch.dtype, *_: Any) -> str | None:
+    reason = dispatch.unavailable("side_moe", "triton", device, dtype)
+    return f"its matrix products are Triton's, and {reason}" if reason else None
+
+
+def _side_moe(function: str) -> _Served:
+    launched = ("side_moe_gate", "side_moe_count", "side_moe_logit_gradient")
+    return _Served(f"side_moe.cuda_launchers:{function}", launched, refuses=_without_triton)
+
+
 OPERATORS: dict[str, _Served] = {
     "route_topk": _Served(refuses=route_limits.refuses_forward),
     "route_topk_backward": _Served(refuses=route_limits.refuses_backward),
     "rank_of_target": _Served(dtypes=(torch.float32,), refuses=_refuses_ranking),
+    "side_moe": _side_moe("forward"),
+    "side_moe_backward": _side_moe("backward"),
+    "side_moe_group": _side_moe("group_forward"),
+    "side_moe_group_backward": _side_moe("group_backward"),
 }
 
 library: Path | None = None
@@ -79,6 +95,8 @@ def load() -> None:
         raise library_file.unusable(path, f"cannot be loaded: {error.__cause__ or error}", None) from error
     devices = ("cuda", "cpu") if built["emulated"] else ("cuda",)
     for operator, served in OPERATORS.items():
+        if missing := [name for name in served.launched if not hasattr(torch.ops.xsmoe_cuda, name)]:
+            raise _other_version(path, missing[0], built["torch"])
         kernel = _when_needed(served.launcher) if served.launcher else _kernel(operator, path, built["torch"])
         refuses = functools.partial(_refuses, tuple(built["architectures"]), served.refuses)
         dispatch.register(
@@ -117,8 +135,12 @@ def _absence() -> str | None:
 def _kernel(operator: str, path: Path, built: str) -> Callable[..., Any]:
     kernel = getattr(torch.ops.xsmoe_cuda, operator, None)
     if kernel is None or not library_file.matches(kernel.default, getattr(torch.ops.xsmoe, operator).default):
-        raise library_file.unusable(path, f"belongs to another version of xsmoe_kernels, by its {operator}", built)
+        raise _other_version(path, operator, built)
     return kernel.default
+
+
+def _other_version(path: Path, kernel: str, built: str) -> ImportError:
+    return library_file.unusable(path, f"belongs to another version of xsmoe_kernels, by its {kernel}", built)
 
 
 def _when_needed(launcher: str) -> Callable[..., Any]:

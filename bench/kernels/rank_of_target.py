@@ -9,8 +9,8 @@ from torch import Tensor
 from bench import graph
 from bench.kernels import ranking
 from bench.kernels.ranking import ITEMS, Ranking, chunks, exact_scores, ragged
-from bench.workload import Absent, Tensors, Variant
-from xsmoe_kernels import BackendUnavailable, dispatch, rank_of_target, use_backend
+from bench.workload import Tensors, Variant
+from xsmoe_kernels import rank_of_target, use_backend
 
 BACKENDS = {**ranking.BACKENDS, "ours-triton": "triton", "ours-cuda": "cuda"}
 """Variants that are our operator, and the backend that serves them."""
@@ -53,10 +53,7 @@ class RankOfTarget(Ranking):
 
     def _ours(self, name: str) -> Variant:
         backend = BACKENDS[name]
-        try:
-            dispatch.select(self.operator, backend, self.device, self.dtype)
-        except BackendUnavailable as reason:
-            raise Absent(str(reason)) from None
+        self.need(backend, "rank_of_target")
 
         def forward(rows: Tensors) -> Tensor:
             with use_backend(backend):

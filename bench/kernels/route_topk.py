@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bench.graph import on_cuda, replayed_like
-from bench.workload import Absent, Tensors, Variant, Work, Workload
-from xsmoe_kernels import BackendUnavailable, dispatch, route_topk, use_backend
+from bench.workload import Tensors, Variant, Work, Workload
+from xsmoe_kernels import route_topk, use_backend
 
 BACKENDS = {"reference": "reference", "ours": "auto", "ours-triton": "triton", "ours-cuda": "cuda"}
 """Variants that are our operator, and the backend that serves them."""
@@ -79,11 +79,7 @@ class RouteTopk(Workload):
 
     def _ours(self, name: str) -> Variant:
         backend = BACKENDS[name]
-        try:
-            for operator in ("route_topk", "route_topk_backward"):
-                dispatch.select(operator, backend, self.device, self.dtype)
-        except BackendUnavailable as reason:
-            raise Absent(str(reason)) from None
+        self.need(backend, "route_topk", "route_topk_backward")
 
         def forward(rows: Tensors) -> Tensors:
             with use_backend(backend):

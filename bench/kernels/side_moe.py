@@ -22,9 +22,23 @@ from bench.kernels.side_moe_rivals import (
     modality_prefix,
 )
 from bench.workload import Product, Tensors, Variant, Work, Workload, gradients
-from xsmoe_kernels import FrozenExperts, Utilization, side_moe, side_moe_group, use_backend
+from xsmoe_kernels import (
+    FrozenExperts,
+    Utilization,
+    side_moe,
+    side_moe_group,
+    use_backend,
+)
 
 LEVELS = 2
+BACKENDS = {
+    "reference": "reference",
+    "ours": "auto",
+    "ours-recompute": "auto",
+    "ours-triton": "triton",
+    "ours-cuda": "cuda",
+}
+"""Variants that are our operator, and the backend that serves them."""
 # Rows of the exact result at a time: the formula as it is published makes tensors of (rows, E+1, D) float64.
 EXACT_ROWS = 512
 
@@ -69,7 +83,8 @@ class SideMoE(Workload):
     def variants(self) -> tuple[str, ...]:
         compiled = "compiled", *on_cuda(self.device, "compiled-graph")
         eager = "eager", *on_cuda(self.device, "eager-graph")
-        ours = "ours", "ours-recompute", *on_cuda(self.device, "ours-graph")
+        named = "ours-triton", "ours-triton-graph", "ours-cuda", "ours-cuda-graph"
+        ours = "ours", "ours-recompute", *on_cuda(self.device, "ours-graph", *named)
         return *self.baselines(), *compiled, *eager, *ours
 
     def optional(self) -> tuple[str, ...]:
@@ -101,7 +116,7 @@ class SideMoE(Workload):
         return {name: torch.cat(parts) for name, parts in chunks.items()} | tidy | dict(variant.counters())
 
     def reference(self) -> Variant:
-        return self._ours("reference", recompute=False, backend="reference")
+        return self._ours("reference")
 
     def build(self, name: str) -> Variant:
         autocast = self.dtype != torch.float32
@@ -122,14 +137,10 @@ class SideMoE(Workload):
             return self._ladders(name, EagerLevel, self.dtype)
         if name == "compiled-eager":
             return self._ladders(name, EagerLevel, self.dtype, compiled=True)
-        if name == "ours":
-            return self._ours(name, recompute=False, backend="auto")
-        if name == "ours-recompute":
-            return self._ours(name, recompute=True, backend="auto")
-        if name in ("eager-graph", "ours-graph"):
+        if name in BACKENDS:
+            return self._ours(name)
+        if (base := name.removesuffix("-graph")) != name and (base == "eager" or base in BACKENDS):
             return replayed_like(self.build, name, self.device)
-        if name == "reference":
-            return self.reference()
         raise ValueError(f"side_moe has no variant {name!r}")
 
     def work(self) -> Mapping[str, Work]:
@@ -167,7 +178,9 @@ class SideMoE(Workload):
         hidden = 0 if name == "ours-recompute" else LEVELS * rows * experts * rank
         return self.modalities * (gates + self.dtype.itemsize * (states + hidden))
 
-    def _ours(self, name: str, *, recompute: bool, backend: str) -> Variant:
+    def _ours(self, name: str) -> Variant:
+        backend, recompute = BACKENDS[name], name == "ours-recompute"
+        self.need(backend, "side_moe", "side_moe_backward")
         ladders = [[_OurLevel(weights, recompute) for weights in levels] for levels in self.weights]
         every = [level for levels in ladders for level in levels]
         prefixes = self._prefixes()

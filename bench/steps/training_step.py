@@ -4,8 +4,10 @@ B users with eleven items each, drawn at random from I items; M modalities of D 
 rank R at each of the two side levels, all but the last of them frozen.
 """
 
+import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -39,6 +41,8 @@ class TrainingStep(Workload):
     """A step, its loss and its gradients; the gate sees it without dropout, the clock with it."""
 
     pooling: ClassVar[str]
+    # Whether utilization is counted, as every training step does.
+    counted: bool = True
     dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32, torch.bfloat16)
     # Two side levels, the projection, two blocks of attention and feed-forward layer, and the loss.
     operators: ClassVar[int] = LEVELS + 1 + 2 * BLOCKS + 1
@@ -57,10 +61,13 @@ class TrainingStep(Workload):
     def title(self) -> str:
         users, items, experts, modalities = (self.sizes[letter] for letter in "BIEM")
         drawn = f"{users} users, {PLACES} of {items} items each, {modalities} modalities, {experts} experts a level"
-        return f"a training step with {self.pooling} pooling: {drawn}"
+        return f"a training step with {self.pooling} pooling: {drawn}" + ", not counted" * (not self.counted)
 
     def variants(self) -> tuple[str, ...]:
         return "published", "compiled", "plain", "ours"
+
+    def optional(self) -> tuple[str, ...]:
+        return ("ours-uncounted",)
 
     def baselines(self) -> tuple[str, ...]:
         return "published", "compiled", "plain"
@@ -95,6 +102,9 @@ class TrainingStep(Workload):
             return self._ours(name, "reference")
         if name == "ours":
             return self._ours(name, "auto")
+        if name == "ours-uncounted":
+            easier = self._uncounted()
+            return replace(easier.build("ours"), name=name, solves=easier)
         raise ValueError(f"{self.operator} has no variant {name!r}")
 
     def work(self) -> Mapping[str, Work]:
@@ -200,10 +210,20 @@ class TrainingStep(Workload):
         built = StepInput.build(self.store, self.modalities, sequences, log_share, dtype)
         return (built.pin() if self.device.type == "cuda" else built).to(self.device)
 
+    def _uncounted(self) -> "TrainingStep":
+        """The same step, of the same items and weights, without utilization counters."""
+        easier = copy.copy(self)
+        vars(easier).update(counted=False, hidden=self.hidden, store=self.store, share=self.share, weights=self.weights)
+        return easier
+
     def _ours(self, name: str, backend: str) -> Variant:
         model = self._recommender()
         model.load_state_dict(self.weights)
         model.to(self.device).train()
+        if not self.counted:
+            for _, _, bank in model.items.banks():
+                # Which changes nothing else: a bank has no dropout.
+                bank.eval()
         leaves: Tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
         optimizer, log_share = make_optimizer(model, self.config), np.log(self.share)
 
@@ -225,7 +245,7 @@ class TrainingStep(Workload):
             name,
             forward,
             leaves=lambda _: dict(leaves),
-            counters=lambda: counters(model.items),
+            counters=lambda: counters(model.items) if self.counted else {},
             reset=model.items.reset_utilization,
             holds=lambda: [*model.parameters(), *model.buffers(), *self._derived(model)],
             products={name: least.flop for name, least in self.work().items()},
@@ -277,7 +297,9 @@ class TrainingStep(Workload):
             name,
             gated,
             leaves=lambda _: leaves,
-            counters=lambda: {name: mass.to(self.device) for name, mass in published_counters(items).items()},
+            counters=lambda: {
+                name: mass.to(self.device) for name, mass in published_counters(items).items() if self.counted
+            },
             reset=items.reset,
             tidy=as_ours,
             holds=lambda: [*model.parameters(), *model.buffers()],

@@ -192,8 +192,10 @@ def test_graphs_are_for_gpus(workload: Workload, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_kernels_are_measured_by_name_where_they_can_run(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = workloads()[2]
+@pytest.mark.parametrize("workload", [one for one in workloads() if one.operator in ("side_moe", "route_topk")])
+def test_kernels_are_measured_by_name_where_they_can_run(
+    backend: str, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = f"ours-{backend}"
     assert name not in (*workload.variants(), *workload.optional())
 

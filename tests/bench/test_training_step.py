@@ -9,6 +9,7 @@ from bench.rows import Rows
 from bench.steps import ROOMS, training_step
 from bench.steps.training_step import TrainingStep
 from xsmoe.nn import Recommender
+from xsmoe_kernels import Utilization
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, **changed: int) -> TrainingStep:
@@ -65,6 +66,26 @@ def test_a_wrong_step_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(Recommender, "forward", lambda *arguments: 1.1 * whole(*arguments))
         assert status() == "refused", "gradients a tenth too large"
+
+
+def test_a_step_that_counts_nothing_is_held_to_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = tiny("cls")
+    rows = Rows(workload)
+    truth = Truth(workload, rows.get(0, None))
+    row = examine(workload, "ours-uncounted", rows, truth).row
+    assert row.status == "measured", row.reason
+    assert (row.remark or "").endswith("not counted")
+    grown = []
+    monkeypatch.setattr(Utilization, "add_", lambda *_: grown.append(True))
+    for name in ("ours-uncounted", "ours"):
+        variant = workload.build(name)
+        assert variant.whole is not None
+        assert not grown
+        variant.whole(rows.get(0, None))
+    assert grown
+    whole = Recommender.forward
+    monkeypatch.setattr(Recommender, "forward", lambda *arguments: 1.1 * whole(*arguments))
+    assert examine(workload, "ours-uncounted", rows, truth).row.status == "refused"
 
 
 def test_what_is_timed_is_the_whole_step() -> None:

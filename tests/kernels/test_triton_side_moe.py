@@ -4,14 +4,14 @@ import itertools
 from functools import partial
 from typing import Any
 
-import numpy as np
+import gpu_side_moe as shared
 import pytest
 import torch
+from gpu_side_moe import plain_level
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from side_level import Level, make_level
+from side_level import make_level
 from side_moe_check import Call, check_backend, served_results
-from torch import Tensor
 from triton_gpu import DEVICE, DTYPES, ON_GPU, needs_gpu, needs_triton
 
 from xsmoe_kernels import BackendUnavailable, FrozenExperts, Utilization, side_moe, use_backend
@@ -19,13 +19,6 @@ from xsmoe_kernels import BackendUnavailable, FrozenExperts, Utilization, side_m
 pytestmark = needs_triton
 
 check = partial(check_backend, "triton")
-
-
-def plain_level(
-    rows: int, dim: int, experts: int, rank: int, *, one_row: bool = False, dtype: torch.dtype = torch.float32
-) -> Level:
-    level = make_level(rows, dim, experts, rank, one_row=one_row, dtype=dtype, requires_grad=False)
-    return Level(*(tensor.to(DEVICE) for tensor in level))
 
 
 # rows, dim, experts, rank, one row; past a block of rows (32), of columns (64), of gates (16), of an expert's columns.
@@ -113,56 +106,11 @@ def test_every_num_frozen(apart: bool) -> None:
         check(level, Call(num_frozen=num_frozen, apart=apart))
 
 
-@pytest.mark.parametrize("one_row", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_twice(dtype: torch.dtype, one_row: bool) -> None:
-    rows = 5000 if ON_GPU else 70
-    level = plain_level(rows, 40, 3, 16, one_row=one_row, dtype=dtype)
-    call = Call(num_frozen=1, weighted=True)
-    first, second = (served_results(level, call, "triton") for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
 def test_counters_do_not_depend_on_what_else_is_asked_for() -> None:
     level = plain_level(40, 33, 3, 17)
     counted, plain = (served_results(level, Call(counted=counted), "triton") for counted in (True, False))
     for name, value in plain.items():
         torch.testing.assert_close(value, counted[name], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("one_row", [False, True])
-def test_rows_of_any_stride(one_row: bool) -> None:
-    level = plain_level(40, 20, 3, 5, one_row=one_row, dtype=torch.bfloat16)
-    expected = served_results(level, Call(num_frozen=1, counted=False), "triton")
-
-    def spread(rows: Tensor) -> Tensor:
-        wide = rows.new_full((2 * len(rows), rows.shape[1] + 3), float("nan"))
-        wide[::2, 2:-1] = rows
-        return wide[::2, 2:-1]
-
-    strided = level._replace(x=spread(level.x), backbone=spread(level.backbone))
-    transposed = level._replace(
-        x=level.x.T.contiguous().T,
-        router=level.router.T.contiguous().T,
-        down=level.down.mT.contiguous().mT,
-        up=level.up.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-    )
-    for other in (strided, transposed):
-        assert not all(tensor.is_contiguous() for tensor in other)
-        leaves = [tensor.requires_grad_() for tensor in other]
-        with use_backend("triton"):
-            y = side_moe(*leaves, num_frozen=1)
-        gradients = torch.autograd.grad(y, leaves, upstream(y))
-        assert torch.equal(y, expected["y"])
-        for name, gradient in zip(Level._fields, gradients, strict=True):
-            assert torch.equal(gradient, expected["gradient of " + name]), name
-
-
-def upstream(y: Tensor) -> Tensor:
-    """The gradient that `side_moe_check.results` draws."""
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y.device, y.dtype)
 
 
 def test_a_gradient_of_equal_rows() -> None:
@@ -173,33 +121,6 @@ def test_a_gradient_of_equal_rows() -> None:
     expanded = torch.autograd.grad(y, leaves, ones.expand_as(y), retain_graph=True)
     for gradient, want in zip(expanded, torch.autograd.grad(y, leaves, torch.ones_like(y)), strict=True):
         assert torch.equal(gradient, want)
-
-
-def test_places_beyond_two_to_the_31() -> None:
-    stride = 2**30 + 16
-    level = plain_level(3, 16, 2, 4, dtype=torch.float16)
-    # Of NumPy's zeros only those pages are there that somebody touches.
-    length = 2 * stride + 16
-    far = level.x.new_zeros(length) if ON_GPU else torch.from_numpy(np.zeros(length, dtype=np.float16))
-    rows = far.as_strided((3, 16), (stride, 1))
-    rows.copy_(level.x)
-    with use_backend("triton"):
-        y = side_moe(rows, rows, *level[2:])
-        expected = side_moe(level.x, level.x, *level[2:])
-    assert torch.equal(y, expected)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_spoils_no_other(value: float) -> None:
-    level = plain_level(40, 20, 3, 5)
-    clean = served_results(level, Call(needed=(True, True, False, False, False)), "triton")
-    x = level.x.clone()
-    x[7, 3] = value
-    spoilt = served_results(level._replace(x=x), Call(needed=(True, True, False, False, False)), "triton")
-    others = torch.arange(40) != 7
-    assert not torch.isfinite(spoilt["y"][7]).any()
-    for name in ("y", "gradient of x", "gradient of backbone"):
-        assert torch.equal(spoilt[name][others], clean[name][others]), name
 
 
 def test_an_expert_that_overflows_spoils_no_other() -> None:
@@ -230,49 +151,6 @@ def test_frozen_experts_and_num_frozen_give_the_same_bits() -> None:
         want = side_moe(*level, num_frozen=2, utilization=counters[1])
     assert torch.equal(y, want)
     assert torch.equal(counters[0].norm, counters[1].norm)
-
-
-@pytest.mark.parametrize(("one_row", "rows", "size"), [(False, 3, 8000.0), (True, 100, 100.0)])
-def test_large_gradients_in_float16(one_row: bool, rows: int, size: float) -> None:
-    """Those of the logits are sums over a row's width, and over all rows, which float16 cannot hold."""
-    level = plain_level(rows, 64, 3, 16, one_row=one_row, dtype=torch.float16)
-    # The backbone is of one sign, so that its logit's gradient passes 65,504; what that is multiplied with is small.
-    level = level._replace(x=0.02 * level.x, backbone=level.backbone.abs(), router=0.02 * level.router)
-    grad = torch.full_like(level.backbone, size)
-
-    def gradients(backend: str) -> tuple[Tensor, ...]:
-        leaves = [tensor.clone().requires_grad_() for tensor in level]
-        with use_backend(backend):
-            return torch.autograd.grad(side_moe(*leaves), leaves, grad)
-
-    for name, found, want in zip(Level._fields, gradients("triton"), gradients("reference"), strict=True):
-        assert want.isfinite().all(), name
-        torch.testing.assert_close(found, want, rtol=0.02, atol=0.02 * float(want.abs().max()), msg=name)
-
-
-def test_logits_without_a_bound_below() -> None:
-    """A row's first block of gates has no share at all, a later one has."""
-    level = plain_level(33, 16, 20, 4)
-    router = torch.full_like(level.router, float("-inf"))
-    router[17:] = level.router[17:]
-    inputs = level._replace(x=level.x.abs() + 0.1, router=router)
-    with use_backend("triton"):
-        y = side_moe(*inputs)
-    with use_backend("reference"):
-        want = side_moe(*inputs)
-    assert want.isfinite().all()
-    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("needed", [(True, False, False, False, False), (False, False, True, True, False), (True,) * 5])
-def test_opcheck(needed: tuple[bool, ...]) -> None:
-    level = plain_level(6, 16, 3, 4)
-    forward = (*level, None, None, None, None, 1, True, True, "gelu", "triton")
-    torch.library.opcheck(torch.ops.xsmoe.side_moe.default, forward)
-    _, gates, hidden, _, _ = torch.ops.xsmoe.side_moe(*forward)
-    grad = torch.randn_like(level.backbone)
-    backward = (grad, *level, None, None, None, gates, hidden, 1, True, "gelu", *needed, "triton")
-    torch.library.opcheck(torch.ops.xsmoe.side_moe_backward.default, backward)
 
 
 def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,86 +193,59 @@ def test_autocast_runs_in_16_bits() -> None:
     assert torch.equal(y, want)
 
 
+@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_twice(dtype: torch.dtype, one_row: bool) -> None:
+    shared.check_the_same_bits_twice("triton", dtype, one_row)
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_rows_of_any_stride(one_row: bool) -> None:
+    shared.check_rows_of_any_stride("triton", one_row)
+
+
+def test_places_beyond_two_to_the_31() -> None:
+    shared.check_places_beyond_two_to_the_31("triton")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_spoils_no_other(value: float) -> None:
+    shared.check_a_row_that_is_not_finite_spoils_no_other("triton", value)
+
+
+@pytest.mark.parametrize(("one_row", "rows", "size"), [(False, 3, 8000.0), (True, 100, 100.0)])
+def test_large_gradients_in_float16(one_row: bool, rows: int, size: float) -> None:
+    shared.check_large_gradients_in_float16("triton", one_row, rows, size)
+
+
+def test_logits_without_a_bound_below() -> None:
+    shared.check_logits_without_a_bound_below("triton")
+
+
+@pytest.mark.parametrize("needed", [(True, False, False, False, False), (False, False, True, True, False), (True,) * 5])
+def test_opcheck(needed: tuple[bool, ...]) -> None:
+    shared.check_with_opcheck("triton", needed)
+
+
 def test_compiles_as_one_graph() -> None:
-    leaves = [tensor.requires_grad_() for tensor in plain_level(33, 16, 3, 4)]
-    counters = Utilization(3, DEVICE)
-
-    def step() -> Tensor:
-        return side_moe(*leaves, num_frozen=1, utilization=counters).square().sum()
-
-    with use_backend("triton"):
-        want = torch.autograd.grad(step(), leaves)
-        norm = counters.norm.clone()
-        counters.reset()
-        found = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(), leaves)
-    for gradient, expected in zip(found, want, strict=True):
-        torch.testing.assert_close(gradient, expected)
-    torch.testing.assert_close(counters.norm, norm)
+    shared.check_compiles_as_one_graph("triton")
 
 
 @needs_gpu
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_replays_as_a_cuda_graph(dtype: torch.dtype, one_row: bool) -> None:
-    level = plain_level(2816, 768, 10, 64, one_row=one_row, dtype=dtype)
-    leaves = [tensor.requires_grad_() for tensor in level]
-    row_weight = torch.rand(2816, device=DEVICE)
-    counters, want_counters = Utilization(10, DEVICE), Utilization(10, DEVICE)
-    grad = upstream(level.backbone)
-
-    def step(counted: Utilization) -> tuple[Tensor, ...]:
-        y = side_moe(*leaves, num_frozen=9, utilization=counted, row_weight=row_weight)
-        return y.detach(), *torch.autograd.grad(y, leaves, grad)
-
-    with use_backend("triton"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step(counters)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step(counters)
-        with torch.no_grad():
-            level.x.copy_(torch.randn_like(level.x))
-            level.down[9].mul_(0.5)
-        counters.reset()
-        graph.replay()
-        for found, want in zip(captured, step(want_counters), strict=True):
-            assert torch.equal(found, want)
-    assert torch.equal(counters.norm, want_counters.norm)
+    shared.check_replays_as_a_cuda_graph("triton", dtype, one_row)
 
 
 @needs_gpu
 def test_never_waits_for_the_device() -> None:
-    leaves = [tensor.requires_grad_() for tensor in plain_level(2816, 768, 10, 64, dtype=torch.bfloat16)]
-    counters = Utilization(10, DEVICE)
-
-    def step() -> None:
-        y = side_moe(*leaves, num_frozen=9, utilization=counters)
-        torch.autograd.grad(y, leaves, torch.ones_like(y))
-
-    with use_backend("triton"):
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    shared.check_never_waits_for_the_device("triton")
 
 
 @needs_gpu
 def test_runs_on_the_current_stream() -> None:
-    level, call = plain_level(2816, 768, 10, 64), Call(num_frozen=9)
-    want = served_results(level, call, "triton")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        found = served_results(level, call, "triton")
-    stream.synchronize()
-    for name, value in want.items():
-        assert torch.equal(found[name], value), name
+    shared.check_runs_on_the_current_stream("triton")
 
 
 @needs_gpu

@@ -1,5 +1,6 @@
 """Launches of the backward of side levels: allocates results and scratch, and says which kernels run on what."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +19,20 @@ from xsmoe_kernels.side_moe.triton_kernels.launch import (
     variables,
 )
 from xsmoe_kernels.side_moe.triton_kernels.levels import BackwardLevel, Level, make_level
+from xsmoe_kernels.side_moe.triton_kernels.row_kernels import TRITON, GateGradients, RowKernels
 from xsmoe_kernels.side_moe.triton_kernels.weight_gradients import weight_gradients
 from xsmoe_kernels.triton_tools import rows_in_place
 from xsmoe_kernels.tuning import Config
 
 
-def backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of `side_moe` as `reference.backward` describes them."""
-    return tuple(results[0] for results in group_backward(*([argument] for argument in arguments)))
+def backward(*arguments: Any, rows: RowKernels = TRITON) -> tuple[Tensor, ...]:
+    """The gradients of `side_moe` as `reference.backward` describes them; `rows` does what goes over rows."""
+    return tuple(results[0] for results in group_backward(*([argument] for argument in arguments), rows=rows))
 
 
-def group_backward(*arguments: list[Any]) -> tuple[list[Tensor], ...]:
+def group_backward(*arguments: list[Any], rows: RowKernels = TRITON) -> tuple[list[Tensor], ...]:
     """`backward` for lists, of one entry per level."""
-    results = in_launches(list(map(_backward_level, *arguments)), _backward_kind, _backward)
+    results = in_launches(list(map(_backward_level, *arguments)), _backward_kind, partial(_backward, rows))
     return tuple(map(list, zip(*results, strict=True)))
 
 
@@ -44,7 +46,7 @@ def _backward_kind(part: BackwardLevel) -> tuple[Any, ...]:
     return *part.level.kind, part.recompute, *part.needs
 
 
-def _backward(parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
+def _backward(rows: RowKernels, parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
     levels, asked = [part.level for part in parts], parts[0]
     one_row = levels[0].one_row
     launch = Launch(levels, [level.x.shape[0] for level in levels])
@@ -55,36 +57,32 @@ def _backward(parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
         torch.empty_like(level.x, memory_format=torch.contiguous_format) if asked.need_x else nothing(like)
         for level in levels
     ]
-    grad_backbone = [
-        level.backbone.new_empty(level.backbone.shape) if asked.need_backbone else nothing(like) for level in levels
-    ]
+    grad_backbone = [nothing(like) for _ in levels]
     grads = [part.grad for part in parts]
-    wide_grads, backbone_dots = grads, [part.gates for part in parts]
+    wide_grads: list[Tensor] = grads
+    backbone_dots: list[Tensor] = []
     if one_row:
-        sums, dots, blocks = launch.run(
-            configs.COLUMN_SUM, lambda config: _column_sums(launch, parts, grad_backbone, config)
+        grad_backbone, sums, dots, blocks = launch.run(
+            configs.COLUMN_SUM, lambda config: _column_sums(launch, parts, config)
         )
         if need_rows or need_weights:
             wide_grads, grads, backbone_dots = launch.run(
                 configs.ROW_SUM, lambda config: _row_sums(launch, sums, dots, blocks, config)
             )
     dots = grad_hidden = gated = grad_logits = [nothing(like)] * len(levels)
-    chunks = 1
     if need_rows or need_weights:
-        dots, grad_hidden, gated, chunks = launch.run(
+        dots, grad_hidden, gated = launch.run(
             configs.HIDDEN_GRADIENT,
             lambda config: _hidden_gradients(launch, parts, grads, config),
             recompute=asked.recompute,
             rows=need_rows,
             weights=need_weights,
         )
-    if need_rows or (asked.need_backbone and not one_row):
-        grad_logits = launch.run(
-            configs.LOGIT_GRADIENT,
-            lambda config: _logit_gradients(
-                launch, parts, wide_grads, dots, backbone_dots, chunks, grad_backbone, need_rows, config
-            ),
-        )
+    need_backbone = asked.need_backbone and not one_row
+    if need_rows or need_backbone:
+        given = GateGradients(wide_grads, [part.gates for part in parts], dots, backbone_dots)
+        logits, backbones = rows.logit_gradient(launch, given, need_rows, need_backbone)
+        grad_logits, grad_backbone = logits or grad_logits, backbones or grad_backbone
     if asked.need_x:
         launch.run(
             configs.ROW_GRADIENT,
@@ -100,10 +98,13 @@ def _backward(parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
 
 
 def _column_sums(
-    launch: Launch, parts: list[BackwardLevel], grad_backbone: list[Tensor], config: Config
-) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """What one row of x takes from slices of rows, and the numbers of column blocks."""
-    levels = launch.levels
+    launch: Launch, parts: list[BackwardLevel], config: Config
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """The backbone's gradients; what one row of x takes from slices of rows, and the numbers of column blocks."""
+    levels, need_backbone = launch.levels, parts[0].need_backbone
+    grad_backbone = [
+        level.backbone.new_empty(level.backbone.shape) if need_backbone else nothing(launch.like) for level in levels
+    ]
     blocks = [cdiv(level.dim, config.blocks["BLOCK_D"]) for level in levels]
     slices = [max(1, cdiv(level.rows, config.blocks["SLICE"])) for level in levels]
     sums = [part.gates.new_empty(number, level.dim) for part, level, number in zip(parts, levels, slices, strict=True)]
@@ -125,9 +126,9 @@ def _column_sums(
             "dims": launch.dims,
             "slices": variables(slices),
         },
-        STORE_BACKBONE=parts[0].need_backbone,
+        STORE_BACKBONE=need_backbone,
     )
-    return sums, dots, blocks
+    return grad_backbone, sums, dots, blocks
 
 
 def _row_sums(
@@ -157,8 +158,8 @@ def _row_sums(
 
 def _hidden_gradients(
     launch: Launch, parts: list[BackwardLevel], grads: list[Tensor], config: Config
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]:
-    """Dots, gradients of hidden states and gated activations, and into how many chunks the dots of an expert go."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Dots (rows, E * chunks), gradients of hidden states and gated activations."""
     levels, asked, like = launch.levels, parts[0], launch.like
     need_dots = asked.need_x or asked.need_router
     need_hidden = asked.need_x or asked.need_down
@@ -214,52 +215,7 @@ def _hidden_gradients(
         RANK=launch.rank,
         RANK_BLOCK=rank_block(launch.rank),
     )
-    return dots, grad_hidden, gated, chunks
-
-
-def _logit_gradients(
-    launch: Launch,
-    parts: list[BackwardLevel],
-    grads: list[Tensor],
-    dots: list[Tensor],
-    backbone_dots: list[Tensor],
-    chunks: int,
-    grad_backbone: list[Tensor],
-    need_logits: bool,
-    config: Config,
-) -> list[Tensor]:
-    """The gradients of the logits, in float32, for float16 has not their range; and those of the backbone."""
-    levels, one_row = launch.levels, launch.levels[0].one_row
-    grad_logits = [
-        part.gates.new_empty(len(part.gates), 16 * cdiv(level.experts + 1, 16)) if need_logits else nothing(part.gates)
-        for level, part in zip(levels, parts, strict=True)
-    ]
-    launch.start(
-        kernels.logit_gradient_kernel,
-        cdiv(launch.most_rows, config.blocks["BLOCK_N"]),
-        config,
-        {
-            "x": launch.x,
-            "backbone": tuple(level.backbone for level in levels),
-            "grad": tuple(grads),
-            "gates": tuple(part.gates for part in parts),
-            "dots": tuple(dots),
-            "backbone_dot": tuple(backbone_dots),
-            "grad_logits": tuple(grad_logits),
-            "grad_backbone": tuple(grad_backbone),
-            "x_strides": launch.x_strides,
-            "backbone_strides": strides(level.backbone for level in levels),
-            "grad_strides": strides(grads),
-            "rows": launch.rows,
-            "experts": launch.experts,
-            "dims": launch.dims,
-        },
-        ONE_ROW=one_row,
-        NEED_LOGITS=need_logits,
-        NEED_BACKBONE=parts[0].need_backbone and not one_row,
-        CHUNKS=chunks,
-    )
-    return grad_logits
+    return dots, grad_hidden, gated
 
 
 def _row_gradients(

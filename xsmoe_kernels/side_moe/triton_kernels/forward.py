@@ -1,5 +1,6 @@
 """Launches of the forward of side levels: allocates results and scratch, and says which kernels run on what."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from xsmoe_kernels.side_moe.triton_kernels.launch import (
     variables,
 )
 from xsmoe_kernels.side_moe.triton_kernels.levels import Level, make_level
+from xsmoe_kernels.side_moe.triton_kernels.row_kernels import TRITON, Counted, RowKernels
 from xsmoe_kernels.tuning import Config
 
 
@@ -29,14 +31,14 @@ class ForwardLevel(NamedTuple):
     counted: bool
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """`side_moe` as `reference.forward` describes it."""
-    return tuple(results[0] for results in group_forward(*([argument] for argument in arguments)))
+def forward(*arguments: Any, rows: RowKernels = TRITON) -> tuple[Tensor, ...]:
+    """`side_moe` as `reference.forward` describes it; `rows` does what goes over rows."""
+    return tuple(results[0] for results in group_forward(*([argument] for argument in arguments), rows=rows))
 
 
-def group_forward(*arguments: list[Any]) -> tuple[list[Tensor], ...]:
+def group_forward(*arguments: list[Any], rows: RowKernels = TRITON) -> tuple[list[Tensor], ...]:
     """`forward` for lists, of one entry per level."""
-    results = in_launches(list(map(_forward_level, *arguments)), _forward_kind, _forward)
+    results = in_launches(list(map(_forward_level, *arguments)), _forward_kind, partial(_forward, rows))
     return tuple(map(list, zip(*results, strict=True)))
 
 
@@ -49,35 +51,17 @@ def _forward_kind(part: ForwardLevel) -> tuple[Any, ...]:
     return *part.level.kind, part.counted
 
 
-def _forward(parts: list[ForwardLevel]) -> list[tuple[Tensor, ...]]:
+def _forward(rows: RowKernels, parts: list[ForwardLevel]) -> list[tuple[Tensor, ...]]:
     levels = [part.level for part in parts]
     one_row, count, activation = levels[0].one_row, parts[0].counted, levels[0].activation
     launch = Launch(levels, [level.x.shape[0] for level in levels])
     like = launch.like
-    gates = [level.x.new_empty(level.x.shape[0], level.experts + 1, dtype=torch.float32) for level in levels]
     columns = [(level.x.shape[0], level.experts * level.rank) for level in levels]
     activated = [like.new_empty(shape) for shape in columns]
     hidden = [
         nothing(like) if part.recompute else like.new_empty(shape) for part, shape in zip(parts, columns, strict=True)
     ]
     y = [level.backbone.new_empty(level.backbone.shape) for level in levels]
-
-    def gate(config: Config) -> None:
-        launch.start(
-            kernels.gate_kernel,
-            cdiv(launch.most_rows, config.blocks["BLOCK_N"]),
-            config,
-            {
-                "x": launch.x,
-                "router": tuple(level.router for level in levels),
-                "gates": tuple(gates),
-                "x_strides": launch.x_strides,
-                "rows": launch.rows,
-                "experts": launch.experts,
-                "dims": launch.dims,
-            },
-            **launch.product_constants(config, "BLOCK_K"),
-        )
 
     def hidden_states(config: Config) -> None:
         tiles = launch.most_tiles(config, [0] * len(levels))
@@ -106,12 +90,12 @@ def _forward(parts: list[ForwardLevel]) -> list[tuple[Tensor, ...]]:
             RANK_BLOCK=rank_block(launch.rank),
         )
 
-    def mixture(config: Config) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """The results, of one row with one_row, and the squares with their numbers of column blocks."""
+    def mixture(config: Config) -> tuple[list[Tensor], list[Tensor]]:
+        """The results, of one row with one_row, and the squares."""
         blocks = [cdiv(level.dim, config.blocks["BLOCK_D"]) for level in levels]
         results = [level.x.new_empty(1, level.dim, dtype=torch.float32) for level in levels] if one_row else y
         squares = [
-            torch.empty((level.experts + 1) * number * level.x.shape[0], dtype=torch.float32, device=like.device)
+            like.new_empty(level.experts + 1, number, level.x.shape[0], dtype=torch.float32)
             if count
             else nothing(like, torch.float32)
             for level, number in zip(levels, blocks, strict=True)
@@ -142,26 +126,23 @@ def _forward(parts: list[ForwardLevel]) -> list[tuple[Tensor, ...]]:
             RANK=launch.rank,
             RANK_BLOCK=rank_block(launch.rank),
         )
-        return results, squares, blocks
+        return results, squares
 
-    launch.run(configs.GATE, gate)
+    gates = rows.gate(launch)
     launch.run(configs.HIDDEN, hidden_states, counted=count)
-    results, squares, blocks = launch.run(configs.MIXTURE, mixture, counted=count, one_row=one_row)
-    backbone_squares = squares
+    results, squares = launch.run(configs.MIXTURE, mixture, counted=count, one_row=one_row)
+    backbone_squares: list[Tensor] = []
     if one_row:
         backbone_squares = launch.run(
             configs.BROADCAST, lambda config: _broadcast(launch, gates, results, y, count, config)
         )
     if count:
-        counted = launch.run(
-            configs.COUNT, lambda config: _count(launch, parts, gates, backbone_squares, squares, blocks, config)
+        norms, masses = rows.count(
+            launch, Counted(gates, squares, backbone_squares, [part.row_weight for part in parts])
         )
     else:
-        counted = [(nothing(like, torch.float32), nothing(like, torch.float32)) for _ in levels]
-    return [
-        (y_, gates_, hidden_, norm, mass)
-        for y_, gates_, hidden_, (norm, mass) in zip(y, gates, hidden, counted, strict=True)
-    ]
+        norms, masses = ([nothing(like, torch.float32) for _ in levels] for _ in range(2))
+    return list(zip(y, gates, hidden, norms, masses, strict=True))
 
 
 def _broadcast(
@@ -187,46 +168,3 @@ def _broadcast(
         COUNT=count,
     )
     return squares
-
-
-def _count(
-    launch: Launch,
-    parts: list[ForwardLevel],
-    gates: list[Tensor],
-    backbone_squares: list[Tensor],
-    expert_squares: list[Tensor],
-    column_blocks: list[int],
-    config: Config,
-) -> list[tuple[Tensor, Tensor]]:
-    """The increments of the counters."""
-    levels = launch.levels
-    # A slice at least, so that the sums over no rows are written.
-    slices = [max(1, cdiv(level.rows, config.blocks["SLICE"])) for level in levels]
-    norms, masses = (
-        [gate.new_empty(number, level.experts + 1) for gate, level, number in zip(gates, levels, slices, strict=True)]
-        for _ in range(2)
-    )
-    weights = [gate if part.row_weight is None else part.row_weight for gate, part in zip(gates, parts, strict=True)]
-    launch.start(
-        kernels.count_kernel,
-        max(number * (level.experts + 1) for number, level in zip(slices, levels, strict=True)),
-        config,
-        {
-            "gates": tuple(gates),
-            "backbone_squares": tuple(backbone_squares),
-            "expert_squares": tuple(expert_squares),
-            "row_weight": tuple(weight.to(torch.float32).contiguous() for weight in weights),
-            "norms": tuple(norms),
-            "masses": tuple(masses),
-            "weighted": variables(part.row_weight is not None for part in parts),
-            "rows": variables(level.rows for level in levels),
-            "experts": launch.experts,
-            "column_blocks": variables(column_blocks),
-            "slices": variables(slices),
-        },
-        ONE_ROW=levels[0].one_row,
-    )
-    return [
-        (norm.sum(0), mass.sum(0)) if len(norm) > 1 else (norm.view(-1), mass.view(-1))
-        for norm, mass in zip(norms, masses, strict=True)
-    ]
