@@ -164,7 +164,9 @@ def test_rivals_replay_too(workload: Workload, monkeypatch: pytest.MonkeyPatch) 
     truth = Truth(workload, rows.get(0, None))
     with monkeypatch.context() as patch:
         patch.setattr(workload, "device", CUDA)
-        names = [name for name in workload.variants() if name.endswith("-graph") and not name.startswith("compiled")]
+        # By name either kind of kernels is slow here, or absent, as tests that ran before this one left it.
+        others = ("compiled", "ours-triton", "ours-cuda")
+        names = [name for name in workload.variants() if name.endswith("-graph") and not name.startswith(others)]
         assert set(workload.baselines()) <= set(workload.variants())
     assert len(names) >= 2
     for name in names:
