@@ -35,8 +35,8 @@ needs_nvcc = pytest.mark.skipif(_no_toolkit() is not None, reason=_no_toolkit() 
 LIBRARY = ROOT / "build" / "cuda" / cuda_backend.LIBRARY
 
 
-SOME = ("8.0", "9.0", "10.0+PTX")
-"""A GPU of each generation that is compiled for; the others take code much like that of 8.0."""
+SOME = ("8.0", "9.0+PTX")
+"""The oldest GPU, and one of those that this is for; each takes half a minute of a core, so others wait for test-all."""
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,8 @@ def test_the_library_loads_without_a_gpu_and_holds_our_operators() -> None:
     told = json.loads(run_python("-c", program, XSMOE_CUDA_LIBRARY=str(LIBRARY)))
     assert told["library"] == str(LIBRARY)
     assert told["emulated"] is False
-    assert tuple(told["architectures"]) == SOME
+    # All of them, where a test before this one has built for all.
+    assert {one.removesuffix("+PTX") for one in SOME} <= {one.removesuffix("+PTX") for one in told["architectures"]}
     assert told["compiler"].startswith("nvcc ")
 
 
