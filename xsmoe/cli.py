@@ -105,6 +105,15 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1.", show_default="where the run was trained"),
 ]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Profile a few of the first steps: a table of where their time goes, and DIR/trace.json.gz for "
+        "https://ui.perfetto.dev. What is trained does not change.",
+        show_default="no profile",
+    ),
+]
 INTERACTIONS_HELP = "New interactions: .csv or .parquet with the columns user, item, timestamp (seconds since 1970)."
 
 
@@ -307,7 +316,16 @@ def train(
     min_lr: Annotated[float | None, _setting(0.0001, "Its floor.", TRAINING)] = None,
     seed: Annotated[int | None, _setting(0, "Of weights, order and dropout.", TRAINING)] = None,
     device: Annotated[str | None, _setting("cpu", "cpu, cuda, cuda:1.", MACHINE)] = None,
-    precision: Annotated[str | None, _setting("auto", "float32, bfloat16, or auto: bfloat16 on CUDA.", MACHINE)] = None,
+    precision: Annotated[
+        str | None,
+        _setting(
+            "auto",
+            "float32, bfloat16, float16 (CUDA, with a loss scaler), or auto: float32 on a CPU, on CUDA bfloat16, with "
+            "--protocol paper float16.",
+            MACHINE,
+        ),
+    ] = None,
+    profile: Profile = None,
 ) -> None:
     """Train a run over a dataset's stream, or go on with the one that is in RUN.
 
@@ -316,10 +334,10 @@ def train(
     """
     from xsmoe.app.train import train as run_train
 
-    given = {name: value for name, value in ctx.params.items() if value is not None and name != "run"}
+    given = {name: value for name, value in ctx.params.items() if value is not None and name not in ("run", "profile")}
     if modalities is not None:
         given["modalities"] = tuple(name.strip() for name in modalities.split(","))
-    run_train(run, given, _display())
+    run_train(run, given, _display(), profile=profile)
 
 
 @app.command(rich_help_panel="Runs")
@@ -339,6 +357,7 @@ def update(
     image: Annotated[
         str | None, typer.Option(help="Where the store's image encoder lies.", show_default="where it was")
     ] = None,
+    profile: Profile = None,
 ) -> None:
     """Go on with a finished run as new interactions, users and items arrive.
 
@@ -348,7 +367,7 @@ def update(
     from xsmoe.app.update import update as run_update
 
     encoders = {name: path for name, path in (("text", text), ("image", image)) if path is not None}
-    run_update(run, interactions, items, images_root, encoders, _display())
+    run_update(run, interactions, items, images_root, encoders, _display(), profile=profile)
 
 
 @app.command(rich_help_panel="Runs")

@@ -26,7 +26,8 @@ from xsmoe.encoders import HiddenStateStore, ModalitySpec
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream.batches import StepInput
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.epoch import autocast, hidden_dtype, make_optimizer, train_step
+from xsmoe.stream.epoch import make_optimizer, train_step
+from xsmoe.stream.precision import autocast, hidden_dtype
 from xsmoe_kernels import use_backend
 
 PLACES = 11

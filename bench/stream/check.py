@@ -23,8 +23,8 @@ from bench.stream.streams import Drawn, Settings
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender
 from xsmoe.stream.batches import StepInput
-from xsmoe.stream.epoch import autocast, hidden_dtype
 from xsmoe.stream.growth import count_padding
+from xsmoe.stream.precision import autocast, hidden_dtype
 from xsmoe.stream.seeds import seeded
 from xsmoe_kernels import use_backend
 

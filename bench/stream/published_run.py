@@ -13,8 +13,8 @@ from bench.stream.parts import StepClock
 from bench.stream.runs import GateRows, Run, byte_size
 from bench.stream.streams import Drawn, Settings
 from xsmoe.data import Sequences
-from xsmoe.stream.epoch import autocast
 from xsmoe.stream.evaluation import RankingTask
+from xsmoe.stream.precision import autocast
 from xsmoe.stream.seeds import derive, seeded
 
 ROWS_A_CHUNK = 2816

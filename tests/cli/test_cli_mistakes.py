@@ -41,6 +41,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["train", "{root}/new", "--dataset", "{dataset}", "--store", "{store}", "--device", "quantum"],
         "device must be cpu, cuda or cuda:N, not 'quantum'",
     ),
+    "a precision that the device has not": (
+        ["train", "{root}/new", "--dataset", "{dataset}", "--store", "{store}", "--precision", "float16"],
+        "precision is 'float16', which trains on CUDA only, but device is 'cpu'; give --precision bfloat16",
+    ),
     "one window": (
         ["train", "{root}/new", "--dataset", "{dataset}", "--store", "{store}", "--windows", "1"],
         "num_windows must be at least 2",

@@ -13,7 +13,7 @@ from xsmoe.data import Sequences
 from xsmoe.nn import Batch
 from xsmoe.stream import batches
 from xsmoe.stream.batches import StepInput, built_ahead, feed
-from xsmoe.stream.epoch import hidden_dtype
+from xsmoe.stream.precision import hidden_dtype
 
 CPU = torch.device("cpu")
 

@@ -49,6 +49,7 @@ class TensorBoard:
     def _epoch(self, line: Line) -> None:
         values = {"train/loss": line["loss"], "train/lr": line["lr"], "time/step_ms": line["time"]["step_ms"]}
         values["time/peak_rss_mib"] = line["time"]["peak_rss_mib"]
+        values |= {f"train/{name}": line[name] for name in ("skipped_steps", "loss_scale") if name in line}
         if line["validation"] is not None:
             values |= {f"validation/{name}": line["validation"][name] for name in ("HR@10", "NDCG@10")}
         self._add(values, self._epochs)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xsmoe.app.display import Display
+from xsmoe.app.profile import profiled
 from xsmoe.app.report import write_report
 from xsmoe.app.runs import CONFIG, USERS, RunConfig, check_device, read_users, write_users
 from xsmoe.app.tensorboard import TensorBoard
@@ -14,22 +15,28 @@ from xsmoe.data import Dataset
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.report import results, tables
 from xsmoe.stream import Stream, StreamingTrainer
+from xsmoe.stream.precision import autocast_dtype
+from xsmoe.stream.profiling import require_folder
 from xsmoe.stream.trainer import Listener
 
 
-def train(folder: Path, given: Mapping[str, Any], display: Display) -> None:
+def train(folder: Path, given: Mapping[str, Any], display: Display, *, profile: Path | None = None) -> None:
     """Trains until all windows are done, and reports.
 
     Args:
         folder: of the run; one that is there goes on.
         given: the settings that were named, see `RunConfig.new`.
         display: where progress is shown.
+        profile: the folder of a profile of the first steps; None for none.
 
     Raises:
         ValueError: a mistake in the settings, or settings that differ from those of the run that is there.
     """
     config = _settle(folder, given)
     check_device(config.stream.device)
+    autocast_dtype(config.stream)
+    if profile is not None:
+        require_folder(profile)
     dataset, store = Dataset.load(config.dataset), HiddenStateStore.open(config.store)
     stream = Stream.build(
         dataset.interactions,
@@ -46,7 +53,7 @@ def train(folder: Path, given: Mapping[str, Any], display: Display) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_users(folder, stream.user_ids)
         config.write(folder)
-    run_trainer(folder, config, stream, display, StreamingTrainer.fit, of=len(stream.windows))
+    run_trainer(folder, config, stream, display, StreamingTrainer.fit, of=len(stream.windows), profile=profile)
 
 
 def run_trainer(
@@ -58,6 +65,7 @@ def run_trainer(
     *,
     of: int,
     show_past: bool = True,
+    profile: Path | None = None,
 ) -> None:
     """Lets a trainer work, shows and records what happens, and writes the report.
 
@@ -68,6 +76,7 @@ def run_trainer(
         work: what the trainer does.
         of: windows there are in all.
         show_past: whether windows that were done before are shown too.
+        profile: the folder of a profile of the first steps; None for none.
     """
     shown = TrainingDisplay(display, config.modalities, of)
     listeners: list[Listener] = [shown]
@@ -86,7 +95,8 @@ def run_trainer(
         shown.past(trainer.metrics, show=show_past)
         with TensorBoard(folder / "tensorboard", trainer.metrics) as board, shown:
             listeners.append(board)
-            work(trainer)
+            with profiled(profile, trainer.device, display, listeners):
+                work(trainer)
         shown.finish()
         if trainer.progress.epoch is not None:
             display.warn("a window that came by `xsmoe update` was cut short; run that update again to go on with it")

@@ -14,6 +14,7 @@ from xsmoe.data import Dataset, Items, Window, read_interactions, write_dataset
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.folder import read_metrics, read_window, window_digest
+from xsmoe.stream.profiling import require_folder
 
 
 def update(
@@ -23,6 +24,8 @@ def update(
     images_root: Path | None,
     encoders: Mapping[str, str],
     display: Display,
+    *,
+    profile: Path | None = None,
 ) -> None:
     """Takes new interactions as the run's next window: tests on them, grows and trains.
 
@@ -36,12 +39,15 @@ def update(
         images_root: what image paths are relative to; default the folder of `items`.
         encoders: where encoders lie, by modality, if not where they were.
         display: where progress is shown.
+        profile: the folder of a profile of the first steps; None for none.
 
     Raises:
         ValueError: a mistake in the files, a run that is not ready, or encoders that are not the store's.
     """
     config = RunConfig.read(folder)
     check_device(config.stream.device)
+    if profile is not None:
+        require_folder(profile)
     number = sum(line["kind"] == "window" for line in read_metrics(folder))
     if number < config.windows:
         raise ValueError(
@@ -82,7 +88,7 @@ def update(
         write_users(folder, stream.user_ids)
         trainer.step(window)
 
-    run_trainer(folder, config, stream, display, take, of=number + 1, show_past=False)
+    run_trainer(folder, config, stream, display, take, of=number + 1, show_past=False, profile=profile)
 
 
 def _require_new(path: Path, config: RunConfig, window: Window, taken: Sequence[Window], display: Display) -> None:

@@ -12,6 +12,7 @@ from xsmoe.nn.pretrained import Pretrained
 from xsmoe.nn.side_network import Hidden
 from xsmoe.nn.user_encoder import UserEncoder
 from xsmoe_kernels import in_batch_softmax_loss
+from xsmoe_kernels.ranges import named_range
 
 
 class Recommender(Pretrained):
@@ -48,18 +49,21 @@ class Recommender(Pretrained):
         Returns:
             The mean loss, a scalar.
         """
-        embeddings = self.items(hidden, row_weight=batch.counts)
-        inputs = functional.embedding(batch.inputs, embeddings)
-        queries = self.users(inputs, batch.offsets, lengths=batch.lengths)
-        return in_batch_softmax_loss(
-            queries,
-            embeddings,
-            batch.targets,
-            batch.rejected,
-            users=batch.users,
-            logq=batch.logq,
-            counts=batch.counts,
-        )
+        with named_range("encode"):
+            embeddings = self.items(hidden, row_weight=batch.counts)
+        with named_range("attend"):
+            inputs = functional.embedding(batch.inputs, embeddings)
+            queries = self.users(inputs, batch.offsets, lengths=batch.lengths)
+        with named_range("loss"):
+            return in_batch_softmax_loss(
+                queries,
+                embeddings,
+                batch.targets,
+                batch.rejected,
+                users=batch.users,
+                logq=batch.logq,
+                counts=batch.counts,
+            )
 
     def queries(self, embeddings: Tensor, offsets: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
         """The query of every sequence after its last item.

@@ -3,7 +3,8 @@
 from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import TrainingDiverged
+from xsmoe.stream.out_of_memory import OutOfMemory
 from xsmoe.stream.source import Stream
 from xsmoe.stream.trainer import StreamingTrainer
 
-__all__ = ["CheckpointError", "Stream", "StreamConfig", "StreamingTrainer", "TrainingDiverged"]
+__all__ = ["CheckpointError", "OutOfMemory", "Stream", "StreamConfig", "StreamingTrainer", "TrainingDiverged"]

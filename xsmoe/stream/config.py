@@ -8,14 +8,14 @@ from xsmoe.data import Window, WindowSplits, split_window
 Protocol = Literal["default", "paper"]
 Repeats = Literal["rank", "miss"]
 ValidationCandidates = Literal["known", "split"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "protocol": ("default", "paper"),
     "new_gate": ("random", "mean"),
     "repeats": ("rank", "miss"),
     "validation_candidates": ("known", "split"),
-    "precision": ("auto", "float32", "bfloat16"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
 }
 _AT_LEAST = {"batch_size": 1, "epochs": 1, "warmup_epochs": 0, "patience": 1, "k_core": 1, "max_inputs": 1, "seed": 0}
 
@@ -45,7 +45,9 @@ class StreamConfig:
         seed: of new gate rows, batch order and dropout; each epoch draws from a seed of its own, so that a resumed run
             goes on with the same numbers.
         device: where the model trains.
-        precision: "auto" is float32 on the CPU and bfloat16 autocast on CUDA.
+        precision: of autocast; weights stay float32. "float16" comes with a loss scaler and needs CUDA. "auto" is
+            float32 on the CPU; on CUDA bfloat16, under protocol "paper" float16 as published. Whether float32
+            products may use TF32 is torch's setting.
     """
 
     protocol: Protocol = "default"

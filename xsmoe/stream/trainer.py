@@ -20,6 +20,8 @@ from xsmoe.stream.folder import RunFolder, window_digest
 from xsmoe.stream.growth import grow, shares
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
+from xsmoe.stream.out_of_memory import ranking_memory, training_memory
+from xsmoe.stream.precision import LossScaler, autocast_dtype, loss_scaler
 from xsmoe.stream.progress import Progress, differences
 from xsmoe.stream.resources import Stopwatch
 from xsmoe.stream.source import Stream
@@ -44,7 +46,7 @@ class StreamingTrainer:
 
     Raises:
         ValueError: the folder holds a run of another configuration, model or store, or is in use; no checkpoint in it
-            is whole.
+            is whole; the device has no such precision.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class StreamingTrainer:
         listener: Listener | None = None,
     ) -> None:
         self.config = config or StreamConfig()
+        autocast_dtype(self.config)
         self.stream = stream
         self.device = torch.device(self.config.device)
         self.model = model.to(self.device)
@@ -67,6 +70,7 @@ class StreamingTrainer:
         self._unusable: str | None = None
         self._best: dict[str, Tensor] | None = None
         self._optimizer_state: dict[str, Any] | None = None
+        self._scaler_state: dict[str, Any] | None = None
         if model.users.max_length < self.config.max_inputs:
             raise ValueError(
                 f"max_inputs is {self.config.max_inputs}, but the user encoder takes {model.users.max_length} at most"
@@ -116,6 +120,7 @@ class StreamingTrainer:
         Raises:
             ValueError: the run has taken other windows before.
             TrainingDiverged: the loss is not finite.
+            OutOfMemory: the device's memory does not suffice.
             CheckpointError: a checkpoint cannot be written.
         """
         for number, window in enumerate(self.stream.windows):
@@ -158,7 +163,7 @@ class StreamingTrainer:
             if number > 0:
                 self._test_and_grow(number, splits)
             self.progress = Progress([*self.progress.digests, digest], epoch=0, steps=self.progress.steps)
-            self._best = self._optimizer_state = None
+            self._best = self._optimizer_state = self._scaler_state = None
             self._checkpoint()
         line = self._train(number, window, splits)
         self._unusable = None
@@ -205,10 +210,13 @@ class StreamingTrainer:
         optimizer = make_optimizer(self.model, config)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
+        scaler = loss_scaler(config)
+        if scaler is not None and self._scaler_state is not None:
+            scaler.load_state_dict(self._scaler_state)
         while progress.epoch is not None and progress.epoch < config.epochs and progress.stale < config.patience:
             if len(splits.train) == 0:
                 break
-            self._epoch(number, progress.epoch, splits.train, log_share, optimizer, task)
+            self._epoch(number, progress.epoch, splits.train, log_share, optimizer, scaler, task)
         kept = self._keep_best(len(splits.train), len(task))
         self.memory.add_rest(splits)
         line = {
@@ -229,7 +237,7 @@ class StreamingTrainer:
         }
         self._record(line)
         self.progress = Progress(progress.digests, steps=progress.steps)
-        self._best = self._optimizer_state = None
+        self._best = self._optimizer_state = self._scaler_state = None
         if self._folder is not None:
             self._export()
         self._checkpoint()
@@ -248,24 +256,31 @@ class StreamingTrainer:
         sequences: Sequences,
         log_share: np.ndarray,
         optimizer: torch.optim.Optimizer,
+        scaler: LossScaler | None,
         task: RankingTask,
     ) -> None:
         progress, watch = self.progress, Stopwatch(self.device)
-        trained = train_epoch(
-            self.model,
-            self.stream.features,
-            sequences,
-            log_share,
-            optimizer,
-            self.config,
-            window=number,
-            epoch=epoch,
-            on_batch=lambda done, of: self._tell("batch", {"window": number, "epoch": epoch, "done": done, "of": of}),
-        )
+        with training_memory(self.config, number, epoch):
+            trained = train_epoch(
+                self.model,
+                self.stream.features,
+                sequences,
+                log_share,
+                optimizer,
+                self.config,
+                scaler,
+                window=number,
+                epoch=epoch,
+                on_batch=lambda done, of: self._tell(
+                    "batch", {"window": number, "epoch": epoch, "done": done, "of": of}
+                ),
+            )
         step_ms = 1000 * watch.read()["seconds"] / trained["steps"]
         validation = None
         if len(task) and epoch >= self.config.warmup_epochs:
-            validation = summarize(per_user(rank_with_model(self.model, self.stream.features, task, self.device)))
+            with ranking_memory(self.config, f"window {number}, epoch {epoch}: the validation"):
+                ranks = rank_with_model(self.model, self.stream.features, task, self.device)
+            validation = summarize(per_user(ranks))
             if progress.best_value is None or validation[SELECTED_BY] > progress.best_value:
                 progress.best_epoch, progress.best_value, progress.stale = epoch, validation[SELECTED_BY], 0
                 self._best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -285,6 +300,7 @@ class StreamingTrainer:
             }
         )
         self._optimizer_state = optimizer.state_dict()
+        self._scaler_state = None if scaler is None else scaler.state_dict()
         self._checkpoint()
 
     def _keep_best(self, train_users: int, validation_users: int) -> dict[str, Any]:
@@ -337,6 +353,7 @@ class StreamingTrainer:
                 "model": self.model.state_dict(),
                 "best": self._best,
                 "optimizer": self._optimizer_state,
+                "scaler": self._scaler_state,
                 "metrics_size": self._folder.metrics_size(),
             }
         )
@@ -375,6 +392,8 @@ class StreamingTrainer:
         self.model.load_state_dict(state["model"])
         self.progress = Progress(**state["progress"])
         self._best, self._optimizer_state = state["best"], state["optimizer"]
+        # Checkpoints of earlier versions have none.
+        self._scaler_state = state.get("scaler")
         self.metrics = folder.rewind(state["metrics_size"])
         for number, digest in enumerate(self.progress.digests[: self.windows_done]):
             self.memory.add(self.config.split(folder.load_window(number, digest)))

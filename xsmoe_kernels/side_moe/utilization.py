@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xsmoe_kernels import checks, library
+from xsmoe_kernels.ranges import named_range
 
 
 class Utilization:
@@ -89,8 +90,9 @@ def _add_utilization(norm: Tensor, gate: Tensor, norm_increment: Tensor, gate_in
     checks.tensor("gate", gate_increment, gate.shape[0])
     # Asked when it runs, not when it is traced: a compiled layer inside a checkpoint traces once and runs twice.
     if torch._C._current_graph_task_id() == -1:
-        norm.add_(norm_increment)
-        gate.add_(gate_increment)
+        with named_range("counters"):
+            norm.add_(norm_increment)
+            gate.add_(gate_increment)
 
 
 library.define_in_place(

@@ -1,0 +1,118 @@
+"""When memory does not suffice: what is said, and that nothing is lost."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from xsmoe.stream import OutOfMemory, Stream, StreamConfig, StreamingTrainer, epoch, testing, trainer
+from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.out_of_memory import GIB, advice, fitting_batch, requested
+
+SAID = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.06 GiB is "
+    "free.\nSee documentation for Memory Management."
+)
+
+
+def fit(folder: Path | None = None) -> list[dict[str, Any]]:
+    stream = Stream(tiny.windows()[:2], tiny.features())
+    with StreamingTrainer(tiny.model(), stream, tiny.config(), folder=folder) as run:
+        return tiny.without_time(run.fit())
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[dict[str, Any]]:
+    return fit()
+
+
+def failing(real: Callable[..., Any], after: int) -> Callable[..., Any]:
+    count = iter(range(10_000))
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if next(count) == after:
+            raise torch.OutOfMemoryError(SAID)
+        return real(*arguments, **named)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "after", "message"),
+    [
+        (epoch, "train_step", 0, "window 0, epoch 0: a training step of 5 users does not fit into the memory of cpu"),
+        (epoch, "train_step", 7, "window 0, epoch 2: a training step of 5 users .* Try --batch-size 2 .*no estimate"),
+        (
+            trainer,
+            "rank_with_model",
+            1,
+            "window 0, epoch 2: the validation does not fit .* nor --precision .* --device",
+        ),
+        (testing, "rank_with_model", 0, r"the test on a window does not fit .*--batch-size \(here 5\)"),
+    ],
+)
+def test_it_is_explained_and_the_run_goes_on(
+    undisturbed: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    module: Any,
+    name: str,
+    after: int,
+    message: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, failing(getattr(module, name), after))
+        with pytest.raises(OutOfMemory, match=message) as raised:
+            fit(tmp_path)
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+    text = str(raised.value)
+    assert "(CUDA out of memory. Tried to allocate 2.50 GiB)" in text
+    assert "Everything saved so far is intact: the same command goes on" in text
+    kept = tiny.without_time(read_metrics(tmp_path))
+    assert kept == undisturbed[: len(kept)]
+    assert fit(tmp_path) == undisturbed
+
+
+def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
+    # 4 GiB held and 0.25 GiB a user: 128 users take 36 GiB, 64 take 20.
+    held, reached = 4 * GIB, 68 * GIB
+    assert fitting_batch(256, held, reached, 80 * GIB) == 128
+    assert fitting_batch(256, held, reached, 40 * GIB) == 128
+    assert fitting_batch(256, held, reached, 39 * GIB) == 64
+    assert fitting_batch(256, held, reached, 5 * GIB) == 2
+    assert fitting_batch(256, held, reached, 4 * GIB) == 0
+    assert fitting_batch(1, held, reached, 80 * GIB) == 0
+    # Peaks of before may be all that is known.
+    assert fitting_batch(8, held, held - 1, 80 * GIB) == 4
+
+
+def test_the_advice_says_what_it_rests_on() -> None:
+    config = StreamConfig(device="cuda", precision="float32")
+    said = advice(config, (4 * GIB, 68 * GIB, 39 * GIB))
+    assert said.startswith(
+        "Try --batch-size 64, or --precision bfloat16, which halves activations (estimated, not tried"
+    )
+    assert "at least 68.00 GiB, 4.00 GiB of it before it began, 39.00 GiB can be had" in said
+    assert "--precision" not in advice(StreamConfig(device="cuda"), (4 * GIB, 68 * GIB, 39 * GIB))
+    assert "Not even one user would fit" in advice(config, (4 * GIB, 68 * GIB, 4 * GIB))
+    assert advice(StreamConfig(batch_size=1), None) == "No smaller batch is left: use a device with more memory."
+    assert advice(StreamConfig(batch_size=256), None).startswith("Try --batch-size 128 (half;")
+
+
+def test_what_was_asked_for_is_read_from_the_message() -> None:
+    for text, size in [(SAID, 5 * GIB // 2), ("Tried to allocate 20.00 MiB.", 20 << 20), ("out of memory", 0)]:
+        assert requested(torch.OutOfMemoryError(text)) == size
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_estimate_has_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any) -> None:
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+    monkeypatch.setattr(epoch, "train_step", step)
+    stream = Stream(tiny.windows()[:1], tiny.features())
+    with pytest.raises(OutOfMemory, match=r"Not even one user would fit by estimate|estimated, not tried"):
+        StreamingTrainer(tiny.model(), stream, tiny.config(device="cuda")).fit()
