@@ -36,7 +36,7 @@ LIBRARY = ROOT / "build" / "cuda" / cuda_backend.LIBRARY
 
 
 SOME = ("8.0", "9.0+PTX")
-"""The oldest GPU, and one of those that this is for; each takes half a minute of a core, so others wait for test-all."""
+"""The oldest GPU, and one that this is for; each takes half a minute of a core, so that others wait for test-all."""
 
 
 @pytest.fixture(scope="module")
