@@ -25,7 +25,9 @@ CONSTANTS = {
         "Ahead of each, 256 MiB are written",
         "a copy of 1 GiB",
         "(256 MiB and more, where the rows are many enough)",
+        "off their line by more than 5 % of the largest",
     ),
+    "docs/cuda_kernels.md": ("at most 64 MiB of points",),
     "docs/triton_kernels.md": ("What an H200 should do...", "a workspace of at most 64 MiB"),
 }
 
