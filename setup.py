@@ -10,8 +10,8 @@ build.
 
 Variables: CXX, CXXFLAGS and LDFLAGS as ever; MAX_JOBS bounds the compilers that run at once; XSMOE_NO_NATIVE=1 leaves
 native code out. For CUDA, which a GPU need not be there for: CUDA_HOME names the toolkit; TORCH_CUDA_ARCH_LIST, such as
-"8.0;9.0+PTX", the GPUs; FORCE_CUDA=1 builds the kernels for a torch without CUDA too, and fails where it cannot. For
-tests, which build aside into build/<name> and leave the package as it is:
+"8.0;9.0+PTX", the GPUs; FORCE_CUDA=1 builds the kernels for a torch without CUDA too, and fails where it cannot;
+XSMOE_NO_CUDA=1 leaves them out. For tests, which build aside into build/<name> and leave the package as it is:
 
     XSMOE_SANITIZE=1        build/sanitize, with AddressSanitizer and UndefinedBehaviorSanitizer
     XSMOE_EMULATE_AMX=1     build/emulate-amx, whose amx tier runs wherever avx512_bf16 does, on tiles that
@@ -142,8 +142,9 @@ class BuildNative(build_ext):
         except Missing as missing:
             if aside or build_cuda.forced():
                 raise CompileError(str(missing)) from missing
-            products = (target / LIBRARY, *target.glob(f"{FACTS}.*.so"))
-            _leave_out("the native kernels", f"{missing}, then run {again} again", target / FAILURE, *products)
+            reason, products = f"{missing}, then run {again} again", (target / LIBRARY, *target.glob(f"{FACTS}.*.so"))
+            _leave_out("the native kernels", reason, target / FAILURE, *products)
+            _leave_out("the CUDA kernels", reason, target / build_cuda.FAILURE, target / build_cuda.LIBRARY)
             return
         if not CUDA_ALONE.intersection(aside):
             self._build_native(tools, target, aside)
@@ -155,10 +156,10 @@ class BuildNative(build_ext):
             plan = build_plan.Plan(tools, folder, facts, aside)
             _write(ROOT / folder / "facts.h", plan.facts_header())
             _run_ninja(tools, folder, plan.ninja())
-        for stale in set(target.glob(f"{FACTS}.*.so")) - {target / facts}:
-            stale.unlink()  # of a library that is replaced now
-        for product in (LIBRARY, facts):
-            _replace(ROOT / folder / product, target / product)
+            for stale in set(target.glob(f"{FACTS}.*.so")) - {target / facts}:
+                stale.unlink()  # of a library that is replaced now
+            for product in (LIBRARY, facts):
+                _replace(ROOT / folder / product, target / product)
         (target / FAILURE).unlink(missing_ok=True)
 
     def _build_cuda(self, tools: Toolchain, target: Path, aside: list[str], again: str) -> None:
@@ -168,6 +169,7 @@ class BuildNative(build_ext):
         elif "cuda" in aside or (not aside and build_cuda.wanted(tools.torch_cuda)):
             try:
                 toolkit = build_cuda.toolkit(tools.torch_cuda)
+                build_cuda.try_out(toolkit, tools.cxx)
             except build_cuda.Unavailable as missing:
                 if aside or build_cuda.forced():
                     raise CompileError(str(missing)) from missing
@@ -182,7 +184,7 @@ class BuildNative(build_ext):
             plan = build_plan.CudaPlan(tools, folder, toolkit, aside)
             _write(ROOT / folder / "cuda_facts.h", plan.facts_header())
             _run_ninja(tools, folder, plan.ninja())
-        _replace(ROOT / folder / build_cuda.LIBRARY, product)
+            _replace(ROOT / folder / build_cuda.LIBRARY, product)
         failure.unlink(missing_ok=True)
 
     def get_source_files(self) -> list[str]:
@@ -238,7 +240,7 @@ def _replace(source: Path, target: Path) -> None:
     """Copies a file in one step: a process that has the old one loaded keeps it whole."""
     if target.exists() and target.read_bytes() == source.read_bytes():
         return
-    aside = target.with_name(target.name + ".new")
+    aside = target.with_name(f"{target.name}.{os.getpid()}.new")
     shutil.copyfile(source, aside)
     aside.replace(target)
 

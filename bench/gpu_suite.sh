@@ -39,7 +39,7 @@ case $stage in
     *) usage ;;
 esac
 
-if ! gpu=$("$PYTHON" -m bench.gpu_summary --gpu 2>/dev/null); then
+if ! gpu=$("$PYTHON" -m bench.gpu_name); then
     echo "bench/gpu_suite.sh: torch finds no GPU here, or $PYTHON has no torch (PYTHON names another)" >&2
     exit 2
 fi
@@ -50,14 +50,15 @@ state=$folder/.gpu_suite
 
 # What the parts depend on: the commit, and the sources themselves where they differ from it or nobody knows it.
 sources() {
-    find xsmoe_kernels bench tests/kernels csrc setup.py -type f \
-        \( -name '*.py' -o -name '*.sh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) -print0 |
+    find xsmoe_kernels xsmoe bench tests/kernels tests/stream tests/conftest.py csrc setup.py pyproject.toml -type f \
+        \( -name '*.py' -o -name '*.sh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.toml' \) -print0 |
         sort -z | xargs -0 sha256sum | sha256sum | cut -c1-8
 }
 commit=${GPU_SUITE_COMMIT:-}
 if [ -z "$commit" ]; then
     commit=$(git rev-parse --short=12 HEAD 2>/dev/null) || commit=unknown
-    changed=$(git status --porcelain -- xsmoe_kernels bench tests csrc setup.py ':!bench/results' 2>/dev/null || echo yes)
+    changed=$(git status --porcelain -- xsmoe_kernels xsmoe bench tests csrc setup.py pyproject.toml ':!bench/results' \
+        2>/dev/null || echo yes)
     [ -z "$changed" ] || commit=$commit-$(sources)
 fi
 # The results name the same commit as the markers.
@@ -166,20 +167,22 @@ kernels() {
 bench() {
     local rivals="naive,naive-autocast,naive-narrow,compiled,compiled-graph,eager,eager-graph"
     local usual="N=2816 E=10 D=768 R=64 M=2"
+    # Which of them "auto" should take is what these decide (docs/cuda_kernels.md).
+    local kinds="ours-triton,ours-triton-graph,ours-cuda,ours-cuda-graph"
     # shellcheck disable=SC2086 # sizes are words
     {
         kernels bench_bfloat16 "side_moe-$gpu-bfloat16.json" side_moe --dtype bfloat16 --sizes $usual \
-            --variants "$rivals,ours,ours-recompute,ours-graph" \
+            --variants "$rivals,ours,ours-recompute,ours-graph,$kinds" \
             --against naive,naive-autocast,compiled,compiled-graph,eager-graph
         kernels bench_float16 "side_moe-$gpu-float16.json" side_moe --dtype float16 --sizes $usual \
             --variants naive-autocast,compiled-graph,eager,eager-graph,ours,ours-graph \
             --against naive-autocast,compiled-graph,eager-graph
         kernels bench_float32 "side_moe-$gpu-float32.json" side_moe --sizes $usual \
-            --variants naive,compiled,compiled-graph,eager,eager-graph,ours,ours-graph \
+            --variants "naive,compiled,compiled-graph,eager,eager-graph,ours,ours-graph,$kinds" \
             --against naive,compiled,compiled-graph,eager-graph
         kernels bench_sizes "side_moe-$gpu-bfloat16-sizes.json" side_moe --dtype bfloat16 --seconds 2 \
-            --sizes N=256,2816,65536 E=1,10,32 --variants naive-autocast,eager,eager-graph,ours,ours-graph \
-            --against naive-autocast,eager-graph
+            --sizes N=256,2816,65536 E=1,10,32 --against naive-autocast,eager-graph \
+            --variants naive-autocast,eager,eager-graph,ours,ours-graph,ours-triton-graph,ours-cuda-graph
     }
     kernels bench_routing "routing-$gpu-bfloat16.json" route_topk grouped_mm --dtype bfloat16 --seconds 2
     kernels bench_loss_float32 "loss-$gpu-float32.json" in_batch_softmax_loss --seconds 2
@@ -187,9 +190,14 @@ bench() {
     kernels bench_attention "attention-$gpu-bfloat16.json" packed_attention --dtype bfloat16 --seconds 2
     local dtype
     for dtype in float32 bfloat16; do
-        kernels "bench_ranking_$dtype" "ranking-$gpu-$dtype.json" rank_of_target topk_items --dtype "$dtype" --seconds 2 \
+        kernels "bench_ranking_$dtype" "ranking-$gpu-$dtype.json" rank_of_target --dtype "$dtype" --seconds 2 \
+            --variants "chunked,tiled,ours,ours-graph,$kinds" --against chunked,tiled
+        kernels "bench_topk_$dtype" "topk-$gpu-$dtype.json" topk_items --dtype "$dtype" --seconds 2 \
             --variants chunked,tiled,ours,ours-graph --against chunked,tiled
     done
+    # What counting costs a whole step.
+    part bench_counters "$PYTHON" -m bench step mean --dtype bfloat16 --device cuda --variants ours,ours-uncounted \
+        --against ours-uncounted --json "$folder/counters-$gpu-bfloat16.json"
     part bench_step "$PYTHON" -m bench step --dtype bfloat16 --device cuda --json "$folder/step-$gpu-bfloat16.json"
     local name
     for name in side_moe step; do
@@ -238,9 +246,12 @@ sanitize() {
         # What torch asks the driver for, and is refused, is no error of a kernel.
         [ "$check" != memcheck ] || flags="--report-api-errors no"
         for room in "side_moe side_moe N=300 E=3 D=768 R=64 M=2" "side_moe_small side_moe N=300 E=3 D=48 R=8 M=2" \
-            "route_topk route_topk N=300 E=5 k=2" "grouped_mm grouped_mm M=300 E=3 K=48 P=8" \
+            "side_moe_many side_moe N=300 E=33 D=64 R=16 M=2 --dtype float32" \
+            "route_topk route_topk N=300 E=5 k=2" "route_topk_wide route_topk N=3000 E=300 k=3 --dtype float32" \
+            "route_topk_narrow route_topk N=3000 E=40 k=2 --dtype float32" "grouped_mm grouped_mm M=300 E=3 K=48 P=8" \
             "rank_of_target rank_of_target M=70 C=900 d=48" "topk_items topk_items M=70 C=900 d=48 k=10" \
             "rank_of_target_wide rank_of_target M=150 C=900 d=48 --dtype float32" \
+            "rank_of_target_odd rank_of_target M=20 C=900 d=37 --dtype float32" \
             "loss in_batch_softmax_loss B=30 C=290 d=40"; do
             # Every tensor in an allocation of its own, so that what lies beyond it is seen.
             # shellcheck disable=SC2086 # the flags' and the room's words

@@ -1,13 +1,10 @@
 """What bench/gpu_suite.sh found, in short: `python -m bench.gpu_summary FOLDER`."""
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
-
-import torch
 
 from bench import results, standing
 from bench.memory.growth import curves
@@ -23,18 +20,12 @@ _COUNTS = ("tests", "failures", "errors", "skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables; with --gpu the GPU's name as it stands in file names, or nothing and exit code 2."""
+    """Prints the tables, or why there are no CUDA kernels."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_summary", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("bench/results"))
-    parser.add_argument("--gpu", action="store_true", help="prints what the GPU is called in file names")
     parser.add_argument("--no-cuda-kernels", action="store_true", help="why there are none; exit code 1 if there are")
     parser.add_argument("--commit", help="leaves out what is of another commit")
     options = parser.parse_args(arguments)
-    if options.gpu:
-        if not torch.cuda.is_available():
-            return 2
-        print(short_name(torch.cuda.get_device_name()))
-        return 0
     if options.no_cuda_kernels:
         if reason := cuda_backend.describe().get("unavailable"):
             print(reason)
@@ -43,11 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timed, swept = ([run for run in runs if _of_memory(run) == memory] for memory in (False, True))
     print("\n\n".join(filter(None, (ran, speeds(timed), growths(swept)))))
     return 0
-
-
-def short_name(gpu: str) -> str:
-    """A GPU's name for file names: NVIDIA H200 is h200."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
 
 
 def parts(state: Path, commit: str | None = None) -> str:

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
 OLDEST = 80
 """Older GPUs have neither asynchronous copies nor reductions over a warp in hardware."""
 OLDEST_NVCC = 12
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 EMULATED = "-DXSMOE_EMULATE_CUDA"
@@ -68,6 +70,8 @@ def toolkit(torch_cuda: str | None) -> Toolkit:
     Raises:
         Unavailable: there is none, or it does not fit torch's CUDA or TORCH_CUDA_ARCH_LIST.
     """
+    if os.environ.get("XSMOE_NO_CUDA", "0") not in ("", "0"):
+        raise Unavailable("XSMOE_NO_CUDA was set when this package was built; unset it")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [str(Path(home, "bin", "nvcc"))] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next(filter(None, map(shutil.which, candidates)), None)
@@ -88,22 +92,47 @@ def toolkit(torch_cuda: str | None) -> Toolkit:
 
 
 def architectures(nvcc: str) -> tuple[str, ...]:
-    """The GPUs to compile for, such as "9.0" and "10.0+PTX"."""
+    """The GPUs to compile for, such as "9.0" and "10.0+PTX"; those that are too old are passed over."""
     known = set(re.findall(r"compute_(\d+[af]?)", _said(nvcc, "--list-gpu-arch")))
     asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,"))
     if asked == [""]:
-        chosen = [one for one in ARCHITECTURES if one.replace(".", "") in known]
-        return *chosen[:-1], f"{chosen[-1]}+PTX"
+        usual = [one for one in ARCHITECTURES if one.replace(".", "") in known]
+        return *usual[:-1], f"{usual[-1]}+PTX"
+    chosen = []
     for one in asked:
         number = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", one)
         if number is None:
             raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one!r}, which is no number like 9.0 or 9.0+PTX")
         if int(re.sub(r"\D", "", number[1] + number[2])) < OLDEST:
-            raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one}; the CUDA kernels need 8.0 or newer")
+            continue
         # Variants of an architecture, such as 9.0a, are not listed by every nvcc that knows them.
         if re.sub(r"\D", "", number[1] + number[2]) not in {re.sub(r"\D", "", name) for name in known}:
             raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one}, which {nvcc} does not compile for")
-    return tuple(dict.fromkeys(asked))
+        chosen.append(one)
+    if not chosen:
+        raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {', '.join(asked)}; the CUDA kernels need 8.0 or newer")
+    return tuple(dict.fromkeys(chosen))
+
+
+def host_compiler(cxx: list[str]) -> list[str]:
+    """nvcc's flags that name the compiler of the host, without what starts it."""
+    return ["-ccbin", next((word for word in cxx if Path(word).name not in LAUNCHERS), cxx[0])]
+
+
+def try_out(tools: Toolkit, cxx: list[str]) -> None:
+    """Compiles nothing with it, for one GPU: many a toolkit refuses a compiler that is newer than it.
+
+    Raises:
+        Unavailable: it does not compile.
+    """
+    command = [tools.nvcc, *FLAGS, tools.targets()[0], *host_compiler(cxx), "-x", "cu", "-c", os.devnull]
+    with tempfile.TemporaryDirectory() as folder:
+        ran = subprocess.run([*command, "-o", str(Path(folder, "empty.o"))], capture_output=True, text=True)
+    if ran.returncode != 0:
+        said = next(
+            (line for line in (ran.stdout + ran.stderr).splitlines() if "error" in line), f"code {ran.returncode}"
+        )
+        raise Unavailable(f"{tools.nvcc} does not compile with {shlex.join(cxx)}: {said}; name another compiler in CXX")
 
 
 def _version(nvcc: str) -> str:

@@ -173,7 +173,7 @@ class CudaPlan(BuildFile):
             flags += ["-isystem", str(self.toolkit.root / "include")]
             libraries = build_cuda.link_flags(self.toolkit)
             self.lines += [f"nvcc = {_escape(shlex.quote(self.toolkit.nvcc))}", build_cuda.RULE]
-            nvcc = [*build_cuda.compile_flags(self.toolkit), "-ccbin", self.tools.cxx[0], "-Icsrc"]
+            nvcc = [*build_cuda.compile_flags(self.toolkit), *build_cuda.host_compiler(self.tools.cxx), "-Icsrc"]
             objects = [self.compile(source, nvcc, rule="nvcc") for source in kernels]
         objects += [self.compile(source, [*flags, *self.extra]) for source in operators]
         self.library(build_cuda.LIBRARY, objects, self.flags, libraries)

@@ -11,9 +11,10 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -33,8 +34,8 @@ class _Served(NamedTuple):
     """What serves an operator: its kernel in the library, or a Python function that launches several."""
 
     launcher: str | None = None
-    launched: tuple[str, ...] = ()
-    """What that function needs of the library."""
+    launched: Mapping[str, str] = MappingProxyType({})
+    """What that function needs of the library: schemas, by name."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     refuses: dispatch.Refuses | None = None
 
@@ -53,9 +54,17 @@ def _without_triton(device: torch.device, dtype: torch.dtype, *_: Any) -> str | 
     return f"its matrix products are Triton's, and {reason}" if reason else None
 
 
+SIDE_MOE_ROWS = {
+    "side_moe_gate": "(Tensor[] x, Tensor[] router) -> Tensor[] gates",
+    "side_moe_count": "(Tensor[] gates, Tensor[] squares, Tensor[] backbone_squares, Tensor?[] row_weight)"
+    " -> (Tensor[] norm, Tensor[] gate)",
+    "side_moe_logit_gradient": "(Tensor[] x, Tensor[] backbone, Tensor[] grad, Tensor[] gates, Tensor[] dots,"
+    " Tensor[] backbone_dot, bool need_logits, bool need_backbone) -> (Tensor[] logits, Tensor[] backbone)",
+}
+
+
 def _side_moe(function: str) -> _Served:
-    launched = ("side_moe_gate", "side_moe_count", "side_moe_logit_gradient")
-    return _Served(f"side_moe.cuda_launchers:{function}", launched, refuses=_without_triton)
+    return _Served(f"side_moe.cuda_launchers:{function}", SIDE_MOE_ROWS, refuses=_without_triton)
 
 
 OPERATORS: dict[str, _Served] = {
@@ -67,6 +76,9 @@ OPERATORS: dict[str, _Served] = {
     "side_moe_group": _side_moe("group_forward"),
     "side_moe_group_backward": _side_moe("group_backward"),
 }
+
+ALLOCATION = re.compile(r"aten::(new_empty|empty|contiguous|clone|to\b|_to_copy)")
+"""What torch's stable ABI says of a call that allocates and has failed."""
 
 library: Path | None = None
 """The library that is loaded, if one is."""
@@ -95,9 +107,11 @@ def load() -> None:
         raise library_file.unusable(path, f"cannot be loaded: {error.__cause__ or error}", None) from error
     devices = ("cuda", "cpu") if built["emulated"] else ("cuda",)
     for operator, served in OPERATORS.items():
-        if missing := [name for name in served.launched if not hasattr(torch.ops.xsmoe_cuda, name)]:
-            raise _other_version(path, missing[0], built["torch"])
+        for name, schema in served.launched.items():
+            if not hasattr(torch.ops.xsmoe_cuda, name) or _schema(name) != schema:
+                raise _other_version(path, name, built["torch"])
         kernel = _when_needed(served.launcher) if served.launcher else _kernel(operator, path, built["torch"])
+        kernel = _says_memory_is_short(operator, kernel)
         refuses = functools.partial(_refuses, tuple(built["architectures"]), served.refuses)
         dispatch.register(
             operator,
@@ -136,7 +150,29 @@ def _kernel(operator: str, path: Path, built: str) -> Callable[..., Any]:
     kernel = getattr(torch.ops.xsmoe_cuda, operator, None)
     if kernel is None or not library_file.matches(kernel.default, getattr(torch.ops.xsmoe, operator).default):
         raise _other_version(path, operator, built)
-    return kernel.default
+    kernel = kernel.default
+    return cast(Callable[..., Any], kernel)
+
+
+def _schema(name: str) -> str:
+    """What a function of the library takes and gives."""
+    return str(getattr(torch.ops.xsmoe_cuda, name).default._schema).partition(name)[2]
+
+
+def _says_memory_is_short(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, whose failed allocations are torch's error for that: its stable ABI keeps the name of a call only."""
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except RuntimeError as error:
+            if ALLOCATION.search(str(error)) is None:
+                raise
+            raise torch.OutOfMemoryError(
+                f"the cuda kernels of {operator} could not allocate their results or scratch: {error}"
+            ) from error
+
+    return run
 
 
 def _other_version(path: Path, kernel: str, built: str) -> ImportError:
@@ -159,15 +195,28 @@ def _refuses(
     dtype: torch.dtype,
     *arguments: Any,
 ) -> str | None:
-    if device.type == "cuda" and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if not _runs_on(capability, architectures):
-            had = ".".join(map(str, capability))
-            return (
-                f"the CUDA kernels were compiled for {', '.join(architectures)}, and {device} has {had}; build them "
-                "anew with that in TORCH_CUDA_ARCH_LIST"
-            )
-    return others(device, dtype, *arguments) if others else None
+    reason = None
+    if device.type == "cuda":
+        # Which GPU has no index may change, and a compiler that traces this warns of caches.
+        known = device.index is not None and not torch.compiler.is_compiling()
+        reason = (_known_not_for if known else _not_for)(device, architectures)
+    return reason or (others(device, dtype, *arguments) if others else None)
+
+
+def _not_for(device: torch.device, architectures: tuple[str, ...]) -> str | None:
+    """Why code for these architectures does not run on a GPU; None if it does, or if there is none to ask."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if _runs_on(capability, architectures):
+        return None
+    return (
+        f"the CUDA kernels were compiled for {', '.join(architectures)}, and {device} has "
+        f"{'.'.join(map(str, capability))}; build them anew with that in TORCH_CUDA_ARCH_LIST"
+    )
+
+
+_known_not_for = functools.cache(_not_for)
 
 
 def _runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
@@ -177,7 +226,9 @@ def _runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> boo
         compiled = int(major), int(minor)
         if compiled == capability:
             return True
-        # Variants run on nothing newer, machine code on later ones of its generation, PTX on all that came later.
-        if not variant and compiled < capability and (name.endswith("+PTX") or compiled[0] == capability[0]):
+        # Machine code runs on later ones of its generation, PTX on all that came later; of the variants, "a" on nothing
+        # else, and "f" as machine code does.
+        anywhere = name.endswith("+PTX") and not variant
+        if variant != "a" and compiled < capability and (anywhere or compiled[0] == capability[0]):
             return True
     return False

@@ -1,4 +1,4 @@
-// Devices and streams: CUDA's runtime is asked for the former, torch for the latter.
+// torch's current stream.
 
 #include "cuda/device.h"
 
@@ -6,29 +6,19 @@
 
 namespace xsmoe::cuda {
 
-int enter_device(int) { return -1; }
-
-void leave_device(int, int) {}
-
 StreamHandle current_stream(int) { return nullptr; }
 
 }  // namespace xsmoe::cuda
 
 #else
 
-#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
 #include <stdexcept>
-#include <string>
 
 namespace xsmoe::cuda {
 
 namespace {
-
-void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 using GetStream = int32_t (*)(int32_t, void**);
 
@@ -41,17 +31,6 @@ GetStream stream_getter() {
 }
 
 }  // namespace
-
-int enter_device(int index) {
-    int before = 0;
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    if (before != index) check(cudaSetDevice(index), "cudaSetDevice");
-    return before;
-}
-
-void leave_device(int index, int before) {
-    if (before != index) cudaSetDevice(before);
-}
 
 StreamHandle current_stream(int index) {
     static const GetStream get = stream_getter();

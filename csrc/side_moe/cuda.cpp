@@ -42,6 +42,17 @@ void check_levels(const char* name, size_t found, size_t levels) {
     }
 }
 
+// Kernels take one launch's tensors as of one dtype and one device.
+void check_alike(const char* name, const Tensors& tensors, const Tensor& first) {
+    for (const Tensor& tensor : tensors) {
+        const bool same_device = tensor.is_cuda() == first.is_cuda() &&
+                                 (!first.is_cuda() || tensor.get_device_index() == first.get_device_index());
+        if (tensor.scalar_type() != first.scalar_type() || !same_device) {
+            throw std::invalid_argument(std::string(name) + " must have the dtype and device of x in all levels");
+        }
+    }
+}
+
 const float* floats(const Tensor& tensor) { return static_cast<const float*>(data(tensor)); }
 
 int gated_of(const Tensor& gates) { return static_cast<int>(gates.size(1)); }
@@ -50,6 +61,8 @@ int gated_of(const Tensor& gates) { return static_cast<int>(gates.size(1)); }
 Tensors gate(Tensors x, Tensors router) {
     check_levels("x", x.size(), x.size());
     check_levels("router", router.size(), x.size());
+    check_alike("x", x, x[0]);
+    check_alike("router", router, x[0]);
     const OnDevice device(x[0]);
     Tensors gates;
     std::vector<GateLevel> levels;
@@ -125,6 +138,8 @@ std::tuple<Tensors, Tensors> logit_gradient(
           {"backbone_dot", one_row ? backbone_dot.size() : x.size()}}) {
         check_levels(name, found, x.size());
     }
+    check_alike("x", x, x[0]);
+    check_alike("backbone", backbone, x[0]);
     const OnDevice device(x[0]);
     Tensors grad_logits, grad_backbone;
     std::vector<LogitLevel> levels;

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_sanitize, gpu_summary, profiled, results
+from bench import gpu_name, gpu_sanitize, gpu_summary, profiled, results
 from bench.profiled import Spent
 from bench.results import Case, Row, Run, Timing
 
@@ -100,7 +100,7 @@ def _cells(line: str) -> list[str]:
     [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"), ("AMD MI300X", "amd-mi300x")],
 )
 def test_a_gpu_has_a_short_name(name: str, short: str) -> None:
-    assert gpu_summary.short_name(name) == short
+    assert gpu_name.short_name(name) == short
 
 
 def test_committed_results_are_read() -> None:
@@ -159,7 +159,7 @@ def test_what_the_sanitizer_watches_runs(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:
     assert profiled.main([]) == 2
-    assert gpu_summary.main(["--gpu"]) == 2
+    assert gpu_name.main() == 2
     assert gpu_sanitize.main(["route_topk", "N=5", "E=5", "k=2"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None or shutil.which("ti
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case "$*" in
-    "-m bench.gpu_summary --gpu") [ -z "${NO_GPU:-}" ] && echo toy || exit 2 ;;
+    "-m bench.gpu_name") [ -z "${NO_GPU:-}" ] && echo toy || exit 2 ;;
     "-m bench.gpu_summary --no-cuda-kernels") echo "${NO_CUDA_KERNELS:-}"; [ -n "${NO_CUDA_KERNELS:-}" ] ;;
     "-m bench.gpu_summary "*) echo "the summary" ;;
     *"${FAIL:-nothing fails}"*) echo "this went wrong"; exit 3 ;;
@@ -56,7 +56,9 @@ class Suite:
         return subprocess.run([SUITE, *arguments], env=mine, cwd=cwd, capture_output=True, text=True, timeout=60)
 
     def called(self) -> list[str]:
-        return [call for call in self.calls.read_text().splitlines() if "gpu_summary" not in call]
+        return [
+            call for call in self.calls.read_text().splitlines() if "gpu_summary" not in call and "gpu_name" not in call
+        ]
 
     def markers(self) -> set[str]:
         return {path.stem for path in self.state.glob("*.passed") if path.read_text().startswith("abc ")}
@@ -78,17 +80,28 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     called = suite.called()
     assert called[0] == "setup.py build_ext --inplace"
     assert sum("-m pytest" in call for call in called) == 6
-    assert sum("-m bench kernels" in call and "--device cuda" in call for call in called) == 10
+    timed = [call for call in called if "-m bench kernels" in call]
+    assert len(timed) == 12
+    assert all("--device cuda" in call for call in timed)
+    # What decides which kernels "auto" takes; route_topk has these rows in an ordinary run.
+    for operator, dtype in (("side_moe", "bfloat16"), ("side_moe", "float32"), ("rank_of_target", "float32")):
+        decisive = [
+            call
+            for call in timed
+            if f"kernels {operator} " in call and "ours-triton,ours-triton-graph,ours-cuda" in call
+        ]
+        assert any(f"{dtype}.json" in call for call in decisive)
+    assert any("--variants ours,ours-uncounted" in call for call in called)
     memcheck, *others = checks = [
         [call for call in called if call.startswith(f"compute-sanitizer --tool {tool} ") and "-c" not in call.split()]
         for tool in ("memcheck", "racecheck", "synccheck")
     ]
-    assert list(map(len, checks)) == [8, 8, 8]
+    assert list(map(len, checks)) == [12, 12, 12]
     assert all("--report-api-errors no" in call for call in memcheck)
     assert not any("--report-api-errors" in call for calls in others for call in calls)
     assert all("N=300 E=3 D=768 R=64 M=2" in calls[0] for calls in checks)
     assert all("-m bench.gpu_sanitize " in call for calls in checks for call in calls)
-    assert sum("compute-sanitizer" in call for call in called) == 3 * 8 + 1
+    assert sum("compute-sanitizer" in call for call in called) == 3 * 12 + 1
     assert any("bench.profiled" in call for call in called)
     assert any("-m bench step --dtype bfloat16 --device cuda" in call for call in called)
     memory = [call for call in called if "-m bench memory" in call]

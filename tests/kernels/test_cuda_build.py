@@ -174,7 +174,13 @@ def test_compiles_for_known_gpus_and_ptx_for_newer_ones(nvcc: Path) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "architectures"),
-    [("9.0", ("9.0",)), ("8.0;9.0+PTX", ("8.0", "9.0+PTX")), ("8.6 9.0a, 8.6", ("8.6", "9.0a")), (" ", None)],
+    [
+        ("9.0", ("9.0",)),
+        ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
+        ("8.6 9.0a, 8.6", ("8.6", "9.0a")),
+        ("7.5;8.0", ("8.0",)),
+        (" ", None),
+    ],
 )
 def test_torchs_variable_names_the_gpus(
     nvcc: Path, asked: str, architectures: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
@@ -188,7 +194,7 @@ def test_torchs_variable_names_the_gpus(
     ("asked", "message"),
     [
         ("Hopper", "TORCH_CUDA_ARCH_LIST names 'Hopper', which is no number like 9.0"),
-        ("7.5", "TORCH_CUDA_ARCH_LIST names 7.5; the CUDA kernels need 8.0 or newer"),
+        ("7.0;7.5+PTX", r"TORCH_CUDA_ARCH_LIST names 7.0, 7.5\+PTX; the CUDA kernels need 8.0 or newer"),
         ("9.0;11.5", r"TORCH_CUDA_ARCH_LIST names 11.5, which .*nvcc does not compile for"),
     ],
 )
@@ -215,6 +221,18 @@ def test_a_toolkit_that_does_not_fit_is_named(nvcc: Path, monkeypatch: pytest.Mo
         build_cuda.toolkit(None)
 
 
+def test_a_compiler_that_the_toolkit_refuses_is_named(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = build_cuda.toolkit("13.0")
+    build_cuda.try_out(tools, ["g++"])
+    assert build_cuda.host_compiler(["/usr/bin/ccache", "g++", "-m64"]) == ["-ccbin", "g++"]
+    nvcc.write_text("#!/bin/sh\necho '#error -- unsupported GNU version! gcc versions later than 14' >&2\nexit 1\n")
+    with pytest.raises(build_cuda.Unavailable, match=r"does not compile with g\+\+: #error -- unsupported GNU version"):
+        build_cuda.try_out(tools, ["g++"])
+    monkeypatch.setenv("XSMOE_NO_CUDA", "1")
+    with pytest.raises(build_cuda.Unavailable, match="XSMOE_NO_CUDA was set"):
+        build_cuda.toolkit("13.0")
+
+
 def test_is_built_where_torch_has_cuda_or_where_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, forced in (("", False), ("0", False), ("1", True)):
         monkeypatch.setenv("FORCE_CUDA", value)
@@ -234,6 +252,8 @@ def test_is_built_where_torch_has_cuda_or_where_it_is_forced(monkeypatch: pytest
         ((9, 0), ("9.0a",), True),
         ((10, 0), ("9.0a+PTX",), False),
         ((10, 3), ("10.0",), True),
+        ((10, 3), ("10.0f",), True),
+        ((12, 0), ("10.0f+PTX",), False),
     ],
 )
 def test_knows_on_which_gpus_it_runs(capability: tuple[int, int], compiled: tuple[str, ...], runs: bool) -> None:
@@ -272,3 +292,15 @@ def test_forced_without_a_toolkit_is_an_error(tmp_path: Path) -> None:
         run_python(
             "setup.py", "-q", "build_ext", "--inplace", FORCE_CUDA="1", CUDA_HOME=str(tmp_path), PATH=kept["PATH"]
         )
+
+
+def test_what_cannot_be_allocated_is_out_of_memory() -> None:
+    def fails(said: str) -> None:
+        raise RuntimeError(said)
+
+    kernel = cuda_backend._says_memory_is_short("route_topk", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="the cuda kernels of route_topk could not allocate"):
+        kernel('torch_call_dispatcher( "aten::new_empty", "", stack) API call failed')
+    with pytest.raises(RuntimeError, match=r"^route_kernel: too many resources requested$") as other:
+        kernel("route_kernel: too many resources requested")
+    assert not isinstance(other.value, torch.OutOfMemoryError)

@@ -42,6 +42,10 @@ def rank_of_target(queries: Tensor, items: Tensor, targets: Tensor, seen: scorin
 def _check(queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
     scoring.check(queries, items, seen, seen_offsets)
     checks.index("targets", targets, queries.shape[0])
+    if queries.shape[0] and not items.shape[0]:
+        raise ValueError(
+            f"items has no rows, and so no target for the {queries.shape[0]} rows of queries; give it items"
+        )
     checks.together({"queries": queries, "targets": targets})
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, items.shape[0])
