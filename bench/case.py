@@ -120,7 +120,7 @@ def timed(workload: Workload, variant: Variant, rows: Rows) -> Task:
         flush()
         backward = bool(variant.leaves(taken))
         watch = Stopwatch(workload.device)
-        if whole := variant.step or variant.whole:
+        if whole := variant.whole or variant.step:
             whole(taken)
             watch.mark()
             return watch.laps()

@@ -141,8 +141,8 @@ build() {
 }
 
 pytest() {
-    local name=$1 selected=$2
-    part "$name" "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" tests/kernels \
+    local name=$1 selected=$2 tests=${3:-tests/kernels}
+    part "$name" "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" "$tests" \
         -k "$selected" "--junitxml=$state/$name.xml"
 }
 
@@ -152,6 +152,7 @@ test_gpu() {
     pytest test_loss "test_triton_in_batch_softmax_loss"
     pytest test_ranking "test_triton_rank_of_target or test_triton_topk_items"
     pytest test_cuda "test_cuda_ and not test_cuda_build"
+    pytest test_step "on_a_gpu" tests/stream
     # What is left of Triton's, but for two files that compile for GPUs which need not be there: tests of any machine.
     local elsewhere="test_gpu_route_topk or test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
     elsewhere+=" or test_triton_in_batch_softmax_loss or test_triton_rank_of_target or test_triton_topk_items"

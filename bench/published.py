@@ -248,7 +248,8 @@ class UserEncoder(nn.Module):
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         allowed = causal & log_mask.bool()[:, None, None, :]
         # Finite, so that a padding query, which may see nothing, comes out finite too.
-        bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, -1e9)
+        least = max(-1e9, torch.finfo(x.dtype).min)
+        bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, least)
         x = self.dropout(self.layer_norm(x + self.position_embedding(torch.arange(length, device=x.device))))
         for block in self.blocks:
             x = block(x, bias)

@@ -325,6 +325,23 @@ def train(
             MACHINE,
         ),
     ] = None,
+    graph: Annotated[
+        bool | None,
+        _setting(
+            "yes",
+            "Whether steps on CUDA are replayed as CUDA graphs; float16 ones are not.",
+            MACHINE,
+            "--graph/--no-graph",
+        ),
+    ] = None,
+    store_gib: Annotated[
+        float | None,
+        _setting(
+            "a quarter of what is free on a GPU",
+            "GiB of the device that hidden states may take; if they take more, or with 0, each step copies its rows.",
+            MACHINE,
+        ),
+    ] = None,
     profile: Profile = None,
 ) -> None:
     """Train a run over a dataset's stream, or go on with the one that is in RUN.

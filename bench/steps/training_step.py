@@ -6,10 +6,10 @@ rank R at each of the two side levels, all but the last of them frozen.
 
 import copy
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from bench import published
 from bench.examine import outcome
+from bench.graph import on_cuda
 from bench.kernels.side_moe import floor_backward, floor_forward
 from bench.kinks import smooth_users
 from bench.published_names import as_ours, canonical, counters, published_counters, take_weights
-from bench.workload import Product, Tensors, Variant, Work, Workload
-from xsmoe.data import Sequences
+from bench.steps.our_step import OurStep, step_input
+from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe.encoders import HiddenStateStore, ModalitySpec
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream.batches import StepInput
+from xsmoe.stream.captured import CapturedSteps
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.epoch import make_optimizer, train_step
-from xsmoe.stream.precision import autocast, hidden_dtype
+from xsmoe.stream.padding import Capacity
+from xsmoe.stream.precision import autocast
 from xsmoe_kernels import use_backend
 
 PLACES = 11
@@ -36,6 +38,8 @@ LEVELS, BLOCKS, OUT_DIM, DROPOUT = 2, 2, 128, 0.1
 APPENDED = 4096
 DRAWS = 20
 """Of users instead of those near a jump: almost always two."""
+GATE_SCALE = 1024.0
+"""What gradients in float16 are multiplied by on their way to the gate; the clock sees torch's own scaler."""
 
 
 class TrainingStep(Workload):
@@ -65,13 +69,14 @@ class TrainingStep(Workload):
         return f"a training step with {self.pooling} pooling: {drawn}" + ", not counted" * (not self.counted)
 
     def variants(self) -> tuple[str, ...]:
-        return "published", "compiled", "plain", "ours"
+        half = on_cuda(self.device, "published-autocast") if self.dtype != torch.float32 else ()
+        return "published", *half, "compiled", "plain", *on_cuda(self.device, "ours-eager"), "ours"
 
     def optional(self) -> tuple[str, ...]:
         return ("ours-uncounted",)
 
     def baselines(self) -> tuple[str, ...]:
-        return "published", "compiled", "plain"
+        return self.variants()[:-1]
 
     def draw(self) -> Tensors:
         items = self._drawn(self.sizes["B"])
@@ -101,8 +106,16 @@ class TrainingStep(Workload):
             return self._published(name, compiled=True)
         if name == "plain":
             return self._ours(name, "reference")
-        if name == "ours":
+        if name == "published-autocast":
+            if self.device.type != "cuda":
+                raise Absent(f"float16 autocast with a loss scaler is for GPUs, not for {self.device.type}")
+            return self._published(name, scaled=True)
+        if name == "ours-eager":
+            if self.device.type != "cuda":
+                raise Absent(f"on {self.device.type} no step is captured, so that ours runs as this would")
             return self._ours(name, "auto")
+        if name == "ours":
+            return self._ours_captured(name) if self.device.type == "cuda" else self._ours(name, "auto")
         if name == "ours-uncounted":
             easier = self._uncounted()
             return replace(easier.build("ours"), name=name, solves=easier)
@@ -194,7 +207,7 @@ class TrainingStep(Workload):
 
     def _near_jumps(self, items: Tensor) -> Tensor:
         """(B,) bool: the users at whom a gradient jumps."""
-        given = self._given(items, np.log(self.share), torch.float64)
+        given = step_input(self._exact_model, self.store, items, np.log(self.share), torch.float64)
         return ~smooth_users(self._exact_model, given).cpu()
 
     @cached_property
@@ -205,50 +218,83 @@ class TrainingStep(Workload):
         drop_out(model, 0.0)
         return model
 
-    def _given(self, items: Tensor, log_share: np.ndarray, dtype: torch.dtype) -> StepInput:
-        """What a step of ours takes for some users' items."""
-        sequences = Sequences(np.arange(len(items)), items.flatten().numpy(), np.arange(len(items) + 1) * PLACES)
-        built = StepInput.build(self.store, self.modalities, sequences, log_share, dtype)
-        return (built.pin() if self.device.type == "cuda" else built).to(self.device)
-
     def _uncounted(self) -> "TrainingStep":
         """The same step, of the same items and weights, without utilization counters."""
         easier = copy.copy(self)
         vars(easier).update(counted=False, hidden=self.hidden, store=self.store, share=self.share, weights=self.weights)
         return easier
 
-    def _ours(self, name: str, backend: str) -> Variant:
+    def _step(self, *, captured: bool = False) -> OurStep:
         model = self._recommender()
         model.load_state_dict(self.weights)
-        model.to(self.device).train()
+        room = Capacity(self.sizes["B"], PLACES - 1) if captured else None
+        ours = OurStep(model.to(self.device), self.store, self.share, replace(self.config, graph=captured), room)
         if not self.counted:
             for _, _, bank in model.items.banks():
                 # Which changes nothing else: a bank has no dropout.
                 bank.eval()
-        leaves: Tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
-        optimizer, log_share = make_optimizer(model, self.config), np.log(self.share)
+        return ours
 
-        def given(rows: Tensors) -> StepInput:
-            return self._given(rows["items"], log_share, hidden_dtype(model, self.config))
+    def _ours(self, name: str, backend: str) -> Variant:
+        ours = self._step()
 
         def forward(rows: Tensors) -> Tensors:
-            drop_out(model, 0.0)
-            taken = given(rows)
+            drop_out(ours.model, 0.0)
+            taken = ours.given(rows)
             with use_backend(backend), autocast(self.config):
-                return {"y": model(taken.hidden, taken.batch)}
+                return {"y": ours.model(taken.hidden, taken.batch)}
 
         def whole(rows: Tensors) -> None:
-            drop_out(model, DROPOUT)
+            drop_out(ours.model, DROPOUT)
             with use_backend(backend):
-                train_step(model, given(rows), optimizer, self.config)
+                ours.train(ours.given(rows))
 
+        return self._variant(name, ours, forward, whole)
+
+    def _ours_captured(self, name: str) -> Variant:
+        """Graphs for the gate, without dropout and optimizer, and others for the clock."""
+        ours = self._step(captured=True)
+        judged, timed = (CapturedSteps(ours.model, ours.optimizer, refuse) for _ in range(2))
+        gradients = {key: torch.empty_like(leaf) for key, leaf in ours.leaves.items()}
+
+        def loss_and_gradients(given: StepInput) -> Tensor:
+            ours.model.zero_grad(set_to_none=True)
+            with autocast(self.config):
+                loss: Tensor = ours.model(given.hidden, given.batch)
+            loss.backward()
+            for key, leaf in ours.leaves.items():
+                assert leaf.grad is not None
+                gradients[key].copy_(leaf.grad)
+            return loss.detach()
+
+        def forward(rows: Tensors) -> Tensors:
+            drop_out(ours.model, 0.0)
+            taken = ours.given(rows)
+            with autocast(self.config):
+                return {"y": ours.model(taken.hidden, taken.batch)}
+
+        def step(rows: Tensors) -> tuple[Tensors, Tensors]:
+            drop_out(ours.model, 0.0)
+            loss = judged(lambda given: loss_and_gradients(ours.gathered(given)), ours.sent(rows))
+            return {"y": loss}, gradients
+
+        def whole(rows: Tensors) -> None:
+            drop_out(ours.model, DROPOUT)
+            timed(ours.train, ours.sent(rows))
+
+        variant = self._variant(name, ours, forward, whole)
+        return replace(variant, prepare=lambda rows: rows, step=step)
+
+    def _variant(
+        self, name: str, ours: OurStep, forward: Callable[[Tensors], Tensors], whole: Callable[[Tensors], None]
+    ) -> Variant:
         return Variant(
             name,
             forward,
-            leaves=lambda _: dict(leaves),
-            counters=lambda: counters(model.items) if self.counted else {},
-            reset=model.items.reset_utilization,
-            holds=lambda: [*model.parameters(), *model.buffers(), *self._derived(model)],
+            leaves=lambda _: dict(ours.leaves),
+            counters=lambda: counters(ours.model.items) if self.counted else {},
+            reset=ours.model.items.reset_utilization,
+            holds=lambda: [*ours.model.parameters(), *ours.model.buffers(), *self._derived(ours.model)],
             products={name: least.flop for name, least in self.work().items()},
             whole=whole,
         )
@@ -260,7 +306,9 @@ class TrainingStep(Workload):
                 cast = frozen.to(self.dtype)
                 yield from (tensor for tensor in (cast.down, cast.up, cast.pack()) if tensor is not None)
 
-    def _published(self, name: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False) -> Variant:
+    def _published(
+        self, name: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False, scaled: bool = False
+    ) -> Variant:
         model = self._published_model().to(self.device, dtype).train()
         leaves: Tensors = {canonical(key): p for key, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.Adam(leaves.values(), lr=self.config.lr)
@@ -269,21 +317,28 @@ class TrainingStep(Workload):
             items.compile(dynamic=False)
             users.compile(dynamic=False)
         shares = popularity(self.share).to(self.device)
-        half = dtype == torch.float32 and self.dtype != torch.float32
+        half = scaled or (dtype == torch.float32 and self.dtype != torch.float32)
+        narrow = torch.float16 if scaled else self.dtype
+        tables = {key: table.half() for key, table in self.hidden.items()} if scaled else self.hidden
+        scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
 
         def forward(rows: Tensors, rate: float = 0.0) -> Tensors:
             drop_out(model, rate)
             ids = rows["items"]
-            hidden = {key: table[ids.flatten()].to(self.device) for key, table in self.hidden.items()}
+            hidden = {key: table[ids.flatten()].to(self.device) for key, table in tables.items()}
             if dtype == torch.float64:
                 hidden = {key: states.double() for key, states in hidden.items()}
-            with torch.autocast(self.device.type, self.dtype, enabled=half):
+            with torch.autocast(self.device.type, narrow, enabled=half):
                 return {"y": published.published_loss(items, users, hidden, ids.to(self.device) + 1, shares)}
 
         def whole(rows: Tensors) -> None:
             optimizer.zero_grad()
-            forward(rows, DROPOUT)["y"].backward()
-            optimizer.step()
+            scaler.scale(forward(rows, DROPOUT)["y"]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        def tidy(key: str, gradient: Tensor) -> Tensor:
+            return as_ours(key, gradient / GATE_SCALE if scaled else gradient)
 
         compiling = [DROPOUT] if compiled else []
 
@@ -292,7 +347,8 @@ class TrainingStep(Workload):
             while compiling:
                 torch.autograd.grad(forward(rows, compiling.pop())["y"], list(leaves.values()))
                 items.reset()
-            return forward(rows)
+            found = forward(rows)
+            return {"y": _ScaledGradient.apply(found["y"])} if scaled else found
 
         return Variant(
             name,
@@ -302,7 +358,7 @@ class TrainingStep(Workload):
                 name: mass.to(self.device) for name, mass in published_counters(items).items() if self.counted
             },
             reset=items.reset,
-            tidy=as_ours,
+            tidy=tidy,
             holds=lambda: [*model.parameters(), *model.buffers()],
             compiled=compiled,
             like="published" if compiled else "",
@@ -314,6 +370,23 @@ class TrainingStep(Workload):
         model = published_model(self.modalities, dim, rank, experts, DROPOUT)
         take_weights(model, self.weights)
         return model
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """A result as it is, whose gradient grows."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor) -> Tensor:
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * GATE_SCALE
+
+
+def refuse(reason: str) -> None:
+    """For steps that must be captured."""
+    raise RuntimeError(reason)
 
 
 class MeanStep(TrainingStep):

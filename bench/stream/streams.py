@@ -75,6 +75,8 @@ class Settings:
             seed=self.seed,
             device=self.device,
             precision="bfloat16" if self.half else "float32",
+            # Hooks tell the parts of a step apart, and a graph runs none.
+            graph=False,
         )
 
     @property

@@ -79,7 +79,7 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     called = suite.called()
     assert called[0] == "setup.py build_ext --inplace"
-    assert sum("-m pytest" in call for call in called) == 6
+    assert sum("-m pytest" in call for call in called) == 7
     timed = [call for call in called if "-m bench kernels" in call]
     assert len(timed) == 12
     assert all("--device cuda" in call for call in timed)
@@ -141,7 +141,7 @@ def test_a_part_that_fails_is_shown_and_run_again(suite: Suite) -> None:
     assert "test_routing: FAILED (3)" in ended.stdout
     assert "test_rest: passed" in ended.stdout
     assert (suite.state / "test_routing.failed").read_text() == "abc 3\n"
-    assert suite.markers() == {"test_side_moe", "test_ranking", "test_loss", "test_cuda", "test_rest"}
+    assert suite.markers() == {"test_side_moe", "test_ranking", "test_loss", "test_cuda", "test_step", "test_rest"}
     ended = suite.run("test", str(suite.results))
     assert ended.returncode == 0
     assert len(suite.called()) == 1
@@ -277,6 +277,16 @@ def test_every_test_of_kernels_for_gpus_is_in_one_part(suite: Suite) -> None:
         taken = [one for one in asked if selects(one, path.stem)]
         offline = path.stem in ("test_triton_budget", "test_triton_compiles_once", "test_cuda_build")
         assert len(taken) == (0 if offline else 1), path.name
+
+
+def test_every_test_of_the_stream_that_needs_a_gpu_is_in_one_part(suite: Suite) -> None:
+    suite.run("test", str(suite.results))
+    (asked,) = [
+        call.partition(" -k ")[2].partition(" --junitxml")[0] for call in suite.called() if " tests/stream " in call
+    ]
+    for path in (ROOT / "tests/stream").glob("test_*.py"):
+        for name in re.findall(r"@needs_gpu\n(?:@.*\n)*def (\w+)", path.read_text()):
+            assert selects(asked, name), name
 
 
 def test_changed_sources_are_another_commit(suite: Suite) -> None:

@@ -1,14 +1,19 @@
 """The training step's room: ours and the published one train alike, and a step that is wrong is refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from bench.case import measure
 from bench.examine import Truth, examine
 from bench.rows import Rows
 from bench.steps import ROOMS, training_step
 from bench.steps.training_step import TrainingStep
+from bench.workload import Absent
 from xsmoe.nn import Recommender
+from xsmoe.stream import captured
 from xsmoe_kernels import Utilization
 
 
@@ -37,6 +42,79 @@ def test_ours_and_the_published_step_train_alike(name: str, monkeypatch: pytest.
     assert min(losses["ours"][-1]) < max(losses["ours"][0])
     for kind in ("plain", "ours"):
         torch.testing.assert_close(torch.tensor(losses[kind]), torch.tensor(losses["published"]), rtol=1e-3, atol=1e-3)
+
+
+class StandIn:
+    """Captures and replays by running, and leaves the loss where it was the first time."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        loss = step()
+        return lambda: loss.copy_(step()) and None, loss
+
+
+def test_a_captured_step_passes_the_gate_and_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "CudaCapture", StandIn)
+    monkeypatch.setattr(training_step, "DROPOUT", 0.0)
+    workload = tiny("mean")
+    rows = Rows(workload)
+    build = workload.build
+    monkeypatch.setattr(
+        workload, "build", lambda name: workload._ours_captured(name) if name == "ours" else build(name)
+    )
+    checked = examine(workload, "ours", rows, Truth(workload, rows.get(0, None)))
+    assert checked.row.status == "measured", checked.row
+    mine, expected = workload.build("ours"), build("ours")
+    drawn = [workload.draw() for _ in range(3)]
+    for variant in (mine, expected):
+        assert variant.whole is not None
+        for one in drawn * 3:
+            variant.whole(one)
+    losses = [[float(variant.forward(one)["y"].detach()) for one in drawn] for variant in (mine, expected)]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_that_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cannot(StandIn):
+        def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+            raise captured.CannotCapture("operation not permitted")
+
+    monkeypatch.setattr(captured, "CudaCapture", Cannot)
+    workload = tiny("mean")
+    monkeypatch.setattr(workload, "build", workload._ours_captured)
+    rows = Rows(workload)
+    row = examine(workload, "ours", rows, Truth(workload, rows.get(0, None))).row
+    assert row.status == "refused"
+    assert "operation not permitted" in (row.reason or "")
+
+
+def test_what_only_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = tiny("mean", torch.bfloat16)
+    for name, reason in {"published-autocast": "float16 autocast", "ours-eager": "no step is captured"}.items():
+        assert name not in workload.variants()
+        with pytest.raises(Absent, match=reason):
+            workload.build(name)
+    monkeypatch.setattr(workload, "device", torch.device("cuda"))
+    assert {"published-autocast", "ours-eager"} <= set(workload.baselines())
+    monkeypatch.setattr(workload, "dtype", torch.float32)
+    assert "published-autocast" not in workload.variants(), "it would be judged in float32"
+
+
+def test_the_published_step_in_float16_passes_the_gate_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = tiny("mean", torch.bfloat16)
+    rows = Rows(workload)
+    monkeypatch.setattr(workload, "build", lambda name: workload._published(name, scaled=True))
+    checked = examine(workload, "published-autocast", rows, Truth(workload, rows.get(0, None)))
+    assert checked.row.status == "measured", checked.row
+    variant, drawn = checked.variant, workload.draw()
+    assert variant is not None
+    assert variant.whole is not None
+    before = float(variant.forward(drawn)["y"].detach())
+    for _ in range(30):
+        variant.whole(drawn)
+    assert float(variant.forward(drawn)["y"].detach()) < before
 
 
 def test_with_cls_pooling_the_store_holds_one_row_for_the_first_level() -> None:

@@ -1,6 +1,5 @@
-"""Batches that are built ahead of their step, and what a batch is."""
+"""What a step takes: the batch, as it lies in one tensor too, and hidden states."""
 
-import threading
 from dataclasses import fields
 from typing import Any
 
@@ -9,28 +8,15 @@ import pytest
 import tiny
 import torch
 
-from xsmoe.data import Sequences
 from xsmoe.nn import Batch
-from xsmoe.stream import batches
-from xsmoe.stream.batches import StepInput, built_ahead, feed
+from xsmoe.stream.padding import Capacity
 from xsmoe.stream.precision import hidden_dtype
 
 CPU = torch.device("cpu")
 
 
-def sequences() -> Sequences:
-    lengths = np.array([2, 5, 3])
-    items = np.array([4, 4, 1, 0, 1, 2, 3, 6, 7, 4])
-    return Sequences(np.arange(3), items, np.concatenate([[0], np.cumsum(lengths)]))
-
-
-def build(users: np.ndarray, dtype: torch.dtype = torch.float32) -> StepInput:
-    log_share = np.log(np.arange(1, tiny.NUM_ITEMS + 1) / 100)
-    return StepInput.build(tiny.features(), tuple(tiny.DIMS), sequences().take(users), log_share, dtype)
-
-
 def test_a_step_gets_the_hidden_states_of_its_distinct_items() -> None:
-    given = build(np.array([0, 2]))
+    given = tiny.step_input(np.array([0, 2]))
     assert given.batch.items.tolist() == [4, 6, 7]
     expected = tiny.features().hidden(given.batch.items.numpy())
     for name, levels in expected.items():
@@ -39,18 +25,18 @@ def test_a_step_gets_the_hidden_states_of_its_distinct_items() -> None:
 
 
 def test_hidden_states_come_in_the_dtype_asked_for() -> None:
-    given = build(np.array([1]), torch.bfloat16)
+    given = tiny.step_input(np.array([1]), torch.bfloat16)
     assert {level.dtype for levels in given.hidden.values() for level in levels} == {torch.bfloat16}
 
 
 def test_lengths_are_those_of_the_offsets() -> None:
-    batch = build(np.array([2, 0, 1])).batch
+    batch = tiny.step_input(np.array([2, 0, 1])).batch
     assert batch.lengths == tuple(batch.offsets.diff().tolist()) == (2, 1, 4)
     assert batch.num_padding(11) == 3 * 10 - 7
 
 
 def test_moving_a_batch_keeps_what_it_holds() -> None:
-    given = build(np.array([0, 1]))
+    given = tiny.step_input(np.array([0, 1]))
     moved = given.to(CPU)
     for field in fields(Batch):
         mine, theirs = getattr(given.batch, field.name), getattr(moved.batch, field.name)
@@ -58,67 +44,33 @@ def test_moving_a_batch_keeps_what_it_holds() -> None:
     assert moved.hidden.keys() == given.hidden.keys()
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
-def test_building_ahead_keeps_the_order(ahead: int) -> None:
-    chosen = [np.array([place]) for place in (2, 0, 1, 0, 2)]
-    expected = [build(users).batch.targets.tolist() for users in chosen]
-    assert [given.batch.targets.tolist() for given in built_ahead(build, chosen, ahead)] == expected
+@pytest.mark.parametrize("capacity", [None, Capacity(3, 6)])
+def test_a_packed_batch_is_the_same_in_one_tensor(capacity: Capacity | None) -> None:
+    batch = tiny.step_input(np.array([1, 0]), capacity=capacity).batch
+    packed = batch.packed()
+    assert packed.packed() is packed
+    for one in (packed, packed.to(CPU), packed.clone()):
+        assert one.storage is not None
+        assert one.lengths == batch.lengths
+        assert set(one.tensors()) == set(batch.tensors())
+        for name, tensor in one.tensors().items():
+            assert torch.equal(tensor, batch.tensors()[name]), name
+            assert tensor.untyped_storage().data_ptr() == one.storage.data_ptr(), name
+            assert tensor.data_ptr() - one.storage.data_ptr() in range(0, one.storage.nbytes, 256), name
+    assert packed.clone().storage.data_ptr() != packed.storage.data_ptr()  # type: ignore[union-attr]
 
 
-def test_the_next_batches_are_built_while_one_is_used() -> None:
-    built, others = [], threading.Event()
-
-    def note(users: np.ndarray) -> StepInput:
-        built.append((int(users[0]), threading.current_thread() is threading.main_thread()))
-        if len(built) == 3:
-            others.set()
-        return build(users)
-
-    steps = built_ahead(note, [np.array([place]) for place in (0, 1, 2, 0)], ahead=2)
-    next(steps)
-    assert others.wait(timeout=30)
-    steps.close()
-    assert built[:3] == [(0, False), (1, False), (2, False)]
-
-
-def test_what_goes_wrong_in_the_thread_is_raised_by_the_step_it_was_for() -> None:
-    def fail(users: np.ndarray) -> StepInput:
-        if users[0] == 1:
-            raise ValueError("bad batch")
-        return build(users)
-
-    steps = built_ahead(fail, [np.array([place]) for place in (0, 1, 2)])
-    next(steps)
-    with pytest.raises(ValueError, match="bad batch"):
-        next(steps)
-
-
-def test_on_the_cpu_a_batch_is_built_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "built_ahead", None)
-    built = []
-
-    def note(users: np.ndarray) -> StepInput:
-        built.append(users)
-        return build(users)
-
-    steps = feed(note, [np.array([0]), np.array([1])], CPU)
-    next(steps)
-    assert len(built) == 1
-
-
-def test_for_cuda_batches_are_pinned_in_the_thread_and_moved_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[tuple[str, bool]] = []
-
-    def note(what: str) -> None:
-        done.append((what, threading.current_thread() is threading.main_thread()))
-
-    monkeypatch.setattr(StepInput, "pin", lambda given: note("pinned") or given)
-    monkeypatch.setattr(StepInput, "to", lambda given, device: note(f"moved to {device}") or given)
-    chosen = [np.array([place]) for place in (2, 0, 1, 2)]
-    found = [given.batch.targets.tolist() for given in feed(build, chosen, torch.device("cuda"))]
-    assert found == [build(users).batch.targets.tolist() for users in chosen]
-    assert sorted(set(done)) == [("moved to cuda", True), ("pinned", False)]
-    assert len(done) == 2 * len(chosen)
+def test_an_input_takes_over_what_another_of_its_kind_holds() -> None:
+    room = Capacity(3, 6)
+    mine, theirs = (tiny.step_input(np.array(users), capacity=room) for users in ([1], [0, 2]))
+    assert mine.kind() == theirs.kind()
+    assert mine.kind() != tiny.step_input(np.array([1])).kind()
+    assert mine.kind() != tiny.step_input(np.array([1]), torch.bfloat16, room).kind()
+    copy = mine.clone()
+    copy.copy_(theirs)
+    for one, other in zip(copy.tensors(), theirs.tensors(), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(mine.batch.items, theirs.batch.items), "a copy is no alias"
 
 
 @pytest.mark.parametrize(

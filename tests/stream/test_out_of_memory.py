@@ -18,9 +18,9 @@ SAID = (
 )
 
 
-def fit(folder: Path | None = None) -> list[dict[str, Any]]:
+def fit(folder: Path | None = None, **options: Any) -> list[dict[str, Any]]:
     stream = Stream(tiny.windows()[:2], tiny.features())
-    with StreamingTrainer(tiny.model(), stream, tiny.config(), folder=folder) as run:
+    with StreamingTrainer(tiny.model(), stream, tiny.config(**options), folder=folder) as run:
         return tiny.without_time(run.fit())
 
 
@@ -76,6 +76,22 @@ def test_it_is_explained_and_the_run_goes_on(
     assert fit(tmp_path) == undisturbed
 
 
+def test_hidden_states_that_do_not_fit_are_explained_and_those_on_the_device_can_leave_it(
+    undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "place", failing(trainer.place, 0))
+        with pytest.raises(
+            OutOfMemory, match=r"hidden states do not fit .* --store-gib \(here 1.0\) .* --store-gib 0 "
+        ):
+            fit(tmp_path, store_gib=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(epoch, "train_step", failing(epoch.train_step, 7))
+        with pytest.raises(OutOfMemory, match="Try --batch-size 2, or --store-gib 0, which"):
+            fit(tmp_path, store_gib=1.0)
+    assert fit(tmp_path, store_gib=1.0) == undisturbed
+
+
 def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
     # 4 GiB held and 0.25 GiB a user: 128 users take 36 GiB, 64 take 20.
     held, reached = 4 * GIB, 68 * GIB
@@ -91,15 +107,21 @@ def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
 
 def test_the_advice_says_what_it_rests_on() -> None:
     config = StreamConfig(device="cuda", precision="float32")
-    said = advice(config, (4 * GIB, 68 * GIB, 39 * GIB))
+    said = advice(config, (4 * GIB, 68 * GIB, 39 * GIB), resident=False)
     assert said.startswith(
         "Try --batch-size 64, or --precision bfloat16, which halves activations (estimated, not tried"
     )
     assert "at least 68.00 GiB, 4.00 GiB of it before it began, 39.00 GiB can be had" in said
-    assert "--precision" not in advice(StreamConfig(device="cuda"), (4 * GIB, 68 * GIB, 39 * GIB))
-    assert "Not even one user would fit" in advice(config, (4 * GIB, 68 * GIB, 4 * GIB))
-    assert advice(StreamConfig(batch_size=1), None) == "No smaller batch is left: use a device with more memory."
-    assert advice(StreamConfig(batch_size=256), None).startswith("Try --batch-size 128 (half;")
+    assert "--store-gib" not in said
+    there = advice(StreamConfig(device="cuda"), (4 * GIB, 68 * GIB, 39 * GIB), resident=True)
+    assert there.startswith(
+        "Try --batch-size 64, or --store-gib 0, which leaves the items' hidden states on the host ("
+    )
+    assert "--precision" not in there
+    assert "Not even one user would fit" in advice(config, (4 * GIB, 68 * GIB, 4 * GIB), resident=False)
+    one = advice(StreamConfig(batch_size=1), None, resident=False)
+    assert one == "No smaller batch is left: use a device with more memory."
+    assert advice(StreamConfig(batch_size=256), None, resident=False).startswith("Try --batch-size 128 (half;")
 
 
 def test_what_was_asked_for_is_read_from_the_message() -> None:

@@ -3,15 +3,19 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from xsmoe.data import Window, make_windows
-from xsmoe.encoders import InMemoryFeatures
+from xsmoe.data import Sequences, Window, make_windows
+from xsmoe.encoders import InMemoryFeatures, ItemFeatures
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream import Stream, StreamConfig
+from xsmoe.stream.batches import StepInput
+from xsmoe.stream.padding import Capacity
 
 DIMS = {"image": 6, "text": 4}
 NUM_ITEMS = 40
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def features(seed: int = 0) -> InMemoryFeatures:
@@ -42,6 +46,23 @@ def model(seed: int = 0, **options: Any) -> Recommender:
 def config(**options: Any) -> StreamConfig:
     settings = {"batch_size": 5, "epochs": 4, "warmup_epochs": 1, "patience": 2, "lr": 1e-2, "k_core": 2}
     return StreamConfig(**{**settings, **options})
+
+
+def sequences() -> Sequences:
+    """Of three users, with 2, 5 and 3 items."""
+    items = np.array([4, 4, 1, 0, 1, 2, 3, 6, 7, 4])
+    return Sequences(np.arange(3), items, np.array([0, 2, 7, 10]))
+
+
+def step_input(
+    users: np.ndarray,
+    dtype: torch.dtype = torch.float32,
+    capacity: Capacity | None = None,
+    source: ItemFeatures | None = None,
+) -> StepInput:
+    """What a step on some of those users takes."""
+    log_share = np.log(np.arange(1, NUM_ITEMS + 1) / 100)
+    return StepInput.build(source or features(), tuple(DIMS), sequences().take(users), log_share, dtype, capacity)
 
 
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

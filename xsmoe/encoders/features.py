@@ -1,5 +1,6 @@
 """What a trainer asks of hidden states, wherever they come from, and an implementation for arrays in memory."""
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -25,6 +26,10 @@ class ItemFeatures(Protocol):
         """Each modality's width D."""
 
     @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """For each modality a dtype that holds its hidden states as they are."""
+
+    @property
     def num_levels(self) -> int:
         """How many levels every modality has, the lowest included: 3 for the levels 0, L/2, L."""
 
@@ -44,8 +49,9 @@ class ItemFeatures(Protocol):
             dtype: of the result.
 
         Returns:
-            For each level (N, D) on the CPU, or (1, D) where the level is the same row for every item of the store and
-            none of `items` lacks the modality. The last level is always (N, D).
+            For each level (N, D), on the CPU unless an implementation says otherwise, or (1, D) where the level is the
+            same row for every item of the store and none of `items` lacks the modality. The last level is always
+            (N, D).
 
         Raises:
             TypeError: items that are not integers.
@@ -125,6 +131,13 @@ class InMemoryFeatures:
     @property
     def dims(self) -> dict[str, int]:
         return {name: levels[-1].shape[1] for name, levels in self._levels.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {
+            name: functools.reduce(torch.promote_types, (level.dtype for level in levels))
+            for name, levels in self._levels.items()
+        }
 
     @property
     def num_levels(self) -> int:

@@ -125,6 +125,10 @@ class HiddenStateStore:
         return {name: part.spec.dim for name, part in self._manifest.parts.items()}
 
     @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: part.spec.dtype for name, part in self._manifest.parts.items()}
+
+    @property
     def num_levels(self) -> int:
         return len(next(iter(self._manifest.parts.values())).spec.levels)
 

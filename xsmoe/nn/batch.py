@@ -1,12 +1,16 @@
 """A training batch: the distinct items of some users' sequences, and who follows whom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+WORD = torch.int64.itemsize
+ALIGNED = 256
+"""Bytes at whose multiples the tensors of a packed batch begin, as those of torch's allocator do on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Batch:
         rejected: (B, W) int64 into items, each sequence's own items, -1 = none: no negatives for it.
         logq: (C,) float32, log of each item's sampling probability.
         lengths: the number of inputs of each sequence, on the host; None where nobody counted them.
+        factor: () float32, what the loss is multiplied by, so that a mean over M inputs leaves padding out; None: 1.
+        storage: (S,) int64, the one tensor that all others are views of; None where they lie apart.
     """
 
     items: Tensor
@@ -34,6 +40,8 @@ class Batch:
     rejected: Tensor
     logq: Tensor
     lengths: tuple[int, ...] | None = None
+    factor: Tensor | None = None
+    storage: Tensor | None = None
 
     @classmethod
     def from_sequences(cls, items: np.ndarray, offsets: np.ndarray, log_share: np.ndarray) -> Self:
@@ -79,7 +87,51 @@ class Batch:
         """How many places the sequences leave empty if each is padded to `max_items`."""
         return (self.offsets.shape[0] - 1) * (max_items - 1) - self.inputs.shape[0]
 
+    def packed(self) -> Self:
+        """The same batch in one tensor, so that one copy moves all of it."""
+        if self.storage is not None:
+            return self
+        tensors = self.tensors()
+        places: dict[str, int] = {}
+        size = 0
+        for name, tensor in tensors.items():
+            places[name] = size
+            size += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        packed = self._in(torch.zeros(size // WORD, dtype=torch.int64, device=self.items.device), places)
+        for name, view in packed.tensors().items():
+            view.copy_(tensors[name])
+        return packed
+
+    def clone(self) -> Self:
+        """A copy of the batch."""
+        return self._each(torch.Tensor.clone)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of its tensors by name, the storage left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "storage"}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {key: change(value) for key, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        changed: dict[str, Any]
+        if self.storage is None:
+            changed = {name: change(tensor) for name, tensor in self.tensors().items()}
+            return replace(self, **changed)
+        places = {name: int(tensor.storage_offset()) * tensor.itemsize for name, tensor in self.tensors().items()}
+        return self._in(change(self.storage), places)
+
+    def _in(self, storage: Tensor, places: Mapping[str, int]) -> Self:
+        """A batch of tensors of these shapes in a storage, each from a byte of it on."""
+        words = {dtype: storage.view(dtype) for dtype in (torch.int64, torch.float32)}
+        views: dict[str, Any] = {
+            name: words[tensor.dtype].as_strided(tensor.shape, _strides(tensor), places[name] // tensor.itemsize)
+            for name, tensor in self.tensors().items()
+        }
+        return replace(self, storage=storage, **views)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of a tensor of that shape whose rows lie end to end."""
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides[: tensor.dim()])

@@ -55,7 +55,7 @@ class Recommender(Pretrained):
             inputs = functional.embedding(batch.inputs, embeddings)
             queries = self.users(inputs, batch.offsets, lengths=batch.lengths)
         with named_range("loss"):
-            return in_batch_softmax_loss(
+            loss = in_batch_softmax_loss(
                 queries,
                 embeddings,
                 batch.targets,
@@ -64,6 +64,7 @@ class Recommender(Pretrained):
                 logq=batch.logq,
                 counts=batch.counts,
             )
+            return loss if batch.factor is None else loss * batch.factor
 
     def queries(self, embeddings: Tensor, offsets: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
         """The query of every sequence after its last item.

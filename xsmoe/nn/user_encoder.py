@@ -69,7 +69,8 @@ class UserEncoder(Pretrained):
         """Turns every item into the query for the item that follows it.
 
         Args:
-            items: (M, dim), the embeddings of all sequences, laid end to end.
+            items: (M, dim), the embeddings of all sequences, laid end to end. Rows behind the last one are padding, on
+                which nothing else depends.
             offsets: (B + 1,) int64; sequence b holds the rows offsets[b]:offsets[b + 1], at most `max_length`.
             lengths: the sequences' lengths on the host, without which xformers cannot serve attention on CUDA.
 
@@ -82,8 +83,10 @@ class UserEncoder(Pretrained):
                 raise ValueError(f"offsets give a sequence {longest} items, but max_length is {self.max_length}")
         row = torch.arange(items.shape[0], device=items.device)
         ends = offsets[1:].contiguous()
-        end = ends[torch.searchsorted(ends, row, right=True)]
-        x = self.dropout(self.norm(items + self.positions(self.max_length - end + row)))
+        sequence = torch.searchsorted(ends, row, right=True).clamp_(max=ends.shape[0] - 1)
+        # Padding stands behind its sequence's end, where there is no position.
+        position = (self.max_length - ends[sequence] + row).clamp_(max=self.max_length - 1)
+        x = self.dropout(self.norm(items + self.positions(position)))
         for block in self.blocks:
             x = block(x, offsets, self.max_length, lengths)
         return x

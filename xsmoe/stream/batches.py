@@ -1,9 +1,7 @@
-"""An epoch's batches, built from arrays, on CUDA in pinned memory and ahead of the steps that take them."""
+"""What a training step takes: a batch, built from arrays on the host, and the hidden states of its items."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -13,17 +11,27 @@ from torch import Tensor
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Batch
-
-AHEAD = 2
-"""Batches that wait for their step on CUDA."""
+from xsmoe.stream.padding import Capacity
+from xsmoe.stream.resident import ResidentFeatures
+from xsmoe_kernels.ranges import named_range
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """What a training step takes: a batch, and the hidden states of its items, level by level for each modality."""
+    """A batch, and the hidden states of its items, level by level for each modality.
+
+    Attributes:
+        batch: padded or not.
+        hidden: of all modalities, or none if they lie on the device, where the step gathers them itself.
+        num_users, num_inputs: of the batch without its padding.
+        complete: of hidden states on the device, whether all items have each modality.
+    """
 
     batch: Batch
     hidden: Mapping[str, list[Tensor]]
+    num_users: int
+    num_inputs: int
+    complete: Mapping[str, bool] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -33,6 +41,7 @@ class StepInput:
         sequences: Sequences,
         log_share: np.ndarray,
         dtype: torch.dtype = torch.float32,
+        capacity: Capacity | None = None,
     ) -> Self:
         """Gathers on the host what some users' step takes.
 
@@ -42,57 +51,55 @@ class StepInput:
             sequences: (B,) of at least 2 items each.
             log_share: for every item the log of its share of the training interactions.
             dtype: of the hidden states.
+            capacity: what the batch is padded to; None pads nothing.
         """
         batch = Batch.from_sequences(sequences.items, sequences.offsets, log_share)
-        return cls(batch, features.hidden(batch.items.numpy(), modalities, dtype=dtype))
+        num_users, num_inputs = len(sequences), batch.inputs.shape[0]
+        if capacity is not None:
+            batch = capacity.pad(batch)
+        items = batch.items.numpy()
+        if isinstance(features, ResidentFeatures):
+            return cls(batch, {}, num_users, num_inputs, features.complete(items, modalities))
+        return cls(batch, features.hidden(items, modalities, dtype=dtype), num_users, num_inputs)
+
+    def gathered(self, features: ItemFeatures, dtype: torch.dtype) -> Self:
+        """The same with all hidden states, gathered on the device if they are not there yet."""
+        if self.hidden or not isinstance(features, ResidentFeatures):
+            return self
+        with named_range("gather"):
+            return replace(self, hidden=features.gather(self.batch.items, self.complete, dtype))
 
     def pin(self) -> Self:
         """The same in pinned memory, from which a GPU copies without making the host wait."""
         # Levels may be slices of one tensor, each of which would pin as much as all of them.
-        return type(self)(self.batch.pin(), self._each_level(lambda level: level.contiguous().pin_memory()))
+        return self._each(lambda batch: batch.packed().pin(), lambda level: level.contiguous().pin_memory())
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        return type(self)(self.batch.to(device), self._each_level(lambda level: level.to(device, non_blocking=True)))
+        return self._each(lambda batch: batch.to(device), lambda level: level.to(device, non_blocking=True))
 
-    def _each_level(self, change: Callable[[Tensor], Tensor]) -> dict[str, list[Tensor]]:
-        return {name: [change(level) for level in levels] for name, levels in self.hidden.items()}
+    def clone(self) -> Self:
+        """A copy."""
+        return self._each(Batch.clone, Tensor.clone)
 
+    def copy_(self, other: "StepInput") -> None:
+        """Takes over the values of another input of the same `kind`."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
-def feed(
-    build: Callable[[np.ndarray], StepInput], chosen: Iterable[np.ndarray], device: torch.device
-) -> Iterator[StepInput]:
-    """The steps' inputs on `device`, in their order.
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, a packed batch as one tensor."""
+        batch = self.batch
+        held = list(batch.tensors().values()) if batch.storage is None else [batch.storage]
+        return held + [level for levels in self.hidden.values() for level in levels]
 
-    On CUDA a thread builds and pins the next ones while the GPU is busy; on the CPU each is built when its turn comes,
-    because the step itself uses all cores.
+    def kind(self) -> Hashable:
+        """What a CUDA graph holds for good: all shapes and dtypes, and what decides about those of hidden states."""
+        levels = tuple(
+            (name, *((level.shape, level.dtype) for level in levels)) for name, levels in self.hidden.items()
+        )
+        return (*(tensor.shape for tensor in self.batch.tensors().values()), levels, tuple(self.complete.items()))
 
-    Args:
-        build: from the places of some users to their step's input on the host.
-        chosen: each step's users.
-        device: where the steps run.
-    """
-    if device.type != "cuda":
-        for users in chosen:
-            yield build(users)
-        return
-    for built in built_ahead(lambda users: build(users).pin(), chosen):
-        yield built.to(device)
-
-
-def built_ahead(
-    build: Callable[[np.ndarray], StepInput], chosen: Iterable[np.ndarray], ahead: int = AHEAD
-) -> Iterator[StepInput]:
-    """`map(build, chosen)`, with up to `ahead` results that a thread builds while an earlier one is used."""
-    waiting: deque[Future[StepInput]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="xsmoe-batches") as worker:
-        try:
-            for users in chosen:
-                waiting.append(worker.submit(build, users))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    def _each(self, batch: Callable[[Batch], Batch], level: Callable[[Tensor], Tensor]) -> Self:
+        hidden = {name: [level(one) for one in levels] for name, levels in self.hidden.items()}
+        return replace(self, batch=batch(self.batch), hidden=hidden)

@@ -48,6 +48,11 @@ class StreamConfig:
         precision: of autocast; weights stay float32. "float16" comes with a loss scaler and needs CUDA. "auto" is
             float32 on the CPU; on CUDA bfloat16, under protocol "paper" float16 as published. Whether float32
             products may use TF32 is torch's setting.
+        graph: whether training steps on CUDA are captured as CUDA graphs, which those in float16 are not. They then
+            draw other dropout masks than without, because their batches are padded.
+        store_gib: how much of the device's memory the items' hidden states may take; where they take more, and with 0,
+            every step copies its rows from the host. None allows a quarter of what is free on CUDA, and 0 on a CPU.
+            Results do not depend on it.
     """
 
     protocol: Protocol = "default"
@@ -70,6 +75,8 @@ class StreamConfig:
     seed: int = 0
     device: str = "cpu"
     precision: Precision = "auto"
+    graph: bool = True
+    store_gib: float | None = None
 
     def __post_init__(self) -> None:
         paper = self.protocol == "paper"
@@ -88,6 +95,10 @@ class StreamConfig:
             raise ValueError(f"train_fraction must lie between 0 and 1, not {self.train_fraction}")
         if not 0 <= self.prune_threshold <= 1:
             raise ValueError(f"prune_threshold must be a share between 0 and 1, not {self.prune_threshold}")
+        if not isinstance(self.graph, bool):
+            raise ValueError(f"graph must be True or False, not {self.graph!r}")
+        if self.store_gib is not None and not 0 <= self.store_gib < float("inf"):
+            raise ValueError(f"store_gib must be a number of GiB of at least 0, or None, not {self.store_gib!r}")
         if not 0 < self.min_lr <= self.lr or not 0 < self.lr_decay <= 1:
             raise ValueError(
                 f"need 0 < min_lr <= lr and 0 < lr_decay <= 1, but lr = {self.lr}, lr_decay = {self.lr_decay}, "

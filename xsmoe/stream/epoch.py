@@ -10,9 +10,12 @@ from torch import Tensor
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
-from xsmoe.stream.batches import StepInput, feed
+from xsmoe.stream.batches import StepInput
+from xsmoe.stream.captured import CapturedSteps, refusal
 from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.feeding import feed
 from xsmoe.stream.growth import count_padding
+from xsmoe.stream.padding import Capacity
 from xsmoe.stream.precision import LossScaler, autocast, divergence, hidden_dtype, steps_taken
 from xsmoe.stream.seeds import derive, seeded
 from xsmoe_kernels.ranges import each, named_range
@@ -34,19 +37,24 @@ def train_epoch(
     window: int,
     epoch: int,
     on_batch: Callable[[int, int], None],
+    graphs: CapturedSteps | None = None,
 ) -> dict[str, Any]:
     """Trains on every sequence once, in an order drawn from the seed, the window and the epoch.
+
+    On CUDA the host waits for the device once, at the end, and when a graph is captured; with a scaler, before the
+    first step and a few times more at the end.
 
     Args:
         model: trained in place; its counters are reset first.
         features: the items' hidden states.
         sequences: (B,) of at least 2 items each.
         log_share: for every item the log of its share of the training interactions.
-        optimizer: its learning rate is set for this epoch.
+        optimizer: from `make_optimizer`; its learning rate is set for this epoch.
         config: learning rate, batch size, precision, protocol.
         scaler: of a float16 loss; changed in place.
         window, epoch: where in the stream this is.
-        on_batch: told how many batches are done, and of how many.
+        on_batch: told how many batches are done, and of how many; on CUDA, how many were launched.
+        graphs: of this window; its batches are padded, and its steps are replayed. None does neither.
 
     Returns:
         "lr", "steps", and the mean "loss" over all positions; with a scaler also "skipped_steps" and the "loss_scale"
@@ -58,8 +66,7 @@ def train_epoch(
     """
     device = torch.device(config.device)
     rate = max(config.min_lr, config.lr * config.lr_decay**epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    _set_rate(optimizer, rate)
     model.items.reset_utilization()
     model.train()
     order = np.random.default_rng(derive(config.seed, window, epoch, "order")).permutation(len(sequences))
@@ -67,21 +74,30 @@ def train_epoch(
     losses, rows = [], []
     dtype = hidden_dtype(model, config)
     before = 0 if scaler is None else steps_taken(optimizer)
+    capacity = None
+    if graphs is not None:
+        capacity = Capacity(min(config.batch_size, len(sequences)), config.max_inputs)
+        graphs.forget_if_moved()
 
     def build(chosen: np.ndarray) -> StepInput:
-        return StepInput.build(features, model.items.modalities, sequences.take(chosen), log_share, dtype)
+        return StepInput.build(features, model.items.modalities, sequences.take(chosen), log_share, dtype, capacity)
+
+    def step(given: StepInput) -> Tensor:
+        return train_step(model, given.gathered(features, dtype), optimizer, config, scaler)
 
     with seeded(derive(config.seed, window, epoch, "dropout"), device):
         for place, given in enumerate(each("data", feed(build, batches, device))):
-            losses.append(train_step(model, given, optimizer, config, scaler))
-            rows.append(len(given.batch.inputs))
+            losses.append(step(given) if graphs is None else graphs(step, given))
+            rows.append(given.num_inputs)
             if config.protocol == "paper":
                 with named_range("counters"):
-                    count_padding(model.items, given.batch.num_padding(config.max_inputs + 1))
+                    count_padding(model.items, given.num_users * config.max_inputs - given.num_inputs)
             on_batch(place + 1, len(batches))
-    # Looked at once an epoch, because reading a loss makes the host wait for a GPU.
-    values = torch.stack(losses).double().cpu().numpy()
-    if (what := divergence(values, model, scaler)) is not None:
+    # Looked at once an epoch, because reading makes the host wait for a GPU.
+    sound = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    *read, finite_weights = torch.cat([torch.stack(losses).double(), sound[None].double()]).tolist()
+    values = np.array(read)
+    if (what := divergence(values, bool(finite_weights), scaler)) is not None:
         raise TrainingDiverged(
             f"window {window}, epoch {epoch}: the {what} of {len(values)}. Everything saved is from before this epoch; "
             f"start another run with a lower lr than {config.lr}, or with float32 precision"
@@ -96,9 +112,27 @@ def train_epoch(
 
 
 def make_optimizer(model: Recommender, config: StreamConfig) -> torch.optim.Optimizer:
-    """Adam over all that is trained."""
+    """Adam over all that is trained; where steps are captured, its learning rate lies on the device."""
     parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
-    return torch.optim.Adam(parameters, lr=config.lr, fused=True)
+    rate = config.lr if refusal(config) else torch.tensor(config.lr, device=config.device)
+    return torch.optim.Adam(parameters, lr=rate, fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Takes over the moments of a `state_dict`, which may come from a run without graphs, or from another device."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        group.update(mine)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            # A graph reads it where it lies.
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def train_step(

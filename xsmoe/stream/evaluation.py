@@ -94,7 +94,8 @@ def embed_items(model: Recommender, features: ItemFeatures, items: np.ndarray, d
     parts = []
     for chunk in chunks:
         hidden = features.hidden(chunk, model.items.modalities)
-        parts.append(model.items({name: [level.to(device) for level in levels] for name, levels in hidden.items()}))
+        moved = {name: [level.to(device, non_blocking=True) for level in levels] for name, levels in hidden.items()}
+        parts.append(model.items(moved))
     return torch.cat(parts) if parts else torch.empty(0, model.users.dim, device=device)
 
 
@@ -102,7 +103,8 @@ def embed_items(model: Recommender, features: ItemFeatures, items: np.ndarray, d
 def rank_with_model(model: Recommender, features: ItemFeatures, task: RankingTask, device: torch.device) -> np.ndarray:
     """Each target's rank, (B,) float64; a sure miss is infinite. The model is put into evaluation mode and back.
 
-    Scores are computed in the model's own dtype, because half precision makes ties of close ones.
+    The host waits for the device once, at the end. Scores are computed in the model's own dtype, because half precision
+    makes ties of close ones.
     """
     training = model.training
     model.eval()
@@ -122,24 +124,30 @@ def _rank_in_chunks(model: Recommender, features: ItemFeatures, task: RankingTas
         lengths = np.diff(part.offsets).tolist()
         queries = model.queries(inputs, _tensor(part.offsets, device), lengths=lengths)
         ranks.append(_rank(queries, embeddings, part, device))
-    return np.concatenate(ranks) if ranks else np.empty(0)
+    return _missing_some(torch.cat(ranks), task) if ranks else np.empty(0)
 
 
 def rank_with_popularity(popularity: np.ndarray, task: RankingTask) -> np.ndarray:
     """Each target's rank, (B,) float64, when the same scores (C,) serve every user."""
     cpu = torch.device("cpu")
-    return _rank(torch.ones(len(task), 1), torch.from_numpy(popularity).float()[:, None], task, cpu)
+    ranks = _rank(torch.ones(len(task), 1), torch.from_numpy(popularity).float()[:, None], task, cpu)
+    return _missing_some(ranks, task)
 
 
-def _rank(queries: Tensor, items: Tensor, task: RankingTask, device: torch.device) -> np.ndarray:
+def _rank(queries: Tensor, items: Tensor, task: RankingTask, device: torch.device) -> Tensor:
     seen = (_tensor(task.seen, device), _tensor(task.seen_offsets, device))
-    ranks = rank_of_target(queries, items, _tensor(task.targets, device), seen).cpu().numpy().astype(np.float64)
-    ranks[task.missed] = np.inf
-    return ranks
+    return rank_of_target(queries, items, _tensor(task.targets, device), seen)
+
+
+def _missing_some(ranks: Tensor, task: RankingTask) -> np.ndarray:
+    """Ranks on the host, infinite for targets that count as a miss."""
+    values = ranks.cpu().numpy().astype(np.float64)
+    values[task.missed] = np.inf
+    return values
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _find(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -20,8 +20,21 @@ class OutOfMemory(ValueError):
 
 
 @contextmanager
-def training_memory(config: StreamConfig, window: int, epoch: int) -> Iterator[None]:
-    """Turns torch.OutOfMemoryError of training steps into `OutOfMemory`."""
+def placing_memory(config: StreamConfig) -> Iterator[None]:
+    """Turns torch.OutOfMemoryError of hidden states that are copied to the device into `OutOfMemory`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        allowed = "its default" if config.store_gib is None else config.store_gib
+        raise OutOfMemory(
+            f"the items' hidden states do not fit into the memory of {config.device} ({_said(error)}), although "
+            f"--store-gib (here {allowed}) allows what they take: --store-gib 0 leaves them on the host. {_KEPT}"
+        ) from error
+
+
+@contextmanager
+def training_memory(config: StreamConfig, window: int, epoch: int, *, resident: bool) -> Iterator[None]:
+    """Turns torch.OutOfMemoryError of training steps into `OutOfMemory`; see `advice` for `resident`."""
     device = torch.device(config.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     try:
@@ -34,7 +47,7 @@ def training_memory(config: StreamConfig, window: int, epoch: int) -> Iterator[N
             numbers = held, torch.cuda.max_memory_allocated(device) + requested(error), room
         raise OutOfMemory(
             f"window {window}, epoch {epoch}: a training step of {config.batch_size} users does not fit into the "
-            f"memory of {config.device} ({_said(error)}). {advice(config, numbers)} {_KEPT}"
+            f"memory of {config.device} ({_said(error)}). {advice(config, numbers, resident=resident)} {_KEPT}"
         ) from error
 
 
@@ -53,35 +66,38 @@ def ranking_memory(config: StreamConfig, what: str) -> Iterator[None]:
 
 _KEPT = (
     "Everything saved so far is intact: the same command goes on from there once there is room. Other settings need a "
-    "run of their own, since they change its numbers."
+    "run of their own."
 )
 
 
-def advice(config: StreamConfig, numbers: tuple[int, int, int] | None) -> str:
-    """Which batch size would fit, how that is known, and which switch to turn.
+def advice(config: StreamConfig, numbers: tuple[int, int, int] | None, *, resident: bool) -> str:
+    """Which batch size would fit, how that is known, and which switches to turn.
 
     Args:
         config: of the run.
         numbers: bytes held before the first step, bytes that the step would have reached at least, and bytes there are
             for this process; None where the device does not tell.
+        resident: whether the items' hidden states lie on the device.
     """
-    half = ""
+    others = ""
     if config.precision == "float32" and torch.device(config.device).type == "cuda":
-        half = ", or --precision bfloat16, which halves activations"
+        others += ", or --precision bfloat16, which halves activations"
+    if resident:
+        others += ", or --store-gib 0, which leaves the items' hidden states on the host"
     if config.batch_size == 1:
-        return f"No smaller batch is left: use a device with more memory{half}."
+        return f"No smaller batch is left: use a device with more memory{others}."
     if numbers is None:
         fits = config.batch_size // 2
-        return f"Try --batch-size {fits}{half} (half; the device does not tell what it has, so this is no estimate)."
+        return f"Try --batch-size {fits}{others} (half; the device does not tell what it has, so this is no estimate)."
     held, reached, room = numbers
     fits = fitting_batch(config.batch_size, *numbers)
     if fits == 0:
         return (
             f"Not even one user would fit by estimate, since {held / GIB:.2f} GiB of {room / GIB:.2f} GiB are taken "
-            f"before the first step: use a device with more memory{half}."
+            f"before the first step: use a device with more memory{others}."
         )
     return (
-        f"Try --batch-size {fits}{half} (estimated, not tried: the step needed at least {reached / GIB:.2f} GiB, "
+        f"Try --batch-size {fits}{others} (estimated, not tried: the step needed at least {reached / GIB:.2f} GiB, "
         f"{held / GIB:.2f} GiB of it before it began, {room / GIB:.2f} GiB can be had, and the rest is taken to grow "
         f"in proportion to the users; of those the first halving that leaves a tenth of the memory free)."
     )

@@ -89,7 +89,7 @@ def steps_taken(optimizer: torch.optim.Optimizer) -> int:
     return int(torch.stack(steps).max()) if steps else 0
 
 
-def divergence(losses: np.ndarray, model: Recommender, scaler: LossScaler | None) -> str | None:
+def divergence(losses: np.ndarray, finite_weights: bool, scaler: LossScaler | None) -> str | None:
     """What of an epoch shows that training cannot go on; None if it can.
 
     With a scaler a loss that is not finite is no divergence by itself: the scaler skipped that step, and later ones may
@@ -98,13 +98,13 @@ def divergence(losses: np.ndarray, model: Recommender, scaler: LossScaler | None
 
     Args:
         losses: (S,) of every step.
-        model: after the last step.
+        finite_weights: whether all are, after the last step.
         scaler: of the epoch's steps.
     """
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad) and (scaler is None or len(bad) == len(losses)):
         return f"loss is {losses[bad[0]]} at step {bad[0]}"
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+    if not finite_weights:
         return "weights are not finite after the last step"
     if scaler is not None and (scale := scaler.scale()) < 1:
         return f"loss scale is {scale:g}, since gradients go on overflowing, after the last step"

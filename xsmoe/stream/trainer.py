@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from xsmoe.data import Sequences, Window, WindowSplits, item_share
+from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
+from xsmoe.stream.captured import CapturedSteps, refusal
 from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.epoch import make_optimizer, train_epoch
+from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.folder import RunFolder, window_digest
 from xsmoe.stream.growth import grow, shares
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
-from xsmoe.stream.out_of_memory import ranking_memory, training_memory
+from xsmoe.stream.out_of_memory import placing_memory, ranking_memory, training_memory
 from xsmoe.stream.precision import LossScaler, autocast_dtype, loss_scaler
 from xsmoe.stream.progress import Progress, differences
+from xsmoe.stream.resident import ResidentFeatures, place
 from xsmoe.stream.resources import Stopwatch
 from xsmoe.stream.source import Stream
 from xsmoe.stream.testing import evaluate_window
@@ -68,6 +71,7 @@ class StreamingTrainer:
         self.metrics: list[dict[str, Any]] = []
         self._tell = listener or (lambda event, fields: None)
         self._unusable: str | None = None
+        self._placed: ItemFeatures | None = None
         self._best: dict[str, Tensor] | None = None
         self._optimizer_state: dict[str, Any] | None = None
         self._scaler_state: dict[str, Any] | None = None
@@ -110,6 +114,18 @@ class StreamingTrainer:
     def windows_done(self) -> int:
         """Windows that are trained to the end."""
         return len(self.progress.digests) - (self.progress.epoch is not None)
+
+    @property
+    def features(self) -> ItemFeatures:
+        """The items' hidden states, on the device if they fit there."""
+        if self._placed is None or self._placed.num_items != self.stream.features.num_items:
+            # Those of before need not lie there beside them.
+            self._placed = None
+            with placing_memory(self.config):
+                self._placed, message = place(self.stream.features, self.model.items.modalities, self.config)
+            if message is not None:
+                self._warn(message)
+        return self._placed
 
     def fit(self) -> list[dict[str, Any]]:
         """Takes all windows of the stream, those that the run has taken before excepted.
@@ -189,7 +205,7 @@ class StreamingTrainer:
     def _test_and_grow(self, number: int, splits: WindowSplits) -> None:
         """Tests the model of the window before on this one, then prunes and expands."""
         watch = Stopwatch(self.device)
-        tested = evaluate_window(self.model, self.stream.features, splits, self.memory, self.config)
+        tested = evaluate_window(self.model, self.features, splits, self.memory, self.config)
         self._record(
             {
                 "kind": "test",
@@ -209,14 +225,17 @@ class StreamingTrainer:
         task = self._validation_task(splits)
         optimizer = make_optimizer(self.model, config)
         if self._optimizer_state is not None:
-            optimizer.load_state_dict(self._optimizer_state)
+            load_optimizer(optimizer, self._optimizer_state)
         scaler = loss_scaler(config)
         if scaler is not None and self._scaler_state is not None:
             scaler.load_state_dict(self._scaler_state)
+        graphs, refused = None, refusal(config)
+        if refused is None:
+            graphs = CapturedSteps(self.model, optimizer, self._warn)
         while progress.epoch is not None and progress.epoch < config.epochs and progress.stale < config.patience:
             if len(splits.train) == 0:
                 break
-            self._epoch(number, progress.epoch, splits.train, log_share, optimizer, scaler, task)
+            self._epoch(number, progress.epoch, splits.train, log_share, optimizer, scaler, graphs, task)
         kept = self._keep_best(len(splits.train), len(task))
         self.memory.add_rest(splits)
         line = {
@@ -229,6 +248,7 @@ class StreamingTrainer:
             **kept,
             "experts": {name: side.num_experts for name, side in self.model.items.ladders().items()},
             **shares(self.model.items),
+            "without_graphs": refused if graphs is None else graphs.reason,
             "parameters": {
                 "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                 "total": sum(t.numel() for t in [*self.model.parameters(), *self.model.buffers()]),
@@ -257,13 +277,16 @@ class StreamingTrainer:
         log_share: np.ndarray,
         optimizer: torch.optim.Optimizer,
         scaler: LossScaler | None,
+        graphs: CapturedSteps | None,
         task: RankingTask,
     ) -> None:
+        # Ahead of the watch, because what places them on the device is no step's time.
+        features = self.features
         progress, watch = self.progress, Stopwatch(self.device)
-        with training_memory(self.config, number, epoch):
+        with training_memory(self.config, number, epoch, resident=isinstance(features, ResidentFeatures)):
             trained = train_epoch(
                 self.model,
-                self.stream.features,
+                features,
                 sequences,
                 log_share,
                 optimizer,
@@ -274,12 +297,13 @@ class StreamingTrainer:
                 on_batch=lambda done, of: self._tell(
                     "batch", {"window": number, "epoch": epoch, "done": done, "of": of}
                 ),
+                graphs=graphs,
             )
         step_ms = 1000 * watch.read()["seconds"] / trained["steps"]
         validation = None
         if len(task) and epoch >= self.config.warmup_epochs:
             with ranking_memory(self.config, f"window {number}, epoch {epoch}: the validation"):
-                ranks = rank_with_model(self.model, self.stream.features, task, self.device)
+                ranks = rank_with_model(self.model, features, task, self.device)
             validation = summarize(per_user(ranks))
             if progress.best_value is None or validation[SELECTED_BY] > progress.best_value:
                 progress.best_epoch, progress.best_value, progress.stale = epoch, validation[SELECTED_BY], 0
@@ -325,8 +349,11 @@ class StreamingTrainer:
             reason = "the validation split has no user with 2 items"
         else:
             reason = f"all epochs were warm-up epochs without validation ({self.config.warmup_epochs})"
-        self._tell("warning", {"message": f"window {len(progress.digests) - 1} keeps its last epoch: {reason}"})
+        self._warn(f"window {len(progress.digests) - 1} keeps its last epoch: {reason}")
         return {"kept": "last", "reason": reason, "best_epoch": None, "validation": None}
+
+    def _warn(self, message: str) -> None:
+        self._tell("warning", {"message": message})
 
     def _record(self, line: dict[str, Any]) -> None:
         self.metrics.append(line)
@@ -366,7 +393,7 @@ class StreamingTrainer:
         }
 
     def _resume(self, folder: RunFolder) -> None:
-        found = folder.checkpoints.load_newest(lambda message: self._tell("warning", {"message": message}))
+        found = folder.checkpoints.load_newest(self._warn)
         if found is None:
             if folder.metrics_size() > 0:
                 raise CheckpointError(f"{folder.path} has metrics but no checkpoint; restore it or use another folder")
@@ -377,6 +404,8 @@ class StreamingTrainer:
                 f"{folder.path} was trained on {state['num_items']} items, but stream.features has "
                 f"{self.stream.features.num_items}; use the features that it was started with, or longer ones"
             )
+        # Settings that the run's version did not know.
+        state["config"] = StreamConfig().to_dict() | state["config"]
         identity = self._identity(state["num_items"])
         if state["features"] != identity.pop("features"):
             raise ValueError(

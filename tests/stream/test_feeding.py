@@ -1,0 +1,129 @@
+"""Inputs that are made and copied ahead of their step."""
+
+import threading
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import needs_gpu
+
+from xsmoe.stream import feeding
+from xsmoe.stream.batches import StepInput
+from xsmoe.stream.feeding import feed, made_ahead
+from xsmoe.stream.padding import Capacity
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
+def test_building_ahead_keeps_the_order(ahead: int) -> None:
+    chosen = [np.array([place]) for place in (2, 0, 1, 0, 2)]
+    expected = [tiny.step_input(users).batch.targets.tolist() for users in chosen]
+    assert [given.batch.targets.tolist() for given in made_ahead(tiny.step_input, chosen, ahead)] == expected
+
+
+def test_the_next_batches_are_built_while_one_is_used() -> None:
+    built, others = [], threading.Event()
+
+    def note(users: np.ndarray) -> StepInput:
+        built.append((int(users[0]), threading.current_thread() is threading.main_thread()))
+        if len(built) == 3:
+            others.set()
+        return tiny.step_input(users)
+
+    steps = made_ahead(note, [np.array([place]) for place in (0, 1, 2, 0)], ahead=2)
+    next(steps)
+    assert others.wait(timeout=30)
+    steps.close()
+    assert built[:3] == [(0, False), (1, False), (2, False)]
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_by_the_step_it_was_for() -> None:
+    def fail(users: np.ndarray) -> StepInput:
+        if users[0] == 1:
+            raise ValueError("bad batch")
+        return tiny.step_input(users)
+
+    steps = made_ahead(fail, [np.array([place]) for place in (0, 1, 2)])
+    next(steps)
+    with pytest.raises(ValueError, match="bad batch"):
+        next(steps)
+
+
+def test_on_the_cpu_a_batch_is_built_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "made_ahead", None)
+    built = []
+
+    def note(users: np.ndarray) -> StepInput:
+        built.append(users)
+        return tiny.step_input(users)
+
+    steps = feed(note, [np.array([0]), np.array([1])], CPU)
+    next(steps)
+    assert len(built) == 1
+
+
+class StandIn:
+    """A stream for copies on a machine that has none: notes what happens to it, and in which thread."""
+
+    done: ClassVar[list[tuple[str, bool]]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.done.clear()
+
+    def note(self, what: str) -> None:
+        self.done.append((what, threading.current_thread() is threading.main_thread()))
+
+    def send(self, given: StepInput) -> StepInput:
+        self.note("sent")
+        return given
+
+    def receive(self, given: StepInput) -> StepInput:
+        self.note("received")
+        return given
+
+
+def test_for_cuda_inputs_are_sent_by_the_thread_and_received_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "CopyStream", StandIn)
+    chosen = [np.array([place]) for place in (2, 0, 1, 2)]
+    found = [given.batch.targets.tolist() for given in feed(tiny.step_input, chosen, torch.device("cuda"))]
+    assert found == [tiny.step_input(users).batch.targets.tolist() for users in chosen]
+    assert sorted(set(StandIn.done)) == [("received", True), ("sent", False)]
+    assert len(StandIn.done) == 2 * len(chosen)
+
+
+@needs_gpu
+@pytest.mark.parametrize("capacity", [None, Capacity(2, 6)])
+def test_on_a_gpu_inputs_arrive_whole_in_their_order(capacity: Capacity | None) -> None:
+    chosen = [np.array([place % 3, (place + 1) % 3]) for place in range(40)]
+
+    def build(users: np.ndarray) -> StepInput:
+        return tiny.step_input(users, capacity=capacity)
+
+    for users, given in zip(chosen, feed(build, chosen, torch.device("cuda")), strict=True):
+        # Steps that are slower than copies must find what was theirs.
+        torch.cuda._sleep(1_000_000)
+        for mine, expected in zip(given.tensors(), build(users).pin().tensors(), strict=True):
+            assert mine.is_cuda
+            assert torch.equal(mine.cpu(), expected)
+
+
+@needs_gpu
+def test_on_a_gpu_the_host_does_not_run_far_ahead() -> None:
+    device, size = torch.device("cuda"), 1 << 22
+
+    def build(users: np.ndarray) -> StepInput:
+        given = tiny.step_input(users)
+        return replace(given, hidden={"text": [torch.zeros(size // 4)]})
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in feed(build, [np.array([0])] * 60, device):
+        torch.cuda._sleep(10_000_000)
+    torch.cuda.synchronize()
+    held = (torch.cuda.max_memory_allocated() - before) / size
+    assert held < feeding.IN_FLIGHT + 2 * feeding.AHEAD + 3
