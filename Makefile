@@ -16,6 +16,8 @@ NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/tes
 	tests/kernels/test_route_topk.py tests/kernels/test_grouped_mm.py
 # Those of side_moe as a whole are left out, which are mostly Triton's interpreter; those of its CUDA kernels are not.
 CUDA_TESTS := $(filter-out %_build.py %_cuda_side_moe.py,$(wildcard tests/kernels/test_cuda_*.py))
+# Tests that run the same again in another order show sanitizers nothing new.
+ONCE := not any_order and not order_of_blocks and not catalogue
 
 # About half of what the tests take.
 BESIDE := $(wildcard tests/kernels/test_triton_*.py tests/kernels/test_gpu_*.py) tests/bench
@@ -87,11 +89,14 @@ sanitize: $(STAMP)
 	XSMOE_SANITIZE=1 XSMOE_EMULATE_AMX=1 XSMOE_BUILD_TIERS="$(SANITIZED_TIERS)" \
 	$(BIN)/python setup.py -q build_ext --inplace
 	XSMOE_SANITIZE=1 XSMOE_EMULATE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
-	runtimes="$$(for name in asan ubsan stdc++; do $(COMPILER) -print-file-name=lib$$name.so; done | paste -sd:)"; \
-	LD_PRELOAD="$$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	XSMOE_NATIVE_LIBRARY=$(CURDIR)/build/$(SANITIZED)/libxsmoe_cpu.so \
-	XSMOE_CUDA_LIBRARY=$(CURDIR)/build/sanitize-emulate-cuda/libxsmoe_cuda.so \
-	$(BIN)/python -m pytest -q --capture=sys -m "not slow" $(NATIVE_TESTS) $(CUDA_TESTS)
+	@runtimes="$$(for name in asan ubsan stdc++; do $(COMPILER) -print-file-name=lib$$name.so; done | paste -sd:)"; \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	LD_PRELOAD="$$runtimes" XSMOE_CUDA_LIBRARY=$(CURDIR)/build/sanitize-emulate-cuda/libxsmoe_cuda.so \
+	$(BIN)/python -m pytest -q --capture=sys -m "not slow" -k "$(ONCE)" $(CUDA_TESTS) >build/sanitize-cuda.log 2>&1 & cuda=$$!; \
+	LD_PRELOAD="$$runtimes" XSMOE_NATIVE_LIBRARY=$(CURDIR)/build/$(SANITIZED)/libxsmoe_cpu.so \
+	$(BIN)/python -m pytest -q --capture=sys -m "not slow" $(NATIVE_TESTS); native=$$?; \
+	echo "waiting for the tests of CUDA kernels, which run beside these"; wait $$cuda; code=$$?; \
+	cat build/sanitize-cuda.log; exit $$((native | code))
 
 clean:
 	rm -rf $(VENV) build xsmoe_kernels/*.so xsmoe_kernels/_*build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
