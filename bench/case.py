@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from bench import floor
+from bench import floor, standing
 from bench.examine import Checked, Truth, examine, too_large
 from bench.measure import Samples, Stopwatch, Task, flusher, interleave, quantiles
 from bench.results import Case, Timing
@@ -17,6 +17,37 @@ from bench.workload import Variant, Workload, gradients
 WARM_UP, CUDA_WARM_UP = 1, 3
 
 Say = Callable[[str], None]
+
+
+def drawn(
+    kind: type[Workload], sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Workload | None, str]:
+    """A workload with its weights, or None and what was said where memory does not suffice for them."""
+    return fitting(lambda: kind(dict(sizes), dtype, device, seed), device)
+
+
+def without_inputs(
+    kind: type[Workload],
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Sequence[str],
+    reason: str,
+) -> Case:
+    """The case of a workload for whose inputs memory does not suffice: all rows are skipped."""
+    return Case(
+        operator=kind.operator,
+        title="inputs that do not fit into memory",
+        sizes=dict(sizes),
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        flop_rate=0.0,
+        byte_rate=0.0,
+        flop={},
+        bytes={},
+        rounds=0,
+        rows=[too_large(name, f"the inputs: {reason}").row for name in names],
+    )
 
 
 def measure(
@@ -40,16 +71,16 @@ def measure(
     if workload.device.type == "cuda":
         torch.cuda.empty_cache()
     say("exact result")
-    drawn, reason = fitting(lambda: _draw(workload), workload.device)
+    inputs, reason = fitting(lambda: _draw(workload), workload.device)
     checked: dict[str, Checked] = {}
     for name in names:
         say(f"{name}: gate")
-        checked[name] = examine(workload, name, *drawn) if drawn else too_large(name, f"the exact result: {reason}")
+        checked[name] = examine(workload, name, *inputs) if inputs else too_large(name, f"the exact result: {reason}")
     running = {name: found.variant for name, found in checked.items() if found.row.status == "measured"}
     work, rates, samples = workload.work(), floor.Rates(0.0, 0.0), Samples()
-    if drawn and running:
+    if inputs and running:
         say(f"timing {', '.join(running)}")
-        tasks = {name: timed(workload, variant, drawn[0]) for name, variant in running.items() if variant}
+        tasks = {name: timed(workload, variant, inputs[0]) for name, variant in running.items() if variant}
 
         def drop(name: str, reason: str) -> None:
             # Nothing may hold the variant from here on, or its memory stays taken.
@@ -64,7 +95,8 @@ def measure(
         passes = {}
         if name in running and found.variant:
             flop = counted[name] or counted.get(found.variant.like)
-            passes = timings(samples, name, [one for one in against if one in running], workload, rates, flop)
+            rivals = [one for one in against if one in running and _alike(checked[one], found)]
+            passes = timings(samples, name, rivals, workload, rates, flop)
         finished.append(replace(found.row, passes=passes))
     return Case(
         operator=workload.operator,
@@ -79,6 +111,11 @@ def measure(
         rounds=max((len(laps) for laps in samples.values()), default=0),
         rows=finished,
     )
+
+
+def _alike(one: Checked, other: Checked) -> bool:
+    """Whether two variants solve the same problem."""
+    return standing.problem(one.row) == standing.problem(other.row)
 
 
 def rounds(workload: Workload, tasks: dict[str, Task], drop: Callable[[str, str], None], seconds: float) -> Samples:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench import pictures, standing
 from bench.results import Case, Row, Run, Timing, mib, ms
-from xsmoe.report.plots import BLUE, GREY, RED
+from xsmoe.report.style import BLUE, GREY, RED
 
 LABEL_ROOM = 1.35
 """How much longer than the longest bar an axis is, for the numbers beside the bars."""
@@ -44,7 +44,8 @@ def draw(run: Run, case: Case) -> Any:
     times.set_xlim(0, LABEL_ROOM * max(ends))
     times.set(title=f"{_pass(rows[0])}; x: times as fast as {rival.variant}", xlabel="milliseconds")
     times.set_yticks(
-        range(len(rows)), [f"{row.variant} ({row.backend})" if row.backend else row.variant for row in rows]
+        range(len(rows)),
+        [f"{standing.marked(row)} ({row.backend})" if row.backend else standing.marked(row) for row in rows],
     )
     times.invert_yaxis()
     shares = [100 * timing.share for timing in timings]
@@ -63,6 +64,8 @@ def draw(run: Run, case: Case) -> Any:
         panel.tick_params(axis="y", length=0)
     letters = ", ".join(f"{letter} {size}" for letter, size in case.sizes.items())
     figure.suptitle(f"{case.operator} {case.dtype}, {letters}\n{pictures.device(run.machine)}", fontsize="medium")
+    if marks := standing.explained(rows):
+        figure.supxlabel("\n".join(marks), fontsize="small")
     return figure
 
 
@@ -81,7 +84,8 @@ def _memory(rows: Sequence[Row]) -> tuple[str, list[int | None]]:
 
 
 def _time(row: Row, timing: Timing, rival: Row) -> str:
-    ratio = None if row is rival else standing.ratio(row, rival, standing.step(row))
+    alike = row is not rival and standing.problem(row) == standing.problem(rival)
+    ratio = standing.ratio(row, rival, standing.step(row)) if alike else None
     said = ms(timing.median)
     return said if ratio is None else f"{said}  (x {ratio.median:.2f})"
 

@@ -10,16 +10,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import gate, graph, machine
+from bench.compare import OURS
 from bench.peak import measure_peak
 from bench.results import Row
 from bench.rows import Rows
 from bench.saved import count_saved
-from bench.shortage import first_line, fitting
+from bench.shortage import first_line, fitting, release
 from bench.workload import Absent, Tensors, Variant, Workload, both_passes, gradients
+from xsmoe.shortage import is_shortage
 from xsmoe_kernels import dispatch
 
 MEMORY_SHARE = 0.8
 """Of what memory is free, what a variant may take."""
+
+
+FAILS = "it fails here:"
+"""What the reason of a rival begins with that raised something nobody expected."""
 
 
 class _Unrecordable(RuntimeError):
@@ -54,9 +60,21 @@ class Truth:
 
 
 def examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked:
-    """Builds a variant, runs it once, and judges what it gave."""
-    checked, reason = fitting(lambda: _examine(workload, name, rows, truth), workload.device)
-    return checked or too_large(name, reason)
+    """Builds a variant, runs it once, and judges what it gave.
+
+    Whatever a rival raises makes it absent, so that the others are measured; what code of ours raises is raised.
+    """
+    try:
+        checked, reason = fitting(lambda: _examine(workload, name, rows, truth), workload.device)
+    except Exception as error:
+        if name.startswith(OURS):
+            raise
+        reason = f"{FAILS} {type(error).__name__}: {first_line(error)}"
+    else:
+        return checked or too_large(name, reason)
+    # Only here, where the error is gone, whose traceback held tensors.
+    release(workload.device)
+    return Checked(None, Row(name, "absent", reason), None)
 
 
 def _examine(workload: Workload, name: str, rows: Rows, truth: Truth) -> Checked:
@@ -152,9 +170,9 @@ def _recorded(variant: Variant, others: Tensors, rows: Tensors) -> _Ran:
         with _compiling():
             outcome(variant, others)
     except RuntimeError as error:
-        if variant.compiled or isinstance(error, Absent | torch.OutOfMemoryError):
+        if variant.compiled or isinstance(error, Absent) or is_shortage(error):
             raise
-        if isinstance(error.__context__, torch.OutOfMemoryError):
+        if error.__context__ is not None and is_shortage(error.__context__):
             # Ending the recording failed for it.
             raise error.__context__ from None
         raise _Unrecordable(first_line(error)) from error

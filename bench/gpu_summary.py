@@ -82,20 +82,23 @@ def speeds(runs: Iterable[Run]) -> str:
     rivals = list(dict.fromkeys(row.variant for case in cases for row in case.rows if not standing.ours(row)))
     body = []
     for case in cases:
-        others = {row.variant: row for row in case.rows if not standing.ours(row)}
         for row in filter(standing.ours, case.rows):
             size = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
-            label = [f"{case.operator} {case.dtype} {size}", row.variant]
+            label = [f"{case.operator} {case.dtype} {size}", standing.marked(row)]
             if row.status != "measured":
                 body.append([*label, row.status, *[""] * len(rivals), "", "", ""])
                 continue
             step = standing.whole(row)
             assert step is not None
+            others = {rival.variant: rival for rival in standing.rivals(case, row)}
             against = [speedup(row, others.get(name)) for name in rivals]
             peaks = [results.mib(row.peak_bytes), leanest(others.values(), case.dtype)]
             body.append([*label, f"{step.median * 1e3:.3f}", *against, f"{step.share:.0%}", *peaks])
     head = ["case", "variant", "ms", *(f"x {name}" for name in rivals), "of floor", "peak MiB", "leanest rival's"]
-    return "\n".join(results.aligned(head, body)) if body else ""
+    if not body:
+        return ""
+    marks = standing.explained(row for case in cases for row in case.rows)
+    return "\n".join([*results.aligned(head, body), *([""] if marks else []), *marks])
 
 
 def growths(runs: Iterable[Run]) -> str:

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from bench import case_plots, kernels, machine, pictures, results
-from bench.case import measure
+from bench.case import drawn, measure, without_inputs
 from bench.workload import Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,9 +75,13 @@ def run(options: argparse.Namespace) -> int:
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     cases = []
     for kind, sizes, names, against in planned:
-        workload = kind(sizes, DTYPES[options.dtype], device, options.seed)
-        label = f"{workload.operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
-        case = measure(workload, names, against, seconds=seconds, say=speaker(label, begin))
+        dtype = DTYPES[options.dtype]
+        label = f"{kind.operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
+        workload, reason = drawn(kind, sizes, dtype, device, options.seed)
+        if workload is None:
+            case = without_inputs(kind, sizes, dtype, device, names, reason)
+        else:
+            case = measure(workload, names, against, seconds=seconds, say=speaker(label, begin))
         cases.append(case)
         print(f"\n{results.table(results.as_saved(case))}", flush=True)
         # After every case, so that who is stopped loses only what was going on.
@@ -103,11 +107,17 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def make_file(option: str, path: Path) -> None:
-    """The file that an option names, before minutes are spent on what goes into it."""
+    """Tries to write the file that an option names, before minutes are spent on what goes into it.
+
+    What is there stays as it is, and where there is nothing, nothing is left: another check may fail after this one.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
         with path.open("a"):
             pass
+        if not there:
+            path.unlink()
     except OSError as error:
         raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from None
 
@@ -143,9 +153,10 @@ def plan(
         letters |= kind.quick_sizes if options.quick else {}
         letters |= {letter: values for letter, values in asked.items() if letter in letters}
         every = list(combinations(letters))
+        # Names do not depend on sizes, and weights of these are drawn at once.
+        workload = kind(dict.fromkeys(letters, 1), DTYPES[options.dtype], device)
+        names, against = choose(workload, listed(options.variants), listed(options.against))
         for sizes in [sizes for sizes in every if kind.sensible(sizes)] or every:
-            workload = kind(sizes, DTYPES[options.dtype], device)
-            names, against = choose(workload, listed(options.variants), listed(options.against))
             yield kind, sizes, names, against
 
 
@@ -171,6 +182,8 @@ def sizes_of(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for one in given:
         letter, _, values = one.partition("=")
+        if letter in found:
+            raise UsageError(f"--sizes gives {letter} twice; give its values with commas, as in {letter}=3,4")
         try:
             found[letter] = tuple(int(value) for value in values.split(","))
         except ValueError:

@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(lost(committed(), steps=False)) if options.passes else text)
     if options.write:
         page = PAGE.read_text()
-        before, _, after = page.partition(f"{BEGIN}\n{found(page)}\n{END}")
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        begin, end = _marks(page)
+        PAGE.write_text(f"{page[:begin]}\n{text}\n{page[end:]}")
     return 0
 
 
@@ -39,10 +39,17 @@ def found(page: str) -> str:
     Raises:
         ValueError: it has no such marks.
     """
-    begin, end = page.find(BEGIN), page.find(END)
-    if begin < 0 or end < begin:
+    begin, end = _marks(page)
+    return page[begin:end].strip("\n")
+
+
+def _marks(page: str) -> tuple[int, int]:
+    """Where the first mark ends, and where the second one begins."""
+    begin = page.find(BEGIN)
+    end = page.find(END, begin)
+    if begin < 0 or end < 0:
         raise ValueError(f"the page has no {BEGIN} with {END} behind it")
-    return page[begin + len(BEGIN) : end].strip("\n")
+    return begin + len(BEGIN), end
 
 
 def section(runs: dict[str, Run]) -> str:

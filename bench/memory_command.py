@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bench import machine, pictures, results
+from bench.case import drawn, without_inputs
 from bench.kernels_command import DTYPES, UsageError, choose, listed, make_file, sizes_of, speaker
 from bench.memory import plots, tables
 from bench.memory.growth import curves
@@ -59,9 +60,12 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and prints; returns 1 if a row was refused, 2 if the command line is wrong, 130 after Ctrl-C."""
+    """Measures and prints.
+
+    Returns 1 if a row was refused or there is no snapshot, 2 if the command line is wrong, 130 after Ctrl-C.
+    """
     begin = time.monotonic()
-    device = torch.device(options.device)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
     try:
         planned = _planned(options, device)
     except UsageError as error:
@@ -76,13 +80,17 @@ def run(options: argparse.Namespace) -> int:
     def found() -> results.Run:
         return results.Run(options.given, facts, cases, time.monotonic() - begin)
 
-    def take(workload: Workload, names: list[str]) -> None:
-        cases.append(measure(workload, names, say=speaker(tables.label_of(workload.operator, workload.sizes), begin)))
+    def take(kind: type[Workload], sizes: dict[str, int], names: list[str]) -> None:
+        workload, reason = drawn(kind, sizes, dtype, device, options.seed)
+        if workload is None:
+            cases.append(without_inputs(kind, sizes, dtype, device, names, reason))
+        else:
+            cases.append(measure(workload, names, say=speaker(tables.label_of(kind.operator, sizes), begin)))
         # After every point, so that who is stopped loses only what was going on.
         if options.json is not None:
             results.save(found(), options.json)
 
-    stopped = False
+    stopped, snapped = False, True
     try:
         for name, sizes, names in planned:
             kind = SWEPT[name].kind
@@ -91,12 +99,14 @@ def run(options: argparse.Namespace) -> int:
                 try:
                     for point in points:
                         if not any(case.sizes == point for case in cases[done:]):
-                            take(kind(point, DTYPES[options.dtype], device, options.seed), names)
+                            take(kind, point, names)
                 finally:
                     _show([case for case in cases[done:] if case.sizes in points], letter)
             if options.snapshot is not None:
-                workload = kind(sizes.centre, DTYPES[options.dtype], device, options.seed)
-                _snap(workload, cases[done:], options.snapshot)
+                workload, reason = drawn(kind, sizes.centre, dtype, device, options.seed)
+                snapped = workload is not None and _snap(workload, cases[done:], options.snapshot)
+                if workload is None:
+                    print(f"\nno snapshot: out of memory: {reason}", flush=True)
     except KeyboardInterrupt:
         stopped = True
         print(f"\nStopped after {len(cases)} points.", flush=True)
@@ -104,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         _draw(found(), options.plot)
     for case, row in found().refused():
         print(f"refused: {case.operator} {row.variant} at {case.sizes}: {row.reason}", file=sys.stderr)
-    return 130 if stopped else 1 if found().refused() else 0
+    return 130 if stopped else 1 if found().refused() or not snapped else 0
 
 
 def _planned(options: argparse.Namespace, device: torch.device) -> list[tuple[str, Plan, list[str]]]:
@@ -167,13 +177,13 @@ def _show(cases: list[Case], letter: str) -> None:
             print(f"\n{tables.table(curve)}", flush=True)
 
 
-def _snap(workload: Workload, cases: list[Case], path: Path) -> None:
-    """Writes a snapshot of a step at the centre, if it was measured there and is right."""
+def _snap(workload: Workload, cases: list[Case], path: Path) -> bool:
+    """Writes a snapshot of a step at the centre, if it was measured there and is right; says whether it did."""
     right = [row for case in cases if case.sizes == workload.sizes for row in case.rows if row.variant == SNAPPED]
     if not right or right[0].status != "measured":
         why = right[0].status if right else "not measured at the centre, which is none of the values"
         print(f"\nno snapshot: {SNAPPED} is {why}", flush=True)
-        return
+        return False
     variant = workload.build(SNAPPED)
     rows = workload.draw()
     # Kernels are compiled, and the optimizer's state is made, in the first.
@@ -181,6 +191,7 @@ def _snap(workload: Workload, cases: list[Case], path: Path) -> None:
     with recorded(path):
         step_of(variant, rows)()
     print(f"\nsnapshot of a step of {SNAPPED}: {path}; open {VIEWER} in a browser and drop the file there", flush=True)
+    return True
 
 
 def _draw(found: results.Run, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xsmoe.files import replace_file
-from xsmoe.report.plots import DPI, STYLE
+from xsmoe.report.style import DPI, STYLE
 
 
 def missing() -> bool:

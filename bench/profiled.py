@@ -28,9 +28,9 @@ class Spent(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints or writes the table of one step."""
     parser = argparse.ArgumentParser(prog="python -m bench.profiled", description=(__doc__ or "").splitlines()[0])
-    rooms = {name: house.room(name) for house in (kernels, steps) for name in house.ROOMS}
+    houses = {name: house for house in (kernels, steps) for name in house.ROOMS}
     parser.add_argument(
-        "name", nargs="?", choices=rooms, default="side_moe", help="an operator, or a whole step's pooling"
+        "name", nargs="?", choices=houses, default="side_moe", help="an operator, or a whole step's pooling"
     )
     parser.add_argument("--sizes", nargs="+", default=[], metavar="L=N", help="as in N=2816 E=10")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("python -m bench.profiled: torch finds no CUDA device here", file=sys.stderr)
         return 2
-    kind = rooms[options.name]
+    kind = houses[options.name].room(options.name)
     try:
         given = {**sizes_of(SIDE_MOE if options.name == "side_moe" else []), **sizes_of(options.sizes)}
         if unknown := sorted(set(given) - set(kind.letters)):

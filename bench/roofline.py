@@ -7,9 +7,9 @@ import torch
 
 from bench import floor, pictures, standing
 from bench.measure import interleave
-from bench.results import Case, Run, Timing, aligned, percent
+from bench.results import Case, Run, aligned, percent
 from bench.workload import Product
-from xsmoe.report.plots import BLUE, GREEN, GREY, ORANGE, RED
+from xsmoe.report.style import BLUE, GREEN, GREY, ORANGE, RED
 
 # Those of the paper's sizes, thin ones and square ones: side levels, the loss, and what a library does best.
 PRODUCTS = (
@@ -46,15 +46,20 @@ class Point(NamedTuple):
     """A variant of a case.
 
     Attributes:
+        machine: where it was measured, as `machine_of` says.
+        variant: with a mark, if it solves an easier problem.
         intensity: the floor's FLOP for each of the floor's bytes; 0 where it has none.
-        rate: such FLOP a second that the whole step reached; bytes a second where the floor has no FLOP.
+        by_flop: whether `rate` and `ceiling` are FLOP a second; else bytes, as no matrix rate was measured.
+        rate: what the whole step reached of the floor's FLOP or bytes.
         ceiling: the most at this intensity, by the rates that were measured between the case's own rounds.
     """
 
     case: Case
+    machine: str
     variant: str
     kind: str
     intensity: float
+    by_flop: bool
     rate: float
     ceiling: float
 
@@ -92,20 +97,37 @@ def measure(dtype: torch.dtype, device: torch.device, *, quick: bool, seconds: f
 
 def points(runs: Sequence[Run]) -> list[Point]:
     """One for each variant that was measured, of each case whose rates were."""
-    return [point for run in runs for case in run.cases for point in _points(case)]
+    return [point for run in runs for case in run.cases for point in _points(case, machine_of(run, case))]
+
+
+def machine_of(run: Run, case: Case) -> str:
+    """What a case's rates are those of: processor or GPU, threads, and torch.
+
+    Raises:
+        KeyError: the run does not say.
+    """
+    facts = run.machine
+    chip = facts["gpu"]["name"] if case.device == "cuda" else facts["cpu"]["model"]
+    return f"{chip}, {facts['threads']} threads, torch {facts['versions']['torch']}"
+
+
+def machines(runs: Sequence[Run]) -> list[str]:
+    """All of them, each once."""
+    return list(dict.fromkeys(machine_of(run, case) for run in runs for case in run.cases))
 
 
 def ceilings(runs: Sequence[Run]) -> dict[str, Ceilings]:
-    """The highest that any case saw, by device and dtype."""
-    cases = [case for run in runs for case in run.cases if case.byte_rate and case.flop_rate]
-    names = dict.fromkeys(_roof(case) for case in cases)
-    return {
-        name: Ceilings(
-            max(case.flop_rate for case in cases if _roof(case) == name),
-            max(case.byte_rate for case in cases if _roof(case) == name),
-        )
-        for name in names
-    }
+    """The highest that any case saw, by device and dtype; of several machines each has its own."""
+    several = len(machines(runs)) > 1
+    found: dict[str, Ceilings] = {}
+    for run in runs:
+        for case in run.cases:
+            if not (case.byte_rate and case.flop_rate):
+                continue
+            name = f"{case.device} {case.dtype}" + f", {machine_of(run, case)}" * several
+            known = found.get(name, Ceilings(0.0, 0.0))
+            found[name] = Ceilings(max(known.flop, case.flop_rate), max(known.bytes, case.byte_rate))
+    return found
 
 
 def table_of_products(found: Measured) -> str:
@@ -132,14 +154,16 @@ def table_of_ceilings(found: Mapping[str, Ceilings]) -> str:
 
 
 def table_of_points(found: Sequence[Point]) -> str:
-    """A row for each variant of each case."""
+    """A row for each variant of each case, with its machine where there are several."""
     body = []
+    several = len({point.machine for point in found}) > 1
     for point in found:
-        unit = "GFLOP/s" if point.intensity else "GB/s"
+        unit = "GFLOP/s" if point.by_flop else "GB/s"
         reached, ceiling = (_figures(rate / 1e9) for rate in (point.rate, point.ceiling))
         body.append(
             [
                 standing.label(point.case),
+                *([point.machine] if several else []),
                 point.variant,
                 f"{point.intensity:.1f}",
                 f"{reached} {unit}",
@@ -147,13 +171,14 @@ def table_of_points(found: Sequence[Point]) -> str:
                 percent(point.share),
             ]
         )
-    return "\n".join(aligned(["case", "variant", "FLOP/byte", "reached", "ceiling there", "share"], body))
+    head = ["case", *(["machine"] if several else []), "variant", "FLOP/byte", "reached", "ceiling there", "share"]
+    return "\n".join(aligned(head, body))
 
 
-def draw(found: Sequence[Point], roofs: Mapping[str, Ceilings], machine: Mapping[str, Any]) -> Any:
+def draw(found: Sequence[Point], roofs: Mapping[str, Ceilings], title: str) -> Any:
     """Both axes logarithmic: a colour for each kind of variant, a mark for each operator, a roof for each dtype."""
     figure, (axes,) = pictures.figure(1, width=9.0, height=6.0)
-    found = [point for point in found if point.intensity]
+    found = [point for point in found if point.by_flop]
     ridges = [roof.ridge for roof in roofs.values()]
     reach = [*(point.intensity for point in found), *ridges]
     left, right = min(reach) / 3, max(reach) * 3
@@ -172,31 +197,25 @@ def draw(found: Sequence[Point], roofs: Mapping[str, Ceilings], machine: Mapping
     for place, operator in enumerate(operators):
         axes.plot([], [], _MARKERS[place % len(_MARKERS)], color="black", label=operator)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    figure.suptitle(f"Steps under the ceilings of this machine\n{pictures.device(machine)}", fontsize="medium")
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 
-def _points(case: Case) -> Iterator[Point]:
+def _points(case: Case, machine: str) -> Iterator[Point]:
     flop, moved = sum(case.flop.values()), sum(case.bytes.values())
+    # The floor is the time that the ceiling takes for the same work.
+    by_flop = bool(flop and case.flop_rate)
+    work, intensity = flop if by_flop else moved, flop / moved if moved else 0.0
     for row in case.rows:
         timing = standing.whole(row)
         if timing is not None and timing.floor > 0:
             kind = "ours" if standing.ours(row) else standing.role(row.variant)
-            yield Point(case, row.variant, kind, flop / moved if moved else 0.0, *_rates(case, timing, flop, moved))
-
-
-def _rates(case: Case, timing: Timing, flop: float, moved: float) -> tuple[float, float]:
-    """What was reached, and the ceiling: the floor is the time that the ceiling takes for the same work."""
-    work = flop if flop and case.flop_rate else moved
-    return work / timing.median, work / timing.floor
+            rates = work / timing.median, work / timing.floor
+            yield Point(case, machine, standing.marked(row), kind, intensity, by_flop, *rates)
 
 
 def _figures(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def _roof(case: Case) -> str:
-    return f"{case.device} {case.dtype}"
 
 
 def _si(value: float) -> str:

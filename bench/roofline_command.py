@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench import machine, pictures, results, roofline
+from bench import machine, pictures, results, roofline, standing
 from bench.kernels_command import DTYPES, UsageError, make_folder
 from bench.results import Run
 
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the tables; returns 1 if the files have no step to show, 2 if the command line is wrong."""
     try:
         _check(options)
-        runs = [results.load(path) for path in options.results]
+        runs = [_loaded(path) for path in options.results]
     except (UsageError, OSError, ValueError) as error:
         print(f"python -m bench roofline: {error}", file=sys.stderr)
         return 2
@@ -63,6 +63,21 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError(f"{name} must name a file, and {path} is a folder")
 
 
+def _loaded(path: Path) -> Run:
+    """A run that says which machine it is of.
+
+    Raises:
+        ValueError: the file holds something else, or does not say.
+    """
+    run = results.load(path)
+    try:
+        machine.line(run.machine)
+        roofline.machines([run])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not say which machine it is of ({error!r}); measure again") from None
+    return run
+
+
 def _shown(runs: list[Run], picture: Path | None) -> int:
     found, roofs = roofline.points(runs), roofline.ceilings(runs)
     if not found or not roofs:
@@ -75,12 +90,22 @@ def _shown(runs: list[Run], picture: Path | None) -> int:
         "\nFLOP and bytes are those of the least work. The ceiling there is the smaller of the matrix rate and "
         "FLOP/byte times the bandwidth, both measured between the rounds of the case."
     )
-    facts = {run.machine["commit"]: run.machine for run in runs}
-    if len(facts) > 1:
-        print(f"\n**Not all of one commit: {', '.join(facts)}.**")
+    for mark in standing.explained(row for run in runs for case in run.cases for row in case.rows):
+        print(f"\n{mark}")
+    machines, commits = roofline.machines(runs), dict.fromkeys(run.machine["commit"] for run in runs)
+    if len(machines) > 1:
+        print(f"\n**Not all of one machine or set-up, so each has ceilings of its own: {'; '.join(machines)}.**")
+    if len(commits) > 1:
+        print(f"\n**Not all of one commit: {', '.join(commits)}.**")
     if picture is not None:
-        pictures.announced(lambda: pictures.write(partial(roofline.draw, found, roofs, runs[0].machine), picture))
+        of = f"{len(machines)} machines" if len(machines) > 1 else _this(runs[0].machine)
+        title = f"Steps under the ceilings of {of}"
+        pictures.announced(lambda: pictures.write(partial(roofline.draw, found, roofs, title), picture))
     return 0
+
+
+def _this(facts: dict[str, Any]) -> str:
+    return f"this machine\n{pictures.device(facts)}"
 
 
 def _measured(options: argparse.Namespace) -> int:
@@ -101,7 +126,8 @@ def _measured(options: argparse.Namespace) -> int:
         results.write(_as_json(options, facts, found), options.json)
     if options.plot is not None:
         roofs = {f"{device.type} {dtype}": best}
-        pictures.announced(lambda: pictures.write(partial(roofline.draw, [], roofs, facts), options.plot))
+        title = f"The ceilings of {_this(facts)}"
+        pictures.announced(lambda: pictures.write(partial(roofline.draw, [], roofs, title), options.plot))
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from bench.measure import Task
+from xsmoe.shortage import is_shortage
 
 T = TypeVar("T")
 
@@ -25,7 +26,9 @@ def named(name: str, task: Task) -> Task:
     def run(turn: int) -> tuple[float, ...]:
         try:
             return task(turn)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
             raise OutOfMemory(name, first_line(error)) from error
 
     return run
@@ -35,7 +38,9 @@ def fitting(run: Callable[[], T], device: torch.device) -> tuple[T | None, str]:
     """What a function gives, or None and what was said where memory does not suffice."""
     try:
         return run(), ""
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
         reason = first_line(error)
     # Only here, where the error is gone, whose traceback held tensors.
     release(device)

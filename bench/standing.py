@@ -1,8 +1,9 @@
 """How our rows stand beside their rivals': who a rival is, ratios of rounds, and where we lose."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from bench.compare import FEWEST_ROUNDS
 from bench.kernels import grouped_mm_rivals, softmax_loss_rivals
 from bench.measure import Quantiles, quantiles
 from bench.results import Case, Row, Run, Timing, ms
@@ -79,6 +80,25 @@ def problem(row: Row) -> str | None:
     return said.partition(";")[0] if said.startswith("solves another problem") else None
 
 
+def marked(row: Row) -> str:
+    """A row's name, with a mark if it solves an easier problem than its case; `explained` says which."""
+    return row.variant if problem(row) is None else f"{row.variant}*"
+
+
+def explained(rows: Iterable[Row]) -> list[str]:
+    """What the marks stand for: a line for each easier problem, with who solves it."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if (said := problem(row)) is not None and row.variant not in found.setdefault(said, []):
+            found[said].append(row.variant)
+    return [f"* {', '.join(names)} {said}; compared with each other only" for said, names in found.items()]
+
+
+def few_rounds(samples: Sequence[float]) -> str:
+    """What to add where so few rounds were timed that their median and ratios say little."""
+    return f"; few rounds: {len(samples)}" if len(samples) < FEWEST_ROUNDS else ""
+
+
 def best(case: Case, row: Row, of: str) -> Rival | None:
     """The fastest rival of a role that was measured in a case."""
     found = [
@@ -107,9 +127,11 @@ def losses(runs: Sequence[Run], *, steps: bool) -> list[Loss]:
 
 def told(loss: Loss) -> str:
     """A loss in a line."""
-    mine, theirs = (row.passes[loss.one_pass].median for row in (loss.row, loss.rival))
+    timing = loss.row.passes[loss.one_pass]
+    mine, theirs = timing.median, loss.rival.passes[loss.one_pass].median
     one_pass = "" if loss.one_pass == step(loss.row) else f", {loss.one_pass}"
     return (
-        f"{label(loss.case)}{one_pass}: {loss.row.variant} {loss.ratio.median:.2f} times as fast as "
-        f"{loss.rival.variant} ({loss.ratio.p10:.2f}-{loss.ratio.p90:.2f}), {ms(mine)} and {ms(theirs)} ms"
+        f"{label(loss.case)}{one_pass}: {marked(loss.row)} {loss.ratio.median:.2f} times as fast as "
+        f"{marked(loss.rival)} ({loss.ratio.p10:.2f}-{loss.ratio.p90:.2f}), {ms(mine)} and {ms(theirs)} ms"
+        f"{few_rounds(timing.samples)}"
     )

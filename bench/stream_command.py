@@ -14,8 +14,7 @@ from bench.kernels_command import UsageError, make_folder
 from bench.stream import plots, records, tables
 from bench.stream.parts import PARTS
 from bench.stream.records import StreamRun, WindowRecord
-from bench.stream.streams import POOLINGS, Settings, draw
-from bench.stream.windows import Streaming, names
+from bench.stream.settings import POOLINGS, Settings, names
 
 QUICK = {"users": 256, "items": 1000, "new_items": 100, "batch": 64}
 _NUMBERS = {
@@ -71,6 +70,10 @@ def run(options: argparse.Namespace) -> int:
     except (UsageError, OSError, ValueError, KeyError) as error:
         print(f"python -m bench stream: {error}", file=sys.stderr)
         return 2
+    # Only here, since all else of the bench goes without what these need.
+    from bench.stream.streams import draw
+    from bench.stream.windows import Streaming
+
     begin = time.monotonic()
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from bench import machine, standing
+from bench.compare import FEWEST_ROUNDS
 from bench.measure import quantiles
 from bench.results import Case, Row, Run, aligned, mib, ms, percent
 from bench.standing import ROLES
@@ -22,7 +23,9 @@ def report(runs: Sequence[Run], streams: Sequence[StreamRun], told: Sequence[str
     """
     sections = [_machine([*(run.machine for run in runs), *(stream.machine for stream in streams)])]
     if body := table(runs, streams):
-        sections.append(["## How much faster, how much less memory, how far from the limit", "", *body, "", *LEGEND])
+        marks = standing.explained(row for run in runs for case in run.cases for row in case.rows)
+        head = "## How much faster, how much less memory, how far from the limit"
+        sections.append([head, "", *body, "", *LEGEND, *(line for mark in marks for line in ("", mark))])
     if told:
         sections.append(["## In words", "", *told])
     sections.append(["## Refused, absent, skipped", "", *(missing(runs, streams) or ["none"])])
@@ -32,10 +35,11 @@ def report(runs: Sequence[Run], streams: Sequence[StreamRun], told: Sequence[str
 
 
 LEGEND = (
-    "x: times as fast as the fastest rival of its kind, the median over rounds; of a whole step, or forward where "
-    "there is no backward. published: the published formulation; eager: the best plain PyTorch; compiled: "
-    "torch.compile; library: of the package index. of floor: the least time at the rates measured in the "
-    "same run, over the median. "
+    "x: times as fast as the fastest rival of its kind, the median over rounds with the 10th and 90th percentile; of a "
+    "whole step, or forward where there is no backward. rounds: how often each variant was timed, of a stream its "
+    f"steps; fewer than {FEWEST_ROUNDS} are called few, and say little. published: the published formulation; eager: "
+    "the best plain PyTorch; compiled: torch.compile; library: of the package index. of floor: the least time at the "
+    "rates measured in the same run, over the median. "
     "rival's peak: the published one's, or the fastest eager one's where nothing is published. error: against float64, "
     "in units of the reference's.",
 )
@@ -45,7 +49,7 @@ def table(runs: Sequence[Run], streams: Sequence[StreamRun]) -> list[str]:
     """A row for each variant of ours that was measured."""
     cases = [case for run in runs for case in run.cases]
     kinds = [kind for kind in ROLES if kind != "library" or any(_has(case, kind) for case in cases)]
-    head = ["what", "variant", "ms", *(f"x {kind}" for kind in kinds), "of floor"]
+    head = ["what", "variant", "rounds", "ms", *(f"x {kind}" for kind in kinds), "of floor"]
     head += ["peak MiB", "rival's peak MiB", "error"]
     body = [_of_case(case, row, kinds) for case in cases for row in case.rows if standing.ours(row) and row.passes]
     body += [_of_window(stream, window, name, kinds) for stream in streams for window, name in _ends(stream)]
@@ -82,7 +86,7 @@ def slower(runs: Sequence[Run], streams: Sequence[StreamRun]) -> list[str]:
                 if (ratio := window.ratio(name)) and ratio[0] < 1:
                     lines.append(
                         f"- stream, {window.experts} experts: {name} {ratio[0]:.2f} times as fast as published "
-                        f"({ratio[1]:.2f}-{ratio[2]:.2f})"
+                        f"({ratio[1]:.2f}-{ratio[2]:.2f}){standing.few_rounds(window.runs[name].step_seconds)}"
                     )
     return lines
 
@@ -98,7 +102,7 @@ def _of_case(case: Case, row: Row, kinds: Iterable[str]) -> list[str]:
     timing = standing.whole(row)
     assert timing is not None
     sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
-    cells = [f"{case.operator} {case.dtype} {sizes}", row.variant, ms(timing.median)]
+    cells = [f"{case.operator} {case.dtype} {sizes}", standing.marked(row), _rounds(timing.samples), ms(timing.median)]
     cells += [_against(case, row, kind) for kind in kinds]
     cells.append(percent(timing.share))
     rival = standing.best(case, row, "published") or standing.best(case, row, "eager")
@@ -109,8 +113,8 @@ def _of_case(case: Case, row: Row, kinds: Iterable[str]) -> list[str]:
 def _against(case: Case, row: Row, kind: str) -> str:
     rival = standing.best(case, row, kind)
     if rival is not None:
-        return f"{rival.ratio.median:.2f} ({rival.row.variant})"
-    others = [other for other in case.rows if not standing.ours(other) and standing.role(other.variant) == kind]
+        return _ratio(rival.ratio, standing.marked(rival.row))
+    others = [other for other in standing.rivals(case, row) if standing.role(other.variant) == kind]
     return "/".join(dict.fromkeys(other.status for other in others if other.status != "measured"))
 
 
@@ -131,10 +135,19 @@ def _of_window(stream: StreamRun, window: WindowRecord, name: str, kinds: Iterab
     mine, theirs, s = window.runs[name], window.runs["published"], stream.settings
     ratio = window.ratio(name)
     what = f"stream step {s['dtype']} {s['pooling']} batch={s['batch']} E={window.experts}"
-    cells = [what, name, ms(quantiles(mine.step_seconds).median)]
-    cells += [f"{ratio[0]:.2f} (published)" if kind == "published" and ratio else "" for kind in kinds]
+    cells = [what, name, _rounds(mine.step_seconds), ms(quantiles(mine.step_seconds).median)]
+    cells += [_ratio(ratio, "published") if kind == "published" and ratio else "" for kind in kinds]
     peak = "" if theirs.peak_bytes is None else f"{mib(theirs.peak_bytes)} (published)"
     return [*cells, "", mib(mine.peak_bytes), peak, "" if mine.error is None else f"{mine.error:.2f}"]
+
+
+def _rounds(samples: Sequence[float]) -> str:
+    return f"{len(samples)}, few rounds" if len(samples) < FEWEST_ROUNDS else str(len(samples))
+
+
+def _ratio(ratio: Sequence[float], rival: str) -> str:
+    """Median, 10th and 90th percentile, and whose."""
+    return f"{ratio[0]:.2f}, {ratio[1]:.2f}-{ratio[2]:.2f} ({rival})"
 
 
 def _counted(sizes: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from bench.shortage import first_line
 from bench.workload import Absent
+from xsmoe.shortage import is_shortage
 
 DEVICES = ("cuda",)
 """Where these libraries' kernels run."""
@@ -37,7 +38,7 @@ def attempt(name: str, run: Callable[[], object]) -> None:
     """
     try:
         run()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_shortage(error):
+            raise
         raise Absent(f"{name} fails here: {first_line(error)}") from error

@@ -8,7 +8,7 @@ from typing import Any
 from bench import pictures
 from bench.memory.growth import Curve
 from bench.memory.tables import MEASURES, SAVED, expected
-from xsmoe.report.plots import CYCLE
+from xsmoe.report.style import CYCLE
 
 TITLES = {
     "saved": "Saved for backward",

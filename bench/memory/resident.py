@@ -19,7 +19,9 @@ import torch
 
 from bench.memory.step import step_of, warm_up
 from bench.rows import Rows
+from bench.shortage import first_line
 from bench.workload import Workload
+from xsmoe.shortage import is_shortage
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # What makes the kernel set the largest resident size back to the present one.
@@ -55,7 +57,8 @@ def resident_growth(point: Point) -> int:
     """By how many bytes a step's resident memory exceeds, at its peak, that of the process ahead of it.
 
     Raises:
-        NotResident: this is no Linux, the kernel does not let the mark be set back, or the process was killed.
+        NotResident: this is no Linux, the kernel does not let the mark be set back, memory does not suffice, or the
+            process was killed.
     """
     if not sys.platform.startswith("linux"):
         raise NotResident(f"only Linux tells the peak of a process anew, not {sys.platform}")
@@ -96,8 +99,9 @@ def _measure(point: Point, folder: str, sender: Connection) -> None:
     except KeyboardInterrupt:
         # The parent, which got it too, says so.
         pass
-    except Exception:
-        sender.send(traceback.format_exc())
+    except Exception as error:
+        short = is_shortage(error)
+        sender.send(NotResident(f"out of memory: {first_line(error)}") if short else traceback.format_exc())
 
 
 def growth(point: Point) -> int:

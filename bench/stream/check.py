@@ -19,7 +19,8 @@ from bench.published_names import as_ours, canonical, counters, published_counte
 from bench.steps.training_step import PLACES, TrainingStep, drop_out, popularity
 from bench.stream import published_run
 from bench.stream.runs import OurRun
-from bench.stream.streams import Drawn, Settings
+from bench.stream.settings import Settings
+from bench.stream.streams import Drawn
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender
 from xsmoe.stream.batches import StepInput

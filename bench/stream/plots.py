@@ -9,7 +9,7 @@ from bench import pictures
 from bench.measure import quantiles
 from bench.stream.records import RunRecord, StreamRun
 from bench.stream.tables import METRICS, medians
-from xsmoe.report.plots import BLUE, CYCLE, GREEN, GREY, RED
+from xsmoe.report.style import BLUE, CYCLE, GREEN, GREY, RED
 
 COLOURS = (RED, BLUE, GREEN)
 

@@ -11,7 +11,8 @@ from bench.published_names import take_weights
 from bench.steps.training_step import PLACES, popularity, published_model
 from bench.stream.parts import StepClock
 from bench.stream.runs import GateRows, Run, byte_size
-from bench.stream.streams import Drawn, Settings
+from bench.stream.settings import Settings
+from bench.stream.streams import Drawn
 from xsmoe.data import Sequences
 from xsmoe.stream.evaluation import RankingTask
 from xsmoe.stream.precision import autocast

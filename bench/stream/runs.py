@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bench.steps.training_step import BLOCKS, LEVELS, OUT_DIM, PLACES
 from bench.stream.parts import StepClock
-from bench.stream.streams import Drawn, Settings
+from bench.stream.settings import Settings
+from bench.stream.streams import Drawn
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream.epoch import make_optimizer, train_epoch

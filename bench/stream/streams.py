@@ -11,78 +11,18 @@ import torch
 from torch import Tensor
 
 from bench.steps.training_step import LEVELS
+from bench.stream.settings import Settings
 from xsmoe.data import Window, make_windows
 from xsmoe.data.catalogue.attributes import ATTRIBUTES
 from xsmoe.data.catalogue.generator import generate
 from xsmoe.encoders import InMemoryFeatures
-from xsmoe.stream import StreamConfig
 
-POOLINGS = ("mean", "cls")
 SPREAD = 0.2
 """Standard deviation of hidden states: the first scores then lie near 0, and training begins at once."""
 NOISE = 0.3
 """What an item has for itself, where its attributes make 1."""
 _SEEN = len(ATTRIBUTES) // 2
 _MODALITIES = {"image": slice(0, _SEEN), "text": slice(_SEEN, None)}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is streamed, and what is trained on it.
-
-    Attributes:
-        pooling: "mean", or "cls", where the first level is one row for all items.
-        users: active in each window, 6 to 15 interactions each.
-        items, new_items: on sale at the start, and arriving with each later window.
-        windows: trained on one after the other; each but the first tests the model of the one before.
-        epochs: of each window. The last one is kept, so that no time goes into validation.
-        batch: users a step.
-        dim, rank: D of the hidden states, R of an expert.
-        dropout: in the user encoder, of both formulations.
-        lr: of Adam, decaying as published.
-        seed: of the stream, the first weights, batch order, gate rows and dropout.
-        dtype: "float32", or "bfloat16", which is autocast over hidden states in bfloat16.
-        device: "cpu" or "cuda".
-        top_k: of a further run of ours, or None.
-    """
-
-    pooling: str = "mean"
-    users: int = 1024
-    items: int = 4000
-    new_items: int = 400
-    windows: int = 10
-    epochs: int = 2
-    batch: int = 256
-    dim: int = 768
-    rank: int = 64
-    dropout: float = 0.1
-    lr: float = 1e-3
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
-    top_k: int | None = None
-
-    def config(self) -> StreamConfig:
-        """The protocol of both runs: the published one, with growth every window and nothing pruned."""
-        return StreamConfig(
-            protocol="paper",
-            batch_size=self.batch,
-            epochs=self.epochs,
-            warmup_epochs=self.epochs,
-            lr=self.lr,
-            min_lr=min(self.lr, StreamConfig.min_lr),
-            prune=False,
-            seed=self.seed,
-            device=self.device,
-            precision="bfloat16" if self.half else "float32",
-            # Hooks tell the parts of a step apart, and a graph runs none.
-            graph=False,
-        )
-
-    @property
-    def half(self) -> bool:
-        """Whether autocast to bfloat16 is on."""
-        return self.dtype == "bfloat16"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from bench import machine
 from bench.measure import quantiles
 from bench.results import aligned
 from bench.stream.records import RunRecord, StreamRun, WindowRecord
-from xsmoe.stream.metrics import pool
 
 METRICS = ("HR@10", "NDCG@10")
 
@@ -32,6 +31,9 @@ def setting(run: StreamRun) -> str:
 
 def headline(run: StreamRun) -> list[str]:
     """How much faster, how much less memory, at what quality, on which machine."""
+    # Only here: it needs what `xsmoe` depends on, and the bench's other commands import this file too.
+    from xsmoe.stream.metrics import pool
+
     lines = [f"- machine: {machine.line(run.machine)}"]
     if len(run.windows) < run.settings["windows"]:
         lines.append(f"- **stopped after {len(run.windows)} of {run.settings['windows']} windows**")

@@ -14,7 +14,8 @@ from bench.stream.check import Check
 from bench.stream.published_run import PublishedRun
 from bench.stream.records import RunRecord, WindowRecord
 from bench.stream.runs import GateRows, OurRun, Run
-from bench.stream.streams import Drawn, Settings
+from bench.stream.settings import Settings, names
+from bench.stream.streams import Drawn
 from xsmoe.data import Sequences, WindowSplits, item_share
 from xsmoe.stream.evaluation import RankingTask, rank_with_popularity
 from xsmoe.stream.memory import StreamMemory
@@ -22,11 +23,6 @@ from xsmoe.stream.metrics import per_user, summarize
 from xsmoe.stream.seeds import derive
 
 Say = Callable[[str], None]
-
-
-def names(settings: Settings) -> list[str]:
-    """The runs, in the order of their columns."""
-    return ["published", "ours", *([] if settings.top_k is None else [f"ours-top-{settings.top_k}"])]
 
 
 class Streaming:

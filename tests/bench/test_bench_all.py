@@ -60,10 +60,12 @@ def test_everything_lands_in_a_folder_and_in_one_table(
         ["stream step float32 mean batch=8 E=1", "ours"],
         ["stream step float32 mean batch=8 E=2", "ours"],
     ]
-    assert rows[0][3:7] == ["x published", "x eager", "x compiled", "x library"]
-    assert rows[2][4].endswith("(loop)")
-    assert rows[2][6] == "absent"
-    assert rows[3][3].endswith("(published)")
+    assert rows[0][2:8] == ["rounds", "ms", "x published", "x eager", "x compiled", "x library"]
+    assert int(rows[2][2].partition(",")[0]) == results.load(folder / "kernels.json").cases[0].rounds
+    assert rows[2][5].endswith("(loop)")
+    assert rows[2][7] == "absent"
+    assert rows[3][2] == "3, few rounds"
+    assert rows[3][4].endswith("(published)")
     assert "- absent: grouped_mm megablocks, M=9 E=2 K=4 P=8: megablocks needs a CUDA device, not cpu" in text
     assert "- ours: a training step " in text
     assert "left out of --quick: all but nothing" in text
@@ -164,8 +166,8 @@ def test_a_summary_names_what_is_missing_and_what_is_slower() -> None:
         ),
         case(
             Row("compiled", "skipped", "memory is short"),
-            row("eager", 3 << 20, both=timing(4e-3)),
-            row("ours", 2 << 20, both=timing(2e-3)),
+            row("eager", 3 << 20, both=timing(*[4e-3] * 7, 8e-3)),
+            row("ours", 2 << 20, both=timing(*[2e-3] * 8)),
             sizes={"N": 7, "E": 2},
         ),
     )
@@ -176,15 +178,33 @@ def test_a_summary_names_what_is_missing_and_what_is_slower() -> None:
         if line.startswith("| side_moe")
     }
     first, second = cells["side_moe float32 N=5 E=2"], cells["side_moe float32 N=7 E=2"]
-    assert first == ["2.00", "2.00 (naive)", "0.50 (eager)", "skipped", "50%", "8.0", "40.0 (naive)", "1.00"]
-    assert second[1:4] == ["", "2.00 (eager)", "skipped"]
-    assert second[6] == "3.0 (eager)"
+    against = ["2.00, 2.00-2.00 (naive)", "0.50, 0.50-0.50 (eager)", "skipped"]
+    assert first == ["1, few rounds", "2.00", *against, "50%", "8.0", "40.0 (naive)", "1.00"]
+    assert second[:5] == ["8", "2.00", "", "2.00, 2.00-2.60 (eager)", "skipped"]
+    assert second[7] == "3.0 (eager)"
     assert (
         "- refused: side_moe ours-recompute, N=5 E=2: y: error 1\n- skipped: side_moe compiled, 2 sizes: memory" in text
     )
-    assert "- side_moe float32 N=5 E=2: ours 0.50 times as fast as eager" in text
+    assert (
+        "- side_moe float32 N=5 E=2: ours 0.50 times as fast as eager (0.50-0.50), 2.00 and 1.00 ms; few rounds: 1\n"
+        in text
+    )
     assert "N=7" not in text.partition("## Slower than a rival")[2]
     assert text.startswith("# Benchmarks\n\na processor, 2 cores")
+
+
+def test_a_summary_marks_who_solves_an_easier_problem() -> None:
+    easier = "solves another problem: the same without x"
+    liger, plain = row("liger", 1 << 20, easier, both=timing(2.0)), row("ours-plain", 1 << 20, easier, both=timing(1.0))
+    text = summary.report([run(case(row("eager", both=timing(8.0)), liger, row("ours", both=timing(4.0)), plain))], [],
+                          [], [])  # fmt: skip
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| s"]
+    head = next(line for line in text.splitlines() if line.startswith("| what"))
+    names = [name.strip() for name in head.split("|")[1:-1]]
+    ours, easy = (dict(zip(names, one, strict=True)) for one in cells)
+    assert (ours["variant"], ours["x eager"], ours["x library"]) == ("ours", "2.00, 2.00-2.00 (eager)", "")
+    assert (easy["variant"], easy["x eager"], easy["x library"]) == ("ours-plain*", "", "2.00, 2.00-2.00 (liger*)")
+    assert "\n* liger, ours-plain solves another problem: the same without x; compared with each other only\n" in text
 
 
 def test_a_summary_of_nothing_says_so() -> None:

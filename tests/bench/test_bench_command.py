@@ -121,6 +121,7 @@ def test_what_was_measured_is_kept_when_the_next_case_fails(tmp_path: Path, monk
         (["side_moe", "--sizes", "Q=3"], "has a size Q"),
         (["side_moe", "--sizes", "N"], "as in N=256,2816, not 'N'"),
         (["side_moe", "--sizes", "N=0"], "must be at least 1"),
+        (["side_moe", "--sizes", "N=3", "N=4"], "--sizes gives N twice; give its values with commas"),
         (["side_moe", "--variants", "fast"], "side_moe has no variant 'fast'; it has compiled"),
         (["side_moe", "--threads", "0"], "--threads must be at least 1, not 0"),
         (["side_moe", "--seconds", "-1"], "--seconds must be above 0, not -1"),
@@ -130,6 +131,16 @@ def test_what_was_measured_is_kept_when_the_next_case_fails(tmp_path: Path, monk
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_is_not_left_empty_by_a_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, there = tmp_path / "new" / "run.json", tmp_path / "old.json"
+    there.write_text("old")
+    for one in (path, there):
+        assert main(["kernels", "side_moe", "--json", str(one), "--sizes", "Q=3"]) == 2
+    assert "has a size Q" in capsys.readouterr().err
+    assert there.read_text() == "old"
+    assert not path.exists()
 
 
 def test_a_step_is_not_measured_in_float16(capsys: pytest.CaptureFixture[str]) -> None:

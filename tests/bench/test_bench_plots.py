@@ -28,6 +28,20 @@ def test_a_bar_for_each_variant_in_each_panel() -> None:
     assert times.get_title() == "A whole step; x: times as fast as eager"
 
 
+def test_an_easier_problem_is_marked_and_compared_with_nobody() -> None:
+    pytest.importorskip("matplotlib")
+    found = case(
+        row("eager", both=timing(4e-3, against=("eager",))),
+        row("liger", remark="solves another problem: no x", both=timing(1e-3)),
+        row("ours", both=timing(2e-3, against=("eager",))),
+    )
+    drawn = case_plots.draw(run(found), found)
+    times = drawn.axes[0]
+    assert [label.get_text() for label in times.get_yticklabels()] == ["eager", "liger*", "ours"]
+    assert [text.get_text() for text in times.texts] == ["4.00", "1.00", "2.00  (x 2.00)"]
+    assert drawn.get_supxlabel() == "* liger solves another problem: no x; compared with each other only"
+
+
 def test_without_peaks_the_bytes_kept_are_drawn() -> None:
     pytest.importorskip("matplotlib")
     found = case(row("ours", forward=timing(4e-3)))

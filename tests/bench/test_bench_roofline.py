@@ -1,6 +1,7 @@
 """`python -m bench roofline`: ceilings measured here, steps of files under theirs, pictures, and mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import made_up
@@ -49,6 +50,44 @@ def test_ceilings_are_the_highest_of_any_case() -> None:
     assert roof.ridge == 50
     assert roof.at(1) == 2e10
     assert roof.at(1e6) == 1e12
+
+
+def test_each_machine_has_ceilings_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = run()
+    faster = [replace(case, flop_rate=9 * case.flop_rate) for case in one.cases]
+    other = Run(one.command, {**made_up.MACHINE, "threads": 1}, faster, 1.0)
+    roofs = roofline.ceilings([one, other])
+    first, second = "cpu float32, a processor, 2 threads, torch 2", "cpu float32, a processor, 1 threads, torch 2"
+    assert {name: roof.flop for name, roof in roofs.items()} == {first: 1e12, second: 9e12}
+    for name, found in (("one", one), ("other", other)):
+        results.save(found, tmp_path / f"{name}.json")
+    paths = [str(tmp_path / f"{name}.json") for name in ("one", "other")]
+    assert main(["roofline", *paths, "--plot", str(tmp_path / "roof.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "**Not all of one machine or set-up, so each has ceilings of its own: a processor, 2 threads" in printed
+    assert "| side_moe float32 N=5 | a processor, 1 threads, torch 2 |" in " ".join(printed.split())
+
+
+def test_without_a_matrix_rate_bytes_are_shown_as_bytes() -> None:
+    (case, _) = run().cases
+    # As where the probes of products did not fit into memory: the floor is the 2 ms of the bytes.
+    rows = [Row("ours", "measured", passes={"both": timing(8e-3, 2e-3)})]
+    (point,) = roofline.points([Run([], made_up.MACHINE, [replace(case, flop_rate=0.0, rows=rows)], 1.0)])
+    assert not point.by_flop
+    assert (point.rate, point.ceiling) == pytest.approx((5e9, 2e10))
+    assert "| 5 GB/s | 20 GB/s |" in " ".join(roofline.table_of_points([point]).split())
+
+
+@pytest.mark.parametrize("field", ["cpu", "threads", "versions", "commit"])
+def test_a_file_that_does_not_say_its_machine_is_named(
+    field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {name: value for name, value in made_up.MACHINE.items() if name != field}
+    results.save(Run([], facts, run().cases, 1.0), tmp_path / "run.json")
+    assert main(["roofline", str(tmp_path / "run.json")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"run.json does not say which machine it is of (KeyError('{field}'))" in said
 
 
 def test_committed_results_lie_where_their_floor_says() -> None:

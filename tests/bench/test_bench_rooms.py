@@ -9,7 +9,7 @@ import torch
 
 from bench import kernels, steps
 from bench.case import measure
-from bench.examine import Truth, examine, outcome
+from bench.examine import FAILS, Truth, examine, outcome
 from bench.kernels import ROOMS, rivals, softmax_loss_rivals
 from bench.kernels.in_batch_softmax_loss import InBatchSoftmaxLoss
 from bench.kernels.side_moe import SideMoE
@@ -37,6 +37,7 @@ def test_every_variant_is_right(operator: str, dtype: torch.dtype) -> None:
             if not name.startswith("compiled"):
                 row = examine(workload, name, rows, truth).row
                 assert row.status in ("measured", "absent"), f"{workload.sizes} {name}: {row.reason}"
+                assert not (row.reason or "").startswith(FAILS), f"{workload.sizes} {name}: {row.reason}"
 
 
 @pytest.mark.slow
@@ -149,6 +150,30 @@ def test_a_rival_that_fails_is_absent_and_one_that_is_wrong_is_refused(
     wrong = staticmethod(lambda queries, items, targets: right(queries * 1.001, items, targets))
     monkeypatch.setattr(FakeModule, "linear_cross_entropy", wrong)
     assert examine(workload, "cut-cross-entropy", *drawn).row.status == "refused"
+
+
+@pytest.mark.parametrize("place", ["build", "forward"])
+def test_what_a_rival_raises_makes_it_absent_and_what_ours_raises_is_raised(
+    place: str, cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = SideMoE({"N": 5, "E": 2, "D": 8, "R": 2}, torch.float32, cpu)
+    build, broken = workload.build, ["eager"]
+
+    def fails(*_: object) -> dict[str, torch.Tensor]:
+        raise IndexError("no such row\nat all")
+
+    def broken_build(name: str) -> Variant:
+        if name not in broken:
+            return build(name)
+        return replace(build(name), forward=fails) if place == "forward" else fails()  # type: ignore[return-value]
+
+    monkeypatch.setattr(workload, "build", broken_build)
+    eager, ours = measure(workload, ["eager", "ours"], ["eager"], seconds=0.01).rows
+    assert (eager.status, eager.reason) == ("absent", f"{FAILS} IndexError: no such row")
+    assert ours.status == "measured"
+    broken[:] = ["ours"]
+    with pytest.raises(IndexError, match="no such row"):
+        measure(workload, ["eager", "ours"], ["eager"], seconds=0.01)
 
 
 def wrong_y(variant: Variant) -> Variant:

@@ -55,6 +55,7 @@ def test_an_easier_problem_is_compared_with_itself_only() -> None:
     assert [one.variant for one in standing.rivals(found, plain)] == ["liger"]
     (loss,) = standing.losses([run(found)], steps=True)
     assert (loss.row.variant, loss.rival.variant) == ("ours-plain", "liger")
+    assert "ours-plain* 0.67 times as fast as liger* " in standing.told(loss)
 
 
 def test_losses_are_of_whole_steps_or_of_passes_of_others() -> None:
@@ -68,7 +69,7 @@ def test_losses_are_of_whole_steps_or_of_passes_of_others() -> None:
     assert standing.told(passing).startswith("side_moe float32 N=5 E=2, forward: ours-recompute 0.50 times as fast as")
     (loss,) = standing.losses(runs, steps=True)
     assert standing.told(loss) == (
-        "side_moe float32 N=5 E=2: ours 0.80 times as fast as eager (0.80-0.80), 5000 and 4000 ms"
+        "side_moe float32 N=5 E=2: ours 0.80 times as fast as eager (0.80-0.80), 5000 and 4000 ms; few rounds: 1"
     )
 
 
@@ -103,12 +104,13 @@ def test_committed_losses_are_those_that_the_files_tell() -> None:
     assert saved <= told
 
 
+@pytest.mark.parametrize("between", ["x\n", "", "\n\nx\n\n"], ids=["line", "nothing", "room"])
 def test_writing_replaces_what_stands_between_the_marks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    between: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "docs" / "kernels.md"
     page.parent.mkdir()
-    page.write_text(f"x before\n\n{losing.BEGIN}\nx\n{losing.END}\n\nx after\n")
+    page.write_text(f"x before\n\n{losing.BEGIN}\n{between}{losing.END}\n\nx after\n")
     monkeypatch.setattr(losing, "ROOT", page.parents[1])
     monkeypatch.setattr(losing, "PAGE", page)
     won: dict[str, Run] = {"a.json": run(case(row("eager", both=timing(2.0)), row("ours", both=timing(1.0))))}

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench import pictures, published, results, stream_command
+from bench import pictures, published, results
 from bench.__main__ import main
 from bench.kinks import smooth_users
 from bench.published_names import published_levels
 from bench.steps.training_step import drop_out
-from bench.stream import check, records, tables, windows
+from bench.stream import check, records, streams, tables, windows
 from bench.stream.parts import PARTS
 from bench.stream.published_run import PublishedRun, padded
 from bench.stream.runs import OurRun
-from bench.stream.streams import POOLINGS, Settings, draw
+from bench.stream.settings import POOLINGS, Settings
+from bench.stream.streams import draw
 from bench.stream.windows import Streaming
 from xsmoe.stream import Stream, StreamingTrainer
 
@@ -248,7 +249,7 @@ def test_without_matplotlib_a_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pictures, "missing", lambda: True)
-    monkeypatch.setattr(stream_command, "draw", lambda settings: draw(replace(settings, windows=2)))
+    monkeypatch.setattr(streams, "draw", lambda settings: draw(replace(settings, windows=2)))
     assert main([*ARGUMENTS, "--plot", str(tmp_path)]) == 0
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

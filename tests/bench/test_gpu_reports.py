@@ -44,6 +44,23 @@ def test_speeds_are_medians_of_paired_rounds() -> None:
     assert "N=2816 E=10 D=768 R=64 M=2" in rows[0][0]
 
 
+def test_speeds_compare_equal_problems_only() -> None:
+    easier = "solves another problem: plain cross-entropy"
+    rows = [
+        Row("eager", "measured", peak_bytes=9 << 20, passes={"both": timing(8e-3)}),
+        Row("liger", "measured", peak_bytes=1 << 20, remark=easier, passes={"both": timing(2e-3)}),
+        Row("ours", "measured", peak_bytes=4 << 20, passes={"both": timing(4e-3)}),
+        Row("ours-plain", "measured", peak_bytes=4 << 20, remark=easier, passes={"both": timing(1e-3)}),
+    ]
+    case = Case("loss", "title", {"B": 3}, "float32", "cuda", 1e13, 2e12, {"forward": 1e9}, {"forward": 4e7}, 3, rows)
+    lines = gpu_summary.speeds([Run(["kernels"], {}, [case], 1.0)]).splitlines()
+    head, _, ours, plain = (_cells(line) for line in lines[:4])
+    assert head[3:5] == ["x eager", "x liger"]
+    assert (ours[1], ours[3:5], ours[-1]) == ("ours", ["2.00", ""], "9.0 (eager)")
+    assert (plain[1], plain[3:5], plain[-1]) == ("ours-plain*", ["", "2.00"], "1.0 (liger)")
+    assert lines[-1].startswith("* liger, ours-plain solves another problem: plain cross-entropy")
+
+
 def test_the_summary_tells_of_parts_and_tests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = tmp_path / ".gpu_suite"
     state.mkdir()

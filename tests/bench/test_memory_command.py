@@ -20,7 +20,7 @@ from bench.memory.point import measure
 from bench.memory.resident import NotResident, Point, resident_growth
 from bench.memory.sweeps import SWEPT, plan
 from bench.results import Case, Row
-from bench.steps import ROOMS
+from bench.steps import room
 from bench.workload import Tensors, Workload
 from xsmoe_kernels import dispatch
 
@@ -170,7 +170,7 @@ def test_quick_from_end_to_end(
 
 
 def test_a_whole_step_counts_its_gradients_and_dropout(cpu: torch.device) -> None:
-    kind = ROOMS["mean"]
+    kind = room("mean")
     sizes = {letter: values[0] for letter, values in {**kind.letters, **kind.tiny_sizes}.items()}
     workload = kind(sizes, torch.float32, cpu)
     (row,) = measure(workload, ["ours"], resident=False).rows
@@ -273,7 +273,7 @@ def test_a_snapshot_is_of_one_step_of_ours(
         assert history == ["step", "record all", "step", "record None"]
         assert not path.exists()
         return
-    memory_command._snap(workload, [case], path)
+    assert memory_command._snap(workload, [case], path)
     # The first step is a warm-up.
     assert history == ["step", "record all", "step", "dump", "record None"]
     assert path.read_bytes() == b"snapshot"
@@ -288,7 +288,7 @@ def test_there_is_no_snapshot_of_what_is_not_right(
 ) -> None:
     workload = SideMoE(TINY, torch.float32, cpu)
     case = replace(case_of(1, Row("ours", status, "y: error 1")), sizes=workload.sizes)
-    memory_command._snap(workload, [case], tmp_path / "step.pickle")
+    assert not memory_command._snap(workload, [case], tmp_path / "step.pickle")
     assert history == []
     assert f"no snapshot: ours is {status}" in capsys.readouterr().out
 

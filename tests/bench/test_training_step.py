@@ -9,7 +9,7 @@ from torch import Tensor
 from bench.case import measure
 from bench.examine import Truth, examine
 from bench.rows import Rows
-from bench.steps import ROOMS, training_step
+from bench.steps import ROOMS, room, training_step
 from bench.steps.training_step import TrainingStep
 from bench.workload import Absent
 from xsmoe.nn import Recommender
@@ -18,7 +18,7 @@ from xsmoe_kernels import Utilization
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, **changed: int) -> TrainingStep:
-    kind = ROOMS[name]
+    kind = room(name)
     sizes = {letter: values[0] for letter, values in {**kind.letters, **kind.tiny_sizes}.items()} | changed
     workload = kind(sizes, dtype, torch.device("cpu"))
     assert isinstance(workload, TrainingStep)

@@ -29,12 +29,12 @@ def undisturbed() -> list[dict[str, Any]]:
     return fit()
 
 
-def failing(real: Callable[..., Any], after: int) -> Callable[..., Any]:
+def failing(real: Callable[..., Any], after: int, error: Exception) -> Callable[..., Any]:
     count = iter(range(10_000))
 
     def call(*arguments: Any, **named: Any) -> Any:
         if next(count) == after:
-            raise torch.OutOfMemoryError(SAID)
+            raise error
         return real(*arguments, **named)
 
     return call
@@ -64,7 +64,7 @@ def test_it_is_explained_and_the_run_goes_on(
     message: str,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, failing(getattr(module, name), after))
+        patch.setattr(module, name, failing(getattr(module, name), after, torch.OutOfMemoryError(SAID)))
         with pytest.raises(OutOfMemory, match=message) as raised:
             fit(tmp_path)
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
@@ -76,17 +76,33 @@ def test_it_is_explained_and_the_run_goes_on(
     assert fit(tmp_path) == undisturbed
 
 
+@pytest.mark.parametrize("module", [epoch, testing])
+def test_a_cpu_has_an_error_of_its_own(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "train_step" if module is epoch else "rank_with_model"
+    with pytest.raises(RuntimeError) as short:
+        torch.empty(1 << 50)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, failing(getattr(module, name), 0, short.value))
+        with pytest.raises(OutOfMemory, match=r"of cpu \(.*tried to allocate 4503599627370496 bytes\)"):
+            fit()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, failing(getattr(module, name), 0, RuntimeError("another")))
+        with pytest.raises(RuntimeError, match="another"):
+            fit()
+
+
 def test_hidden_states_that_do_not_fit_are_explained_and_those_on_the_device_can_leave_it(
     undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    short = torch.OutOfMemoryError(SAID)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "place", failing(trainer.place, 0))
+        patch.setattr(trainer, "place", failing(trainer.place, 0, short))
         with pytest.raises(
             OutOfMemory, match=r"hidden states do not fit .* --store-gib \(here 1.0\) .* --store-gib 0 "
         ):
             fit(tmp_path, store_gib=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(epoch, "train_step", failing(epoch.train_step, 7))
+        patch.setattr(epoch, "train_step", failing(epoch.train_step, 7, short))
         with pytest.raises(OutOfMemory, match="Try --batch-size 2, or --store-gib 0, which"):
             fit(tmp_path, store_gib=1.0)
     assert fit(tmp_path, store_gib=1.0) == undisturbed
@@ -125,7 +141,13 @@ def test_the_advice_says_what_it_rests_on() -> None:
 
 
 def test_what_was_asked_for_is_read_from_the_message() -> None:
-    for text, size in [(SAID, 5 * GIB // 2), ("Tried to allocate 20.00 MiB.", 20 << 20), ("out of memory", 0)]:
+    of_cpu = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"
+    for text, size in [
+        (SAID, 5 * GIB // 2),
+        (of_cpu, 4096),
+        ("Tried to allocate 20.00 MiB.", 20 << 20),
+        ("out of memory", 0),
+    ]:
         assert requested(torch.OutOfMemoryError(text)) == size
 
 

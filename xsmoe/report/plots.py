@@ -8,23 +8,7 @@ from typing import Any
 
 from xsmoe.files import replace_file
 from xsmoe.report.results import BASELINES, WindowResult, expert_births
-
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#777777"
-CYCLE = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
-DPI = 120
-
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-}
+from xsmoe.report.style import BLUE, CYCLE, DPI, GREEN, GREY, ORANGE, RED, SKY, STYLE
 
 
 @dataclass(frozen=True)

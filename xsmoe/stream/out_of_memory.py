@@ -6,12 +6,13 @@ from contextlib import contextmanager
 
 import torch
 
+from xsmoe.shortage import is_shortage
 from xsmoe.stream.config import StreamConfig
 
 GIB = 1 << 30
 SPARE = 0.9
 """The part of the room that an estimate fills."""
-_REQUEST = re.compile(r"Tried to allocate ([\d.]+) (bytes|[KMG]iB)")
+_REQUEST = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB}
 
 
@@ -21,10 +22,12 @@ class OutOfMemory(ValueError):
 
 @contextmanager
 def placing_memory(config: StreamConfig) -> Iterator[None]:
-    """Turns torch.OutOfMemoryError of hidden states that are copied to the device into `OutOfMemory`."""
+    """Turns what torch says where hidden states do not fit onto the device into `OutOfMemory`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
         allowed = "its default" if config.store_gib is None else config.store_gib
         raise OutOfMemory(
             f"the items' hidden states do not fit into the memory of {config.device} ({_said(error)}), although "
@@ -34,12 +37,14 @@ def placing_memory(config: StreamConfig) -> Iterator[None]:
 
 @contextmanager
 def training_memory(config: StreamConfig, window: int, epoch: int, *, resident: bool) -> Iterator[None]:
-    """Turns torch.OutOfMemoryError of training steps into `OutOfMemory`; see `advice` for `resident`."""
+    """Turns what torch says where a training step does not fit into `OutOfMemory`; see `advice` for `resident`."""
     device = torch.device(config.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
         numbers = None
         if device.type == "cuda":
             # What this process has reserved can serve other tensors, what others hold cannot.
@@ -53,10 +58,12 @@ def training_memory(config: StreamConfig, window: int, epoch: int, *, resident: 
 
 @contextmanager
 def ranking_memory(config: StreamConfig, what: str) -> Iterator[None]:
-    """Turns torch.OutOfMemoryError of an evaluation into `OutOfMemory`."""
+    """Turns what torch says where memory is short, in an evaluation, into `OutOfMemory`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
         raise OutOfMemory(
             f"{what} does not fit into the memory of {config.device} ({_said(error)}). It takes items and users in "
             f"chunks of a fixed size, so that neither --batch-size (here {config.batch_size}) nor --precision changes "
@@ -119,7 +126,7 @@ def fitting_batch(batch_size: int, held: int, reached: int, room: int) -> int:
     return fits
 
 
-def requested(error: torch.OutOfMemoryError) -> int:
+def requested(error: Exception) -> int:
     """The bytes that the allocation asked for which failed; 0 if torch does not say."""
     found = _REQUEST.search(str(error))
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
