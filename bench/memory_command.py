@@ -19,8 +19,8 @@ from bench.results import Case
 from bench.snapshot import VIEWER, recorded
 from bench.workload import Workload
 
-SNAPPED = "ours"
-"""The variant whose step a snapshot shows."""
+SNAPPED = ("ours-eager", "ours")
+"""Variants whose step a snapshot may show: beside the former the latter replays a graph, and allocates nothing."""
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,7 +54,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--snapshot",
         type=Path,
         metavar="PATH",
-        help=f"on a GPU: every allocation of a step of {SNAPPED} at the centre, for PyTorch's memory viewer",
+        help=f"on a GPU: every allocation of a step of {SNAPPED[-1]} at the centre, for PyTorch's memory viewer",
     )
     parser.set_defaults(run=run)
 
@@ -152,8 +152,10 @@ def _planned(options: argparse.Namespace, device: torch.device) -> list[tuple[st
         # Names do not depend on sizes, and weights of these are drawn at once.
         workload = SWEPT[name].kind(dict.fromkeys(sizes.centre, 1), DTYPES[options.dtype], device)
         variants = choose(workload, listed(options.variants) or usual(workload), [])[0]
-        if options.snapshot is not None and SNAPPED not in variants:
-            raise UsageError(f"--snapshot shows a step of {SNAPPED}, which is not among --variants {options.variants}")
+        if options.snapshot is not None and snapped(workload) not in variants:
+            raise UsageError(
+                f"--snapshot shows a step of {snapped(workload)}, which is not among --variants {options.variants}"
+            )
         planned.append((name, sizes, variants))
     for option, path in (("--json", options.json), ("--snapshot", options.snapshot)):
         if path is not None:
@@ -168,7 +170,17 @@ def _planned(options: argparse.Namespace, device: torch.device) -> list[tuple[st
 
 def usual(workload: Workload) -> list[str]:
     """The variants of an ordinary run: what needs no compiler, and keeps no graph's memory between steps."""
-    return [name for name in workload.variants() if not name.startswith("compiled") and not name.endswith("-graph")]
+    left_out = {"ours"} if "ours-eager" in workload.variants() else set()
+    return [
+        name
+        for name in workload.variants()
+        if not name.startswith("compiled") and not name.endswith("-graph") and name not in left_out
+    ]
+
+
+def snapped(workload: Workload) -> str:
+    """The variant whose step a snapshot shows: the first of SNAPPED that there is."""
+    return next(name for name in SNAPPED if name in workload.variants())
 
 
 def _show(cases: list[Case], letter: str) -> None:
@@ -179,18 +191,19 @@ def _show(cases: list[Case], letter: str) -> None:
 
 def _snap(workload: Workload, cases: list[Case], path: Path) -> bool:
     """Writes a snapshot of a step at the centre, if it was measured there and is right; says whether it did."""
-    right = [row for case in cases if case.sizes == workload.sizes for row in case.rows if row.variant == SNAPPED]
+    shown = snapped(workload)
+    right = [row for case in cases if case.sizes == workload.sizes for row in case.rows if row.variant == shown]
     if not right or right[0].status != "measured":
         why = right[0].status if right else "not measured at the centre, which is none of the values"
-        print(f"\nno snapshot: {SNAPPED} is {why}", flush=True)
+        print(f"\nno snapshot: {shown} is {why}", flush=True)
         return False
-    variant = workload.build(SNAPPED)
+    variant = workload.build(shown)
     rows = workload.draw()
     # Kernels are compiled, and the optimizer's state is made, in the first.
     warm_up(variant, rows)
     with recorded(path):
         step_of(variant, rows)()
-    print(f"\nsnapshot of a step of {SNAPPED}: {path}; open {VIEWER} in a browser and drop the file there", flush=True)
+    print(f"\nsnapshot of a step of {shown}: {path}; open {VIEWER} in a browser and drop the file there", flush=True)
     return True
 
 

@@ -328,8 +328,8 @@ def train(
     graph: Annotated[
         bool | None,
         _setting(
-            "yes",
-            "Whether steps on CUDA are replayed as CUDA graphs; float16 ones are not.",
+            "no",
+            "Whether steps on CUDA are replayed as CUDA graphs, which no GPU has tried yet; float16 ones are not.",
             MACHINE,
             "--graph/--no-graph",
         ),

@@ -50,10 +50,10 @@ def test_training_options_state_the_true_defaults() -> None:
     true = {name: str(value) for name, value in config.to_dict().items()}
     true |= {"expand": "yes", "prune": "yes", "windows": str(DEFAULT_WINDOWS), "modalities": "all", "missing": "drop"}
     true |= {"rank": str(model["rank"].default), "out_dim": str(model["out_dim"].default), "top_k": "all"}
-    true |= {"graph": "yes", "store_gib": "a quarter of what is free on a GPU"}
+    true |= {"graph": "no", "store_gib": "a quarter of what is free on a GPU"}
     assert config.expand
     assert config.prune
-    assert config.graph
+    assert not config.graph
     assert config.store_gib is None
     assert stated == true
 

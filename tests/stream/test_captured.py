@@ -225,13 +225,21 @@ def test_a_profile_sees_the_parts_of_a_step_and_changes_no_number() -> None:
 @pytest.mark.parametrize(
     ("options", "debug", "reason"),
     [
-        ({}, "", "CUDA graphs need a GPU, and device is cpu"),
-        ({"device": "cuda", "graph": False}, "", "graph is off"),
-        ({"device": "cuda"}, "1", "XSMOE_DEBUG=1 has checks read values on the host"),
-        ({"device": "cuda", "precision": "float16"}, "", "precision is float16, and graphs leave out its loss scaler"),
-        ({"device": "cuda", "protocol": "paper"}, "", "precision is float16, and graphs leave out its loss scaler"),
-        ({"device": "cuda", "protocol": "paper", "precision": "bfloat16"}, "", None),
-        ({"device": "cuda"}, "", None),
+        ({"graph": True}, "", "CUDA graphs need a GPU, and device is cpu"),
+        ({"device": "cuda"}, "", "graph is off"),
+        ({"device": "cuda", "graph": True}, "1", "XSMOE_DEBUG=1 has checks read values on the host"),
+        (
+            {"device": "cuda", "graph": True, "precision": "float16"},
+            "",
+            "precision is float16, and graphs leave out its loss scaler",
+        ),
+        (
+            {"device": "cuda", "graph": True, "protocol": "paper"},
+            "",
+            "precision is float16, and graphs leave out its loss scaler",
+        ),
+        ({"device": "cuda", "graph": True, "protocol": "paper", "precision": "bfloat16"}, "", None),
+        ({"device": "cuda", "graph": True}, "", None),
     ],
 )
 def test_why_steps_are_not_captured(
@@ -290,7 +298,7 @@ def test_the_rate_of_captured_steps_is_a_tensor_that_stays_in_place() -> None:
 
 
 def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = fit()
+    lines = fit(graph=False)
     to_dict = StreamConfig.to_dict
     with monkeypatch.context() as patch:
         new = ("graph", "store_gib")
@@ -303,8 +311,8 @@ def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path: Path, monkeyp
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path, listener)
-    assert fit(tmp_path) == lines
+            fit(tmp_path, listener, graph=False)
+    assert fit(tmp_path, graph=False) == lines
     assert StreamConfig.from_dict({"lr": 0.01}) == StreamConfig(lr=0.01)
 
 

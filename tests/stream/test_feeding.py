@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +11,7 @@ import tiny
 import torch
 from tiny import needs_gpu
 
-from xsmoe.stream import feeding
+from xsmoe.stream import feeding, streams
 from xsmoe.stream.batches import StepInput
 from xsmoe.stream.feeding import feed, made_ahead
 from xsmoe.stream.padding import Capacity
@@ -127,3 +128,14 @@ def test_on_a_gpu_the_host_does_not_run_far_ahead() -> None:
     torch.cuda.synchronize()
     held = (torch.cuda.max_memory_allocated() - before) / size
     assert held < feeding.IN_FLIGHT + 2 * feeding.AHEAD + 3
+
+
+def test_every_purpose_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = iter([7, 7, 8, 7])
+    monkeypatch.setattr(streams, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=next(given)))
+    device = torch.device("cuda", 0)
+    copies = streams.stream_for("copies", device)
+    assert streams.stream_for("capture", device).cuda_stream == 8
+    assert streams.stream_for("copies", device) is copies
+    assert streams.stream_for("copies", torch.device("cuda", 1)).cuda_stream == 7

@@ -12,6 +12,7 @@ from xsmoe.nn import Recommender
 from xsmoe.stream.batches import StepInput
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.precision import autocast_dtype
+from xsmoe.stream.streams import stream_for
 from xsmoe_kernels.ranges import ranges_open
 
 Step = Callable[[StepInput], Tensor]
@@ -129,7 +130,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream_for("capture", device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

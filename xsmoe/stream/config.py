@@ -49,7 +49,7 @@ class StreamConfig:
             float32 on the CPU; on CUDA bfloat16, under protocol "paper" float16 as published. Whether float32
             products may use TF32 is torch's setting.
         graph: whether training steps on CUDA are captured as CUDA graphs, which those in float16 are not. They then
-            draw other dropout masks than without, because their batches are padded.
+            draw other dropout masks than without, because their batches are padded. Off until a GPU has tried it.
         store_gib: how much of the device's memory the items' hidden states may take; where they take more, and with 0,
             every step copies its rows from the host. None allows a quarter of what is free on CUDA, and 0 on a CPU.
             Results do not depend on it.
@@ -75,7 +75,7 @@ class StreamConfig:
     seed: int = 0
     device: str = "cpu"
     precision: Precision = "auto"
-    graph: bool = True
+    graph: bool = False
     store_gib: float | None = None
 
     def __post_init__(self) -> None:

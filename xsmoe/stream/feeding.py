@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from xsmoe.stream.batches import StepInput
+from xsmoe.stream.streams import stream_for
 
 T = TypeVar("T")
 AHEAD = 2
@@ -33,7 +34,7 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream_for("copies", device)
         self._passed: deque[torch.cuda.Event] = deque()
 
     def send(self, given: StepInput) -> Sent:
