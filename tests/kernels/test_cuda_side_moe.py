@@ -122,11 +122,15 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
-def test_a_library_that_lacks_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "schema"), [("side_moe_new", "(Tensor x) -> Tensor"), ("side_moe_gate", "(Tensor[] x) -> Tensor[] gates")]
+)
+def test_a_library_of_other_kernels_is_refused(name: str, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served = cuda_backend.OPERATORS["side_moe"]
-    monkeypatch.setitem(cuda_backend.OPERATORS, "side_moe", served._replace(launched=("side_moe_gate", "side_moe_new")))
+    changed = served._replace(launched={**served.launched, name: schema})
+    monkeypatch.setitem(cuda_backend.OPERATORS, "side_moe", changed)
     monkeypatch.setenv("XSMOE_CUDA_LIBRARY", str(cuda_backend.library))
-    with pytest.raises(ImportError, match="another version of xsmoe_kernels, by its side_moe_new"):
+    with pytest.raises(ImportError, match=f"another version of xsmoe_kernels, by its {name}"):
         cuda_backend.load()
 
 

@@ -226,7 +226,7 @@ def test_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         xformers_backend.load()
         for name in NAMES:
             assert reason in (dispatch.unavailable(name, "cuda", "cuda", torch.float32) or "")
-    assert "no cuda kernel for side_moe" in (dispatch.unavailable("side_moe", "cuda", "cuda", torch.float32) or "")
+    assert "no cuda kernel for topk_items" in (dispatch.unavailable("topk_items", "cuda", "cuda", torch.float32) or "")
 
 
 @pytest.fixture
