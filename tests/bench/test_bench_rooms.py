@@ -81,6 +81,7 @@ def test_published_formulation_saves_every_output_and_ours_does_not(cpu: torch.d
     assert lean < rows * (dim + 4 * experts) * 4
 
 
+@pytest.mark.slow
 def test_the_loss_takes_under_a_twentieth_of_the_memory_of_its_rivals(cpu: torch.device) -> None:
     """On as many threads as the numbers in bench/results are from; results and gradients are half of ours."""
     before = torch.get_num_threads()
