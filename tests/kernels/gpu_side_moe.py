@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from gpu_waits import assert_waits_for_nothing
 from side_level import Level, make_level
 from side_moe_check import Call, served_results
 from torch import Tensor
@@ -190,13 +191,7 @@ def check_never_waits_for_the_device(backend: str) -> None:
         torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     with use_backend(backend):
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        assert_waits_for_nothing(step)
 
 
 def check_runs_on_the_current_stream(backend: str) -> None:

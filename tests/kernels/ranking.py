@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from gpu_waits import assert_waits_for_nothing
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -159,13 +160,7 @@ def laid_out(tensor: Tensor, layout: str, device: torch.device) -> Tensor:
 
 def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
     """A CUDA graph of a call, and its result; fails if the call waits for the device."""
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_waits_for_nothing(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compilation import compiled
 from error_budget import assert_within_budget
+from gpu_waits import assert_waits_for_nothing
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from native_in_batch_softmax_loss import GRADIENTS, NAME, Case
@@ -442,13 +443,7 @@ def test_waits_for_nothing_and_is_captured_by_a_graph(dtype: torch.dtype) -> Non
         rest = (lse, None, None, grad, True, True, "triton")
         return loss, *torch.ops.xsmoe.in_batch_softmax_loss_backward(*inputs, *rest)
 
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_waits_for_nothing(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
