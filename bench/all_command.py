@@ -10,8 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
-
 from bench import (
     kernels_command,
     memory_command,
@@ -21,7 +19,7 @@ from bench import (
     stream_command,
     summary,
 )
-from bench.kernels_command import UsageError, make_folder
+from bench.arguments import UsageError, add_machine, check_machine, make_folder
 from bench.memory.growth import curves
 from bench.memory.tables import slopes
 from bench.results import Run
@@ -101,9 +99,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "failed.",
     )
     parser.add_argument("--quick", action="store_true", help="few sizes and rounds; under five minutes on two cores")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, metavar="T", help="threads of torch; by default what torch takes")
+    add_machine(parser, ("float32", "bfloat16"))
     parser.add_argument("--folder", type=Path, metavar="FOLDER", help="by default a new one in runs/bench")
     parser.set_defaults(run=run)
 
@@ -149,10 +145,7 @@ def report(folder: Path, parts: list[str]) -> str:
 
 def _checked(options: argparse.Namespace) -> Path:
     """The folder, made; what was measured before is never mixed with what is measured now."""
-    if options.threads is not None and options.threads < 1:
-        raise UsageError(f"--threads must be at least 1, not {options.threads}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device here")
+    check_machine(options.device, options.threads)
     now = datetime.now().strftime("%Y-%m-%d-%H%M%S")
     folder: Path = options.folder or Path("runs/bench") / f"{now}-{options.device}-{options.dtype}"
     make_folder("--folder", folder)

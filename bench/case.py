@@ -8,7 +8,7 @@ import torch
 from bench import floor, standing
 from bench.examine import Checked, Truth, examine, too_large
 from bench.measure import Samples, Stopwatch, Task, flusher, interleave, quantiles
-from bench.results import Case, Timing
+from bench.results import Case, Row, Timing
 from bench.rows import Rows
 from bench.shortage import OutOfMemory, fitting, named, release
 from bench.workload import Variant, Workload, gradients
@@ -35,9 +35,22 @@ def without_inputs(
     reason: str,
 ) -> Case:
     """The case of a workload for whose inputs memory does not suffice: all rows are skipped."""
+    rows = [too_large(name, f"the inputs: {reason}").row for name in names]
+    return untimed(kind, "inputs that do not fit into memory", sizes, dtype, device, rows)
+
+
+def untimed(
+    kind: type[Workload] | Workload,
+    title: str,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: list[Row],
+) -> Case:
+    """The case of rows that have no times."""
     return Case(
         operator=kind.operator,
-        title="inputs that do not fit into memory",
+        title=title,
         sizes=dict(sizes),
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
@@ -46,7 +59,7 @@ def without_inputs(
         flop={},
         bytes={},
         rounds=0,
-        rows=[too_large(name, f"the inputs: {reason}").row for name in names],
+        rows=rows,
     )
 
 
@@ -71,7 +84,7 @@ def measure(
     if workload.device.type == "cuda":
         torch.cuda.empty_cache()
     say("exact result")
-    inputs, reason = fitting(lambda: _draw(workload), workload.device)
+    inputs, reason = fitting(lambda: rows_and_truth(workload), workload.device)
     checked: dict[str, Checked] = {}
     for name in names:
         say(f"{name}: gate")
@@ -98,18 +111,13 @@ def measure(
             rivals = [one for one in against if one in running and _alike(checked[one], found)]
             passes = timings(samples, name, rivals, workload, rates, flop)
         finished.append(replace(found.row, passes=passes))
-    return Case(
-        operator=workload.operator,
-        title=workload.title,
-        sizes=workload.sizes,
-        dtype=str(workload.dtype).removeprefix("torch."),
-        device=workload.device.type,
+    return replace(
+        untimed(workload, workload.title, workload.sizes, workload.dtype, workload.device, finished),
         flop_rate=rates.flop,
         byte_rate=rates.bytes,
         flop={name: least.flop for name, least in work.items()},
         bytes={name: least.bytes for name, least in work.items()},
         rounds=max((len(laps) for laps in samples.values()), default=0),
-        rows=finished,
     )
 
 
@@ -141,8 +149,9 @@ def rounds(workload: Workload, tasks: dict[str, Task], drop: Callable[[str, str]
     return {}
 
 
-def _draw(workload: Workload) -> tuple[Rows, Truth]:
-    rows = Rows(workload)
+def rows_and_truth(workload: Workload, sets: int | None = None) -> tuple[Rows, Truth]:
+    """Rows to run variants on, and what is right to give on them."""
+    rows = Rows(workload, sets)
     return rows, Truth(workload, rows.get(0, None))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from bench.arguments import DTYPES, UsageError, check_machine
 from bench.kernels import ROOMS, room
-from bench.kernels_command import DTYPES
 from bench.workload import Absent, gradients
 
 
@@ -20,8 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("python -m bench.gpu_sanitize: torch finds no CUDA device here", file=sys.stderr)
+    try:
+        check_machine(options.device)
+    except UsageError as error:
+        print(f"python -m bench.gpu_sanitize: {error}", file=sys.stderr)
         return 2
     sizes = {letter: int(size) for letter, _, size in (one.partition("=") for one in options.sizes)}
     workload = room(options.operator)(sizes, DTYPES[options.dtype], device)

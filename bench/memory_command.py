@@ -7,15 +7,27 @@ from pathlib import Path
 
 import torch
 
-from bench import machine, pictures, results
-from bench.case import drawn, without_inputs
-from bench.kernels_command import DTYPES, UsageError, choose, listed, make_file, sizes_of, speaker
+from bench import pictures, results
+from bench.arguments import (
+    DTYPES,
+    UsageError,
+    add_machine,
+    check_kinds,
+    check_machine,
+    choose,
+    listed,
+    make_file,
+    make_folder,
+    sizes_of,
+)
+from bench.case import drawn
 from bench.memory import plots, tables
 from bench.memory.growth import curves
 from bench.memory.point import measure
 from bench.memory.step import step_of, warm_up
 from bench.memory.sweeps import SWEPT, Plan, plan
 from bench.results import Case
+from bench.session import Session
 from bench.snapshot import VIEWER, recorded
 from bench.workload import Workload
 
@@ -43,9 +55,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="as in E=1,10,100 D=384: several values are a sweep, one is where the other sweeps have that letter",
     )
     parser.add_argument("--quick", action="store_true", help="few and small sizes; under a minute for one name")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, metavar="T", help="threads of torch; by default what torch takes")
+    add_machine(parser)
     parser.add_argument("--variants", metavar="V[,V]", help="only these; also compiled ones, which are left out else")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="writes everything, after every point")
@@ -64,57 +74,37 @@ def run(options: argparse.Namespace) -> int:
 
     Returns 1 if a row was refused or there is no snapshot, 2 if the command line is wrong, 130 after Ctrl-C.
     """
-    begin = time.monotonic()
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    started = time.monotonic()
     try:
-        planned = _planned(options, device)
+        planned = _planned(options, torch.device(options.device))
     except UsageError as error:
         print(f"python -m bench memory: {error}", file=sys.stderr)
         return 2
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    facts = machine.describe(device)
-    print(machine.line(facts), flush=True)
-    cases: list[Case] = []
-
-    def found() -> results.Run:
-        return results.Run(options.given, facts, cases, time.monotonic() - begin)
-
-    def take(kind: type[Workload], sizes: dict[str, int], names: list[str]) -> None:
-        workload, reason = drawn(kind, sizes, dtype, device, options.seed)
-        if workload is None:
-            cases.append(without_inputs(kind, sizes, dtype, device, names, reason))
-        else:
-            cases.append(measure(workload, names, say=speaker(tables.label_of(kind.operator, sizes), begin)))
-        # After every point, so that who is stopped loses only what was going on.
-        if options.json is not None:
-            results.save(found(), options.json)
-
+    session = Session(options, started, timed=False)
     stopped, snapped = False, True
     try:
         for name, sizes, names in planned:
             kind = SWEPT[name].kind
-            done = len(cases)
+            done = len(session.cases)
             for letter, points in sizes.sweeps():
                 try:
                     for point in points:
-                        if not any(case.sizes == point for case in cases[done:]):
-                            take(kind, point, names)
+                        if not any(case.sizes == point for case in session.cases[done:]):
+                            session.take(kind, point, names, measure)
                 finally:
-                    _show([case for case in cases[done:] if case.sizes in points], letter)
+                    _show([case for case in session.cases[done:] if case.sizes in points], letter)
             if options.snapshot is not None:
-                workload, reason = drawn(kind, sizes.centre, dtype, device, options.seed)
-                snapped = workload is not None and _snap(workload, cases[done:], options.snapshot)
+                workload, reason = drawn(kind, sizes.centre, session.dtype, session.device, options.seed)
+                snapped = workload is not None and _snap(workload, session.cases[done:], options.snapshot)
                 if workload is None:
                     print(f"\nno snapshot: out of memory: {reason}", flush=True)
     except KeyboardInterrupt:
         stopped = True
-        print(f"\nStopped after {len(cases)} points.", flush=True)
-    if options.plot is not None and cases:
-        _draw(found(), options.plot)
-    for case, row in found().refused():
-        print(f"refused: {case.operator} {row.variant} at {case.sizes}: {row.reason}", file=sys.stderr)
-    return 130 if stopped else 1 if found().refused() or not snapped else 0
+        print(f"\nStopped after {len(session.cases)} points.", flush=True)
+    if options.plot is not None and session.cases:
+        _draw(session.run(), options.plot)
+    refused = session.any_refused()
+    return 130 if stopped else 1 if refused or not snapped else 0
 
 
 def _planned(options: argparse.Namespace, device: torch.device) -> list[tuple[str, Plan, list[str]]]:
@@ -127,25 +117,16 @@ def _planned(options: argparse.Namespace, device: torch.device) -> list[tuple[st
     for name in names:
         if name not in SWEPT:
             raise UsageError(f"there is no memory benchmark of {name!r}; there is {', '.join(SWEPT)}")
-        kind = SWEPT[name].kind
-        if DTYPES[options.dtype] not in kind.dtypes:
-            taken = ", ".join(one for one, dtype in DTYPES.items() if dtype in kind.dtypes)
-            raise UsageError(f"--dtype: {name} is measured in {taken}, not in {options.dtype}")
-    if options.threads is not None and options.threads < 1:
-        raise UsageError(f"--threads must be at least 1, not {options.threads}")
+    check_machine(options.device, options.threads)
     if options.snapshot is not None and device.type != "cuda":
         raise UsageError(
             "--snapshot needs a GPU, of whose memory alone torch keeps a history; give --device cuda where there is "
             "one, or leave it out"
         )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device here")
     if options.snapshot is not None and len(names) > 1:
         raise UsageError(f"--snapshot is of one name, not of {', '.join(names)}; run the command once for each")
     asked = sizes_of(options.sizes)
-    known = {letter for name in names for letter in SWEPT[name].centre}
-    if unknown := sorted(set(asked) - known):
-        raise UsageError(f"--sizes: nothing asked for has a size {', '.join(unknown)}; they have {sorted(known)}")
+    check_kinds({name: SWEPT[name].kind for name in names}, options.dtype, asked)
     planned = []
     for name in names:
         sizes = plan(SWEPT[name], asked, quick=options.quick, cuda=device.type == "cuda")
@@ -157,14 +138,9 @@ def _planned(options: argparse.Namespace, device: torch.device) -> list[tuple[st
                 f"--snapshot shows a step of {snapped(workload)}, which is not among --variants {options.variants}"
             )
         planned.append((name, sizes, variants))
-    for option, path in (("--json", options.json), ("--snapshot", options.snapshot)):
-        if path is not None:
-            make_file(option, path)
-    if options.plot is not None:
-        try:
-            options.plot.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--plot: cannot make {options.plot}: {error.strerror}") from None
+    make_file("--json", options.json)
+    make_file("--snapshot", options.snapshot)
+    make_folder("--plot", options.plot)
     return planned
 
 

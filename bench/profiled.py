@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import kernels, machine, results, steps
-from bench.kernels_command import DTYPES, UsageError, sizes_of
+from bench.arguments import DTYPES, UsageError, check_machine, sizes_of
 from bench.workload import Workload, gradients
 
 SIDE_MOE = ["N=2816", "E=10", "D=768", "R=64", "M=2"]
@@ -38,11 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="PATH", help="writes the table to a file")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("python -m bench.profiled: torch finds no CUDA device here", file=sys.stderr)
-        return 2
     kind = houses[options.name].room(options.name)
     try:
+        check_machine(options.device)
         given = {**sizes_of(SIDE_MOE if options.name == "side_moe" else []), **sizes_of(options.sizes)}
         if unknown := sorted(set(given) - set(kind.letters)):
             raise UsageError(f"--sizes: {options.name} has no size {', '.join(unknown)}; it has {sorted(kind.letters)}")

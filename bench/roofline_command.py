@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from bench import machine, pictures, results, roofline, standing
-from bench.kernels_command import DTYPES, UsageError, make_folder
+from bench.arguments import DTYPES, UsageError, check_machine, check_seconds, make_file
 from bench.results import Run
+from bench.session import begin
 
 KIND, SCHEMA = "roofline", 1
 SECONDS, QUICK_SECONDS = 10.0, 3.0
@@ -51,16 +52,10 @@ def _check(options: argparse.Namespace) -> None:
     only_here = ("quick", "dtype", "device", "threads", "seconds", "json")
     if options.results and (given := [name for name in only_here if getattr(options, name)]):
         raise UsageError(f"--{given[0]} is for measuring, and files of results are only shown: leave out one of them")
-    if options.threads is not None and options.threads < 1:
-        raise UsageError(f"--threads must be at least 1, not {options.threads}")
-    if options.seconds is not None and not options.seconds > 0:
-        raise UsageError(f"--seconds must be above 0, not {options.seconds:g}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device here")
-    for name, path in (("--plot", options.plot), ("--json", options.json)):
-        make_folder(name, path and path.parent)
-        if path is not None and path.is_dir():
-            raise UsageError(f"{name} must name a file, and {path} is a folder")
+    check_machine(options.device, options.threads)
+    check_seconds(options.seconds)
+    make_file("--plot", options.plot)
+    make_file("--json", options.json)
 
 
 def _loaded(path: Path) -> Run:
@@ -110,10 +105,8 @@ def _this(facts: dict[str, Any]) -> str:
 
 def _measured(options: argparse.Namespace) -> int:
     device, dtype = torch.device(options.device or "cpu"), options.dtype or "float32"
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    facts = machine.describe(device)
-    print(machine.line(facts), end="\n\n", flush=True)
+    facts = begin(device, options.threads, timed=False)
+    print()
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     found = roofline.measure(DTYPES[dtype], device, quick=options.quick, seconds=seconds)
     best = found.best()

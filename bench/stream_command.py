@@ -3,14 +3,14 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import torch
 
-from bench import machine, pictures
-from bench.kernels_command import UsageError, make_folder
+from bench import pictures
+from bench.arguments import UsageError, check_machine, make_file, make_folder
+from bench.session import begin, speaker
 from bench.stream import plots, records, tables
 from bench.stream.parts import PARTS
 from bench.stream.records import StreamRun, WindowRecord
@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
         if options.show is not None:
             return _shown(records.load(options.show), options.plot)
         settings = settings_of(options)
-        _make_folders(options)
+        make_file("--json", options.json)
+        make_folder("--plot", options.plot)
     except (UsageError, OSError, ValueError, KeyError) as error:
         print(f"python -m bench stream: {error}", file=sys.stderr)
         return 2
@@ -74,19 +75,12 @@ def run(options: argparse.Namespace) -> int:
     from bench.stream.streams import draw
     from bench.stream.windows import Streaming
 
-    begin = time.monotonic()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    facts = machine.describe(torch.device(settings.device))
-    print(machine.line(facts), flush=True)
-    if machine.busy(facts):
-        print(
-            "\n**Other programs keep this machine busy: trust ratios more than times, and neither much.**", flush=True
-        )
-    say, windows, stopped = _speaker(begin), list[WindowRecord](), False
+    started = time.monotonic()
+    facts = begin(torch.device(settings.device), options.threads, timed=True)
+    say, windows, stopped = speaker(started), list[WindowRecord](), False
 
     def found() -> StreamRun:
-        seconds = time.monotonic() - begin
+        seconds = time.monotonic() - started
         return StreamRun(options.given, facts, asdict(settings), list(PARTS), names(settings), windows, seconds)
 
     print("\nPublished and ours, an epoch in turn; each line is a window:\n", flush=True)
@@ -128,17 +122,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise UsageError(f"--dropout must lie in [0, 1), not {settings.dropout:g}")
     if not settings.lr > 0:
         raise UsageError(f"--lr must be above 0, not {settings.lr:g}")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device here")
+    check_machine(settings.device)
     return settings
-
-
-def _make_folders(options: argparse.Namespace) -> None:
-    """Those of --json and --plot."""
-    make_folder("--json", options.json and options.json.parent)
-    make_folder("--plot", options.plot)
-    if options.json is not None and options.json.is_dir():
-        raise UsageError(f"--json must name a file, and {options.json} is a folder")
 
 
 def _shown(found: StreamRun, folder: Path | None) -> int:
@@ -153,15 +138,3 @@ def _shown(found: StreamRun, folder: Path | None) -> int:
 def _default(name: str) -> object:
     (found,) = [one.default for one in fields(Settings) if one.name == name] or [None]
     return None if found is MISSING else found
-
-
-def _speaker(begin: float) -> Callable[[str], None]:
-    live = sys.stderr.isatty()
-
-    def say(text: str) -> None:
-        # A terminal shows what goes on now; a log need not keep it.
-        if live:
-            line = f"[{time.monotonic() - begin:6.1f} s] {text}" if text else ""
-            print(f"\r\x1b[K{line[:150]}\r", end="", file=sys.stderr, flush=True)
-
-    return say

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.case import Say
+from bench.case import Say, rows_and_truth, untimed
 from bench.examine import Truth, examine, too_large
 from bench.memory.resident import NotResident, Point, resident_growth
 from bench.memory.step import step_of, warm_up
@@ -33,7 +33,7 @@ def measure(workload: Workload, names: Sequence[str], *, resident: bool = True, 
         torch._dynamo.reset()
     release(workload.device)
     say("exact result")
-    drawn, reason = fitting(lambda: _draw(workload), workload.device)
+    drawn, reason = fitting(lambda: rows_and_truth(workload, SETS), workload.device)
     rows = []
     for name in names:
         say(f"{name}: gate and peak")
@@ -42,24 +42,7 @@ def measure(workload: Workload, names: Sequence[str], *, resident: bool = True, 
             say(f"{name}: resident memory")
             row = _with_resident(workload, row)
         rows.append(row)
-    return Case(
-        operator=workload.operator,
-        title=workload.title,
-        sizes=workload.sizes,
-        dtype=str(workload.dtype).removeprefix("torch."),
-        device=workload.device.type,
-        flop_rate=0.0,
-        byte_rate=0.0,
-        flop={},
-        bytes={},
-        rounds=0,
-        rows=rows,
-    )
-
-
-def _draw(workload: Workload) -> tuple[Rows, Truth]:
-    rows = Rows(workload, SETS)
-    return rows, Truth(workload, rows.get(0, None))
+    return untimed(workload, workload.title, workload.sizes, workload.dtype, workload.device, rows)
 
 
 def _measured(workload: Workload, name: str, rows: Rows, truth: Truth) -> Row:

@@ -1,6 +1,6 @@
 """Sweeps as tables in Markdown: bytes at each size, and how fast they grow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bench.memory.growth import Curve, Line, fit
@@ -105,8 +105,3 @@ def _notes(curve: Curve, name: str) -> list[str]:
             if text:
                 said.setdefault(text, []).append(f"{curve.letter} {size}")
     return notes + [f"- {name} at {', '.join(where)} {text}" for text, where in said.items()]
-
-
-def label_of(operator: str, sizes: Mapping[str, int]) -> str:
-    """A case in a few words."""
-    return f"{operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"

@@ -155,7 +155,7 @@ def test_files_without_products_show_nothing(tmp_path: Path, capsys: pytest.Capt
         (["no-such-file.json", "--dtype", "float32"], "--dtype is for measuring, and files of results are only shown"),
         (["--threads", "0"], "--threads must be at least 1, not 0"),
         (["--seconds", "-1"], "--seconds must be above 0, not -1"),
-        (["--plot", "/dev/null/roof.png"], "--plot: cannot make /dev/null"),
+        (["--plot", "/dev/null/roof.png"], "--plot: cannot write /dev/null/roof.png"),
         (["--json", "/"], "--json must name a file"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch finds no CUDA device here")]),
     ],

@@ -280,7 +280,7 @@ def test_files_that_cannot_be_written_are_named_at_once(tmp_path: Path, capsys: 
     taken = tmp_path / "taken"
     taken.touch()
     for arguments, message in (
-        (["--json", str(taken / "run.json")], "--json: cannot make"),
+        (["--json", str(taken / "run.json")], "--json: cannot write"),
         (["--json", str(tmp_path)], "--json must name a file"),
         (["--plot", str(taken)], "--plot: cannot make"),
     ):
