@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import published
+from bench import published, published_protocol
 
 INF = math.inf
 
@@ -243,15 +243,15 @@ def test_padding_adds_equal_gate_mass_and_no_norm() -> None:
 
 def test_rank_hits_and_ndcg() -> None:
     scores = torch.tensor([0.0, 3, 5, 3, 9])
-    assert published.published_rank(scores, target=3, history=[]) == 4
-    assert published.published_rank(scores, target=1, history=[4, 0]) == 2
-    assert published.published_rank(scores, target=4, history=[4]) == INF
-    assert published.hit_ratio([1, 3, 11, INF], k=10) == 0.5
-    assert published.ndcg([1, 3, 11, INF], k=10) == pytest.approx((1 + 0.5) / 4)
+    assert published_protocol.published_rank(scores, target=3, history=[]) == 4
+    assert published_protocol.published_rank(scores, target=1, history=[4, 0]) == 2
+    assert published_protocol.published_rank(scores, target=4, history=[4]) == INF
+    assert published_protocol.hit_ratio([1, 3, 11, INF], k=10) == 0.5
+    assert published_protocol.ndcg([1, 3, 11, INF], k=10) == pytest.approx((1 + 0.5) / 4)
 
 
 def test_windows_sort_by_the_text_of_the_timestamp() -> None:
-    windows = published.published_windows([("u", item, time) for item, time in enumerate((9, 10, 2, 11))], 2)
+    windows = published_protocol.published_windows([("u", item, time) for item, time in enumerate((9, 10, 2, 11))], 2)
     assert [[time for _, _, time in window] for window in windows] == [[10, 11], [2, 9]]
 
 
@@ -259,7 +259,7 @@ def test_split_by_hand() -> None:
     # w falls to the 5-core, which v just passes; of the 20 interactions left, 17 are for training.
     users = ["w", *"uv" * 2, "w", *"u" * 12, *"vvuv"]
     interactions = [(user, item, 100 + item) for item, user in enumerate(users)]
-    split = published.published_split(interactions, k_core=5)
+    split = published_protocol.published_split(interactions, k_core=5)
     u = [i for i, user in enumerate(users) if user == "u"]
     v = [i for i, user in enumerate(users) if user == "v"]
     assert (len(u), len(v)) == (15, 5)

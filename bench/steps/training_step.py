@@ -6,22 +6,24 @@ rank R at each of the two side levels, all but the last of them frozen.
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import published
 from bench.examine import outcome
 from bench.graph import on_cuda
 from bench.kernels.side_moe import floor_backward, floor_forward
 from bench.kinks import smooth_users
-from bench.published_names import as_ours, canonical, counters, published_counters, take_weights
+from bench.published_names import counters, published_counters, take_weights
+from bench.steps.model import BLOCKS, DROPOUT, LEVELS, OUT_DIM, PLACES, drop_out
 from bench.steps.our_step import OurStep, step_input
+from bench.steps.published_step import PublishedStep, published_model
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe.encoders import HiddenStateStore, ModalitySpec
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
@@ -32,14 +34,9 @@ from xsmoe.stream.padding import Capacity
 from xsmoe.stream.precision import autocast
 from xsmoe_kernels import use_backend
 
-PLACES = 11
-"""Items of a user: ten inputs, and the target of the last of them."""
-LEVELS, BLOCKS, OUT_DIM, DROPOUT = 2, 2, 128, 0.1
 APPENDED = 4096
 DRAWS = 20
 """Of users instead of those near a jump: almost always two."""
-GATE_SCALE = 1024.0
-"""What gradients in float16 are multiplied by on their way to the gate; the clock sees torch's own scaler."""
 
 
 class TrainingStep(Workload):
@@ -48,6 +45,8 @@ class TrainingStep(Workload):
     pooling: ClassVar[str]
     # Whether utilization is counted, as every training step does.
     counted: bool = True
+    # In steps that train; the gate sees none.
+    dropout: float = DROPOUT
     dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32, torch.bfloat16)
     # Two side levels, the projection, two blocks of attention and feed-forward layer, and the loss.
     operators: ClassVar[int] = LEVELS + 1 + 2 * BLOCKS + 1
@@ -203,7 +202,7 @@ class TrainingStep(Workload):
             # As large as trained ones, so that none goes unnoticed.
             down, up = (scale * torch.randn(experts, rank, dim) for scale in (dim**-0.5, rank**-0.5))
             bank.assign(bank.router.detach(), down, up, experts - 1)
-        return Recommender(items, UserEncoder(OUT_DIM, BLOCKS, dropout=DROPOUT, max_length=PLACES - 1))
+        return Recommender(items, UserEncoder(OUT_DIM, BLOCKS, dropout=self.dropout, max_length=PLACES - 1))
 
     def _near_jumps(self, items: Tensor) -> Tensor:
         """(B,) bool: the users at whom a gradient jumps."""
@@ -245,7 +244,7 @@ class TrainingStep(Workload):
                 return {"y": ours.model(taken.hidden, taken.batch)}
 
         def whole(rows: Tensors) -> None:
-            drop_out(ours.model, DROPOUT)
+            drop_out(ours.model, self.dropout)
             with use_backend(backend):
                 ours.train(ours.given(rows))
 
@@ -279,7 +278,7 @@ class TrainingStep(Workload):
             return {"y": loss}, gradients
 
         def whole(rows: Tensors) -> None:
-            drop_out(ours.model, DROPOUT)
+            drop_out(ours.model, self.dropout)
             timed(ours.train, ours.sent(rows))
 
         variant = self._variant(name, ours, forward, whole)
@@ -309,79 +308,36 @@ class TrainingStep(Workload):
     def _published(
         self, name: str, dtype: torch.dtype = torch.float32, *, compiled: bool = False, scaled: bool = False
     ) -> Variant:
-        model = self._published_model().to(self.device, dtype).train()
-        leaves: Tensors = {canonical(key): p for key, p in model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.Adam(leaves.values(), lr=self.config.lr)
-        items, users = model.item_encoder, model.user_encoder
-        if compiled:
-            items.compile(dynamic=False)
-            users.compile(dynamic=False)
-        shares = popularity(self.share).to(self.device)
-        half = scaled or (dtype == torch.float32 and self.dtype != torch.float32)
-        narrow = torch.float16 if scaled else self.dtype
-        tables = {key: table.half() for key, table in self.hidden.items()} if scaled else self.hidden
-        scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-
-        def forward(rows: Tensors, rate: float = 0.0) -> Tensors:
-            drop_out(model, rate)
-            ids = rows["items"]
-            hidden = {key: table[ids.flatten()].to(self.device) for key, table in tables.items()}
-            if dtype == torch.float64:
-                hidden = {key: states.double() for key, states in hidden.items()}
-            with torch.autocast(self.device.type, narrow, enabled=half):
-                return {"y": published.published_loss(items, users, hidden, ids.to(self.device) + 1, shares)}
-
-        def whole(rows: Tensors) -> None:
-            optimizer.zero_grad()
-            scaler.scale(forward(rows, DROPOUT)["y"]).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
-        def tidy(key: str, gradient: Tensor) -> Tensor:
-            return as_ours(key, gradient / GATE_SCALE if scaled else gradient)
-
-        compiling = [DROPOUT] if compiled else []
-
-        def gated(rows: Tensors) -> Tensors:
-            # What is timed has to be compiled by now, and the rate of a dropout is compiled in.
-            while compiling:
-                torch.autograd.grad(forward(rows, compiling.pop())["y"], list(leaves.values()))
-                items.reset()
-            found = forward(rows)
-            return {"y": _ScaledGradient.apply(found["y"])} if scaled else found
-
+        half = self.dtype if dtype == torch.float32 and self.dtype != torch.float32 else None
+        step = PublishedStep(
+            self._published_model().to(self.device, dtype),
+            self.hidden,
+            self.share,
+            lr=self.config.lr,
+            dropout=self.dropout,
+            narrow=torch.float16 if scaled else half,
+            compiled=compiled,
+        )
         return Variant(
             name,
-            gated,
-            leaves=lambda _: leaves,
+            step.judged,
+            leaves=lambda _: step.leaves,
             counters=lambda: {
-                name: mass.to(self.device) for name, mass in published_counters(items).items() if self.counted
+                name: mass.to(self.device) for name, mass in published_counters(step.items).items() if self.counted
             },
-            reset=items.reset,
-            tidy=tidy,
-            holds=lambda: [*model.parameters(), *model.buffers()],
+            reset=step.items.reset,
+            tidy=step.tidy,
+            holds=lambda: [*step.model.parameters(), *step.model.buffers()],
             compiled=compiled,
             like="published" if compiled else "",
-            whole=whole,
+            whole=step.train,
         )
 
     def _published_model(self) -> published.Recommender:
         dim, rank, experts = (self.sizes[letter] for letter in "DRE")
-        model = published_model(self.modalities, dim, rank, experts, DROPOUT)
+        model = published_model(self.modalities, dim, rank, experts, self.dropout)
         take_weights(model, self.weights)
         return model
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """A result as it is, whose gradient grows."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor) -> Tensor:
-        return result.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * GATE_SCALE
 
 
 def refuse(reason: str) -> None:
@@ -399,24 +355,3 @@ class ClsStep(TrainingStep):
     """At the first level all items share a row."""
 
     operator, pooling = "training_step_cls", "cls"
-
-
-def drop_out(model: nn.Module, rate: float) -> None:
-    """Sets the rate of every dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
-
-
-def published_model(
-    modalities: Iterable[str], dim: int, rank: int, num_experts: int, dropout: float
-) -> published.Recommender:
-    """The published model of a step's sizes, with all its experts trainable."""
-    items = published.ItemEncoder(dict.fromkeys(modalities, dim), LEVELS, rank, OUT_DIM, num_experts)
-    users = published.UserEncoder(OUT_DIM, blocks=BLOCKS, dropout=dropout, max_length=PLACES - 1)
-    return published.Recommender(items, users)
-
-
-def popularity(share: np.ndarray) -> Tensor:
-    """Each item's share behind that of padding, which is 1: (items + 1,)."""
-    return torch.cat([torch.ones(1, dtype=torch.float64), torch.from_numpy(share)])

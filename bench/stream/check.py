@@ -16,7 +16,9 @@ from bench.gate import Verdict, judge
 from bench.kinks import smooth_users
 from bench.peak import measure_peak
 from bench.published_names import as_ours, canonical, counters, published_counters, take_weights
-from bench.steps.training_step import PLACES, TrainingStep, drop_out, popularity
+from bench.steps.model import PLACES, drop_out
+from bench.steps.published_step import popularity
+from bench.steps.training_step import TrainingStep
 from bench.stream import published_run
 from bench.stream.runs import OurRun
 from bench.stream.settings import Settings

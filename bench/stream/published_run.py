@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import published
+from bench import published, published_protocol
 from bench.published_names import take_weights
-from bench.steps.training_step import PLACES, popularity, published_model
+from bench.steps.model import PLACES
+from bench.steps.published_step import popularity, published_model
 from bench.stream.parts import StepClock
 from bench.stream.runs import GateRows, Run, byte_size
 from bench.stream.settings import Settings
@@ -89,7 +90,7 @@ class PublishedRun(Run):
             scores = (queries @ embeddings.T).cpu()
             for user in range(len(part)):
                 seen = part.seen[part.seen_offsets[user] : part.seen_offsets[user + 1]].tolist()
-                found.append(published.published_rank(scores[user], int(part.targets[user]), seen))
+                found.append(published_protocol.published_rank(scores[user], int(part.targets[user]), seen))
         return np.array(found)
 
     def encoded_rows(self, batch: Sequences) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.steps.training_step import BLOCKS, LEVELS, OUT_DIM, PLACES
+from bench.steps.model import BLOCKS, LEVELS, OUT_DIM, PLACES
 from bench.stream.parts import StepClock
 from bench.stream.settings import Settings
 from bench.stream.streams import Drawn

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.steps.training_step import LEVELS
+from bench.steps.model import LEVELS
 from bench.stream.settings import Settings
 from xsmoe.data import Window, make_windows
 from xsmoe.data.catalogue.attributes import ATTRIBUTES

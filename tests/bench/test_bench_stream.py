@@ -13,7 +13,7 @@ from bench import pictures, published, results
 from bench.__main__ import main
 from bench.kinks import smooth_users
 from bench.published_names import published_levels
-from bench.steps.training_step import drop_out
+from bench.steps.model import drop_out
 from bench.stream import check, records, streams, tables, windows
 from bench.stream.parts import PARTS
 from bench.stream.published_run import PublishedRun, padded

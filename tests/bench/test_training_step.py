@@ -27,7 +27,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, **changed: int) -> Train
 
 @pytest.mark.parametrize("name", ROOMS)
 def test_ours_and_the_published_step_train_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_step, "DROPOUT", 0.0)
+    monkeypatch.setattr(TrainingStep, "dropout", 0.0)
     workload = tiny(name)
     rows = [workload.draw() for _ in range(3)]
     losses = {}
@@ -57,7 +57,7 @@ class StandIn:
 
 def test_a_captured_step_passes_the_gate_and_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "CudaCapture", StandIn)
-    monkeypatch.setattr(training_step, "DROPOUT", 0.0)
+    monkeypatch.setattr(TrainingStep, "dropout", 0.0)
     workload = tiny("mean")
     rows = Rows(workload)
     build = workload.build

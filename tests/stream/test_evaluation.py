@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from bench.published import hit_ratio, ndcg, published_rank
+from bench.published_protocol import hit_ratio, ndcg, published_rank
 from xsmoe.data import History, Sequences, split_window
 from xsmoe.stream.evaluation import RankingTask, rank_with_model, rank_with_popularity
 from xsmoe.stream.metrics import per_user, pool, summarize

@@ -10,6 +10,7 @@ import torch
 
 from bench import published
 from bench.published_names import our_name
+from bench.published_protocol import Interaction, published_split, published_windows
 from xsmoe.data import make_windows
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, epoch, testing, trainer
@@ -26,9 +27,9 @@ def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
 class Twin:
     """The published model, which takes over our weights before every comparison and keeps counters of its own."""
 
-    def __init__(self, model: Recommender, table: dict[str, torch.Tensor], log: list[published.Interaction]) -> None:
+    def __init__(self, model: Recommender, table: dict[str, torch.Tensor], log: list[Interaction]) -> None:
         self.model, self.table = model, table
-        self.windows = published.published_windows(log, 3)
+        self.windows = published_windows(log, 3)
         self.items = published.ItemEncoder(tiny.DIMS, 2, 2, 8)
         self.users = published.UserEncoder(8, blocks=1, inner=16, dropout=0.0)
         self.popularity = torch.empty(0)
@@ -107,7 +108,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     )  # fmt: skip
 
     def train_epoch(model: Recommender, features: Any, sequences: Any, *arguments: Any, **named: Any) -> Any:
-        split = published.published_split(twin.windows[named["window"]], K_CORE)
+        split = published_split(twin.windows[named["window"]], K_CORE)
         ours = {
             user: (sequences.items[sequences.offsets[place] : sequences.offsets[place + 1]] + 1).tolist()
             for place, user in enumerate(sequences.users.tolist())
