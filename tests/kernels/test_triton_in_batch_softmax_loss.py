@@ -7,73 +7,22 @@ from typing import Any
 import pytest
 import torch
 from compilation import compiled
-from error_budget import assert_within_budget
 from gpu_waits import assert_waits_for_nothing
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from native_in_batch_softmax_loss import GRADIENTS, NAME, Case
-from native_in_batch_softmax_loss import draw as draw_on_cpu
-from native_in_batch_softmax_loss import exact as exact_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_gpu import DEVICE, DTYPES, ON_GPU, leave_memory_alone, needs_gpu, needs_triton, reverse_programs, spread
+from triton_gpu import DEVICE, DTYPES, ON_GPU, leave_memory_alone, needs_gpu, reverse_programs, spread
+from triton_in_batch_softmax_loss import MARKS, draw, outputs, replaced, same_as_reference, within_budget
 
-from xsmoe_kernels import dispatch, in_batch_softmax_loss, triton_backend, use_backend
+from xsmoe_kernels import dispatch, in_batch_softmax_loss, triton_backend
 
-pytestmark = [
-    needs_triton,
-    # NumPy's, of NaN and infinity, which the interpreter computes with outside of masks.
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
-]
-
-Batch = dict[str, Any]
-
-
-def draw(case: Case) -> Batch:
-    """The arguments of a call on the device under test."""
-    batch = draw_on_cpu(case)
-    moved = {name: value if value is None else value.detach().to(DEVICE) for name, value in batch.items()}
-    for name in GRADIENTS:
-        moved[name].requires_grad_(batch[name].requires_grad)
-    return moved
-
-
-def outputs(batch: Batch, backend: str, upstream: float = 3.0) -> dict[str, Tensor]:
-    """The loss, and the gradients that its inputs need, for an upstream gradient that is not 1."""
-    with use_backend(backend):
-        loss = in_batch_softmax_loss(**batch)
-    needed = [name for name in GRADIENTS if batch[name].requires_grad]
-    found = torch.autograd.grad(loss, [batch[name] for name in needed], loss.new_tensor(upstream)) if needed else ()
-    return {"loss": loss.detach(), **dict(zip(needed, found, strict=True))}
-
-
-def exact(batch: Batch) -> dict[str, Tensor]:
-    with use_backend("reference"):
-        return exact_of(batch)
-
-
-def within_budget(batch: Batch, note: object = "") -> dict[str, Tensor]:
-    """Fails unless the results of a batch keep the error budget; returns them."""
-    before = dispatch.calls.copy()
-    actual = outputs(batch, "triton")
-    called = {(NAME, "triton"): 1} | ({(f"{NAME}_backward", "triton"): 1} if len(actual) > 1 else {})
-    assert dispatch.calls - before == called
-    reference, truth = outputs(batch, "reference"), exact(batch)
-    for name, value in actual.items():
-        assert_within_budget(value, reference[name], truth[name], f"{name} {note}")
-    return actual
+pytestmark = MARKS
 
 
 def check(case: Case) -> dict[str, Tensor]:
     return within_budget(draw(case), case)
-
-
-def replaced(batch: Batch, **values: Any) -> Batch:
-    """The batch with other values, of which queries and items are leaves that need what those before needed."""
-    for name in GRADIENTS:
-        if name in values:
-            values[name] = values[name].detach().requires_grad_(batch[name].requires_grad)
-    return batch | values
 
 
 @settings(deadline=None, derandomize=True, max_examples=300 if ON_GPU else 12)
@@ -149,109 +98,6 @@ def test_the_same_bits_again_in_any_order_of_programs(dtype: torch.dtype, monkey
     expected = outputs(batch, "triton")
     reverse_programs(monkeypatch)
     for name, value in outputs(batch, "triton").items():
-        assert torch.equal(value, expected[name]), name
-
-
-def same_as_reference(batch: Batch) -> dict[str, Tensor]:
-    # Shares that are rounded to 16 bits before their products move small sums by more than their last bits.
-    half = batch["items"].dtype != torch.float32
-    bounds = {"rtol": 0.05, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-5}
-    actual = outputs(batch, "triton")
-    torch.testing.assert_close(actual, outputs(batch, "reference"), equal_nan=True, **bounds)
-    return actual
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_values_of_items_that_no_query_may_draw_do_not_matter(dtype: torch.dtype, value: float) -> None:
-    batch = draw(Case(40, 70, 17, 3, 0, dtype=dtype))
-    hidden = torch.tensor([3, 20, 69], device=DEVICE)
-    batch["counts"] = batch["counts"].clamp(min=1).index_fill(0, hidden[:2], 0)
-    batch["targets"] = batch["targets"].clamp(4, 19)
-    batch["rejected"] = batch["rejected"].index_fill(1, hidden.new_tensor(1), 69)
-    batch = replaced(batch, items=batch["items"].detach().index_fill(0, hidden, value))
-    found = same_as_reference(batch)
-    assert all(result.isfinite().all() for result in found.values())
-    # A logQ of -inf makes the logit of such an item +inf.
-    batch["logq"] = batch["logq"].index_fill(0, hidden, -torch.inf)
-    found = same_as_reference(batch)
-    assert all(result.isfinite().all() for result in found.values())
-
-
-@pytest.mark.parametrize("hidden", [3, 99])
-def test_such_an_item_in_one_slice_only(hidden: int) -> None:
-    batch = draw(Case(20, 100, 17))
-    index = torch.tensor(hidden, device=DEVICE)
-    batch |= {"targets": batch["targets"].clamp(4, 98), "counts": batch["counts"].index_fill(0, index, 0)}
-    batch = replaced(batch, items=batch["items"].detach().index_fill(0, index, torch.nan))
-    found = same_as_reference(batch)
-    assert all(result.isfinite().all() for result in found.values())
-
-
-def test_an_item_that_may_be_drawn_hides_no_nan() -> None:
-    batch = draw(Case(40, 70, 17, counts=False))
-    batch["targets"] = batch["targets"].clamp(max=68)
-    batch = replaced(batch, items=batch["items"].detach().index_fill(0, torch.tensor(69, device=DEVICE), torch.nan))
-    found = same_as_reference(batch)
-    assert all(result.isnan().all() for result in found.values())
-
-
-def test_a_query_that_is_not_finite_leaves_the_gradients_of_others_alone() -> None:
-    batch = draw(Case(40, 70, 17))
-    batch = replaced(batch, queries=batch["queries"].detach().index_fill(0, torch.tensor(7, device=DEVICE), torch.nan))
-    found = same_as_reference(batch)
-    assert found["queries"][:7].isfinite().all()
-    assert found["queries"][8:].isfinite().all()
-
-
-@pytest.mark.parametrize("logq", [torch.inf, -torch.inf])
-def test_infinite_corrections_give_the_loss_of_the_reference(logq: float) -> None:
-    batch = draw(Case(40, 70, 17, needed=(False, False)))
-    batch["counts"] = batch["counts"].clamp(min=1)
-    batch["logq"] = batch["logq"].index_fill(0, batch["targets"][:3], logq)
-    same_as_reference(batch)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_query_without_negatives_costs_nothing(dtype: torch.dtype) -> None:
-    batch = draw(Case(17, 40, 20, 0, dtype=dtype))
-    everything = torch.arange(40, device=DEVICE)
-    for result in outputs(batch | {"rejected": everything.expand(17, 40)}, "triton").values():
-        assert (result == 0).all()
-    # And one that has none beside others that have some.
-    batch["rejected"] = torch.where(torch.arange(17, device=DEVICE)[:, None] == 4, everything, -1)
-    assert (within_budget(batch)["queries"][4] == 0).all()
-
-
-def test_slices_without_a_candidate() -> None:
-    batch = draw(Case(5, 100, 8, counts=False))
-    batch |= {"rejected": torch.arange(70, device=DEVICE).expand(5, 70), "targets": batch["targets"].clamp(min=70)}
-    within_budget(batch)
-
-
-def test_the_target_is_a_candidate_once_whatever_is_rejected_or_counted() -> None:
-    batch = draw(Case(20, 70, 8, 2))
-    expected = outputs(batch, "triton")
-    target = batch["targets"][:, None]
-    listed = torch.cat([batch["rejected"], target, target], dim=1)
-    for name, value in outputs(batch | {"rejected": listed}, "triton").items():
-        assert torch.equal(value, expected[name]), name
-    everybody = batch["targets"].unique()
-    one_target = batch | {"targets": everybody[:1].expand(20)}
-    first, *others = (
-        outputs(one_target | {"counts": batch["counts"].index_fill(0, everybody[:1], times)}, "triton")
-        for times in (0, 1, 9)
-    )
-    for other in others:
-        for name, value in other.items():
-            assert torch.equal(value, first[name]), name
-
-
-def test_the_same_item_rejected_several_times_is_left_out() -> None:
-    batch = draw(Case(20, 70, 8, 3))
-    expected = outputs(batch, "triton")
-    twice = torch.cat([batch["rejected"], batch["rejected"].flip(1)], dim=1)
-    for name, value in outputs(batch | {"rejected": twice}, "triton").items():
         assert torch.equal(value, expected[name]), name
 
 
