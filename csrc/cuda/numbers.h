@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/number_type.h"
 #include "cuda/runtime.h"
 
 #ifdef __CUDACC__
@@ -19,6 +20,19 @@ struct BFloat16 {
 struct Half {
     uint16_t bits;
 };
+
+// Calls `run` with a zero of that type.
+template <class Run>
+auto with_number(Number number, const Run& run) {
+    switch (number) {
+        case Number::bfloat16:
+            return run(BFloat16{});
+        case Number::float16:
+            return run(Half{});
+        default:
+            return run(float{});
+    }
+}
 
 __host__ __device__ inline float bits_to_float(uint32_t bits) {
 #if defined(__CUDA_ARCH__) || !defined(__CUDACC__)

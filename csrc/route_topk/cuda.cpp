@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cuda/device.h"
+#include "cuda/tensors.h"
 #include "route_topk/cuda.h"
 #include "shared/tensors.h"
 
@@ -15,22 +16,6 @@ namespace xsmoe::cuda::route_topk {
 namespace {
 
 using torch::headeronly::toString;
-
-Number number_of(const Tensor& logits) {
-    switch (logits.scalar_type()) {
-        case ScalarType::Float:
-            return Number::float32;
-        case ScalarType::BFloat16:
-            return Number::bfloat16;
-        case ScalarType::Half:
-            return Number::float16;
-        default:
-            throw std::invalid_argument(
-                std::string("the CUDA kernels take logits in float32, bfloat16 and float16, not ") +
-                toString(logits.scalar_type()) + "; convert them"
-            );
-    }
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor logits, int64_t k, bool renormalize) {
     const OnDevice device(logits);
@@ -41,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor logits, int64_t k, bool 
     const Tensor order = empty(logits, {rows * k}, ScalarType::Long);
     const Tensor offsets = empty(logits, {experts + 1}, ScalarType::Long);
     Forward call{
-        .number = number_of(logits),
+        .number = number_of(logits, "logits"),
         .rows = rows,
         .experts = experts,
         .chosen = k,
@@ -74,7 +59,7 @@ Tensor gradient(Tensor grad, Tensor logits, Tensor places, bool renormalize) {
     const int64_t rows = logits.size(0), experts = logits.size(1);
     const Tensor dlogits = empty(logits, {rows, experts}, logits.scalar_type());
     const Backward call{
-        .number = number_of(logits),
+        .number = number_of(logits, "logits"),
         .rows = rows,
         .experts = experts,
         .chosen = places.size(1),

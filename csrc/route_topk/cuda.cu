@@ -31,14 +31,7 @@ auto with_layout(Number number, int64_t experts, const Run& run) {
             std::to_string(most_experts)
         );
     }
-    switch (number) {
-        case Number::bfloat16:
-            return with_layout<BFloat16>(experts, run);
-        case Number::float16:
-            return with_layout<Half>(experts, run);
-        default:
-            return with_layout<float>(experts, run);
-    }
+    return with_number(number, [&](auto zero) { return with_layout<decltype(zero)>(experts, run); });
 }
 
 // What is enough for a kernel that holds no rows in registers.

@@ -3,12 +3,12 @@
 
 #include <cstdint>
 
+#include "cuda/number_type.h"
+
 namespace xsmoe::cuda::route_topk {
 
 // A row of more logits does not fit into the registers of a warp.
 constexpr int64_t most_experts = 1024;
-
-enum class Number { float32, bfloat16, float16 };
 
 struct Forward {
     Number number;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/tensors.h"
 #include "shared/tensors.h"
 #include "side_moe/cuda.h"
 
@@ -17,21 +18,9 @@ namespace xsmoe::side_moe {
 
 namespace {
 
+using xsmoe::cuda::number_of;
 using xsmoe::cuda::OnDevice;
 using Tensors = std::vector<Tensor>;
-
-Number number_of(const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::Float:
-            return Number::float32;
-        case ScalarType::BFloat16:
-            return Number::bfloat16;
-        case ScalarType::Half:
-            return Number::float16;
-        default:
-            throw std::invalid_argument("x must be float32, bfloat16 or float16");
-    }
-}
 
 void check_levels(const char* name, size_t found, size_t levels) {
     if (found != levels || levels == 0 || levels > most_levels) {
@@ -80,7 +69,7 @@ Tensors gate(Tensors x, Tensors router) {
         level.gated = gated_of(gates[i]);
         levels.push_back(level);
     }
-    launch_gate(number_of(x[0]), levels.data(), static_cast<int>(levels.size()), device.stream());
+    launch_gate(number_of(x[0], "x"), levels.data(), static_cast<int>(levels.size()), device.stream());
     return gates;
 }
 
@@ -173,7 +162,9 @@ std::tuple<Tensors, Tensors> logit_gradient(
         levels.push_back(level);
     }
     const bool wide_grad = grad[0].scalar_type() == ScalarType::Float;
-    launch_logit_gradient(number_of(x[0]), wide_grad, levels.data(), static_cast<int>(levels.size()), device.stream());
+    launch_logit_gradient(
+        number_of(x[0], "x"), wide_grad, levels.data(), static_cast<int>(levels.size()), device.stream()
+    );
     return {grad_logits, grad_backbone};
 }
 

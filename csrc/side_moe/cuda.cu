@@ -325,9 +325,7 @@ int64_t count_slices(int64_t rows) { return parts_of(rows, rows_per_slice(rows))
 
 void launch_gate(Number number, const GateLevel* levels, int count, void* stream) {
     const auto on = static_cast<Stream>(stream);
-    if (number == Number::float32) gate_of<float>(levels, count, on);
-    if (number == Number::bfloat16) gate_of<BFloat16>(levels, count, on);
-    if (number == Number::float16) gate_of<Half>(levels, count, on);
+    with_number(number, [&](auto zero) { gate_of<decltype(zero)>(levels, count, on); });
 }
 
 void launch_count(const CountLevel* from, int count, void* stream) {
@@ -346,11 +344,14 @@ void launch_count(const CountLevel* from, int count, void* stream) {
 
 void launch_logit_gradient(Number number, bool wide_grad, const LogitLevel* levels, int count, void* stream) {
     const auto on = static_cast<Stream>(stream);
-    if (number == Number::float32) logit_gradient_of<float, float>(levels, count, on);
-    if (number == Number::bfloat16 && wide_grad) logit_gradient_of<BFloat16, float>(levels, count, on);
-    if (number == Number::bfloat16 && !wide_grad) logit_gradient_of<BFloat16, BFloat16>(levels, count, on);
-    if (number == Number::float16 && wide_grad) logit_gradient_of<Half, float>(levels, count, on);
-    if (number == Number::float16 && !wide_grad) logit_gradient_of<Half, Half>(levels, count, on);
+    with_number(number, [&](auto zero) {
+        using T = decltype(zero);
+        if (wide_grad) {
+            logit_gradient_of<T, float>(levels, count, on);
+        } else {
+            logit_gradient_of<T, T>(levels, count, on);
+        }
+    });
 }
 
 }  // namespace xsmoe::side_moe

@@ -4,11 +4,13 @@
 
 #include <cstdint>
 
+#include "cuda/number_type.h"
+
 namespace xsmoe::side_moe {
 
-constexpr int most_levels = 8;
+using xsmoe::cuda::Number;
 
-enum class Number { float32, bfloat16, float16 };
+constexpr int most_levels = 8;
 
 // gates (rows, gated) = softmax(x router^T), of which router is contiguous.
 struct GateLevel {
