@@ -7,7 +7,7 @@ import torch
 
 from bench import floor, standing
 from bench.examine import Checked, Truth, examine, too_large
-from bench.measure import Samples, Stopwatch, Task, flusher, interleave, quantiles
+from bench.measure import Samples, Stopwatch, Task, flusher, interleave, quantiles, ratios
 from bench.results import Case, Row, Timing
 from bench.rows import Rows
 from bench.shortage import OutOfMemory, fitting, named, release
@@ -201,26 +201,19 @@ def timings(
         if one not in laps[name]:
             continue
         mine = laps[name][one]
-        ratios = {
-            rival: _plain([b / a for a, b in zip(mine, laps[rival][one], strict=True)])
-            for rival in against
-            if one in laps[rival]
+        faster: dict[str, tuple[float, float, float]] = {
+            rival: ratios(mine, laps[rival][one]) for rival in against if one in laps[rival]
         }
         middle, floor_seconds = quantiles(mine), floor.seconds(least, rates)
         found[one] = Timing(
             *middle,
             samples=mine,
-            against=ratios,
+            against=faster,
             floor=floor_seconds,
             share=floor_seconds / middle.median,
             flop=(flop[one] or None) if flop else None,
         )
     return found
-
-
-def _plain(ratios: Sequence[float]) -> tuple[float, float, float]:
-    found = quantiles(ratios)
-    return found.median, found.p10, found.p90
 
 
 def _passes(rounds: Sequence[tuple[float, ...]], names: Sequence[str]) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.results import Case, Row, Run, Timing
+from bench.results import Case, Row, Run, Timing, lettered
 
 LEAST = 0.05
 """A smaller change is none that anybody should act on."""
@@ -187,5 +187,4 @@ def _slower(before: Case, after: Case) -> float:
 
 
 def _label(case: Case) -> str:
-    sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
-    return f"{case.operator} {case.dtype} {case.device} {sizes}"
+    return f"{case.operator} {case.dtype} {case.device} {lettered(case.sizes)}"

@@ -83,8 +83,7 @@ def speeds(runs: Iterable[Run]) -> str:
     body = []
     for case in cases:
         for row in filter(standing.ours, case.rows):
-            size = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
-            label = [f"{case.operator} {case.dtype} {size}", standing.marked(row)]
+            label = [standing.label(case), standing.marked(row)]
             if row.status != "measured":
                 body.append([*label, row.status, *[""] * len(rivals), "", "", ""])
                 continue

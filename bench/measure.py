@@ -33,6 +33,11 @@ def quantiles(values: Sequence[float]) -> Quantiles:
     return Quantiles(*(float(q) for q in np.quantile(np.asarray(values, dtype=np.float64), (0.5, 0.1, 0.9))))
 
 
+def ratios(mine: Sequence[float], theirs: Sequence[float]) -> Quantiles:
+    """How many times faster than theirs my rounds are, each beside the one that ran next to it."""
+    return quantiles([other / own for own, other in zip(mine, theirs, strict=True)])
+
+
 class Stopwatch:
     """Laps between marks, on the device's own clock."""
 

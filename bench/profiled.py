@@ -51,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     sizes = {letter: given.get(letter, values)[0] for letter, values in kind.letters.items()}
     workload = kind(sizes, DTYPES[options.dtype], device)
-    letters = " ".join(f"{letter}={size}" for letter, size in sizes.items())
-    title = f"{workload.operator} {options.dtype} {letters}: one step"
+    title = f"{workload.operator} {options.dtype} {results.lettered(sizes)}: one step"
     spent = measure(workload)
     if not spent:
         print("python -m bench.profiled: the profiler saw no kernel", file=sys.stderr)

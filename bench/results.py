@@ -149,7 +149,7 @@ def load(path: Path) -> Run:
         raise ValueError(f"{path} has schema {data.get('schema')}, and this version reads {SCHEMA}; measure again")
     try:
         cases = [_case(case) for case in data.pop("cases")]
-        return _of(Run, data | {"cases": cases})
+        return record_of(Run, data | {"cases": cases})
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}; measure again") from error
 
@@ -211,6 +211,11 @@ def _span(timing: Timing) -> str:
     return f"{ms(timing.median)} ({ms(timing.p10)}-{ms(timing.p90)})"
 
 
+def lettered(sizes: Mapping[str, int]) -> str:
+    """Sizes as they are given to --sizes."""
+    return " ".join(f"{letter}={size}" for letter, size in sizes.items())
+
+
 def ms(seconds: float) -> str:
     """Milliseconds, with three figures."""
     found = seconds * 1e3
@@ -245,17 +250,20 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _case(data: Mapping[str, Any]) -> Case:
-    rows = [_of(Row, row | {"passes": {name: _timing(t) for name, t in row["passes"].items()}}) for row in data["rows"]]
-    return _of(Case, {**data, "rows": rows})
+    rows = [
+        record_of(Row, row | {"passes": {name: _timing(t) for name, t in row["passes"].items()}})
+        for row in data["rows"]
+    ]
+    return record_of(Case, {**data, "rows": rows})
 
 
 def _timing(data: Mapping[str, Any]) -> Timing:
     against = {name: (ratio[0], ratio[1], ratio[2]) for name, ratio in data["against"].items()}
-    return _of(Timing, {**data, "against": against})
+    return record_of(Timing, {**data, "against": against})
 
 
-def _of(kind: type[T], data: Mapping[str, Any]) -> T:
-    """A record of the fields that it knows."""
+def record_of(kind: type[T], data: Mapping[str, Any]) -> T:
+    """A record of a file, of the fields that it knows."""
     known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in data.items() if name in known})
 

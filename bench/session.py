@@ -44,7 +44,7 @@ def speaker(started: float, label: str = "") -> Say:
 
 def label_of(operator: str, sizes: Mapping[str, int]) -> str:
     """A case in a few words."""
-    return f"{operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
+    return f"{operator} {results.lettered(sizes)}"
 
 
 class Session:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from bench.compare import FEWEST_ROUNDS
 from bench.kernels import grouped_mm_rivals, softmax_loss_rivals
-from bench.measure import Quantiles, quantiles
-from bench.results import Case, Row, Run, Timing, ms
+from bench.measure import Quantiles, ratios
+from bench.results import Case, Row, Run, Timing, lettered, ms
 
 PUBLISHED = ("published", "naive", "naive-autocast", "naive-narrow")
 LIBRARIES = (*softmax_loss_rivals.MODULES, *grouped_mm_rivals.MODULES, "xformers", "flash")
@@ -56,7 +56,7 @@ def whole(row: Row) -> Timing | None:
 
 def label(case: Case) -> str:
     """A case in a few words."""
-    return f"{case.operator} {case.dtype} {' '.join(f'{letter}={size}' for letter, size in case.sizes.items())}"
+    return f"{case.operator} {case.dtype} {lettered(case.sizes)}"
 
 
 def ratio(row: Row, rival: Row, one_pass: str) -> Quantiles | None:
@@ -64,7 +64,7 @@ def ratio(row: Row, rival: Row, one_pass: str) -> Quantiles | None:
     mine, theirs = row.passes.get(one_pass), rival.passes.get(one_pass)
     if mine is None or theirs is None:
         return None
-    return quantiles([b / a for a, b in zip(mine.samples, theirs.samples, strict=True)])
+    return ratios(mine.samples, theirs.samples)
 
 
 def rivals(case: Case, row: Row) -> Iterator[Row]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from bench import machine, standing
 from bench.compare import FEWEST_ROUNDS
 from bench.measure import quantiles
-from bench.results import Case, Row, Run, aligned, mib, ms, percent
+from bench.results import Case, Row, Run, aligned, lettered, mib, ms, percent
 from bench.standing import ROLES
 from bench.stream.records import StreamRun, WindowRecord
 
@@ -63,7 +63,7 @@ def missing(runs: Sequence[Run], streams: Sequence[StreamRun]) -> list[str]:
         for row in case.rows:
             if row.status in STATUSES:
                 key = row.status, case.operator, row.variant, row.reason or ""
-                found.setdefault(key, []).append(" ".join(f"{letter}={size}" for letter, size in case.sizes.items()))
+                found.setdefault(key, []).append(lettered(case.sizes))
     keys = sorted(found, key=lambda key: STATUSES.index(key[0]))
     lines = [
         f"- {status}: {name} {variant}, {_counted(found[key])}: {reason}"
@@ -101,8 +101,7 @@ def _machine(facts: Sequence[dict[str, object]]) -> list[str]:
 def _of_case(case: Case, row: Row, kinds: Iterable[str]) -> list[str]:
     timing = standing.whole(row)
     assert timing is not None
-    sizes = " ".join(f"{letter}={size}" for letter, size in case.sizes.items())
-    cells = [f"{case.operator} {case.dtype} {sizes}", standing.marked(row), _rounds(timing.samples), ms(timing.median)]
+    cells = [standing.label(case), standing.marked(row), _rounds(timing.samples), ms(timing.median)]
     cells += [_against(case, row, kind) for kind in kinds]
     cells.append(percent(timing.share))
     rival = standing.best(case, row, "published") or standing.best(case, row, "eager")

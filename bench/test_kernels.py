@@ -10,6 +10,7 @@ from torch import Tensor
 from bench import kernels, steps
 from bench.examine import Checked, Truth, examine
 from bench.kernels_command import combinations
+from bench.results import lettered
 from bench.rows import Rows
 from bench.workload import Variant, Workload, gradients
 
@@ -54,7 +55,7 @@ def cases() -> Iterator[object]:
     for operator in (*kernels.ROOMS, *steps.ROOMS):
         kind = room(operator)
         for sizes in filter(kind.sensible, combinations({**kind.letters, **kind.quick_sizes})):
-            label = f"{kind.operator} {' '.join(f'{letter}={size}' for letter, size in sizes.items())}"
+            label = f"{kind.operator} {lettered(sizes)}"
             for name in kind(dict.fromkeys(sizes, 1), torch.float32, CPU).variants():
                 for one_pass in PASSES[operator in steps.ROOMS :]:
                     yield pytest.param(operator, tuple(sizes.items()), name, one_pass, id=f"{label}-{name}-{one_pass}")
@@ -72,7 +73,7 @@ def test_speed(
     if row.status in ("absent", "skipped") or variant is None:
         pytest.skip(f"{name} is {row.status}: {row.reason}")
     assert row.status == "measured", row.reason
-    benchmark.group = f"{mine.workload.operator} {' '.join(f'{letter}={size}' for letter, size in sizes)} {one_pass}"
+    benchmark.group = f"{mine.workload.operator} {lettered(dict(sizes))} {one_pass}"
     benchmark.extra_info.update(backend=row.backend, error=row.error, saved_bytes=row.saved_bytes)
     turns = iter(range(1 << 30))
     benchmark(step, variant, mine.rows, turns, one_pass)

@@ -8,6 +8,7 @@ from typing import Any
 from bench import pictures
 from bench.memory.growth import Curve
 from bench.memory.tables import MEASURES, SAVED, expected
+from bench.results import lettered
 from xsmoe.report.style import CYCLE
 
 TITLES = {
@@ -48,7 +49,6 @@ def draw(curve: Curve, machine: Mapping[str, Any]) -> Any:
         panel.set(title=TITLES[measure.name], ylabel="MiB", xlabel=WORDS.get(curve.letter, curve.letter))
         panel.set(xlim=(0, None), ylim=(0, None))
     pictures.legend_below(figure, panels[0])
-    fixed = " ".join(f"{letter}={size}" for letter, size in curve.fixed.items())
     first = curve.first
-    figure.suptitle(f"{first.operator} {first.dtype} {fixed}; {pictures.device(machine)}")
+    figure.suptitle(f"{first.operator} {first.dtype} {lettered(curve.fixed)}; {pictures.device(machine)}")
     return figure

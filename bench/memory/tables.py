@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bench.memory.growth import Curve, Line, fit
-from bench.results import Row, aligned
+from bench.results import Row, aligned, lettered
 
 ONE = {"N": "a row", "E": "an expert", "R": "a unit of rank", "B": "a user", "M": "a modality", "D": "a unit of width"}
 """What one more of a letter is."""
@@ -76,7 +76,7 @@ def slopes(sweeps: Sequence[Curve]) -> str:
     for curve in sweeps:
         if len(curve.cases) < 2:
             continue
-        fixed = " ".join(f"{letter}={size}" for letter, size in curve.fixed.items())
+        fixed = lettered(curve.fixed)
         for name in curve.variants:
             found = [slope(fit(curve.points(name, one.of))) for one in MEASURES[:2]]
             if any(found):

@@ -7,12 +7,12 @@ it does not know.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench import results
-from bench.measure import quantiles
+from bench.measure import Quantiles, ratios
 
 KIND, SCHEMA = "stream", 1
 
@@ -88,13 +88,12 @@ class WindowRecord:
         found = self.runs.get(name)
         return found if found is not None and found.refused is None and found.steps else None
 
-    def ratio(self, name: str) -> tuple[float, float, float] | None:
+    def ratio(self, name: str) -> Quantiles | None:
         """How many times faster a run's steps are than the published one's: median, p10 and p90, batch by batch."""
         mine, theirs = self.timed(name), self.timed("published")
         if mine is None or theirs is None:
             return None
-        found = quantiles([b / a for a, b in zip(mine.step_seconds, theirs.step_seconds, strict=True)])
-        return found.median, found.p10, found.p90
+        return ratios(mine.step_seconds, theirs.step_seconds)
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,9 @@ def as_saved(run: StreamRun) -> StreamRun:
 
 def _run(data: dict[str, Any]) -> StreamRun:
     windows = [
-        _of(WindowRecord, one | {"runs": {name: _of(RunRecord, run) for name, run in one["runs"].items()}})
+        results.record_of(
+            WindowRecord, one | {"runs": {name: results.record_of(RunRecord, run) for name, run in one["runs"].items()}}
+        )
         for one in data["windows"]
     ]
-    found: StreamRun = _of(StreamRun, data | {"windows": windows})
-    return found
-
-
-def _of(kind: Any, data: dict[str, Any]) -> Any:
-    known = {one.name for one in fields(kind)}
-    return kind(**{name: value for name, value in data.items() if name in known})
+    return results.record_of(StreamRun, data | {"windows": windows})
