@@ -7,7 +7,6 @@ It is read when xsmoe_kernels is imported.
 """
 
 import functools
-import importlib
 import json
 import os
 import re
@@ -110,7 +109,7 @@ def load() -> None:
         for name, schema in served.launched.items():
             if not hasattr(torch.ops.xsmoe_cuda, name) or _schema(name) != schema:
                 raise _other_version(path, name, built["torch"])
-        kernel = _when_needed(served.launcher) if served.launcher else _kernel(operator, path, built["torch"])
+        kernel = dispatch.when_needed(served.launcher) if served.launcher else _kernel(operator, path, built["torch"])
         kernel = _says_memory_is_short(operator, kernel)
         refuses = functools.partial(_refuses, tuple(built["architectures"]), served.refuses)
         dispatch.register(
@@ -177,15 +176,6 @@ def _says_memory_is_short(operator: str, kernel: Callable[..., Any]) -> Callable
 
 def _other_version(path: Path, kernel: str, built: str) -> ImportError:
     return library_file.unusable(path, f"belongs to another version of xsmoe_kernels, by its {kernel}", built)
-
-
-def _when_needed(launcher: str) -> Callable[..., Any]:
-    module, function = launcher.split(":")
-
-    def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(*arguments)
-
-    return launch
 
 
 def _refuses(

@@ -5,6 +5,7 @@ A backend is a set of kernels: "reference" (plain PyTorch, every device), "nativ
 serve by name only; any other name is binding, and raises `BackendUnavailable` where it cannot run.
 """
 
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,16 @@ def register(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     _kernels.setdefault(operator, {})[backend] = kernel
     _limits[operator, backend] = _Limits(devices, dtypes, refuses, by_name_only)
+
+
+def when_needed(function: str) -> Kernel:
+    """A function of this package, as "module:name", whose module is imported when it is first called."""
+    module, _, name = function.partition(":")
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(*arguments)
+
+    return call
 
 
 def register_list(operator: str, single: str) -> None:

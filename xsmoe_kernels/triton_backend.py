@@ -5,11 +5,9 @@ TRITON_INTERPRET=1    Triton's own setting, read when xsmoe_kernels is imported:
 """
 
 import functools
-import importlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +45,7 @@ def load() -> None:
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
     for operator, launcher in LAUNCHERS.items():
         refuses = functools.partial(_refuses, REFUSES.get(operator))
-        kernel = _when_needed(launcher)
+        kernel = dispatch.when_needed(launcher)
         dispatch.register(operator, "triton", kernel, devices=devices, dtypes=DTYPES, refuses=refuses)
 
 
@@ -70,15 +68,6 @@ REFUSES: dict[str, dispatch.Refuses] = {
 
 def _refuses(others: dispatch.Refuses | None, device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
     return tuning.too_old(device) or (others(device, dtype, *arguments) if others else None)
-
-
-def _when_needed(launcher: str) -> Callable[..., Any]:
-    module, function = launcher.split(":")
-
-    def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__package__}.{module}"), function)(*arguments)
-
-    return launch
 
 
 def _absence() -> str | None:

@@ -1,16 +1,14 @@
 """xformers' attention for NVIDIA GPUs: registers it without importing xformers, and knows why it cannot serve."""
 
-import functools
-import importlib
 import importlib.metadata
 import re
-from typing import Any
 
 import torch
 
 from xsmoe_kernels import dispatch
 
 OLDEST = (0, 0, 35)
+MODULE = "packed_attention.xformers_attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,16 +23,11 @@ def load() -> None:
         dispatch.register(
             operator,
             "cuda",
-            functools.partial(_call, name),
+            dispatch.when_needed(f"{MODULE}:{name}"),
             devices=("cuda",),
             dtypes=DTYPES,
-            refuses=functools.partial(_call, f"refuses_{name}"),
+            refuses=dispatch.when_needed(f"{MODULE}:refuses_{name}"),
         )
-
-
-def _call(function: str, *arguments: Any) -> Any:
-    module = importlib.import_module(f"{__package__}.packed_attention.xformers_attention")
-    return getattr(module, function)(*arguments)
 
 
 def _absence() -> str | None:
