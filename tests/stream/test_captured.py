@@ -243,9 +243,11 @@ def test_graphs_hold_the_hidden_states_that_they_read() -> None:
     del tables
     gc.collect()
     assert held() is not None
+    assert any(weight.grad is not None for weight in window.model.parameters())
     window.graphs.forget()
     gc.collect()
     assert held() is None
+    assert all(weight.grad is None for weight in window.model.parameters())
 
 
 def test_other_errors_of_a_step_are_not_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:

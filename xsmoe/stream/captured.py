@@ -96,8 +96,7 @@ class CapturedSteps:
     def forget(self) -> None:
         """Drops the graphs and gives back their memory; the next steps are captured anew."""
         if self._graphs:
-            self._graphs.clear()
-            self._capturer().forget()
+            self._drop()
 
     def making_room(self, what: str, work: Callable[[], T]) -> T:
         """The result of `work`; if memory is short beside the graphs, without them in a second try, and from then on.
@@ -131,11 +130,16 @@ class CapturedSteps:
     def _give_up(self, reason: str) -> None:
         """After the handler of an error, which holds on to all that the step had made."""
         self.reason = reason
-        self._graphs.clear()
-        self._capturer().forget()
+        self._drop()
         if self._scaler is not None:
             self._scaler.recover(self._optimizer)
         self._tell(WITHOUT.format(reason))
+
+    def _drop(self) -> None:
+        self._graphs.clear()
+        # The last capture left them in the graphs' memory; every step begins without.
+        self._optimizer.zero_grad(set_to_none=True)
+        self._capturer().forget()
 
     def _capturer(self) -> Capture:
         if self._capture is None:
