@@ -1,5 +1,6 @@
 """Fixtures of every test."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,12 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which is later than this.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what is loaded by now out of collections of garbage, for which some of what is tested asks often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

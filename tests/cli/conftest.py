@@ -19,6 +19,7 @@ from cli_helpers import (
 )
 
 from xsmoe.encoders import build_small_image_encoder, build_small_text_encoder
+from xsmoe.report import plots
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +51,12 @@ def trained(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
     shutil.copytree(prepared.root, root)
     succeed(*train_arguments(Place(root)))
     return Place(root)
+
+
+@pytest.fixture
+def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports with the first of their plots, where a test looks at something else: they take longer than training."""
+    monkeypatch.setattr(plots, "PLOTS", plots.PLOTS[:1])
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from cli_helpers import run, succeed
 from xsmoe.app import demo
 from xsmoe.stream.folder import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_plot")
+
 SMALL = ["--windows", "3", "--epochs", "2", "--users", "40", "--items", "60"]
 
 

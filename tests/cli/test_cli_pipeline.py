@@ -14,6 +14,8 @@ from xsmoe.encoders import HiddenStateStore
 from xsmoe.stream import StreamingTrainer
 from xsmoe.stream.folder import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_plot")
+
 Copy = Callable[[Place], Place]
 
 

@@ -14,6 +14,8 @@ from cli_helpers import Place, run, succeed, train_arguments
 from xsmoe.stream import epoch
 from xsmoe.stream.folder import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_plot")
+
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "time"} for line in read_metrics(folder)]

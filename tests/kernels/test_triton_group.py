@@ -77,7 +77,7 @@ def test_a_level_without_a_gradient_takes_none() -> None:
 
 
 def test_compiles_as_one_graph() -> None:
-    together, expected = layers(1), layers(1)
+    together, expected = layers(1)[::2], layers(1)[::2]
     with use_backend("triton"):
         found = torch.compile(side_moe_group, fullgraph=True, backend="aot_eager")(together)
         for y, want in zip(outcome(together, found), outcome(expected, side_moe_group(expected)), strict=True):

@@ -63,14 +63,23 @@ def test_error_budget_with_tf32(one_row: bool, monkeypatch: pytest.MonkeyPatch) 
     check(plain_level(2816, 768, 10, 64, one_row=one_row), Call(num_frozen=9, apart=True))
 
 
-@settings(
-    max_examples=200 if ON_GPU else 12,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    derandomize=True,
-)
+any_shape = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+
+
+@settings(any_shape, max_examples=200 if ON_GPU else 6)
 @given(data=st.data())
 def test_error_budget_of_any_shape(data: st.DataObject) -> None:
+    check_any_shape(data)
+
+
+@pytest.mark.slow
+@settings(any_shape, max_examples=200 if ON_GPU else 24)
+@given(data=st.data())
+def test_error_budget_of_more_shapes(data: st.DataObject) -> None:
+    check_any_shape(data)
+
+
+def check_any_shape(data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 33), "experts")
     rows = data.draw(st.one_of(st.sampled_from((0, 1, 31, 33)), st.integers(0, 70)), "rows")
     dim = data.draw(st.integers(1, 70), "dim")

@@ -1,5 +1,7 @@
 """Where tests of Triton kernels run: on a GPU if there is one, else in Triton's interpreter."""
 
+import dataclasses
+import functools
 import mmap
 from typing import Any
 
@@ -83,6 +85,28 @@ def _xor_at_once() -> None:
     ReduceOps.generic_reduce = reduce_faster
 
 
+def _look_up_once() -> None:
+    """Lets Triton's interpreter look up NumPy's type of one of its own, instead of listing all of them each time."""
+    from triton.runtime import interpreter
+
+    list_all = interpreter._get_np_dtype
+    known = functools.cache(list_all)
+    interpreter._get_np_dtype = lambda of: list_all(of) if of.scalar.is_ptr() else known(of.scalar)
+
+
+def _leave_out_sanitizer() -> None:
+    """Spares Triton's interpreter from computing sums and products anew for an assertion that it then leaves out.
+
+    It asserts nothing unless its option `debug` is set, which nothing sets.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    assert not interpreter_builder.options.debug
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+
+
 if _reason is None and not ON_GPU:
     _patch_once()
     _xor_at_once()
+    _look_up_once()
+    _leave_out_sanitizer()
