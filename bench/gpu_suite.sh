@@ -206,7 +206,13 @@ bench() {
             --json "$folder/memory-$name-$gpu-bfloat16.json" --snapshot "$folder/memory-$name-$gpu-snapshot.pickle" \
             --plot "$folder/memory-$gpu"
     done
+    # Windows as experts grow: eagerly, where the parts of a step are told apart, and as CUDA graphs.
+    part stream "$PYTHON" -m bench stream --dtype bfloat16 --device cuda --top-k 2 \
+        --json "$folder/stream-$gpu-bfloat16.json"
+    part stream_graph "$PYTHON" -m bench stream --dtype bfloat16 --device cuda --top-k 2 --graph \
+        --json "$folder/stream-graph-$gpu-bfloat16.json"
     part profile "$PYTHON" -m bench.profiled --out "$folder/side_moe-profile-$gpu.txt"
+    part profile_step "$PYTHON" -m bench.profiled mean --out "$folder/step-profile-$gpu.txt"
     # The measurements under it may be new.
     forget roofline
     if "$PYTHON" -c "import matplotlib" 2>/dev/null; then

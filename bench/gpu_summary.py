@@ -1,15 +1,19 @@
 """What bench/gpu_suite.sh found, in short: `python -m bench.gpu_summary FOLDER`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from bench import results, standing
+from bench.measure import quantiles
 from bench.memory.growth import curves
 from bench.memory.tables import slopes
 from bench.results import Row, Run
+from bench.stream import records
+from bench.stream.records import StreamRun
 from xsmoe_kernels import cuda_backend
 
 _STATE = ".gpu_suite"
@@ -31,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(reason)
         return 0 if reason else 1
     ran, runs = parts(options.folder / _STATE, options.commit), list(measured(options.folder, options.commit))
-    timed, swept = ([run for run in runs if _of_memory(run) == memory] for memory in (False, True))
-    print("\n\n".join(filter(None, (ran, speeds(timed), growths(swept)))))
+    timed, swept = ([run for run in runs if isinstance(run, Run) and _of_memory(run) == sweeps] for sweeps in (0, 1))
+    streamed = [run for run in runs if isinstance(run, StreamRun)]
+    print("\n\n".join(filter(None, (ran, speeds(timed), growths(swept), streams(streamed)))))
     return 0
 
 
@@ -60,15 +65,16 @@ def tests(path: Path) -> str:
     return f"{total - failed - skipped} passed, {failed} failed, {skipped} skipped"
 
 
-def measured(folder: Path, commit: str | None = None) -> Iterator[Run]:
+def measured(folder: Path, commit: str | None = None) -> Iterator[Run | StreamRun]:
     """The runs on GPUs that lie in a folder; only those of a commit, if one is given."""
     for path in sorted(folder.glob("*.json")):
         try:
-            run = results.load(path)
+            run = _load(path)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             print(f"{path.name} is left out: {error}", file=sys.stderr)
             continue
-        if not any(case.device == "cuda" for case in run.cases):
+        devices = [case.device for case in run.cases] if isinstance(run, Run) else [run.settings["device"]]
+        if "cuda" not in devices:
             continue
         if commit is not None and run.machine.get("commit") != commit:
             print(f"{path.name} is left out: it is of commit {run.machine.get('commit')}", file=sys.stderr)
@@ -103,6 +109,36 @@ def speeds(runs: Iterable[Run]) -> str:
 def growths(runs: Iterable[Run]) -> str:
     """A row for each sweep and variant: how fast memory grows."""
     return slopes(curves(case for run in runs for case in run.cases if case.device == "cuda"))
+
+
+def streams(runs: Iterable[StreamRun]) -> str:
+    """A row for each formulation of each stream: its first and its last window, and how far the last one grew."""
+    body = []
+    for run in runs:
+        label = "stream" + (", graphs" if run.settings.get("graph") else "")
+        for name in run.names:
+            done = [(window, record) for window in run.windows if (record := window.timed(name))]
+            if not done:
+                body.append([label, name, *[""] * 7])
+                continue
+            # The last window has no test after it.
+            windows = [record.grow + sum(record.epochs) for _, record in done]
+            steps = [1e3 * quantiles(record.step_seconds).median for _, record in done]
+            experts = f"{done[0][0].experts} to {done[-1][0].experts}"
+            body.append([label, name, experts, *_grown(steps), *_grown(windows)])
+    if not body:
+        return ""
+    head = ["run", "formulation", "experts", "step ms", "in the end", "x", "window s", "in the end", "x"]
+    return "\n".join(results.aligned(head, body))
+
+
+def _grown(values: Sequence[float]) -> list[str]:
+    return [f"{values[0]:.3g}", f"{values[-1]:.3g}", f"{values[-1] / values[0]:.2f}"]
+
+
+def _load(path: Path) -> Run | StreamRun:
+    kind = json.loads(path.read_text()).get("kind")
+    return records.load(path) if kind == records.KIND else results.load(path)
 
 
 def speedup(row: Row, rival: Row | None) -> str:

@@ -1,7 +1,9 @@
 """Where a step of ours spends its time: `python -m bench.profiled mean --device cpu --out table.txt`."""
 
 import argparse
+import statistics
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,7 @@ from bench.arguments import DTYPES, UsageError, check_machine, sizes_of
 from bench.workload import Workload, gradients
 
 SIDE_MOE = ["N=2816", "E=10", "D=768", "R=64", "M=2"]
-WARM_UP, STEPS = 5, 20
+WARM_UP, STEPS, ROUNDS = 5, 20, 5
 
 
 class Spent(NamedTuple):
@@ -23,6 +25,13 @@ class Spent(NamedTuple):
     name: str
     calls: float
     microseconds: float
+
+
+class Busy(NamedTuple):
+    """Microseconds of a step: while some kernel or copy runs on the GPU, and as a clock on the wall shows."""
+
+    kernels: float
+    wall: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,23 +61,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {letter: given.get(letter, values)[0] for letter, values in kind.letters.items()}
     workload = kind(sizes, DTYPES[options.dtype], device)
     title = f"{workload.operator} {options.dtype} {results.lettered(sizes)}: one step"
-    spent = measure(workload)
+    spent, busy = measure(workload)
     if not spent:
         print("python -m bench.profiled: the profiler saw no kernel", file=sys.stderr)
         return 1
     text = "\n".join([machine.line(machine.describe(device)), "", title, "", *table(spent)])
+    if busy is not None:
+        text += f"\n\n{told(busy)}"
     print(text)
     if options.out is not None:
         options.out.write_text(text + "\n")
     return 0
 
 
-def measure(workload: Workload) -> list[Spent]:
-    """What each kernel takes in a step of ours, as the profiler sees it, the most expensive first."""
+def measure(workload: Workload) -> tuple[list[Spent], Busy | None]:
+    """What each kernel takes in a step of ours by the profiler, the most expensive first; and how busy a GPU is."""
     variant, rows = workload.build("ours"), workload.draw()
     cuda = workload.device.type == "cuda"
 
-    def run(count: int) -> None:
+    def run(count: int) -> float:
+        begin = time.perf_counter()
         for _ in range(count):
             if variant.whole is not None:
                 variant.whole(rows)
@@ -76,8 +88,11 @@ def measure(workload: Workload) -> list[Spent]:
                 gradients(variant, rows, variant.forward(rows))
         if cuda:
             torch.cuda.synchronize(workload.device)
+        return time.perf_counter() - begin
 
     run(WARM_UP)
+    # Without the profiler, which slows the host down.
+    wall = statistics.median(run(STEPS) for _ in range(ROUNDS)) / STEPS if cuda else 0.0
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         run(STEPS)
     found = []
@@ -85,10 +100,32 @@ def measure(workload: Workload) -> list[Spent]:
         # What the host spent is no kernel's time, and an operator's device time is that of its kernels once more.
         if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
-        time = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if time > 0:
-            found.append(Spent(event.key, event.count / STEPS, time / STEPS))
-    return sorted(found, key=lambda one: -one.microseconds)
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if spent > 0:
+            found.append(Spent(event.key, event.count / STEPS, spent / STEPS))
+    busy = None
+    if cuda:
+        on_device = [one for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+        at_work = covered([(one.time_range.start, one.time_range.end) for one in on_device])
+        busy = Busy(at_work / STEPS, wall * 1e6)
+    return sorted(found, key=lambda one: -one.microseconds), busy
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of some spans of time lasts."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def told(busy: Busy) -> str:
+    """How much of a step's time the GPU is at work."""
+    return (
+        f"The GPU is at work for {busy.kernels:.1f} us of the {busy.wall:.1f} us that a step takes without a profiler "
+        f"(median of {ROUNDS} rounds of {STEPS} steps): busy {busy.kernels / busy.wall:.0%}."
+    )
 
 
 def table(spent: Iterable[Spent], most: int = 40) -> list[str]:

@@ -52,6 +52,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--lr", type=float, help=f"of Adam; {Settings.lr:g}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is autocast; float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu")
+    parser.add_argument("--graph", action="store_true", help="ours as CUDA graphs, whose parts are not told apart")
     parser.add_argument("--json", type=Path, metavar="PATH", help="writes everything, after every window")
     parser.add_argument(
         "--plot", type=Path, metavar="FOLDER", help="draws time, memory, quality and parts (matplotlib)"
@@ -123,6 +124,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if not settings.lr > 0:
         raise UsageError(f"--lr must be above 0, not {settings.lr:g}")
     check_machine(settings.device)
+    if settings.graph and settings.device != "cuda":
+        raise UsageError("--graph: CUDA graphs need --device cuda")
     return settings
 
 

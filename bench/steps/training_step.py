@@ -253,7 +253,7 @@ class TrainingStep(Workload):
     def _ours_captured(self, name: str) -> Variant:
         """Graphs for the gate, without dropout and optimizer, and others for the clock."""
         ours = self._step(captured=True)
-        judged, timed = (CapturedSteps(ours.model, ours.optimizer, refuse) for _ in range(2))
+        judged, timed = (CapturedSteps(ours.model, ours.optimizer, tell=refuse) for _ in range(2))
         gradients = {key: torch.empty_like(leaf) for key, leaf in ours.leaves.items()}
 
         def loss_and_gradients(given: StepInput) -> Tensor:

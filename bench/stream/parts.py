@@ -12,27 +12,20 @@ PARTS = ("data", "encode", "attend", "loss", "backward", "optimizer")
 """Gathering the batch; item encoder; user encoder; loss; backward; optimizer."""
 
 
-class StepClock:
-    """Laps between the parts of every step while an epoch runs.
+class Clock:
+    """Laps between marks while an epoch runs.
 
     Args:
-        model: whose forward is the loss of a step.
-        items, users: its encoders, which it calls once each, in this order.
         device: whose clock is read.
+        parts: laps that a step has.
     """
 
-    def __init__(self, model: nn.Module, items: nn.Module, users: nn.Module, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, parts: int = 1) -> None:
+        self._device, self._parts = device, parts
         self._watch: Stopwatch | None = None
-        model.register_forward_pre_hook(self._mark)
-        items.register_forward_hook(self._mark)
-        users.register_forward_hook(self._mark)
-        model.register_forward_hook(self._mark)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer of the steps to come."""
-        optimizer.register_step_pre_hook(self._mark)
-        optimizer.register_step_post_hook(self._mark)
 
     @contextmanager
     def epoch(self) -> Iterator[list[list[float]]]:
@@ -44,11 +37,32 @@ class StepClock:
             laps = self._watch.laps()
         finally:
             self._watch = None
-        if len(laps) % len(PARTS):
-            raise RuntimeError(f"{len(laps)} laps are no whole steps of {len(PARTS)} parts")
-        steps += [list(laps[start : start + len(PARTS)]) for start in range(0, len(laps), len(PARTS))]
+        if len(laps) % self._parts:
+            raise RuntimeError(f"{len(laps)} laps are no whole steps of {self._parts} parts")
+        steps += [list(laps[start : start + self._parts]) for start in range(0, len(laps), self._parts)]
 
-    def _mark(self, *_: object) -> None:
-        # Evaluation calls the encoders too, outside of epochs.
+    def mark(self, *_: object) -> None:
+        """Ends a lap. Nothing outside of epochs: evaluation calls the encoders too."""
         if self._watch is not None:
             self._watch.mark()
+
+
+class StepClock(Clock):
+    """The parts of every step.
+
+    Args:
+        model: whose forward is the loss of a step.
+        items, users: its encoders, which it calls once each, in this order.
+        device: whose clock is read.
+    """
+
+    def __init__(self, model: nn.Module, items: nn.Module, users: nn.Module, device: torch.device) -> None:
+        super().__init__(device, len(PARTS))
+        model.register_forward_pre_hook(self.mark)
+        items.register_forward_hook(self.mark)
+        users.register_forward_hook(self.mark)
+        model.register_forward_hook(self.mark)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_pre_hook(self.mark)
+        optimizer.register_step_post_hook(self.mark)

@@ -8,7 +8,7 @@ from typing import Any
 from bench import pictures
 from bench.measure import quantiles
 from bench.stream.records import RunRecord, StreamRun
-from bench.stream.tables import METRICS, medians
+from bench.stream.tables import METRICS, medians, parted
 from xsmoe.report.style import BLUE, CYCLE, GREEN, GREY, RED
 
 COLOURS = (RED, BLUE, GREEN)
@@ -83,8 +83,9 @@ def draw_quality(run: StreamRun) -> Any:
 
 def draw_parts(run: StreamRun) -> Any:
     """Each run's parts of a step, stacked."""
-    figure, panels = pictures.figure(len(run.names))
-    for panel, name in zip(panels, run.names, strict=True):
+    names = [name for name in run.names if all(parted(r) for w in run.windows if (r := w.timed(name)))]
+    figure, panels = pictures.figure(len(names))
+    for panel, name in zip(panels, names, strict=True):
         found = [(w.experts, medians(r)) for w in run.windows if (r := w.timed(name))]
         bottom = [0.0] * len(found)
         for place, part in enumerate(run.parts):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from bench.steps.model import BLOCKS, LEVELS, OUT_DIM, PLACES
-from bench.stream.parts import StepClock
+from bench.stream.parts import Clock, StepClock
 from bench.stream.settings import Settings
 from bench.stream.streams import Drawn
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
+from xsmoe.stream.captured import CapturedSteps
 from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.growth import grow
@@ -21,17 +22,21 @@ from xsmoe.stream.seeds import seeded
 GateRows = Mapping[str, Sequence[Tensor]]
 
 
+class NotCaptured(RuntimeError):
+    """Steps that were to be CUDA graphs cannot be."""
+
+
 class Run(ABC):
     """A model that is trained window by window.
 
     Attributes:
         name: what tables call it.
-        clock: the parts of its steps.
+        clock: its steps, or their parts.
         optimizer: of the window at hand.
     """
 
     name: str
-    clock: StepClock
+    clock: Clock
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
@@ -69,6 +74,7 @@ class OurRun(Run):
 
     sequences: Sequences
     log_share: np.ndarray
+    graphs: CapturedSteps | None = None
 
     def __init__(self, name: str, settings: Settings, drawn: Drawn, top_k: int | None = None) -> None:
         self.name, self.top_k = name, top_k
@@ -80,7 +86,9 @@ class OurRun(Run):
         self.model = Recommender(items, users).to(self.device)
         for _, _, bank in items.banks():
             bank.count_in_eval = True
-        self.clock = StepClock(self.model, self.model.items, self.model.users, self.device)
+        # A graph runs none of the hooks that tell parts apart.
+        parted = StepClock(self.model, self.model.items, self.model.users, self.device) if not settings.graph else None
+        self.clock = parted or Clock(self.device)
 
     def grow(self, window: int, rows: GateRows | None) -> GateRows:
         # The rows depend on seed and window alone, so that runs of ours draw the same.
@@ -96,6 +104,10 @@ class OurRun(Run):
             self.log_share = np.log(share)
         self.optimizer = make_optimizer(self.model, self.config)
         self.clock.follow(self.optimizer)
+        if self.graphs is not None:
+            self.graphs.forget()
+        if self.config.graph:
+            self.graphs = CapturedSteps(self.model, self.optimizer, tell=_refuse)
 
     def epoch(self, window: int, epoch: int) -> float:
         done = train_epoch(
@@ -107,7 +119,8 @@ class OurRun(Run):
             self.config,
             window=window,
             epoch=epoch,
-            on_batch=lambda done, of: None,
+            on_batch=lambda done, of: None if self.graphs is None else self.clock.mark(),
+            graphs=self.graphs,
         )
         return float(done["loss"])
 
@@ -136,6 +149,10 @@ class OurRun(Run):
         twin = Recommender.from_config(self.model.config())
         twin.load_state_dict(self.model.state_dict())
         return twin.to(self.device).train()
+
+
+def _refuse(reason: str) -> None:
+    raise NotCaptured(reason)
 
 
 def byte_size(tensors: Iterable[Tensor]) -> int:

@@ -27,6 +27,7 @@ class Settings:
         dtype: "float32", or "bfloat16", which is autocast over hidden states in bfloat16.
         device: "cpu" or "cuda".
         top_k: of a further run of ours, or None.
+        graph: whether steps of ours are CUDA graphs, whose parts are not told apart.
     """
 
     pooling: str = "mean"
@@ -44,6 +45,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     top_k: int | None = None
+    graph: bool = False
 
     def config(self) -> "StreamConfig":
         """The protocol of both runs: the published one, with growth every window and nothing pruned."""
@@ -61,8 +63,7 @@ class Settings:
             seed=self.seed,
             device=self.device,
             precision="bfloat16" if self.half else "float32",
-            # Hooks tell the parts of a step apart, and a graph runs none.
-            graph=False,
+            graph=self.graph,
         )
 
     @property

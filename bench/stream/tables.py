@@ -22,10 +22,11 @@ def report(run: StreamRun) -> str:
 def setting(run: StreamRun) -> str:
     """What was streamed."""
     s = run.settings
-    top_k = "" if s["top_k"] is None else f", top-k {s['top_k']}"
+    others = "" if s["top_k"] is None else f", top-k {s['top_k']}"
+    others += ", ours as CUDA graphs" if s.get("graph") else ""
     return (
         f"### stream {s['dtype']}, {s['device']}: {s['windows']} windows, {s['users']} users each, batch {s['batch']}, "
-        f"{s['epochs']} epochs, D {s['dim']}, R {s['rank']}, {s['pooling']} pooling, dropout {s['dropout']:g}{top_k}"
+        f"{s['epochs']} epochs, D {s['dim']}, R {s['rank']}, {s['pooling']} pooling, dropout {s['dropout']:g}{others}"
     )
 
 
@@ -147,12 +148,17 @@ def parts(run: StreamRun) -> list[str]:
     body = []
     for window in list({w.window: w for w in done[:1] + done[-1:]}.values()):
         for name in run.names:
-            if (record := window.timed(name)) is not None:
+            if (record := window.timed(name)) is not None and parted(record):
                 spent = [f"{_ms(seconds)}" for seconds in medians(record)]
                 body.append([name, str(window.experts), *spent, _median(record)])
     if not body:
         return []
     return ["Parts of a step, in ms (medians).", "", *aligned(["run", "experts", *run.parts, "step"], body)]
+
+
+def parted(record: RunRecord) -> bool:
+    """Whether the parts of its steps are told apart, which those of CUDA graphs are not."""
+    return len(record.steps[0]) > 1
 
 
 def medians(record: RunRecord) -> list[float]:

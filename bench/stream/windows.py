@@ -13,7 +13,7 @@ import torch
 from bench.stream.check import Check
 from bench.stream.published_run import PublishedRun
 from bench.stream.records import RunRecord, WindowRecord
-from bench.stream.runs import GateRows, OurRun, Run
+from bench.stream.runs import GateRows, NotCaptured, OurRun, Run
 from bench.stream.settings import Settings, names
 from bench.stream.streams import Drawn
 from xsmoe.data import Sequences, WindowSplits, item_share
@@ -118,6 +118,10 @@ class Streaming:
                     with run.clock.epoch() as steps:
                         loss = run.epoch(number, epoch)
                     spent = self._now() - begin
+                except NotCaptured as error:
+                    found[run.name] = replace(found[run.name], refused=str(error))
+                    self.runs.remove(run)
+                    continue
                 finally:
                     gc.enable()
                 record = found[run.name]

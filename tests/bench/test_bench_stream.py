@@ -1,6 +1,7 @@
 """`python -m bench stream`: both formulations train alike, and what it measures, writes, draws and refuses."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bench.stream.runs import OurRun
 from bench.stream.settings import POOLINGS, Settings
 from bench.stream.streams import draw
 from bench.stream.windows import Streaming
-from xsmoe.stream import Stream, StreamingTrainer
+from xsmoe.stream import Stream, StreamingTrainer, capture, captured
 
 TINY = Settings(users=24, items=120, new_items=12, windows=3, batch=8, dim=24, rank=4)
 ARGUMENTS = [
@@ -54,6 +55,45 @@ def test_without_dropout_both_train_and_rank_alike(pooling: str, monkeypatch: py
     assert len(mine) == 24
     assert np.isfinite(mine).any()
     assert (mine == theirs).mean() > 0.9
+
+
+class StandIn:
+    """Captures and replays by running."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        loss = step()
+        return lambda: loss.copy_(step()) and None, loss
+
+    def forget(self) -> None:
+        pass
+
+
+def test_graphs_have_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "CudaCapture", StandIn)
+    settings = replace(TINY, windows=2, top_k=1, graph=True)
+    found = list(Streaming(settings, draw(settings)).windows())
+    for window in found:
+        for name, parts in (("published", len(PARTS)), ("ours", 1), ("ours-top-1", 1)):
+            assert np.array(window.runs[name].steps).shape == (settings.epochs * window.batches, parts)
+    names = ["published", "ours", "ours-top-1"]
+    run = records.StreamRun([], {}, settings.__dict__, list(PARTS), names, found, 1.0)
+    assert "top-k 1, ours as CUDA graphs" in tables.setting(run)
+    assert {line.split("|")[1].strip() for line in tables.parts(run)[4:]} == {"published"}
+
+
+def test_what_cannot_be_captured_is_refused_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cannot(StandIn):
+        def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+            raise capture.CannotCapture("operation not permitted")
+
+    monkeypatch.setattr(captured, "CudaCapture", Cannot)
+    settings = replace(TINY, windows=2, graph=True)
+    (window,) = Streaming(settings, draw(settings)).windows()
+    assert "operation not permitted" in (window.runs["ours"].refused or "")
+    assert window.timed("published") is not None
 
 
 def test_ours_is_what_the_trainer_trains() -> None:
@@ -261,6 +301,7 @@ def test_without_matplotlib_a_line_says_so(
         (["--windows", "1"], "--windows must be at least 2, not 1"),
         (["--new-items", "-1"], "--new-items must be at least 0, not -1"),
         (["--top-k", "0"], "--top-k must be at least 1, not 0"),
+        (["--graph"], "--graph: CUDA graphs need --device cuda"),
         (
             ["--items", "31", "--windows", "2"],
             "--items must be at least 16 for each of the 2 windows, that is 32, not 31",

@@ -8,6 +8,7 @@ import torch
 from bench import gpu_name, gpu_sanitize, gpu_summary, profiled, results
 from bench.profiled import Spent
 from bench.results import Case, Row, Run, Timing
+from bench.stream import records
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +109,22 @@ def test_memory_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert rows[2:] == [["side_moe bfloat16 N=3", "an expert", "ours", "2.00 MiB", "", "4.00 MiB"]]
 
 
+def test_streams_have_a_table_of_how_they_grew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def window(number: int, step: float, epoch: float) -> records.WindowRecord:
+        timed = records.RunRecord(steps=[[step]] * 3, epochs=[epoch, epoch], grow=0.5, test=9.0)
+        runs = {"published": records.RunRecord(refused="it was wrong"), "ours-top-2": timed}
+        return records.WindowRecord(number, number + 1, 8, 3, 0, None, runs)
+
+    windows, settings = [window(0, 2e-3, 1.0), window(1, 2.2e-3, 1.125)], {"device": "cuda", "graph": True}
+    run = records.StreamRun([], {"commit": "abc"}, settings, [], ["published", "ours-top-2"], windows, 1.0)
+    records.save(run, tmp_path / "stream-toy.json")
+    assert gpu_summary.main([str(tmp_path), "--commit", "abc"]) == 0
+    rows = [_cells(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["run", "formulation", "experts", "step ms", "in the end", "x", "window s", "in the end", "x"]
+    assert rows[2] == ["stream, graphs", "published", *[""] * 7]
+    assert rows[3] == ["stream, graphs", "ours-top-2", "1 to 2", "2", "2.2", "1.10", "2.5", "2.75", "1.10"]
+
+
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
@@ -148,7 +165,7 @@ def test_a_step_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_profile_without_kernels_is_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiled, "measure", lambda workload: [])
+    monkeypatch.setattr(profiled, "measure", lambda workload: ([], None))
     out = tmp_path / "profile.txt"
     sizes = ["--sizes", "N=5", "E=2", "D=8", "R=2", "M=1"]
     assert profiled.main(["--device", "cpu", "--dtype", "float32", *sizes, "--out", str(out)]) == 1
@@ -187,3 +204,11 @@ def test_a_whole_step_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "training_step_cls float32 B=5 I=40 E=3 M=2 D=24 R=4: one step" in printed
     assert "aten::_fused_adam_" in printed
+
+
+def test_a_gpu_is_busy_while_anything_runs_on_it() -> None:
+    assert profiled.covered([]) == 0
+    assert profiled.covered([(5, 9), (0, 4), (3, 6), (1, 2), (20, 21)]) == 10
+    said = profiled.told(profiled.Busy(850.0, 1000.0))
+    assert said.startswith("The GPU is at work for 850.0 us of the 1000.0 us that a step takes")
+    assert said.endswith("busy 85%.")

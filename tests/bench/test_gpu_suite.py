@@ -102,7 +102,9 @@ def test_all_runs_every_part_and_leaves_a_marker(suite: Suite) -> None:
     assert all("N=300 E=3 D=768 R=64 M=2" in calls[0] for calls in checks)
     assert all("-m bench.gpu_sanitize " in call for calls in checks for call in calls)
     assert sum("compute-sanitizer" in call for call in called) == 3 * 12 + 1
-    assert any("bench.profiled" in call for call in called)
+    assert sum("bench.profiled" in call for call in called) == 2
+    streamed = [call for call in called if "-m bench stream --dtype bfloat16 --device cuda --top-k 2" in call]
+    assert ["--graph" in call for call in streamed] == [False, True]
     assert any("-m bench step --dtype bfloat16 --device cuda" in call for call in called)
     memory = [call for call in called if "-m bench memory" in call]
     assert [call.split()[3] for call in memory] == ["side_moe", "step"]

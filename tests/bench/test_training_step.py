@@ -13,7 +13,7 @@ from bench.steps import ROOMS, room, training_step
 from bench.steps.training_step import TrainingStep
 from bench.workload import Absent
 from xsmoe.nn import Recommender
-from xsmoe.stream import captured
+from xsmoe.stream import capture, captured
 from xsmoe_kernels import Utilization
 
 
@@ -54,6 +54,9 @@ class StandIn:
         loss = step()
         return lambda: loss.copy_(step()) and None, loss
 
+    def forget(self) -> None:
+        pass
+
 
 def test_a_captured_step_passes_the_gate_and_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "CudaCapture", StandIn)
@@ -79,7 +82,7 @@ def test_a_captured_step_passes_the_gate_and_trains_alike(monkeypatch: pytest.Mo
 def test_a_step_that_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Cannot(StandIn):
         def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-            raise captured.CannotCapture("operation not permitted")
+            raise capture.CannotCapture("operation not permitted")
 
     monkeypatch.setattr(captured, "CudaCapture", Cannot)
     workload = tiny("mean")

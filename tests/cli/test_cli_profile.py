@@ -42,7 +42,9 @@ def test_too_little_memory_is_one_line_and_the_same_command_goes_on_with_a_profi
     assert len(lines(place.run)) == 1
 
     folder = place.root / "profiles" / "first"
-    out = succeed(*train_arguments(place), "--profile", folder)
+    # No result depends on this setting, which the run keeps from now on.
+    out = succeed(*train_arguments(place), "--store-gib", "0.5", "--profile", folder)
+    assert json.loads((place.run / "config.json").read_text())["stream"]["store_gib"] == 0.5
     assert "Going on" in out
     assert lines(place.run) == lines(trained.run)
     assert len(re.findall(r"^Profile of 10 steps \(window 1, epoch \d\): one step$", out, re.MULTILINE)) == 1

@@ -1,113 +1,53 @@
-"""Captured steps: what a stand-in for CUDA graphs shows on a CPU, and what a GPU shows."""
+"""Captured steps: what a stand-in for CUDA graphs shows on a CPU."""
 
-import warnings
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import needs_gpu
+from capturing import CPU, Cannot, StandIn, Window, assert_same, fit, kill_and_resume
 from torch import Tensor
 
-from xsmoe.data import item_share
 from xsmoe.nn import Recommender
-from xsmoe.stream import StreamConfig, StreamingTrainer, captured, epoch, trainer
+from xsmoe.stream import StreamConfig, captured, epoch, trainer
 from xsmoe.stream.batches import StepInput
-from xsmoe.stream.captured import CannotCapture, CapturedSteps, refusal
-from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_epoch
-from xsmoe.stream.evaluation import RankingTask, rank_with_model
-from xsmoe.stream.memory import StreamMemory
+from xsmoe.stream.captured import CapturedSteps, refusal, wanted
+from xsmoe.stream.epoch import load_optimizer
+from xsmoe.stream.precision import LossScaler
+from xsmoe.stream.resident import ResidentFeatures
 from xsmoe_kernels.ranges import opening_ranges
 
-
-class StandIn:
-    """Captures by running a step, and replays by running it again into the place of its loss, as a graph does."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.captures = 0
-
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.captures += 1
-        for _ in range(captured.WARM_UP):
-            step()
-        loss = step()
-
-        def replay() -> None:
-            loss.copy_(step())
-
-        return replay, loss
-
-
-def cannot(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    step()
-    raise CannotCapture("operation not permitted when stream is capturing")
-
-
-class Window:
-    """A window that is trained on with graphs, or at least with what makes them."""
-
-    def __init__(self, capture: Any = None, **options: Any) -> None:
-        self.config = tiny.config(**options)
-        self.model = tiny.model().to(self.config.device)
-        self.splits = self.config.split(tiny.windows(2, users=30)[0])
-        with np.errstate(divide="ignore"):
-            self.log_share = np.log(item_share(self.splits.train, tiny.NUM_ITEMS))
-        self.told: list[str] = []
-        self.capture = capture
-        self.begin()
-
-    def begin(self) -> None:
-        self.optimizer = make_optimizer(self.model, self.config)
-        self.graphs = CapturedSteps(self.model, self.optimizer, self.told.append, self.capture)
-
-    def epoch(self, number: int = 0, *, graphs: bool = True) -> float:
-        done = train_epoch(
-            self.model,
-            tiny.features(),
-            self.splits.train,
-            self.log_share,
-            self.optimizer,
-            self.config,
-            window=0,
-            epoch=number,
-            on_batch=lambda done, of: None,
-            graphs=self.graphs if graphs else None,
-        )
-        return float(done["loss"])
-
-    def state(self) -> dict[str, Tensor]:
-        moments = self.optimizer.state_dict()["state"]
-        return self.model.state_dict() | {
-            f"{place} {name}": value for place, state in moments.items() for name, value in state.items()
-        }
-
-
-def assert_same(one: Window, other: Window) -> None:
-    mine, theirs = one.state(), other.state()
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert torch.equal(value, theirs[name]), name
-
-
-def weights(window: Window) -> Tensor:
-    return torch.cat([parameter.detach().flatten().clone() for parameter in window.model.parameters()])
+SHORT = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB."
+)
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has trainers on a CPU capture their steps."""
-    monkeypatch.setattr(captured, "CudaCapture", StandIn)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
+    """Has trainers on a CPU capture their steps; gives the stand-ins that they made."""
+    made: list[StandIn] = []
+
+    def make(device: torch.device) -> StandIn:
+        made.append(StandIn(device))
+        return made[-1]
+
+    monkeypatch.setattr(captured, "CudaCapture", make)
     for module in (trainer, epoch):
-        monkeypatch.setattr(module, "refusal", lambda config: None if config.graph else "graph is off")
+        monkeypatch.setattr(module, "wanted", lambda config: config.graph)
+    monkeypatch.setattr(
+        trainer, "refusal", lambda config: refusal(StreamConfig.from_dict(config.to_dict() | {"device": "cuda"}))
+    )
+    return made
 
 
 def test_replayed_steps_end_where_others_do() -> None:
     # With dropout: the steps ahead of a capture must draw nothing.
-    replayed, eager = Window(StandIn(torch.device("cpu"))), Window(cannot)
+    replayed, eager = Window(StandIn()), Window(Cannot())
     for number in range(3):
         assert replayed.epoch(number) == eager.epoch(number)
         assert_same(replayed, eager)
@@ -117,7 +57,7 @@ def test_replayed_steps_end_where_others_do() -> None:
 
 def test_a_step_is_captured_once_for_each_kind_of_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xsmoe.stream.padding.ITEMS", 4)
-    stand_in = StandIn(torch.device("cpu"))
+    stand_in = StandIn()
     window, kinds = Window(stand_in), set()
     run = CapturedSteps.__call__
 
@@ -133,7 +73,7 @@ def test_a_step_is_captured_once_for_each_kind_of_input(monkeypatch: pytest.Monk
 
 
 def test_padding_changes_an_epoch_by_no_more_than_rounding() -> None:
-    padded, plain = Window(StandIn(torch.device("cpu"))), Window(cannot)
+    padded, plain = Window(StandIn()), Window(Cannot())
     for window in (padded, plain):
         for module in window.model.modules():
             if hasattr(module, "p"):
@@ -156,7 +96,7 @@ def move(model: Recommender) -> None:
 
 @pytest.mark.parametrize("change", [change_experts, move])
 def test_graphs_are_dropped_when_what_they_read_moves(change: Callable[[Recommender], None]) -> None:
-    stand_in = StandIn(torch.device("cpu"))
+    stand_in = StandIn()
     window = Window(stand_in)
     window.epoch(0)
     before = stand_in.captures
@@ -168,7 +108,7 @@ def test_graphs_are_dropped_when_what_they_read_moves(change: Callable[[Recommen
 
 
 def test_graphs_are_dropped_when_frozen_experts_are_loaded() -> None:
-    stand_in = StandIn(torch.device("cpu"))
+    stand_in = StandIn()
     window = Window(stand_in)
     window.model.items.expand()
     window.begin()
@@ -181,7 +121,7 @@ def test_graphs_are_dropped_when_frozen_experts_are_loaded() -> None:
 
 
 def test_what_cannot_be_captured_runs_all_the_same_and_says_so_once() -> None:
-    window, eager = Window(cannot), Window(cannot)
+    window, eager = Window(Cannot()), Window(Cannot())
     eager.graphs.reason = "never tried"
     for number in range(2):
         assert window.epoch(number) == eager.epoch(number)
@@ -192,8 +132,126 @@ def test_what_cannot_be_captured_runs_all_the_same_and_says_so_once() -> None:
     assert not any(group["capturable"] for group in window.optimizer.param_groups)
 
 
+def test_memory_that_is_short_in_a_later_capture_costs_all_graphs_and_no_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("xsmoe.stream.padding.ITEMS", 4)
+
+    class Short(StandIn):
+        def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+            found = super().__call__(step)
+            if self.captures == 2:
+                raise SHORT
+            return found
+
+    short = Short()
+    window, expected = Window(short), Window(StandIn())
+    for number in range(3):
+        assert window.epoch(number) == expected.epoch(number)
+    assert_same(window, expected)
+    assert (short.captures, short.forgotten, len(window.graphs)) == (2, 1, 0)
+    assert window.graphs.reason == "memory does not suffice for them (CUDA out of memory. Tried to allocate 2.50 GiB)"
+    assert len(window.told) == 1
+
+
+def test_what_a_failed_step_had_made_is_gone_before_the_next_one() -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    class Short(StandIn):
+        def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+            made = torch.zeros(3)
+            kept.append(weakref.ref(made))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def forget(self) -> None:
+            gc.collect()
+            assert kept[0]() is None, "the error still holds it"
+            super().forget()
+
+    short = Short()
+    Window(short).epoch()
+    assert short.forgotten == 1
+
+
+def test_work_beside_graphs_gets_their_memory_if_it_needs_it() -> None:
+    stand_in = StandIn()
+    window = Window(stand_in)
+    window.epoch()
+    tries = []
+
+    def work() -> str:
+        tries.append(len(window.graphs))
+        if len(tries) == 1:
+            raise SHORT
+        return "done"
+
+    assert window.graphs.making_room("validation", work) == "done"
+    assert tries[0] > 0
+    assert tries[1:] == [0]
+    assert stand_in.forgotten == 1
+    (message,) = window.told
+    assert "memory does not suffice for them and validation (CUDA out of memory. Tried to allocate 2.50" in message
+    expected = Window(StandIn())
+    for number in (0, 1):
+        expected.epoch(number)
+    window.epoch(1)
+    assert_same(window, expected)
+
+    def short() -> None:
+        raise SHORT
+
+    with pytest.raises(torch.OutOfMemoryError):
+        window.graphs.making_room("validation", short)
+
+    def bad() -> None:
+        raise RuntimeError("another")
+
+    other = Window(StandIn())
+    other.epoch()
+    with pytest.raises(RuntimeError, match="another"):
+        other.graphs.making_room("validation", bad)
+    assert other.graphs.reason is None
+
+
+@pytest.mark.parametrize("scale", [65536.0, 3e38])
+@pytest.mark.parametrize("growth_interval", [2000, 2])
+def test_replayed_steps_scale_their_loss_as_others_do(scale: float, growth_interval: int) -> None:
+    # The larger scale has gradients overflow: steps are skipped, and the scale shrinks.
+    def scaler() -> LossScaler:
+        made = LossScaler(CPU)
+        made.load_state_dict(made.state_dict() | {"scale": scale, "growth_interval": growth_interval})
+        return made
+
+    stand_in = StandIn()
+    replayed, eager = Window(stand_in, scaler=scaler()), Window(Cannot(), scaler=scaler())
+    for number in range(3):
+        assert replayed.epoch(number) == eager.epoch(number)
+        assert replayed.scaler is not None
+        assert eager.scaler is not None
+        assert replayed.scaler.state_dict() == eager.scaler.state_dict()
+        assert_same(replayed, eager)
+    assert stand_in.captures > 0
+    assert (replayed.scaler.scale() != scale) == (scale > 1e38 or growth_interval == 2)
+
+
+def test_graphs_hold_the_hidden_states_that_they_read() -> None:
+    tables = ResidentFeatures(tiny.features(), tuple(tiny.DIMS), CPU)
+    window = Window(StandIn(), features=tables)
+    window.epoch()
+    held = weakref.ref(tables)
+    window.features = tiny.features()
+    del tables
+    gc.collect()
+    assert held() is not None
+    assert any(weight.grad is not None for weight in window.model.parameters())
+    window.graphs.forget()
+    gc.collect()
+    assert held() is None
+    assert all(weight.grad is None for weight in window.model.parameters())
+
+
 def test_other_errors_of_a_step_are_not_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = Window(StandIn(torch.device("cpu")))
+    window = Window(StandIn())
 
     def fail(*_: Any) -> Tensor:
         raise ValueError("bad step")
@@ -204,8 +262,8 @@ def test_other_errors_of_a_step_are_not_taken_for_that(monkeypatch: pytest.Monke
 
 
 def test_a_profile_sees_the_parts_of_a_step_and_changes_no_number() -> None:
-    stand_in, opened = StandIn(torch.device("cpu")), []
-    window, expected = Window(stand_in), Window(StandIn(torch.device("cpu")))
+    stand_in, opened = StandIn(), []
+    window, expected = Window(stand_in), Window(StandIn())
 
     def note(name: str) -> nullcontext[None]:
         opened.append(name)
@@ -228,17 +286,7 @@ def test_a_profile_sees_the_parts_of_a_step_and_changes_no_number() -> None:
         ({"graph": True}, "", "CUDA graphs need a GPU, and device is cpu"),
         ({"device": "cuda"}, "", "graph is off"),
         ({"device": "cuda", "graph": True}, "1", "XSMOE_DEBUG=1 has checks read values on the host"),
-        (
-            {"device": "cuda", "graph": True, "precision": "float16"},
-            "",
-            "precision is float16, and graphs leave out its loss scaler",
-        ),
-        (
-            {"device": "cuda", "graph": True, "protocol": "paper"},
-            "",
-            "precision is float16, and graphs leave out its loss scaler",
-        ),
-        ({"device": "cuda", "graph": True, "protocol": "paper", "precision": "bfloat16"}, "", None),
+        ({"device": "cuda", "graph": True, "protocol": "paper"}, "", None),
         ({"device": "cuda", "graph": True}, "", None),
     ],
 )
@@ -246,44 +294,99 @@ def test_why_steps_are_not_captured(
     options: dict[str, Any], debug: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XSMOE_DEBUG", debug)
-    assert refusal(StreamConfig(**options)) == reason
+    config = StreamConfig(**options)
+    assert refusal(config) == reason
+    # Batches must be the same ones whatever is found out when a run goes on.
+    assert wanted(config) == (config.graph and config.device == "cuda")
 
 
-def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> list[dict[str, Any]]:
-    model, settings = tiny.model(), tiny.config(**options)
-    with StreamingTrainer(model, tiny.stream(), settings, folder=folder, listener=listener) as run:
-        return tiny.without_time(run.fit())
-
-
-def kill_and_resume(folder: Path, after: int, **options: Any) -> list[dict[str, Any]]:
-    seen = []
-
-    def listener(event: str, fields: dict[str, Any]) -> None:
-        seen.append(event)
-        if len(seen) == after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(folder, listener, **options)
-    return fit(folder, **options)
-
-
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("stand_ins")
 def test_a_run_that_is_killed_ends_the_same(tmp_path: Path) -> None:
-    lines = fit()
+    lines = fit(graph=True)
     assert {line["without_graphs"] for line in lines if line["kind"] == "window"} == {None}
     for after in (2, 17, 30):
-        assert kill_and_resume(tmp_path / str(after), after) == lines
+        assert kill_and_resume(tmp_path / str(after), after, graph=True) == lines
 
 
-def test_a_window_says_why_it_had_no_graphs() -> None:
-    reasons = {line["without_graphs"] for line in fit() if line["kind"] == "window"}
-    assert reasons == {"CUDA graphs need a GPU, and device is cpu"}
+def warnings_of(work: Callable[..., Any], **options: Any) -> list[str]:
+    told = []
+
+    def listener(event: str, fields: dict[str, Any]) -> None:
+        if event == "warning":
+            told.append(fields["message"])
+
+    work(listener=listener, **options)
+    return [message for message in told if "CUDA graphs" in message]
 
 
-@pytest.mark.usefixtures("stand_in")
+def reasons_of(lines: list[dict[str, Any]]) -> set[str | None]:
+    return {line["without_graphs"] for line in lines if line["kind"] == "window"}
+
+
+def test_graphs_that_were_asked_for_and_cannot_be_are_told_of_once() -> None:
+    assert reasons_of(fit(graph=True)) == {"CUDA graphs need a GPU, and device is cpu"}
+    (message,) = warnings_of(fit, graph=True)
+    assert message.endswith("without CUDA graphs: CUDA graphs need a GPU, and device is cpu")
+    assert reasons_of(fit()) == {"graph is off"}
+    assert warnings_of(fit) == []
+
+
+def test_checks_on_the_host_take_no_graphs_and_change_no_number(
+    stand_ins: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured_lines = fit(graph=True)
+    assert stand_ins
+    stand_ins.clear()
+    monkeypatch.setenv("XSMOE_DEBUG", "1")
+    lines = fit(graph=True)
+    assert not stand_ins
+    assert reasons_of(lines) == {"XSMOE_DEBUG=1 has checks read values on the host"}
+    for line in (*lines, *captured_lines):
+        line.pop("without_graphs", None)
+    assert lines == captured_lines
+
+
+def test_every_window_gives_back_what_its_graphs_took(stand_ins: list[StandIn]) -> None:
+    lines = fit(graph=True)
+    windows = sum(line["kind"] == "window" for line in lines)
+    assert windows == len(stand_ins) > 1
+    assert all(one.captures > 0 and one.forgotten > 0 for one in stand_ins)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Cannot.error, "operation not permitted when stream is capturing"),
+        (SHORT, "memory does not suffice for them (CUDA out of memory. Tried to allocate 2.50 GiB)"),
+    ],
+)
+def test_a_run_that_cannot_capture_tries_once_and_says_so_once(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fit(graph=True)
+    made = []
+
+    class Failing(Cannot):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.error = error
+            made.append(self)
+
+    monkeypatch.setattr(captured, "CudaCapture", Failing)
+    lines: list[dict[str, Any]] = []
+    (message,) = warnings_of(lambda **options: lines.extend(fit(**options)), graph=True)
+    assert message.endswith(reason)
+    assert sum(one.captures for one in made) == 1
+    assert reasons_of(lines) == {reason}
+    for line in (*lines, *expected):
+        line.pop("without_graphs", None)
+    assert lines == expected
+
+
+@pytest.mark.usefixtures("stand_ins")
 def test_the_rate_of_captured_steps_is_a_tensor_that_stays_in_place() -> None:
-    window = Window(StandIn(torch.device("cpu")), lr=0.02, lr_decay=0.5, min_lr=0.004)
+    window = Window(StandIn(), lr=0.02, lr_decay=0.5, min_lr=0.004, graph=True)
     rate = window.optimizer.param_groups[0]["lr"]
     for number, expected in enumerate([0.02, 0.01, 0.005, 0.004]):
         window.epoch(number)
@@ -298,7 +401,7 @@ def test_the_rate_of_captured_steps_is_a_tensor_that_stays_in_place() -> None:
 
 
 def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = fit(graph=False)
+    lines = fit()
     to_dict = StreamConfig.to_dict
     with monkeypatch.context() as patch:
         new = ("graph", "store_gib")
@@ -311,8 +414,8 @@ def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path: Path, monkeyp
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path, listener, graph=False)
-    assert fit(tmp_path, graph=False) == lines
+            fit(tmp_path, listener)
+    assert fit(tmp_path) == lines
     assert StreamConfig.from_dict({"lr": 0.01}) == StreamConfig(lr=0.01)
 
 
@@ -327,118 +430,3 @@ def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path: Path, monkeyp
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamConfig(**settings)
-
-
-GPU: dict[str, Any] = {"device": "cuda", "precision": "float32"}
-
-
-@needs_gpu
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_on_a_gpu_graphs_end_where_others_do(precision: str) -> None:
-    replayed, eager = Window(device="cuda", precision=precision), Window(cannot, device="cuda", precision=precision)
-    first = weights(eager)
-    for number in range(2):
-        assert replayed.epoch(number) == pytest.approx(eager.epoch(number), rel=1e-3)
-    assert len(replayed.graphs) > 0
-    assert not replayed.told
-    last = weights(eager)
-    # Of how far they went: Adam takes whole steps of gradients that are nothing but rounding.
-    assert (weights(replayed) - last).norm() < 0.02 * (last - first).norm()
-    expected = eager.model.state_dict()
-    for name, value in replayed.model.state_dict().items():
-        if "utilization" in name:
-            torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3, msg=name)
-
-
-@needs_gpu
-def test_on_a_gpu_a_grown_model_is_captured_anew_and_goes_on_learning() -> None:
-    window = Window(**GPU)
-    first = window.epoch(0)
-    window.model.items.expand()
-    window.begin()
-    before = {name: value.clone() for name, value in window.model.state_dict().items()}
-    assert [window.epoch(number) for number in range(1, 4)][-1] < first
-    assert len(window.graphs) > 0
-    for _, _, bank in window.model.items.banks():
-        assert bank.num_frozen == 1
-    for name, value in window.model.state_dict().items():
-        if name.endswith((".up", ".down", ".router")):
-            assert not torch.equal(value, before[name]), name
-        if "frozen" in name:
-            assert torch.equal(value, before[name]), name
-
-
-@needs_gpu
-def test_on_a_gpu_every_replay_draws_dropout_anew() -> None:
-    window = Window(**GPU, lr=1e-9, min_lr=1e-9)
-    given = tiny.step_input(np.array([0, 1, 2]), capacity=epoch.Capacity(3, 6)).pin().to(torch.device("cuda"))
-    window.model.train()
-
-    def step(one: StepInput) -> Tensor:
-        return epoch.train_step(window.model, one, window.optimizer, window.config)
-
-    losses = {float(window.graphs(step, given)) for _ in range(6)}
-    assert len(losses) > 3
-
-
-def synchronisations(work: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            work()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
-
-
-@needs_gpu
-@pytest.mark.parametrize("graphs", [True, False])
-def test_on_a_gpu_an_epoch_waits_once(graphs: bool) -> None:
-    window = Window(**GPU, graph=graphs)
-    window.epoch(0, graphs=graphs)
-    assert synchronisations(lambda: window.epoch(1, graphs=graphs)) <= 1
-
-
-@needs_gpu
-def test_on_a_gpu_ranking_waits_once() -> None:
-    window = Window(**GPU)
-    memory = StreamMemory()
-    memory.add_training(window.splits)
-    task = RankingTask.build(window.splits.test, memory.known, memory.history, "rank")
-    device = torch.device("cuda")
-
-    def rank() -> np.ndarray:
-        return rank_with_model(window.model, tiny.features(), task, device)
-
-    expected = rank()
-    assert synchronisations(rank) <= 1
-    assert np.array_equal(rank(), expected)
-
-
-@needs_gpu
-def test_on_a_gpu_a_step_that_waits_is_not_captured_and_trains_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = epoch.train_step
-
-    def waits(*arguments: Any) -> Tensor:
-        loss = real(*arguments)
-        torch.cuda.synchronize()
-        return loss
-
-    monkeypatch.setattr(epoch, "train_step", waits)
-    window, eager = Window(**GPU), Window(cannot, **GPU)
-    for number in range(2):
-        assert window.epoch(number) == pytest.approx(eager.epoch(number), rel=1e-3)
-    assert window.graphs.reason
-    assert len(window.told) == 1
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
-
-
-@needs_gpu
-def test_on_a_gpu_a_run_that_is_killed_ends_the_same(tmp_path: Path) -> None:
-    lines = fit(**GPU)
-    assert {line["without_graphs"] for line in lines if line["kind"] == "window"} == {None}
-    for after in (2, 9, 17, 30):
-        assert kill_and_resume(tmp_path / str(after), after, **GPU) == lines

@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
+from xsmoe.shortage import allocated, requested
 from xsmoe.stream import OutOfMemory, Stream, StreamConfig, StreamingTrainer, epoch, testing, trainer
 from xsmoe.stream.folder import read_metrics
-from xsmoe.stream.out_of_memory import GIB, advice, fitting_batch, requested
+from xsmoe.stream.out_of_memory import GIB, Taken, advice, fitting_batch
 
 SAID = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.06 GiB is "
@@ -110,34 +111,63 @@ def test_hidden_states_that_do_not_fit_are_explained_and_those_on_the_device_can
 
 def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
     # 4 GiB held and 0.25 GiB a user: 128 users take 36 GiB, 64 take 20.
-    held, reached = 4 * GIB, 68 * GIB
-    assert fitting_batch(256, held, reached, 80 * GIB) == 128
-    assert fitting_batch(256, held, reached, 40 * GIB) == 128
-    assert fitting_batch(256, held, reached, 39 * GIB) == 64
-    assert fitting_batch(256, held, reached, 5 * GIB) == 2
-    assert fitting_batch(256, held, reached, 4 * GIB) == 0
-    assert fitting_batch(1, held, reached, 80 * GIB) == 0
+    def fits(users: int, room: int) -> int:
+        return fitting_batch(users, Taken(4 * GIB, 68 * GIB, room * GIB))
+
+    assert [fits(256, room) for room in (80, 40, 39, 5, 4)] == [128, 128, 64, 2, 0]
+    assert fits(1, 80) == 0
     # Peaks of before may be all that is known.
-    assert fitting_batch(8, held, held - 1, 80 * GIB) == 4
+    assert fitting_batch(8, Taken(4 * GIB, 4 * GIB - 1, 80 * GIB)) == 4
 
 
 def test_the_advice_says_what_it_rests_on() -> None:
-    config = StreamConfig(device="cuda", precision="float32")
-    said = advice(config, (4 * GIB, 68 * GIB, 39 * GIB), resident=False)
+    config, taken = StreamConfig(device="cuda", precision="float32"), Taken(4 * GIB, 68 * GIB, 39 * GIB)
+    said = advice(config, taken, users=256, resident=False)
     assert said.startswith(
         "Try --batch-size 64, or --precision bfloat16, which halves activations (estimated, not tried"
     )
-    assert "at least 68.00 GiB, 4.00 GiB of it before it began, 39.00 GiB can be had" in said
+    assert "4.00 GiB of 39.00 GiB are taken before the first step, the step needed at least 68.00 GiB" in said
     assert "--store-gib" not in said
-    there = advice(StreamConfig(device="cuda"), (4 * GIB, 68 * GIB, 39 * GIB), resident=True)
+    there = advice(StreamConfig(device="cuda"), taken, users=256, resident=True)
     assert there.startswith(
         "Try --batch-size 64, or --store-gib 0, which leaves the items' hidden states on the host ("
     )
     assert "--precision" not in there
-    assert "Not even one user would fit" in advice(config, (4 * GIB, 68 * GIB, 4 * GIB), resident=False)
-    one = advice(StreamConfig(batch_size=1), None, resident=False)
+    # A window of fewer users than a batch has.
+    assert advice(config, taken, users=30, resident=False).startswith("Try --batch-size 7, ")
+    full = taken._replace(room=4 * GIB)
+    assert "Not even one user would fit" in advice(config, full, users=256, resident=False)
+    one = advice(StreamConfig(), None, users=1, resident=False)
     assert one == "No smaller batch is left: use a device with more memory."
-    assert advice(StreamConfig(batch_size=256), None, resident=False).startswith("Try --batch-size 128 (half;")
+    assert advice(StreamConfig(), None, users=256, resident=False).startswith("Try --batch-size 128 (half;")
+
+
+def test_what_torch_says_of_the_tensors_there_were_is_read() -> None:
+    more = " Of the allocated memory 70.50 GiB is allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but"
+    assert allocated(torch.OutOfMemoryError(SAID + more)) == 141 * GIB // 2
+    # With CUDA graphs.
+    more = "\nOf the allocated memory 512.00 MiB is allocated by PyTorch, with 1.00 GiB allocated in private pools"
+    assert allocated(torch.OutOfMemoryError(SAID + more)) == 512 << 20
+    assert allocated(torch.OutOfMemoryError(SAID)) is None
+
+
+def test_a_small_window_is_told_of_its_own_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(epoch, "train_step", failing(epoch.train_step, 0, torch.OutOfMemoryError(SAID)))
+    with pytest.raises(OutOfMemory, match=r"a training step of 14 users .* Try --batch-size 7 "):
+        fit(batch_size=256)
+
+
+def test_a_ranking_beside_hidden_states_on_the_device_can_have_their_room(
+    undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module, place in ((trainer, "validation"), (testing, "the test on a window")):
+        folder = tmp_path / place
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "rank_with_model", failing(module.rank_with_model, 0, torch.OutOfMemoryError(SAID)))
+            with pytest.raises(OutOfMemory, match=rf"{place} does not fit .*: use --store-gib 0, which .*, make room"):
+                fit(folder, store_gib=1.0)
+        # The setting may change while the run goes on.
+        assert fit(folder, store_gib=0.0) == undisturbed
 
 
 def test_what_was_asked_for_is_read_from_the_message() -> None:

@@ -44,8 +44,8 @@ def model(seed: int = 0, **options: Any) -> Recommender:
 
 
 def config(**options: Any) -> StreamConfig:
-    settings = {"batch_size": 5, "epochs": 4, "warmup_epochs": 1, "patience": 2, "lr": 1e-2, "k_core": 2, "graph": True}
-    return StreamConfig(**{**settings, **options})
+    settings = {"batch_size": 5, "epochs": 4, "warmup_epochs": 1, "patience": 2, "lr": 1e-2, "k_core": 2}
+    return StreamConfig(**{**settings, "graph": "cuda" in options.get("device", "cpu"), **options})
 
 
 def sequences() -> Sequences:

@@ -15,6 +15,7 @@ from xsmoe.encoders import HiddenStateStore
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream import StreamConfig
 from xsmoe.stream.checkpoints import write_atomically
+from xsmoe.stream.config import decisive
 from xsmoe.stream.seeds import derive, seeded
 from xsmoe.stream.source import Missing
 from xsmoe_kernels import __version__
@@ -135,16 +136,16 @@ class RunConfig:
         }
 
     def require(self, given: Mapping[str, Any], folder: Path) -> None:
-        """Raises ValueError if a setting that is given differs from the run's."""
+        """Raises ValueError if a setting that is given differs from the run's, and may not."""
         mine = self.settings()
         wanted = dict(given)
         for name in ("dataset", "store"):
             if name in wanted:
                 wanted[name] = str(Path(wanted[name]).resolve())
+        wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in wanted.items()}
+        kept, asked = decisive(mine), decisive(wanted)
         differences = [
-            f"{name} is {_shown(mine[name])}, not {_shown(value)}"
-            for name, value in wanted.items()
-            if mine[name] != (list(value) if isinstance(value, tuple) else value)
+            f"{name} is {_shown(mine[name])}, not {_shown(wanted[name])}" for name in asked if kept[name] != asked[name]
         ]
         if differences:
             raise ValueError(

@@ -15,6 +15,7 @@ from xsmoe.data import Dataset
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.report import results, tables
 from xsmoe.stream import Stream, StreamingTrainer
+from xsmoe.stream.config import MAY_CHANGE
 from xsmoe.stream.precision import autocast_dtype
 from xsmoe.stream.profiling import require_folder
 from xsmoe.stream.trainer import Listener
@@ -135,16 +136,17 @@ def say_dropped(stream: Stream, display: Display) -> None:
 
 def _settle(folder: Path, given: Mapping[str, Any]) -> RunConfig:
     if (folder / CONFIG).exists():
-        config = RunConfig.read(folder)
+        before = config = RunConfig.read(folder)
         # What the run was made of may have been moved since; the trainer checks that the contents are the same.
-        before = config
         if "dataset" in given and not config.dataset.exists():
             config = replace(config, dataset=Path(given["dataset"]).resolve())
         if "store" in given and not config.store.exists():
             config = replace(config, store=Path(given["store"]).resolve())
+        config.require(given, folder)
+        changed = {name: given[name] for name in MAY_CHANGE if name in given}
+        config = replace(config, stream=replace(config.stream, **changed))
         if config != before:
             config.write(folder)
-        config.require(given, folder)
         return config
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder; a run needs one of its own")

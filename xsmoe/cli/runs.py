@@ -84,7 +84,7 @@ def train(
         bool | None,
         _setting(
             "no",
-            "Whether steps on CUDA are replayed as CUDA graphs, which no GPU has tried yet; float16 ones are not.",
+            "Whether steps on CUDA are replayed as CUDA graphs, which no GPU has tried yet.",
             MACHINE,
             "--graph/--no-graph",
         ),
@@ -93,7 +93,7 @@ def train(
         float | None,
         _setting(
             "a quarter of what is free on a GPU",
-            "GiB of the device that hidden states may take; if they take more, or with 0, each step copies its rows.",
+            "GiB of the device that hidden states may take; beyond, or with 0, each step copies its rows. May change.",
             MACHINE,
         ),
     ] = None,

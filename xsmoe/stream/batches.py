@@ -1,6 +1,6 @@
 """What a training step takes: a batch, built from arrays on the host, and the hidden states of its items."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Batch
+from xsmoe.stream.hidden_states import HiddenStates
 from xsmoe.stream.padding import Capacity
 from xsmoe.stream.resident import ResidentFeatures
 from xsmoe_kernels.ranges import named_range
@@ -28,7 +29,7 @@ class StepInput:
     """
 
     batch: Batch
-    hidden: Mapping[str, list[Tensor]]
+    hidden: HiddenStates
     num_users: int
     num_inputs: int
     complete: Mapping[str, bool] = field(default_factory=dict)
@@ -59,28 +60,27 @@ class StepInput:
             batch = capacity.pad(batch)
         items = batch.items.numpy()
         if isinstance(features, ResidentFeatures):
-            return cls(batch, {}, num_users, num_inputs, features.complete(items, modalities))
-        return cls(batch, features.hidden(items, modalities, dtype=dtype), num_users, num_inputs)
+            return cls(batch, HiddenStates(), num_users, num_inputs, features.complete(items, modalities))
+        return cls(batch, HiddenStates(features.hidden(items, modalities, dtype=dtype)), num_users, num_inputs)
 
     def gathered(self, features: ItemFeatures, dtype: torch.dtype) -> Self:
         """The same with all hidden states, gathered on the device if they are not there yet."""
         if self.hidden or not isinstance(features, ResidentFeatures):
             return self
         with named_range("gather"):
-            return replace(self, hidden=features.gather(self.batch.items, self.complete, dtype))
+            return replace(self, hidden=HiddenStates(features.gather(self.batch.items, self.complete, dtype)))
 
     def pin(self) -> Self:
         """The same in pinned memory, from which a GPU copies without making the host wait."""
-        # Levels may be slices of one tensor, each of which would pin as much as all of them.
-        return self._each(lambda batch: batch.packed().pin(), lambda level: level.contiguous().pin_memory())
+        return replace(self, batch=self.batch.packed().pin(), hidden=self.hidden.pin())
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        return self._each(lambda batch: batch.to(device), lambda level: level.to(device, non_blocking=True))
+        return replace(self, batch=self.batch.to(device), hidden=self.hidden.to(device))
 
     def clone(self) -> Self:
         """A copy."""
-        return self._each(Batch.clone, Tensor.clone)
+        return replace(self, batch=self.batch.clone(), hidden=self.hidden.each(Tensor.clone))
 
     def copy_(self, other: "StepInput") -> None:
         """Takes over the values of another input of the same `kind`."""
@@ -91,7 +91,7 @@ class StepInput:
         """All that it holds, a packed batch as one tensor."""
         batch = self.batch
         held = list(batch.tensors().values()) if batch.storage is None else [batch.storage]
-        return held + [level for levels in self.hidden.values() for level in levels]
+        return held + self.hidden.tensors()
 
     def kind(self) -> Hashable:
         """What a CUDA graph holds for good: all shapes and dtypes, and what decides about those of hidden states."""
@@ -99,7 +99,3 @@ class StepInput:
             (name, *((level.shape, level.dtype) for level in levels)) for name, levels in self.hidden.items()
         )
         return (*(tensor.shape for tensor in self.batch.tensors().values()), levels, tuple(self.complete.items()))
-
-    def _each(self, batch: Callable[[Batch], Batch], level: Callable[[Tensor], Tensor]) -> Self:
-        hidden = {name: [level(one) for one in levels] for name, levels in self.hidden.items()}
-        return replace(self, batch=batch(self.batch), hidden=hidden)

@@ -2,70 +2,69 @@
 
 import os
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from xsmoe.nn import Recommender
+from xsmoe.shortage import is_shortage, said
 from xsmoe.stream.batches import StepInput
+from xsmoe.stream.capture import CannotCapture, Capture, CudaCapture
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.precision import autocast_dtype
-from xsmoe.stream.streams import stream_for
+from xsmoe.stream.precision import LossScaler
 from xsmoe_kernels.ranges import ranges_open
 
+T = TypeVar("T")
 Step = Callable[[StepInput], Tensor]
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""From a step to what replays it, and where its loss lies then."""
 
-WARM_UP = 3
-"""Steps ahead of a capture, as torch advises: what is compiled, tuned or made at the first call must not go into it."""
-
-_failed: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture failed, held because torch may go on asking them."""
-
-
-class CannotCapture(RuntimeError):
-    """A step does what no CUDA graph can hold; the message says what."""
+WITHOUT = "training steps run one operation at a time, without CUDA graphs: {}"
+"""What users are told, with the reason."""
 
 
 class _Captured(NamedTuple):
-    """A graph: the input that it reads, what replays it, and the loss that it leaves."""
+    """A graph: the input that it reads, what replays it, the loss that it leaves, and what holds all else it reads."""
 
     given: StepInput
     replay: Callable[[], None]
     loss: Tensor
+    step: Step
 
 
 class CapturedSteps:
     """The training steps of a window, each of which replays the graph for its kind of input.
 
-    Weights, optimizer, counters and random numbers are after a step what they would be without graphs: what the steps
-    ahead of a capture change is put back. Where a step cannot be captured, all steps run without a graph, and so do
-    those that a profile looks at, which would see nothing of a step's parts.
+    Weights, optimizer, counters, the scale of the loss and random numbers are after a step what they would be without
+    graphs: what the steps ahead of a capture change is put back. Where a step cannot be captured, or memory does not
+    suffice for graphs, all steps run without one, and so do those that a profile looks at, which would see nothing of
+    a step's parts.
 
     Args:
         model: that the steps train, in training mode.
         optimizer: that they take, which begins with zeros as Adam does.
+        scaler: of their loss in float16.
         tell: told why steps run without a graph, if they do.
         capture: makes the graphs; default `CudaCapture` on the model's device.
+        reason: why none is to be captured, if that is known.
     """
 
     def __init__(
         self,
         model: Recommender,
         optimizer: torch.optim.Optimizer,
+        scaler: LossScaler | None = None,
         tell: Callable[[str], None] = lambda _: None,
         capture: Capture | None = None,
+        reason: str | None = None,
     ) -> None:
-        self._model, self._optimizer, self._tell = model, optimizer, tell
+        self._model, self._optimizer, self._scaler, self._tell = model, optimizer, scaler, tell
         self._device = next(model.parameters()).device
-        self._capture = capture or CudaCapture(self._device)
+        self._capture = capture
         self._graphs: dict[Hashable, _Captured] = {}
         self._held, self._places = _bound(model)
         self._profile_told = False
-        self.reason: str | None = None
+        self.reason = reason
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -80,13 +79,8 @@ class CapturedSteps:
         if self.reason is not None or self._profiled():
             return step(given)
         kind = given.kind()
-        if kind not in self._graphs:
-            try:
-                self._graphs[kind] = self._captured(step, given)
-            except CannotCapture as error:
-                self.reason = str(error)
-                self._tell(f"training steps run one operation at a time, without CUDA graphs: {error}")
-                return step(given)
+        if kind not in self._graphs and not self._capture_one(kind, step, given):
+            return step(given)
         graph = self._graphs[kind]
         graph.given.copy_(given)
         graph.replay()
@@ -96,8 +90,61 @@ class CapturedSteps:
         """Drops the graphs if what they read or write is no longer where it was; at the beginning of an epoch."""
         held, places = _bound(self._model)
         if places != self._places:
-            self._graphs.clear()
+            self.forget()
         self._held, self._places = held, places
+
+    def forget(self) -> None:
+        """Drops the graphs and gives back their memory; the next steps are captured anew."""
+        if self._graphs:
+            self._drop()
+
+    def making_room(self, what: str, work: Callable[[], T]) -> T:
+        """The result of `work`; if memory is short beside the graphs, without them in a second try, and from then on.
+
+        Args:
+            what: the work's name, for who is told.
+            work: changes nothing if it fails.
+        """
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not self._graphs or not is_shortage(error):
+                raise
+            reason = f"memory does not suffice for them and {what} ({said(error)})"
+        self._give_up(reason)
+        return work()
+
+    def _capture_one(self, kind: Hashable, step: Step, given: StepInput) -> bool:
+        try:
+            self._graphs[kind] = self._captured(step, given)
+            return True
+        except CannotCapture as error:
+            reason = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            reason = f"memory does not suffice for them ({said(error)})"
+        self._give_up(reason)
+        return False
+
+    def _give_up(self, reason: str) -> None:
+        """After the handler of an error, which holds on to all that the step had made."""
+        self.reason = reason
+        self._drop()
+        if self._scaler is not None:
+            self._scaler.recover(self._optimizer)
+        self._tell(WITHOUT.format(reason))
+
+    def _drop(self) -> None:
+        self._graphs.clear()
+        # The last capture left them in the graphs' memory; every step begins without.
+        self._optimizer.zero_grad(set_to_none=True)
+        self._capturer().forget()
+
+    def _capturer(self) -> Capture:
+        if self._capture is None:
+            self._capture = CudaCapture(self._device)
+        return self._capture
 
     def _profiled(self) -> bool:
         if ranges_open() and not self._profile_told:
@@ -114,70 +161,26 @@ class CapturedSteps:
             return step(static)
 
         try:
-            with _undone(self._model, self._optimizer, self._device):
-                replay, loss = self._capture(run)
+            with _undone(self._model, self._optimizer, self._scaler, self._device):
+                replay, loss = self._capturer()(run)
         finally:
             _set_capturable(self._optimizer, False)
-        return _Captured(static, replay, loss)
+        return _Captured(static, replay, loss, step)
 
 
-class CudaCapture:
-    """Captures steps that replay one at a time, and so share their memory.
-
-    Args:
-        device: the GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = stream_for("capture", device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Runs the step a few times, then captures it.
-
-        Raises:
-            CannotCapture: the step ran, and could not be captured.
-        """
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP):
-                step()
-        current.wait_stream(self._stream)
-        index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        generator = torch.cuda.default_generators[index]
-        spare, graph = generator.clone_state(), torch.cuda.CUDAGraph()
-        try:
-            # A capture that fails leaves its own stream behind as the current one. Other threads may go on with copies.
-            with (
-                torch.cuda.stream(current),
-                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
-            ):
-                loss = step()
-        except RuntimeError as error:
-            # It also leaves generator and allocators in the belief that it goes on, and the latter ask the graph.
-            _failed.append(graph)
-            generator.graphsafe_set_state(spare)
-            with suppress(RuntimeError):  # it has ended
-                torch._C._cuda_endAllocateToPool(index, self._pool)
-            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
-            raise CannotCapture(str(cause).partition("\n")[0]) from error
-        return graph.replay, loss
+def wanted(config: StreamConfig) -> bool:
+    """Whether a configuration asks for captured steps, and so for padded batches, wherever and however it runs."""
+    return config.graph and torch.device(config.device).type == "cuda"
 
 
 def refusal(config: StreamConfig) -> str | None:
-    """Why training steps of a configuration are not captured; None if they are."""
+    """Why training steps of a configuration are not captured here; None if they are."""
     if not config.graph:
         return "graph is off"
     if (kind := torch.device(config.device).type) != "cuda":
         return f"CUDA graphs need a GPU, and device is {kind}"
     if os.environ.get("XSMOE_DEBUG") == "1":
         return "XSMOE_DEBUG=1 has checks read values on the host"
-    if autocast_dtype(config) == torch.float16:
-        return "precision is float16, and graphs leave out its loss scaler"
     return None
 
 
@@ -201,9 +204,11 @@ def _bound(model: Recommender) -> tuple[list[Any], list[int]]:
 
 
 @contextmanager
-def _undone(model: Recommender, optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[None]:
+def _undone(
+    model: Recommender, optimizer: torch.optim.Optimizer, scaler: LossScaler | None, device: torch.device
+) -> Iterator[None]:
     """Puts back what steps inside the block change; state that the optimizer has only since then becomes zeros."""
-    before = [(tensor, tensor.detach().clone()) for tensor in _changed_by_steps(model, optimizer)]
+    before = [(tensor, tensor.detach().clone()) for tensor in _changed_by_steps(model, optimizer, scaler)]
     known = {id(tensor) for tensor, _ in before}
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -212,14 +217,18 @@ def _undone(model: Recommender, optimizer: torch.optim.Optimizer, device: torch.
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
-            for tensor in _changed_by_steps(model, optimizer):
+            for tensor in _changed_by_steps(model, optimizer, scaler):
                 if id(tensor) not in known:
                     tensor.zero_()
 
 
-def _changed_by_steps(model: Recommender, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def _changed_by_steps(
+    model: Recommender, optimizer: torch.optim.Optimizer, scaler: LossScaler | None
+) -> Iterator[Tensor]:
     yield from (parameter for parameter in model.parameters() if parameter.requires_grad)
     for _, _, bank in model.items.banks():
         yield from (bank.utilization.norm, bank.utilization.gate)
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
+    if scaler is not None:
+        yield from scaler.tensors()

@@ -1,5 +1,6 @@
 """How a stream is cut, trained and tested: every choice of the protocol, with the published values as defaults."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -44,15 +45,15 @@ class StreamConfig:
             protocol.
         seed: of new gate rows, batch order and dropout; each epoch draws from a seed of its own, so that a resumed run
             goes on with the same numbers.
-        device: where the model trains.
+        device: where the model trains; a run may go on on another GPU.
         precision: of autocast; weights stay float32. "float16" comes with a loss scaler and needs CUDA. "auto" is
             float32 on the CPU; on CUDA bfloat16, under protocol "paper" float16 as published. Whether float32
             products may use TF32 is torch's setting.
-        graph: whether training steps on CUDA are captured as CUDA graphs, which those in float16 are not. They then
-            draw other dropout masks than without, because their batches are padded. Off until a GPU has tried it.
+        graph: whether training steps on CUDA are captured as CUDA graphs. They then draw other dropout masks than
+            without, because their batches are padded. Off until a GPU has tried it.
         store_gib: how much of the device's memory the items' hidden states may take; where they take more, and with 0,
             every step copies its rows from the host. None allows a quarter of what is free on CUDA, and 0 on a CPU.
-            Results do not depend on it.
+            Results do not depend on it, and it may change while a run goes on.
     """
 
     protocol: Protocol = "default"
@@ -121,3 +122,15 @@ class StreamConfig:
         if unknown := set(settings) - set(cls.__dataclass_fields__):
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         return cls(**settings)
+
+
+MAY_CHANGE = ("device", "store_gib")
+"""Settings that a run may go on with others of, as far as `decisive` allows."""
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings by their names what results depend on: not where hidden states lie, nor which one of several GPUs."""
+    kept = {name: value for name, value in settings.items() if name != "store_gib"}
+    if "device" in kept:
+        kept["device"] = str(kept["device"]).partition(":")[0]
+    return kept

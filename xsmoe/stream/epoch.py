@@ -11,7 +11,7 @@ from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
 from xsmoe.stream.batches import StepInput
-from xsmoe.stream.captured import CapturedSteps, refusal
+from xsmoe.stream.captured import CapturedSteps, wanted
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.feeding import feed
 from xsmoe.stream.growth import count_padding
@@ -41,8 +41,8 @@ def train_epoch(
 ) -> dict[str, Any]:
     """Trains on every sequence once, in an order drawn from the seed, the window and the epoch.
 
-    On CUDA the host waits for the device once, at the end, and when a graph is captured; with a scaler, before the
-    first step and a few times more at the end.
+    On CUDA the host waits for the device once, at the end, where nothing is left to run, and when a graph is captured;
+    with a scaler, before the first step and a few times more at the end.
 
     Args:
         model: trained in place; its counters are reset first.
@@ -54,7 +54,7 @@ def train_epoch(
         scaler: of a float16 loss; changed in place.
         window, epoch: where in the stream this is.
         on_batch: told how many batches are done, and of how many; on CUDA, how many were launched.
-        graphs: of this window; its batches are padded, and its steps are replayed. None does neither.
+        graphs: of this window; its batches are padded, and its steps are replayed where they can be. None does neither.
 
     Returns:
         "lr", "steps", and the mean "loss" over all positions; with a scaler also "skipped_steps" and the "loss_scale"
@@ -112,9 +112,9 @@ def train_epoch(
 
 
 def make_optimizer(model: Recommender, config: StreamConfig) -> torch.optim.Optimizer:
-    """Adam over all that is trained; where steps are captured, its learning rate lies on the device."""
+    """Adam over all that is trained; where steps may be captured, its learning rate lies on the device."""
     parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
-    rate = config.lr if refusal(config) else torch.tensor(config.lr, device=config.device)
+    rate = torch.tensor(config.lr, device=config.device) if wanted(config) else config.lr
     return torch.optim.Adam(parameters, lr=rate, fused=True)
 
 

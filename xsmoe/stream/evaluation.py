@@ -12,6 +12,9 @@ from xsmoe.data import History, Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
 from xsmoe.stream.config import Repeats
+from xsmoe.stream.feeding import feed
+from xsmoe.stream.hidden_states import HiddenStates
+from xsmoe.stream.resident import ResidentFeatures
 from xsmoe_kernels import rank_of_target
 
 ITEMS_A_CHUNK = 4096
@@ -89,13 +92,17 @@ class RankingTask:
 
 @torch.no_grad()
 def embed_items(model: Recommender, features: ItemFeatures, items: np.ndarray, device: torch.device) -> Tensor:
-    """The embeddings (C, dim) of items (C,), encoded in chunks; the model is used in the mode it is in."""
-    chunks = [items[start : start + ITEMS_A_CHUNK] for start in range(0, len(items), ITEMS_A_CHUNK)]
-    parts = []
-    for chunk in chunks:
-        hidden = features.hidden(chunk, model.items.modalities)
-        moved = {name: [level.to(device, non_blocking=True) for level in levels] for name, levels in hidden.items()}
-        parts.append(model.items(moved))
+    """The embeddings (C, dim) of items (C,), encoded in chunks; the model is used in the mode it is in.
+
+    Hidden states that do not lie on a GPU are copied there while it encodes earlier chunks.
+    """
+    chunks = (items[start : start + ITEMS_A_CHUNK] for start in range(0, len(items), ITEMS_A_CHUNK))
+
+    def hidden(chunk: np.ndarray) -> HiddenStates:
+        return HiddenStates(features.hidden(chunk, model.items.modalities))
+
+    resident = isinstance(features, ResidentFeatures)
+    parts = [model.items(found) for found in (map(hidden, chunks) if resident else feed(hidden, chunks, device))]
     return torch.cat(parts) if parts else torch.empty(0, model.users.dim, device=device)
 
 
@@ -147,7 +154,8 @@ def _missing_some(ranks: Tensor, task: RankingTask) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _find(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -1,27 +1,46 @@
-"""The inputs of an epoch's steps, in their order: on CUDA built, pinned and copied while earlier steps run."""
+"""What steps take, in their order: on CUDA built, pinned and copied while earlier steps run."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from xsmoe.stream.batches import StepInput
 from xsmoe.stream.streams import stream_for
 
-T = TypeVar("T")
 AHEAD = 2
 """Inputs on CUDA that wait for their step."""
-IN_FLIGHT = 8
+IN_FLIGHT = 2
 """Steps that the host may be ahead of the GPU: the memory of their inputs is not free before they have run."""
 
 
-class Sent(NamedTuple):
+class Movable(Protocol):
+    """Tensors that go to a device together."""
+
+    def pin(self) -> Self:
+        """The same in pinned memory."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        ...
+
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Movable)
+
+
+class Sent(NamedTuple, Generic[M]):
     """An input on its way to the device, and the event of its arrival."""
 
-    given: StepInput
+    given: M
     arrived: torch.cuda.Event
 
 
@@ -37,7 +56,7 @@ class CopyStream:
         self._stream = stream_for("copies", device)
         self._passed: deque[torch.cuda.Event] = deque()
 
-    def send(self, given: StepInput) -> Sent:
+    def send(self, given: M) -> Sent[M]:
         """Starts the copy of an input on the host; for one thread, which waits while the GPU is too far behind."""
         if len(self._passed) >= IN_FLIGHT:
             self._passed.popleft().synchronize()
@@ -45,7 +64,7 @@ class CopyStream:
             moved = given.pin().to(self._device)
             return Sent(moved, self._stream.record_event())
 
-    def receive(self, sent: Sent) -> StepInput:
+    def receive(self, sent: Sent[M]) -> M:
         """Has the current stream wait for an input, and only the stream: the host goes on."""
         current = torch.cuda.current_stream(self._device)
         self._passed.append(current.record_event())
@@ -56,25 +75,23 @@ class CopyStream:
         return sent.given
 
 
-def feed(
-    build: Callable[[np.ndarray], StepInput], chosen: Iterable[np.ndarray], device: torch.device
-) -> Iterator[StepInput]:
+def feed(build: Callable[[np.ndarray], M], chosen: Iterable[np.ndarray], device: torch.device) -> Iterator[M]:
     """The steps' inputs on `device`, in their order.
 
     On CUDA a thread builds, pins and copies the next ones, on a stream of its own, while the GPU is busy; on the CPU
     each is built when its turn comes, because the step itself uses all cores.
 
     Args:
-        build: from the places of some users to their step's input on the host.
-        chosen: each step's users.
+        build: from the numbers of some users, or items, to their step's input on the host.
+        chosen: each step's numbers.
         device: where the steps run.
     """
     if device.type != "cuda":
-        for users in chosen:
-            yield build(users)
+        for some in chosen:
+            yield build(some)
         return
     copies = CopyStream(device)
-    for sent in made_ahead(lambda users: copies.send(build(users)), chosen):
+    for sent in made_ahead(lambda some: copies.send(build(some)), chosen):
         yield copies.receive(sent)
 
 
@@ -83,8 +100,8 @@ def made_ahead(make: Callable[[np.ndarray], T], chosen: Iterable[np.ndarray], ah
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="xsmoe-batches") as worker:
         try:
-            for users in chosen:
-                waiting.append(worker.submit(make, users))
+            for some in chosen:
+                waiting.append(worker.submit(make, some))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:

@@ -1,19 +1,17 @@
 """What to do when a device's memory does not suffice."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-from xsmoe.shortage import is_shortage
+from xsmoe.shortage import allocated, is_shortage, requested, said
 from xsmoe.stream.config import StreamConfig
 
 GIB = 1 << 30
 SPARE = 0.9
 """The part of the room that an estimate fills."""
-_REQUEST = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)")
-_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB}
 
 
 class OutOfMemory(ValueError):
@@ -30,14 +28,35 @@ def placing_memory(config: StreamConfig) -> Iterator[None]:
             raise
         allowed = "its default" if config.store_gib is None else config.store_gib
         raise OutOfMemory(
-            f"the items' hidden states do not fit into the memory of {config.device} ({_said(error)}), although "
+            f"the items' hidden states do not fit into the memory of {config.device} ({said(error)}), although "
             f"--store-gib (here {allowed}) allows what they take: --store-gib 0 leaves them on the host. {_KEPT}"
         ) from error
 
 
+class Taken(NamedTuple):
+    """Bytes on a device that ran short.
+
+    Attributes:
+        held: before the first step.
+        reached: what the step would have reached at least.
+        room: what there is for this process.
+    """
+
+    held: int
+    reached: int
+    room: int
+
+
 @contextmanager
-def training_memory(config: StreamConfig, window: int, epoch: int, *, resident: bool) -> Iterator[None]:
-    """Turns what torch says where a training step does not fit into `OutOfMemory`; see `advice` for `resident`."""
+def training_memory(config: StreamConfig, where: str, *, users: int, resident: bool) -> Iterator[None]:
+    """Turns what torch says where a training step does not fit into `OutOfMemory`.
+
+    Args:
+        config: of the run.
+        where: the window and the epoch.
+        users: of the largest step.
+        resident: whether the items' hidden states lie on the device.
+    """
     device = torch.device(config.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     try:
@@ -45,95 +64,82 @@ def training_memory(config: StreamConfig, window: int, epoch: int, *, resident: 
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
-        numbers = None
+        taken = None
         if device.type == "cuda":
+            # The peak is of the whole run so far, and only asked for if torch does not say what there was.
+            there = allocated(error)
+            there = torch.cuda.max_memory_allocated(device) if there is None else there
             # What this process has reserved can serve other tensors, what others hold cannot.
             room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-            numbers = held, torch.cuda.max_memory_allocated(device) + requested(error), room
+            taken = Taken(held, there + requested(error), room)
         raise OutOfMemory(
-            f"window {window}, epoch {epoch}: a training step of {config.batch_size} users does not fit into the "
-            f"memory of {config.device} ({_said(error)}). {advice(config, numbers, resident=resident)} {_KEPT}"
+            f"{where}: a training step of {users} users does not fit into the memory of {config.device} "
+            f"({said(error)}). {advice(config, taken, users=users, resident=resident)} {_KEPT}"
         ) from error
 
 
 @contextmanager
-def ranking_memory(config: StreamConfig, what: str) -> Iterator[None]:
+def ranking_memory(config: StreamConfig, what: str, *, resident: bool) -> Iterator[None]:
     """Turns what torch says where memory is short, in an evaluation, into `OutOfMemory`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
+        store = f"use {_STORE}, " if resident else ""
         raise OutOfMemory(
-            f"{what} does not fit into the memory of {config.device} ({_said(error)}). It takes items and users in "
+            f"{what} does not fit into the memory of {config.device} ({said(error)}). It takes items and users in "
             f"chunks of a fixed size, so that neither --batch-size (here {config.batch_size}) nor --precision changes "
-            f"what it needs: make room on {config.device}, or use --device with another one. {_KEPT}"
+            f"what it needs: {store}make room on {config.device}, or use --device with another one. {_KEPT}"
         ) from error
 
 
+_STORE = "--store-gib 0, which leaves the items' hidden states on the host"
 _KEPT = (
-    "Everything saved so far is intact: the same command goes on from there once there is room. Other settings need a "
-    "run of their own."
+    "Everything saved so far is intact: the same command goes on from there once there is room, with another "
+    "--store-gib or on another GPU too. Other settings need a run of their own."
 )
 
 
-def advice(config: StreamConfig, numbers: tuple[int, int, int] | None, *, resident: bool) -> str:
+def advice(config: StreamConfig, taken: Taken | None, *, users: int, resident: bool) -> str:
     """Which batch size would fit, how that is known, and which switches to turn.
 
     Args:
         config: of the run.
-        numbers: bytes held before the first step, bytes that the step would have reached at least, and bytes there are
-            for this process; None where the device does not tell.
+        taken: None where the device does not tell.
+        users: of the largest step, which a small window has fewer of than a batch.
         resident: whether the items' hidden states lie on the device.
     """
     others = ""
     if config.precision == "float32" and torch.device(config.device).type == "cuda":
         others += ", or --precision bfloat16, which halves activations"
     if resident:
-        others += ", or --store-gib 0, which leaves the items' hidden states on the host"
-    if config.batch_size == 1:
+        others += f", or {_STORE}"
+    if users <= 1:
         return f"No smaller batch is left: use a device with more memory{others}."
-    if numbers is None:
-        fits = config.batch_size // 2
+    if taken is None:
+        fits = users // 2
         return f"Try --batch-size {fits}{others} (half; the device does not tell what it has, so this is no estimate)."
-    held, reached, room = numbers
-    fits = fitting_batch(config.batch_size, *numbers)
+    fits = fitting_batch(users, taken)
+    there = f"{taken.held / GIB:.2f} GiB of {taken.room / GIB:.2f} GiB are taken before the first step"
     if fits == 0:
-        return (
-            f"Not even one user would fit by estimate, since {held / GIB:.2f} GiB of {room / GIB:.2f} GiB are taken "
-            f"before the first step: use a device with more memory{others}."
-        )
+        return f"Not even one user would fit by estimate, since {there}: use a device with more memory{others}."
     return (
-        f"Try --batch-size {fits}{others} (estimated, not tried: the step needed at least {reached / GIB:.2f} GiB, "
-        f"{held / GIB:.2f} GiB of it before it began, {room / GIB:.2f} GiB can be had, and the rest is taken to grow "
-        f"in proportion to the users; of those the first halving that leaves a tenth of the memory free)."
+        f"Try --batch-size {fits}{others} (estimated, not tried: {there}, the step needed at least "
+        f"{taken.reached / GIB:.2f} GiB, and what it added is taken to grow in proportion to the users; of those the "
+        f"first halving that leaves a tenth of the memory free)."
     )
 
 
-def fitting_batch(batch_size: int, held: int, reached: int, room: int) -> int:
-    """The largest of batch_size/2, /4, .. that would fit if all but `held` grew in proportion to it; 0 if none would.
+def fitting_batch(users: int, taken: Taken) -> int:
+    """The largest of users/2, /4, .. that would fit if all but what was held grew in proportion to it; 0 if none would.
 
     Args:
-        batch_size: users of the step that did not fit.
-        held: bytes before the step.
-        reached: bytes that it needed at least, more than `held`.
-        room: bytes there are.
+        users: of the step that did not fit.
+        taken: what it needed.
     """
-    per_user = max(reached - held, 1) / batch_size
-    fits = batch_size // 2
-    while fits and held + fits * per_user > SPARE * room:
+    each = max(taken.reached - taken.held, 1) / users
+    fits = users // 2
+    while fits and taken.held + fits * each > SPARE * taken.room:
         fits //= 2
     return fits
-
-
-def requested(error: Exception) -> int:
-    """The bytes that the allocation asked for which failed; 0 if torch does not say."""
-    found = _REQUEST.search(str(error))
-    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
-
-
-def _said(error: Exception) -> str:
-    """What torch says up to what was asked for, without its advice."""
-    text = " ".join(str(error).split())
-    found = _REQUEST.search(text)
-    return text[: found.end()] if found else text.split(". ")[0] or type(error).__name__

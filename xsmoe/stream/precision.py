@@ -55,6 +55,7 @@ class LossScaler:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._scaler = torch.amp.GradScaler(device.type)
 
     def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -64,6 +65,24 @@ class LossScaler:
         with named_range("optimizer"):
             self._scaler.step(optimizer)
             self._scaler.update()
+
+    def tensors(self) -> list[Tensor]:
+        """What a step changes: the scale, and the number of steps since it last changed; on the device."""
+        if self._scaler._scale is None:
+            # The first loss that is scaled makes them.
+            self._scaler.scale(torch.zeros((), device=self._device))
+        scale, steps = self._scaler._scale, self._scaler._growth_tracker
+        assert scale is not None
+        assert steps is not None
+        return [scale, steps]
+
+    def recover(self, optimizer: torch.optim.Optimizer) -> None:
+        """After an error inside `step`: forgets that step, in new tensors; waits for the device."""
+        state = self._scaler.state_dict()
+        self._scaler = torch.amp.GradScaler(self._device.type)
+        self._scaler.load_state_dict(state)
+        for name in ("grad_scale", "found_inf"):
+            vars(optimizer).pop(name, None)
 
     def scale(self) -> float:
         """The factor of the next loss; waits for the device."""

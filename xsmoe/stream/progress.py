@@ -1,7 +1,6 @@
-"""Where a run stands, and whether it is the run that a checkpoint was made by."""
+"""Where a run stands."""
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass
@@ -22,11 +21,3 @@ class Progress:
     best_epoch: int | None = None
     best_value: float | None = None
     stale: int = 0
-
-
-def differences(name: str, saved: Any, mine: Any) -> list[str]:
-    """What differs between two nested dicts of settings, a phrase each."""
-    if isinstance(saved, dict) and isinstance(mine, dict):
-        keys = sorted(set(saved) | set(mine))
-        return [d for key in keys for d in differences(f"{name}.{key}", saved.get(key), mine.get(key))]
-    return [] if saved == mine else [f"{name} was {saved!r}, is now {mine!r}"]

@@ -13,6 +13,7 @@ from xsmoe.stream.evaluation import RankingTask, rank_with_model, rank_with_popu
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
 from xsmoe.stream.out_of_memory import ranking_memory
+from xsmoe.stream.resident import ResidentFeatures
 
 
 def evaluate_window(
@@ -32,7 +33,7 @@ def evaluate_window(
         never trained on; and by baseline those of "popularity" and of the model's "lift" over it, user by user.
     """
     task = RankingTask.build(splits.test, memory.known_with(splits), memory.history, config.repeats or "rank")
-    with ranking_memory(config, "the test on a window"):
+    with ranking_memory(config, "the test on a window", resident=isinstance(features, ResidentFeatures)):
         mine = per_user(rank_with_model(model, features, task, torch.device(config.device)))
     cold = ~np.isin(task.candidates[task.targets], memory.trained)
     popular = {

@@ -13,18 +13,19 @@ from torch import Tensor
 from xsmoe.data import Sequences, Window, WindowSplits, item_share
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
-from xsmoe.stream.captured import CapturedSteps, refusal
+from xsmoe.stream.captured import WITHOUT, CapturedSteps, refusal, wanted
 from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.folder import RunFolder, window_digest
 from xsmoe.stream.growth import grow, shares
+from xsmoe.stream.identity import identity, require_same
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
 from xsmoe.stream.out_of_memory import placing_memory, ranking_memory, training_memory
 from xsmoe.stream.precision import LossScaler, autocast_dtype, loss_scaler
-from xsmoe.stream.progress import Progress, differences
+from xsmoe.stream.progress import Progress
 from xsmoe.stream.resident import ResidentFeatures, place
 from xsmoe.stream.resources import Stopwatch
 from xsmoe.stream.source import Stream
@@ -71,6 +72,7 @@ class StreamingTrainer:
         self.metrics: list[dict[str, Any]] = []
         self._tell = listener or (lambda event, fields: None)
         self._unusable: str | None = None
+        self._without_graphs = refusal(self.config)
         self._placed: ItemFeatures | None = None
         self._best: dict[str, Tensor] | None = None
         self._optimizer_state: dict[str, Any] | None = None
@@ -88,8 +90,7 @@ class StreamingTrainer:
             raise ValueError(f"stream.features lacks {', '.join(sorted(missing))}, which the model encodes")
         for _, _, bank in model.items.banks():
             bank.count_in_eval = self.config.protocol == "paper"
-        num_items = stream.features.num_items
-        self._saved_identity = {"num_items": num_items, **self._identity(num_items)}
+        self._identity = identity(self.config, self.model, stream.features)
         self._folder = RunFolder(Path(folder)) if folder is not None else None
         if self._folder is not None:
             try:
@@ -97,6 +98,8 @@ class StreamingTrainer:
             except BaseException:
                 self._folder.close()
                 raise
+        if self.config.graph and self._without_graphs is not None:
+            self._warn(WITHOUT.format(self._without_graphs))
 
     def __enter__(self) -> Self:
         return self
@@ -229,13 +232,16 @@ class StreamingTrainer:
         scaler = loss_scaler(config)
         if scaler is not None and self._scaler_state is not None:
             scaler.load_state_dict(self._scaler_state)
-        graphs, refused = None, refusal(config)
-        if refused is None:
-            graphs = CapturedSteps(self.model, optimizer, self._warn)
+        graphs = None
+        if wanted(config):
+            graphs = CapturedSteps(self.model, optimizer, scaler, self._warn, reason=self._without_graphs)
         while progress.epoch is not None and progress.epoch < config.epochs and progress.stale < config.patience:
             if len(splits.train) == 0:
                 break
             self._epoch(number, progress.epoch, splits.train, log_share, optimizer, scaler, graphs, task)
+        if graphs is not None:
+            self._without_graphs = graphs.reason
+            graphs.forget()
         kept = self._keep_best(len(splits.train), len(task))
         self.memory.add_rest(splits)
         line = {
@@ -248,7 +254,7 @@ class StreamingTrainer:
             **kept,
             "experts": {name: side.num_experts for name, side in self.model.items.ladders().items()},
             **shares(self.model.items),
-            "without_graphs": refused if graphs is None else graphs.reason,
+            "without_graphs": self._without_graphs,
             "parameters": {
                 "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                 "total": sum(t.numel() for t in [*self.model.parameters(), *self.model.buffers()]),
@@ -282,8 +288,10 @@ class StreamingTrainer:
     ) -> None:
         # Ahead of the watch, because what places them on the device is no step's time.
         features = self.features
+        where, resident = f"window {number}, epoch {epoch}", isinstance(features, ResidentFeatures)
         progress, watch = self.progress, Stopwatch(self.device)
-        with training_memory(self.config, number, epoch, resident=isinstance(features, ResidentFeatures)):
+        users = min(self.config.batch_size, len(sequences))
+        with training_memory(self.config, where, users=users, resident=resident):
             trained = train_epoch(
                 self.model,
                 features,
@@ -302,8 +310,12 @@ class StreamingTrainer:
         step_ms = 1000 * watch.read()["seconds"] / trained["steps"]
         validation = None
         if len(task) and epoch >= self.config.warmup_epochs:
-            with ranking_memory(self.config, f"window {number}, epoch {epoch}: the validation"):
-                ranks = rank_with_model(self.model, features, task, self.device)
+
+            def rank() -> np.ndarray:
+                return rank_with_model(self.model, features, task, self.device)
+
+            with ranking_memory(self.config, f"{where}: the validation", resident=resident):
+                ranks = rank() if graphs is None else graphs.making_room("validation", rank)
             validation = summarize(per_user(ranks))
             if progress.best_value is None or validation[SELECTED_BY] > progress.best_value:
                 progress.best_epoch, progress.best_value, progress.stale = epoch, validation[SELECTED_BY], 0
@@ -375,7 +387,7 @@ class StreamingTrainer:
             return
         self._folder.checkpoints.save(
             {
-                **self._saved_identity,
+                **self._identity,
                 "progress": asdict(self.progress),
                 "model": self.model.state_dict(),
                 "best": self._best,
@@ -385,13 +397,6 @@ class StreamingTrainer:
             }
         )
 
-    def _identity(self, num_items: int) -> dict[str, Any]:
-        return {
-            "config": self.config.to_dict(),
-            "model_config": self.model.config(),
-            "features": self.stream.features.fingerprint(num_items),
-        }
-
     def _resume(self, folder: RunFolder) -> None:
         found = folder.checkpoints.load_newest(self._warn)
         if found is None:
@@ -399,25 +404,7 @@ class StreamingTrainer:
                 raise CheckpointError(f"{folder.path} has metrics but no checkpoint; restore it or use another folder")
             return
         path, state = found
-        if self.stream.features.num_items < state["num_items"]:
-            raise ValueError(
-                f"{folder.path} was trained on {state['num_items']} items, but stream.features has "
-                f"{self.stream.features.num_items}; use the features that it was started with, or longer ones"
-            )
-        # Settings that the run's version did not know.
-        state["config"] = StreamConfig().to_dict() | state["config"]
-        identity = self._identity(state["num_items"])
-        if state["features"] != identity.pop("features"):
-            raise ValueError(
-                f"{folder.path} was trained on other hidden states: stream.features comes from another encoder, other "
-                "levels or another order of items; use the store that the run was started with"
-            )
-        for name, mine in identity.items():
-            if changes := differences(name, state[name], mine):
-                raise ValueError(
-                    f"{folder.path} holds a run of another configuration: {'; '.join(changes)}; use the settings "
-                    "that it was started with, or another folder"
-                )
+        require_same(folder.path, state, self.config, self.model, self.stream.features)
         self.model.load_state_dict(state["model"])
         self.progress = Progress(**state["progress"])
         self._best, self._optimizer_state = state["best"], state["optimizer"]
