@@ -10,7 +10,8 @@ import torch
 
 from bench import machine, results
 from bench.arguments import DTYPES
-from bench.case import Say, drawn, without_inputs
+from bench.case import drawn, without_inputs
+from bench.measure import Say
 from bench.results import Case, Run
 from bench.workload import Workload
 
@@ -29,7 +30,7 @@ def begin(device: torch.device, threads: int | None, *, timed: bool) -> dict[str
 
 
 def speaker(started: float, label: str = "") -> Say:
-    """Says on a terminal what goes on, and for how long since `started`; nothing takes the line away."""
+    """Says on a terminal what goes on, in one line, and for how long since `started`; an empty text takes it away."""
     live = sys.stderr.isatty()
 
     def say(text: str) -> None:
@@ -69,11 +70,16 @@ class Session:
 
         `measure` is given the workload, the names, and `say`.
         """
-        workload, reason = drawn(kind, sizes, self.dtype, self.device, self.options.seed)
-        if workload is None:
-            case = without_inputs(kind, sizes, self.dtype, self.device, names, reason)
-        else:
-            case = measure(workload, names, say=speaker(self.started, label_of(kind.operator, sizes)))
+        say = speaker(self.started, label_of(kind.operator, sizes))
+        try:
+            say("weights")
+            workload, reason = drawn(kind, sizes, self.dtype, self.device, self.options.seed)
+            if workload is None:
+                case = without_inputs(kind, sizes, self.dtype, self.device, names, reason)
+            else:
+                case = measure(workload, names, say=say)
+        finally:
+            say("")
         self.cases.append(case)
         # After every case, so that who is stopped loses only what was going on.
         if self.options.json is not None:
