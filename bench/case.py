@@ -125,7 +125,7 @@ def _alike(one: Checked, other: Checked) -> bool:
 
 def checking(name: str) -> str:
     """What is said while a variant is at the gate, where torch.compile may take its minutes."""
-    return f"{name}, {'compiled and ' if name.startswith('compiled') else ''}checked"
+    return f"{'compiling and ' if name.startswith('compiled') else ''}checking {name}"
 
 
 def rounds(

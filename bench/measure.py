@@ -138,7 +138,7 @@ def interleave(
     try:
         for turn in range(warm_up):
             for name in order:
-                run(name, turn, f"{name}, warm-up {turn + 1} of {warm_up}")
+                run(name, turn, f"warming up {name}, {turn + 1} of {warm_up}")
         begin = time.perf_counter()
         for turn in range(most_rounds):
             passed = time.perf_counter() - begin
@@ -146,7 +146,7 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                text = f"{name}, timed in round {turn + 1}; {passed:.0f} of {seconds:g} s have passed"
+                text = f"timing {name}, round {turn + 1}, {passed:.0f} of {seconds:g} s"
                 samples[name].append(run(name, warm_up + turn, text))
     finally:
         if collecting:

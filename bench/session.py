@@ -1,6 +1,7 @@
 """What commands that measure do alike: how they begin, what they say meanwhile, and the cases that they leave."""
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +37,11 @@ def speaker(started: float, label: str = "") -> Say:
     def say(text: str) -> None:
         # A terminal shows what goes on now; a log need not keep it.
         if live:
-            about = f"{label}: " if label else ""
-            line = f"[{time.monotonic() - started:6.1f} s] {about}{text}" if text else ""
-            print(f"\r\x1b[K{line[:150]}\r", end="", file=sys.stderr, flush=True)
+            about = f" ({label})" if label else ""
+            line = f"[{time.monotonic() - started:6.1f} s] {text}{about}" if text else ""
+            # Nothing takes a line away that goes on in the next.
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{line[:width]}\r", end="", file=sys.stderr, flush=True)
 
     return say
 

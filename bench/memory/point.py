@@ -37,10 +37,10 @@ def measure(workload: Workload, names: Sequence[str], *, resident: bool = True, 
     drawn, reason = fitting(lambda: rows_and_truth(workload, SETS), workload.device)
     rows = []
     for name in names:
-        say(f"{checking(name)}, and its peak")
+        say(f"{checking(name)} and its peak")
         row = _measured(workload, name, *drawn) if drawn else too_large(name, f"the exact result: {reason}").row
         if resident and row.status == "measured" and workload.device.type == "cpu":
-            say(f"{name}, resident memory in a process of its own")
+            say(f"resident memory of {name}")
             row = _with_resident(workload, row)
         rows.append(row)
     return untimed(workload, workload.title, workload.sizes, workload.dtype, workload.device, rows)

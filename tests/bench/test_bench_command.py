@@ -53,11 +53,11 @@ def test_kernels_prints_the_machine_and_a_table_per_case(tmp_path: Path, capsys:
     [
         (
             ["kernels", "route_topk", "--sizes", "N=5", "E=3", "--variants", "eager,ours", "--seconds", "0.01"],
-            ["weights", "inputs and exact result", "eager, checked", "ours, checked", "ours, warm-up 1 of 1"],
+            ["weights", "inputs and exact result", "checking eager", "checking ours", "warming up ours, 1 of 1"],
         ),
         (
             ["memory", "--sizes", "N=5", "E=2", "D=8", "R=2", "--variants", "ours"],
-            ["weights", "ours, checked, and its"],
+            ["weights", "checking ours and its peak"],
         ),
     ],
     ids=lambda one: one[0],
@@ -70,14 +70,17 @@ def test_a_terminal_shows_what_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(point, "resident_growth", lambda _: 1 << 20)
     assert main(command) == 0
     shown = capsys.readouterr().err
     if not terminal:
         assert shown == ""
         return
-    places = [shown.index(f": {one}") for one in said]
+    label = command[1] if command[0] == "kernels" else "side_moe"
+    places = [shown.index(f" s] {one} ({label} ") for one in said]
     assert places == sorted(places)
+    assert max(len(line) for line in shown.split("\r")) < 60 + len("\x1b[K")
     # What is printed next finds an empty line.
     assert shown.endswith("\r\x1b[K\r")
 

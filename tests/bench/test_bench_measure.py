@@ -53,17 +53,22 @@ def test_what_runs_next_is_said_where_it_takes_long_or_nothing_was_said_for_a_wh
         return run
 
     interleave({"short": task(0.2), "long": task(5.0)}, seconds=11.0, say=said.append)
-    assert said[:2] == ["short, warm-up 1 of 1", "long, warm-up 1 of 1"]
+    assert said[:2] == ["warming up short, 1 of 1", "warming up long, 1 of 1"]
     assert sorted(said[2:4]) == [
-        "long, timed in round 1; 0 of 11 s have passed",
-        "short, timed in round 1; 0 of 11 s have passed",
+        "timing long, round 1, 0 of 11 s",
+        "timing short, round 1, 0 of 11 s",
     ]
-    assert said[-1].endswith(f"in round {FEWEST_ROUNDS}; 21 of 11 s have passed")
+    assert said[-1].endswith(f", round {FEWEST_ROUNDS}, 21 of 11 s")
     said.clear()
     interleave({"short": task(0.2)}, seconds=2.0, say=said.append)
     # A warm-up and eleven rounds of 0.2 s.
-    rounds = [text.partition(";")[0].removeprefix("short, ") for text in said]
-    assert rounds == ["warm-up 1 of 1", "timed in round 3", "timed in round 6", "timed in round 9"]
+    rounds = [text.removesuffix(" of 2 s") for text in said]
+    assert rounds == [
+        "warming up short, 1 of 1",
+        "timing short, round 3, 0",
+        "timing short, round 6, 1",
+        "timing short, round 9, 2",
+    ]
 
 
 def test_collection_goes_on_after_an_error() -> None:
