@@ -206,10 +206,11 @@ bench() {
             --json "$folder/memory-$name-$gpu-bfloat16.json" --snapshot "$folder/memory-$name-$gpu-snapshot.pickle" \
             --plot "$folder/memory-$gpu"
     done
-    # Windows as experts grow: eagerly, where the parts of a step are told apart, and as CUDA graphs.
-    part stream "$PYTHON" -m bench stream --dtype bfloat16 --device cuda --top-k 2 \
+    # Windows as experts grow: eagerly, where the parts of a step are told apart, and as CUDA graphs, which are captured
+    # anew in every window.
+    part stream "$PYTHON" -m bench stream --dtype bfloat16 --device cuda --top-k 2 --epochs 10 \
         --json "$folder/stream-$gpu-bfloat16.json"
-    part stream_graph "$PYTHON" -m bench stream --dtype bfloat16 --device cuda --top-k 2 --graph \
+    part stream_graph "$PYTHON" -m bench stream --dtype bfloat16 --device cuda --top-k 2 --epochs 10 --graph \
         --json "$folder/stream-graph-$gpu-bfloat16.json"
     part profile "$PYTHON" -m bench.profiled --out "$folder/side_moe-profile-$gpu.txt"
     part profile_step "$PYTHON" -m bench.profiled mean --out "$folder/step-profile-$gpu.txt"

@@ -4,8 +4,16 @@ import re
 
 import torch
 
-# torch has no class of its own for what its CPU allocator says, on Linux and on Windows, and C++'s.
-_SAID = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
+# What has no class of its own: torch's CPU allocator on Linux and on Windows, and C++'s; CUDA beside torch's allocator.
+_SAID = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
 
 _REQUEST = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)")
 _ALLOCATED = re.compile(r"[Oo]f the allocated memory ([\d.]+) (bytes|[KMG]iB) is allocated by PyTorch")

@@ -8,7 +8,6 @@ It is read when xsmoe_kernels is imported.
 
 import functools
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,10 +90,8 @@ def load() -> None:
             `XSMOE_CUDA_LIBRARY` names no file.
     """
     global library
-    named = os.environ.get("XSMOE_CUDA_LIBRARY")
-    path = Path(named) if named else library_file.FOLDER / LIBRARY
-    if named and not path.exists():
-        raise ImportError(f"XSMOE_CUDA_LIBRARY names a file that does not exist: {named}")
+    named = library_file.named("XSMOE_CUDA_LIBRARY")
+    path = named or library_file.FOLDER / LIBRARY
     if reason := None if named else _absence():
         for operator in OPERATORS:
             dispatch.declare_absent("cuda", reason, operator)

@@ -1,10 +1,25 @@
 """What libraries of native kernels share: where they lie, whether their operators are ours, and why one is absent."""
 
+import os
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent
+
+
+def named(variable: str) -> Path | None:
+    """The library that an environment variable names, if it names one.
+
+    Raises:
+        ImportError: there is no such file.
+    """
+    given = os.environ.get(variable)
+    if not given:
+        return None
+    if not Path(given).exists():
+        raise ImportError(f"{variable} names a file that does not exist: {given}")
+    return Path(given)
 
 
 def matches(kernel: torch._ops.OpOverload, operator: torch._ops.OpOverload) -> bool:

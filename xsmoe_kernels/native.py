@@ -11,7 +11,6 @@ import functools
 import importlib.machinery
 import importlib.util
 import json
-import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,11 +36,8 @@ def load() -> None:
             `XSMOE_NATIVE_LIBRARY` names no file, or `XSMOE_CPU_TIER` no tier that can run.
     """
     global library
-    named = os.environ.get("XSMOE_NATIVE_LIBRARY")
-    path = Path(named) if named else library_file.FOLDER / LIBRARY
+    path = library_file.named("XSMOE_NATIVE_LIBRARY") or library_file.FOLDER / LIBRARY
     if not path.exists():
-        if named:
-            raise ImportError(f"XSMOE_NATIVE_LIBRARY names a file that does not exist: {named}")
         dispatch.declare_absent("native", _absence())
         return
     try:

@@ -49,7 +49,7 @@ class GroupedMM(Workload):
     @property
     def title(self) -> str:
         experts = self.sizes["E"]
-        groups = [last - first for first, last in zip(self.bounds, self.bounds[1:], strict=False)]
+        groups = self._counts()
         return f"groups of {min(groups)} to {max(groups)} rows, {experts - 1} of {experts} experts frozen"
 
     def variants(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from xsmoe.stream.captured import CapturedSteps
 from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.growth import grow
+from xsmoe.stream.resident import place
 from xsmoe.stream.seeds import seeded
 
 GateRows = Mapping[str, Sequence[Tensor]]
@@ -78,7 +79,8 @@ class OurRun(Run):
 
     def __init__(self, name: str, settings: Settings, drawn: Drawn, top_k: int | None = None) -> None:
         self.name, self.top_k = name, top_k
-        self.config, self.features = settings.config(), drawn.features
+        self.config = settings.config()
+        self.features, _ = place(drawn.features, drawn.features.modalities, self.config)
         self.device = torch.device(settings.device)
         with seeded(settings.seed, torch.device("cpu")):
             items = XSMoE(drawn.features.modalities, settings.dim, LEVELS, settings.rank, OUT_DIM, top_k=top_k)

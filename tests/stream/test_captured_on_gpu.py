@@ -85,7 +85,8 @@ def test_on_a_gpu_the_allocator_reserves_no_more_from_window_to_window(graph: bo
     stream = Stream(tiny.windows(6), tiny.features())
     # More epochs than torch has streams to give out.
     StreamingTrainer(tiny.model(), stream, config, listener=listener).fit()
-    assert max(reserved[2:]) <= max(reserved[:2])
+    # A later window ranks a few items more. What a stream's workspaces take is many times this.
+    assert max(reserved[2:]) <= max(reserved[:2]) + (8 << 20)
 
 
 @needs_gpu

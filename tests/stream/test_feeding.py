@@ -14,6 +14,7 @@ from tiny import needs_gpu
 from xsmoe.stream import feeding, streams
 from xsmoe.stream.batches import StepInput
 from xsmoe.stream.feeding import feed, made_ahead
+from xsmoe.stream.hidden_states import HiddenStates
 from xsmoe.stream.padding import Capacity
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_on_a_gpu_the_host_does_not_run_far_ahead() -> None:
 
     def build(users: np.ndarray) -> StepInput:
         given = tiny.step_input(users)
-        return replace(given, hidden={"text": [torch.zeros(size // 4)]})
+        return replace(given, hidden=HiddenStates({"text": [torch.zeros(size // 4)]}))
 
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -130,12 +131,48 @@ def test_on_a_gpu_the_host_does_not_run_far_ahead() -> None:
     assert held < feeding.IN_FLIGHT + 2 * feeding.AHEAD + 3
 
 
-def test_every_purpose_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = iter([7, 7, 8, 7])
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """torch's pool of streams on a machine that has none: what it gives out next."""
+    given: list[int] = []
+
+    def stream(device: torch.device) -> SimpleNamespace:
+        assert device.index is not None
+        return SimpleNamespace(cuda_stream=given.pop(0), device=device)
+
     monkeypatch.setattr(streams, "_streams", {})
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=next(given)))
-    device = torch.device("cuda", 0)
-    copies = streams.stream_for("copies", device)
-    assert streams.stream_for("capture", device).cuda_stream == 8
-    assert streams.stream_for("copies", device) is copies
+    monkeypatch.setattr(streams, "_leased", {})
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return given
+
+
+def test_every_purpose_has_a_stream_of_its_own(pool: list[int]) -> None:
+    pool += [7, 7, 8, 7]
+    # The same GPU by two names.
+    copies = streams.stream_for("copies", torch.device("cuda"))
+    assert streams.stream_for("others", torch.device("cuda", 0)).cuda_stream == 8
+    assert streams.stream_for("copies", torch.device("cuda", 0)) is copies
     assert streams.stream_for("copies", torch.device("cuda", 1)).cuda_stream == 7
+
+
+def test_a_stream_is_leased_to_one_owner_at_a_time(pool: list[int]) -> None:
+    class Owner:
+        pass
+
+    pool += [7, 7, 8, 7, 8, 9, 7]
+    device = torch.device("cuda", 0)
+    streams.stream_for("copies", device)
+    first, second = Owner(), Owner()
+    assert streams.lease(first, device).cuda_stream == 8
+    assert streams.lease(second, device).cuda_stream == 9
+    del first
+    # It is free again, and torch is not asked for another.
+    assert streams.lease(Owner(), device).cuda_stream == 8
+    assert pool == [7]
+
+
+def test_a_pool_without_a_free_stream_gives_one_twice(pool: list[int]) -> None:
+    pool += [7] * 200
+    owners = [threading.Event(), threading.Event()]
+    assert [streams.lease(owner, torch.device("cuda", 0)).cuda_stream for owner in owners] == [7, 7]

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from xsmoe.shortage import allocated, requested
+from xsmoe.shortage import allocated, is_shortage, requested
 from xsmoe.stream import OutOfMemory, Stream, StreamConfig, StreamingTrainer, epoch, testing, trainer
 from xsmoe.stream.folder import read_metrics
 from xsmoe.stream.out_of_memory import GIB, Taken, advice, fitting_batch
@@ -168,6 +168,19 @@ def test_a_ranking_beside_hidden_states_on_the_device_can_have_their_room(
                 fit(folder, store_gib=1.0)
         # The setting may change while the run goes on.
         assert fit(folder, store_gib=0.0) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("said", "short"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_memory_that_is_short_outside_of_the_allocator_is_known(said: str, short: bool) -> None:
+    assert is_shortage(RuntimeError(said)) == short
 
 
 def test_what_was_asked_for_is_read_from_the_message() -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xsmoe.stream.streams import stream_for
+from xsmoe.stream.streams import lease
 
 WARM_UP = 3
 """Steps ahead of a capture, as torch advises: what is compiled, tuned or made at the first call must not go into it."""
@@ -45,7 +45,8 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = stream_for("capture", device)
+        # With a graph torch frees what cuBLAS works in on the stream that it was captured on, for all other graphs too.
+        self._stream = lease(self, device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def forget(self) -> None:
@@ -58,10 +59,13 @@ class CudaCapture:
         """Runs the step a few times, then captures it; see `Capture`."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UP):
-                step()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UP):
+                    step()
+        finally:
+            # What goes on after an error as well: it puts back what these steps write.
+            current.wait_stream(self._stream)
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
         generator = torch.cuda.default_generators[index]
         spare, graph = generator.clone_state(), torch.cuda.CUDAGraph()
@@ -77,11 +81,13 @@ class CudaCapture:
             graph.reset()
             raise
         except RuntimeError as error:
-            # It also leaves generator and allocators in the belief that it goes on, and the latter ask the graph.
+            # It also leaves generator and allocators in the belief that it goes on, and the latter ask the graph. Up to
+            # torch 2.13 one that did not end keeps its part of the pool, which is why a run tries no second time.
             _failed.append(graph)
             generator.graphsafe_set_state(spare)
             with suppress(RuntimeError):  # it has ended
                 torch._C._cuda_endAllocateToPool(index, self._pool)
+            graph.reset()
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None

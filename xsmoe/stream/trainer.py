@@ -13,6 +13,7 @@ from torch import Tensor
 from xsmoe.data import Sequences, Window, WindowSplits, item_share
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
+from xsmoe.stream.best_epoch import restore, snapshot, why_last
 from xsmoe.stream.captured import WITHOUT, CapturedSteps, refusal, wanted
 from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.config import StreamConfig
@@ -319,7 +320,7 @@ class StreamingTrainer:
             validation = summarize(per_user(ranks))
             if progress.best_value is None or validation[SELECTED_BY] > progress.best_value:
                 progress.best_epoch, progress.best_value, progress.stale = epoch, validation[SELECTED_BY], 0
-                self._best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+                self._best = snapshot(self.model)
             else:
                 progress.stale += 1
         progress.epoch = epoch + 1
@@ -346,21 +347,9 @@ class StreamingTrainer:
             (line["validation"] for line in reversed(self.metrics) if line["kind"] == "epoch" and line["best"]), None
         )
         if self._best is not None:
-            counters = [
-                (b.utilization.norm.clone(), b.utilization.gate.clone()) for _, _, b in self.model.items.banks()
-            ]
-            self.model.load_state_dict(self._best)
-            if self.config.protocol == "paper":
-                for (_, _, bank), (norm, gate) in zip(self.model.items.banks(), counters, strict=True):
-                    bank.utilization.norm.copy_(norm)
-                    bank.utilization.gate.copy_(gate)
+            restore(self.model, self._best, counters=self.config.protocol != "paper")
             return {"kept": "best", "best_epoch": progress.best_epoch, "validation": validation}
-        if train_users == 0:
-            reason = f"no user has 2 items to train on and {self.config.k_core} interactions in the window (k_core)"
-        elif validation_users == 0:
-            reason = "the validation split has no user with 2 items"
-        else:
-            reason = f"all epochs were warm-up epochs without validation ({self.config.warmup_epochs})"
+        reason = why_last(self.config, train_users, validation_users)
         self._warn(f"window {len(progress.digests) - 1} keeps its last epoch: {reason}")
         return {"kept": "last", "reason": reason, "best_epoch": None, "validation": None}
 
