@@ -13,6 +13,7 @@ from bench import (
     step_command,
     stream_command,
 )
+from bench.leaving import leave
 
 COMMANDS = (
     all_command,
@@ -38,4 +39,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

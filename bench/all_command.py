@@ -176,6 +176,9 @@ def _run(command: ModuleType, given: list[str], parts: list[str]) -> int:
             ended = "interrupted" if code == 130 else f"ended with exit code {code}"
     except KeyboardInterrupt:
         code, ended = 130, "interrupted"
+    except BrokenPipeError:
+        # Nobody reads any more, so no other part can say anything either.
+        raise
     except Exception as error:
         traceback.print_exc()
         code, ended = 1, f"FAILED: {type(error).__name__}: {error}"

@@ -7,7 +7,7 @@ import torch
 
 from bench import floor, standing
 from bench.examine import Checked, Truth, examine, too_large
-from bench.measure import Samples, Stopwatch, Task, flusher, interleave, quantiles, ratios
+from bench.measure import Samples, Say, Stopwatch, Task, flusher, interleave, quantiles, ratios
 from bench.results import Case, Row, Timing
 from bench.rows import Rows
 from bench.shortage import OutOfMemory, fitting, named, release
@@ -15,8 +15,6 @@ from bench.workload import Variant, Workload, gradients
 
 # Rounds that are not counted; on a GPU torch.compile's graphs are recorded in the second.
 WARM_UP, CUDA_WARM_UP = 1, 3
-
-Say = Callable[[str], None]
 
 
 def drawn(
@@ -83,16 +81,15 @@ def measure(
     torch._dynamo.reset()
     if workload.device.type == "cuda":
         torch.cuda.empty_cache()
-    say("exact result")
+    say("inputs and exact result")
     inputs, reason = fitting(lambda: rows_and_truth(workload), workload.device)
     checked: dict[str, Checked] = {}
     for name in names:
-        say(f"{name}: gate")
+        say(checking(name))
         checked[name] = examine(workload, name, *inputs) if inputs else too_large(name, f"the exact result: {reason}")
     running = {name: found.variant for name, found in checked.items() if found.row.status == "measured"}
     work, rates, samples = workload.work(), floor.Rates(0.0, 0.0), Samples()
     if inputs and running:
-        say(f"timing {', '.join(running)}")
         tasks = {name: timed(workload, variant, inputs[0]) for name, variant in running.items() if variant}
 
         def drop(name: str, reason: str) -> None:
@@ -100,7 +97,7 @@ def measure(
             if running.pop(name, None):
                 checked[name] = too_large(name, reason)
 
-        samples = rounds(workload, tasks, drop, seconds)
+        samples = rounds(workload, tasks, drop, seconds, say)
         rates = floor.rates(samples, workload.products(), workload.dtype, workload.device)
     counted = {name: found.flop for name, found in checked.items()}
     finished = []
@@ -126,7 +123,18 @@ def _alike(one: Checked, other: Checked) -> bool:
     return standing.problem(one.row) == standing.problem(other.row)
 
 
-def rounds(workload: Workload, tasks: dict[str, Task], drop: Callable[[str, str], None], seconds: float) -> Samples:
+def checking(name: str) -> str:
+    """What is said while a variant is at the gate, where torch.compile may take its minutes."""
+    return f"{'compiling and ' if name.startswith('compiled') else ''}checking {name}"
+
+
+def rounds(
+    workload: Workload,
+    tasks: dict[str, Task],
+    drop: Callable[[str, str], None],
+    seconds: float,
+    say: Say = lambda _: None,
+) -> Samples:
     """Timed rounds of variants and probes; a task for which memory does not suffice is dropped, and all begin anew.
 
     `tasks` loses those, and `drop` is told their names and what was said.
@@ -140,7 +148,7 @@ def rounds(workload: Workload, tasks: dict[str, Task], drop: Callable[[str, str]
         try:
             # Compiled once per case, in the gate; a second time inside a timed round would pass for slowness.
             with torch.compiler.set_stance("fail_on_recompile"):
-                return interleave(wrapped, seconds=seconds, warm_up=warm_up, seed=workload.seed)
+                return interleave(wrapped, seconds=seconds, warm_up=warm_up, seed=workload.seed, say=say)
         except OutOfMemory as error:
             name, reason = error.name, error.reason
         del tasks[name], wrapped

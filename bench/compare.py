@@ -50,18 +50,36 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """What only one of two runs has of a case.
+
+    Attributes:
+        case: operator, dtype, device and sizes.
+        lost: variants of ours of which the first run measured what the second did not.
+        first, second: the other variants of which only that run measured something.
+    """
+
+    case: str
+    lost: list[str]
+    first: list[str]
+    second: list[str]
+
+    def __str__(self) -> str:
+        parts = {"lost": self.lost, "in the first only": self.first, "in the second only": self.second}
+        return f"{self.case}: " + "; ".join(f"{what} {', '.join(names)}" for what, names in parts.items() if names)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All rows of ours that both runs measured, and what only one of them has.
 
     Attributes:
-        lost: rows of ours that the first run measured and the second did not.
-        unmatched: what else only one of them has.
+        gaps: one for each case of which one run has what the other has not.
         differences: what is not the same about the machines.
     """
 
     changes: list[Change]
-    lost: list[str]
-    unmatched: list[str]
+    gaps: list[Gap]
     differences: list[str]
 
 
@@ -74,10 +92,6 @@ def compare(before: Run, after: Run, least: float = LEAST) -> Comparison:
             spread within them shows.
     """
     earlier, later = ({_label(case): case for case in run.cases} for run in (before, after))
-    had, has = _rows(before), _rows(after)
-    lost = [f"{label}, {name}" for label, name in had - has if name.startswith(OURS)]
-    rest = [(label, name, "first") for label, name in had - has if not name.startswith(OURS)]
-    rest += [(label, name, "second") for label, name in has - had]
     return Comparison(
         [
             change
@@ -85,21 +99,42 @@ def compare(before: Run, after: Run, least: float = LEAST) -> Comparison:
             if label in later
             for change in _changes(label, earlier[label], later[label], least)
         ],
-        sorted(lost),
-        sorted(f"{label}, {name}: measured in the {which} only" for label, name, which in rest),
+        list(_gaps(before, after)),
         [f"{what}: {one} and {other}" for what, one, other in _facts(before.machine, after.machine) if one != other],
     )
 
 
-def _rows(run: Run) -> set[tuple[str, str]]:
-    """Every row that was measured, by its case and its variant and pass."""
+def _gaps(before: Run, after: Run) -> Iterator[Gap]:
+    had, has = _passes(before), _passes(after)
+    for label in dict.fromkeys((*had, *has)):
+        earlier, later = had.get(label, {}), has.get(label, {})
+        gone = _without(earlier, later)
+        gap = Gap(
+            label,
+            [name for name in gone if name.startswith(OURS)],
+            [name for name in gone if not name.startswith(OURS)],
+            _without(later, earlier),
+        )
+        if gap.lost or gap.first or gap.second:
+            yield gap
+
+
+def _passes(run: Run) -> dict[str, dict[str, set[str]]]:
+    """The passes that were measured, by case and variant."""
     return {
-        (_label(case), f"{row.variant} {one_pass}")
+        _label(case): {row.variant: set(row.passes) for row in case.rows if row.status == "measured"}
         for case in run.cases
-        for row in case.rows
-        if row.status == "measured"
-        for one_pass in row.passes
     }
+
+
+def _without(some: Mapping[str, set[str]], others: Mapping[str, set[str]]) -> list[str]:
+    """The variants of which some passes are not among those of others; which, where a part of them is."""
+    found = []
+    for name, passes in some.items():
+        missing = passes - others.get(name, set())
+        if missing:
+            found.append(name if name not in others else f"{name} ({', '.join(sorted(missing))})")
+    return found
 
 
 def _facts(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]:

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from bench import results
@@ -25,7 +27,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table, and returns 1 if something became slower or was lost, 2 if a file cannot be read."""
+    """Prints the table and then the verdict; 1 if something became slower or was lost, 2 if a file cannot be read."""
     try:
         if not options.least > 0:
             raise ValueError(f"--least must be above 0, not {options.least:g}")
@@ -38,22 +40,26 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(lines), end="\n\n")
     for one in found.differences:
         print(f"**Not the same machine or set-up: {one}.**\n")
-    if not found.changes:
-        print("The two files have no row of ours in common.")
-    else:
+    if found.changes:
         print("\n".join(results.aligned(HEAD, [_cells(change) for change in found.changes])))
         print(
             "\nx machine: how many times longer the rivals, whose code is the same, took the second time. change: what "
             f"ours took beyond that, with the {CONFIDENCE:.0%} interval over the rounds."
         )
-    for one in found.lost:
-        print(f"- {one}: lost, measured in the first only")
-    for one in found.unmatched:
-        print(f"- {one}")
-    slower = [change for change in found.changes if change.verdict == "slower"]
-    faster = sum(change.verdict == "faster" for change in found.changes)
-    print(f"\n{len(slower)} slower, {faster} faster, of {len(found.changes)}")
-    return 1 if slower or found.lost or not found.changes else 0
+    if found.gaps:
+        print("\nWhat only one of them measured; lost are rows of ours that the second has not:\n")
+        print("\n".join(f"- {gap}" for gap in found.gaps))
+    counts = Counter(change.verdict for change in found.changes)
+    lost = sum(len(gap.lost) for gap in found.gaps)
+    print(f"\n**{_verdict(counts, lost)}**")
+    return 1 if counts["slower"] or lost or not found.changes else 0
+
+
+def _verdict(counts: Mapping[str, int], lost: int) -> str:
+    if not counts:
+        return f"The two files have no row of ours in common; {lost} lost."
+    told = {"slower": "slower", "faster": "faster", "same": "the same", "few rounds": "of too few rounds to tell"}
+    return ", ".join(f"{counts.get(verdict, 0)} {words}" for verdict, words in told.items()) + f"; {lost} lost."
 
 
 def _timed(path: Path) -> results.Run:

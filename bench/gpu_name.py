@@ -4,9 +4,10 @@ It imports torch alone, so that it tells of a GPU although our own libraries may
 """
 
 import re
-import sys
 
 import torch
+
+from bench.leaving import leave
 
 
 def main() -> int:
@@ -23,4 +24,4 @@ def short_name(gpu: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

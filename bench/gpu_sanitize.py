@@ -8,6 +8,7 @@ import torch
 
 from bench.arguments import DTYPES, UsageError, check_machine
 from bench.kernels import ROOMS, room
+from bench.leaving import leave
 from bench.workload import Absent, gradients
 
 
@@ -45,4 +46,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from bench import results, standing
+from bench.leaving import leave
 from bench.measure import quantiles
 from bench.memory.growth import curves
 from bench.memory.tables import slopes
@@ -169,4 +170,4 @@ def _of_memory(run: Run) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

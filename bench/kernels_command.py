@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser, rooms: ModuleType, called: str)
         "names", nargs="*", metavar="NAME", help=f"{called}; all of them by default: {', '.join(rooms.ROOMS)}"
     )
     parser.add_argument("--sizes", nargs="+", default=[], metavar="L=N[,N]", help="as in N=256,2816 E=10; others stay")
-    parser.add_argument("--quick", action="store_true", help="few sizes and few rounds; a minute for one operator")
+    parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
     add_machine(parser)
     parser.add_argument("--variants", metavar="V[,V]", help="only these; also ones that an ordinary run leaves out")
     parser.add_argument("--against", metavar="V[,V]", help="the variants that others are compared with")

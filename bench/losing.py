@@ -1,11 +1,11 @@
 """Where a rival is faster, by bench/results: `python -m bench.losing --write` lists it in docs/kernels.md."""
 
 import argparse
-import sys
 import textwrap
 from collections.abc import Sequence
 
 from bench import results, standing
+from bench.leaving import leave
 from bench.machine import ROOT
 from bench.results import Run
 
@@ -85,4 +85,4 @@ def _filled(text: str, indent: str = "") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,13 @@ import torch
 
 Task = Callable[[int], tuple[float, ...]]
 Samples = dict[str, list[tuple[float, ...]]]
+Say = Callable[[str], None]
 
 # More than the second-level cache of any GPU.
 FLUSHED_BYTES = 256 << 20
+
+SAY_SECONDS = 0.5
+"""How seldom short tasks are told: a terminal that draws takes its time from what is timed."""
 
 FEWEST_ROUNDS = 5
 FEWEST_LONG_ROUNDS = 3
@@ -79,13 +84,36 @@ def flusher(device: torch.device) -> Callable[[], None]:
     return flush
 
 
+def announced(tasks: Mapping[str, Task], say: Say) -> Callable[[str, int, str], tuple[float, ...]]:
+    """Runs a task by its name and turn, and says a text ahead of it: if it takes long always, else seldom."""
+    last, took = -math.inf, dict.fromkeys(tasks, math.inf)
+
+    def run(name: str, turn: int, text: str) -> tuple[float, ...]:
+        nonlocal last
+        begin = time.monotonic()
+        if took[name] >= SAY_SECONDS or begin - last >= SAY_SECONDS:
+            say(text)
+            last = begin
+        laps = tasks[name](turn)
+        took[name] = time.monotonic() - begin
+        return laps
+
+    return run
+
+
 @functools.cache
 def _scratch(device: torch.device) -> torch.Tensor:
     return torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
 
 
 def interleave(
-    tasks: Mapping[str, Task], *, seconds: float, most_rounds: int = 200, warm_up: int = 1, seed: int = 0
+    tasks: Mapping[str, Task],
+    *,
+    seconds: float,
+    most_rounds: int = 200,
+    warm_up: int = 1,
+    seed: int = 0,
+    say: Say = lambda _: None,
 ) -> Samples:
     """Runs every task once a round, in an order drawn anew each time, so that what disturbs one disturbs all.
 
@@ -96,11 +124,13 @@ def interleave(
         most_rounds: the largest number of rounds.
         warm_up: rounds ahead of these that are not counted.
         seed: for the order.
+        say: told what runs next, between what is timed.
 
     Returns:
         For each task the laps of each round, all of the same number of rounds.
     """
     samples: Samples = {name: [] for name in tasks}
+    run = announced(tasks, say)
     order, shuffle = list(tasks), random.Random(seed).shuffle
     collecting = gc.isenabled()
     gc.collect()
@@ -108,7 +138,7 @@ def interleave(
     try:
         for turn in range(warm_up):
             for name in order:
-                tasks[name](turn)
+                run(name, turn, f"warming up {name}, {turn + 1} of {warm_up}")
         begin = time.perf_counter()
         for turn in range(most_rounds):
             passed = time.perf_counter() - begin
@@ -116,7 +146,8 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                samples[name].append(tasks[name](warm_up + turn))
+                text = f"timing {name}, round {turn + 1}, {passed:.0f} of {seconds:g} s"
+                samples[name].append(run(name, warm_up + turn, text))
     finally:
         if collecting:
             gc.enable()

@@ -54,7 +54,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         metavar="L=N[,N]",
         help="as in E=1,10,100 D=384: several values are a sweep, one is where the other sweeps have that letter",
     )
-    parser.add_argument("--quick", action="store_true", help="few and small sizes; under a minute for one name")
+    parser.add_argument("--quick", action="store_true", help="few and small sizes")
     add_machine(parser)
     parser.add_argument("--variants", metavar="V[,V]", help="only these; also compiled ones, which are left out else")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")

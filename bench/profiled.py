@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import kernels, machine, results, steps
 from bench.arguments import DTYPES, UsageError, check_machine, sizes_of
+from bench.leaving import leave
 from bench.workload import Workload, gradients
 
 SIDE_MOE = ["N=2816", "E=10", "D=768", "R=64", "M=2"]
@@ -145,4 +146,4 @@ def table(spent: Iterable[Spent], most: int = 40) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

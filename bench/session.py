@@ -1,6 +1,7 @@
 """What commands that measure do alike: how they begin, what they say meanwhile, and the cases that they leave."""
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,8 @@ import torch
 
 from bench import machine, results
 from bench.arguments import DTYPES
-from bench.case import Say, drawn, without_inputs
+from bench.case import drawn, without_inputs
+from bench.measure import Say
 from bench.results import Case, Run
 from bench.workload import Workload
 
@@ -29,15 +31,17 @@ def begin(device: torch.device, threads: int | None, *, timed: bool) -> dict[str
 
 
 def speaker(started: float, label: str = "") -> Say:
-    """Says on a terminal what goes on, and for how long since `started`; nothing takes the line away."""
+    """Says on a terminal what goes on, in one line, and for how long since `started`; an empty text takes it away."""
     live = sys.stderr.isatty()
 
     def say(text: str) -> None:
         # A terminal shows what goes on now; a log need not keep it.
         if live:
-            about = f"{label}: " if label else ""
-            line = f"[{time.monotonic() - started:6.1f} s] {about}{text}" if text else ""
-            print(f"\r\x1b[K{line[:150]}\r", end="", file=sys.stderr, flush=True)
+            about = f" ({label})" if label else ""
+            line = f"[{time.monotonic() - started:6.1f} s] {text}{about}" if text else ""
+            # Nothing takes a line away that goes on in the next.
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{line[:width]}\r", end="", file=sys.stderr, flush=True)
 
     return say
 
@@ -69,11 +73,16 @@ class Session:
 
         `measure` is given the workload, the names, and `say`.
         """
-        workload, reason = drawn(kind, sizes, self.dtype, self.device, self.options.seed)
-        if workload is None:
-            case = without_inputs(kind, sizes, self.dtype, self.device, names, reason)
-        else:
-            case = measure(workload, names, say=speaker(self.started, label_of(kind.operator, sizes)))
+        say = speaker(self.started, label_of(kind.operator, sizes))
+        try:
+            say("weights")
+            workload, reason = drawn(kind, sizes, self.dtype, self.device, self.options.seed)
+            if workload is None:
+                case = without_inputs(kind, sizes, self.dtype, self.device, names, reason)
+            else:
+                case = measure(workload, names, say=say)
+        finally:
+            say("")
         self.cases.append(case)
         # After every case, so that who is stopped loses only what was going on.
         if self.options.json is not None:

@@ -46,7 +46,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         quick = f", quick {QUICK[name]}" if name in QUICK else ""
         shown = "" if given is None else f"; {given}{quick}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text + shown)
-    parser.add_argument("--quick", action="store_true", help="a smaller stream and smaller batches; about a minute")
+    parser.add_argument("--quick", action="store_true", help="a smaller stream and smaller batches")
     parser.add_argument("--pooling", choices=POOLINGS, help="cls: level 0 is one row for all items; mean")
     parser.add_argument("--dropout", type=float, help=f"in the user encoder; {Settings.dropout:g}")
     parser.add_argument("--lr", type=float, help=f"of Adam; {Settings.lr:g}")
@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
         settings = settings_of(options)
         make_file("--json", options.json)
         make_folder("--plot", options.plot)
+    except BrokenPipeError:
+        raise
     except (UsageError, OSError, ValueError, KeyError) as error:
         print(f"python -m bench stream: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,8 @@
 
 A measured number has a unit of time, speed, share or memory (MiB; KB and MB are arithmetic). It must stand in a table
 whose columns say what of which variant they are, in a sentence that `CLAIMS` of the test makes from results, in what
-`python -m bench.losing` writes, or in what is named as no measurement of ours.
+`python -m bench.losing` writes, or in what is named as no measurement of ours. A ratio in a table has its spread with
+it, and the number of rounds where these are few.
 """
 
 import re
@@ -16,7 +17,7 @@ from bench.results import Case, Row
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 UNITS = r"(?:ms|us|µs|s|%|times|MiB|GiB|GFLOP/s|TFLOP/s|GB/s|TB/s|minutes|seconds)"
-MEASURED = re.compile(rf"\d(?:[\d.,]*\d)?(?:\s±\s[\d.]+)?\s?{UNITS}(?![\w/])")
+MEASURED = re.compile(rf"\d(?:[\d.,]*\d)?(?:\s±\s[\d.]+|\s\(\d[^()]*\))?\s?{UNITS}(?![\w/])")
 LINK = re.compile(r"\]\((?:\.\./)?bench/results/([\w.-]+\.json)\)")
 SIZES = {"experts": "E", "users": "B", "rows": "N"}
 OURS = "ours"
@@ -115,11 +116,27 @@ def _quoted(case: Case, cells: Mapping[str, str], name: str, cell: str) -> str:
         variant = column["variant"]
     if variant not in rows:
         return f"no variant {variant}"
-    value = _value(rows, rows[variant], name, column)
+    if column and column["times"]:
+        timing = standing.whole(rows[variant])
+        rival = column["rival"] or next(iter(timing.against if timing else ()), "")
+        return times(case, variant, rival)
+    value = _value(rows[variant], name, column)
     return "not measured" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def _value(rows: Mapping[str, Row], row: Row, name: str, column: re.Match[str] | None) -> float | None:
+def times(case: Case, variant: str, rival: str) -> str:
+    """How many times faster than a rival, with the spread over the rounds, as a page must quote it."""
+    rows = {row.variant: row for row in case.rows}
+    if variant == rival:
+        return "1.00"
+    ratio = standing.ratio(rows[variant], rows[rival], standing.step(rows[variant])) if rival in rows else None
+    if ratio is None:
+        return "not measured"
+    few = standing.few_rounds(rows[variant].passes[standing.step(rows[variant])].samples)
+    return f"{ratio.median:.2f} ({ratio.p10:.2f}-{ratio.p90:.2f}{few})"
+
+
+def _value(row: Row, name: str, column: re.Match[str] | None) -> float | None:
     timing = standing.whole(row)
     if timing is None:
         return None
@@ -132,11 +149,7 @@ def _value(rows: Mapping[str, Row], row: Row, name: str, column: re.Match[str] |
         return 1e3 * timing.median
     if column["what"] == "peak MiB":
         return None if row.peak_bytes is None else row.peak_bytes / 2**20
-    if column["what"] == "error":
-        return row.error
-    rival = column["rival"] or next(iter(timing.against))
-    ratio = standing.ratio(row, rows[rival], standing.step(row)) if rival in rows else None
-    return None if ratio is None else ratio.median
+    return row.error
 
 
 def _blocks(text: str, history: Sequence[str]) -> Iterator[str]:

@@ -7,10 +7,14 @@ from functools import cache
 from typing import Any
 
 import pytest
-from quoted import MEASURED, RESULTS, ROOT, problems
+import torch
+from quoted import MEASURED, RESULTS, ROOT, problems, times
 
 from bench import losing, results, standing
+from bench.compare import FEWEST_ROUNDS
+from bench.kernels.side_moe import LEVELS
 from bench.results import Case, Row, Run
+from xsmoe_kernels import FrozenExperts
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # Measurements that nobody keeps: what decided something once.
@@ -47,11 +51,13 @@ def row(of: Case, variant: str) -> Row:
     return found
 
 
-def times(name: str, rival: str, **sizes: int) -> str:
-    of = case(name, **sizes)
-    ratio = standing.ratio(row(of, "ours"), row(of, rival), "both")
-    assert ratio is not None
-    return f"{ratio.median:.2f}"
+def fast(name: str, rival: str, **sizes: int) -> str:
+    return times(case(name, **sizes), "ours", rival)
+
+
+def packs(of: Case, banks: int) -> str:
+    """What is held in packs of float32 weights, all experts but one of each bank: twice their size."""
+    return mib(2 * banks * (of.sizes["E"] - 1) * 2 * of.sizes["R"] * of.sizes["D"] * 4)
 
 
 def mib(size: int | None) -> str:
@@ -78,18 +84,30 @@ def readme() -> Iterator[str]:
     mean, cls = run("step-cpu-float32").cases
     assert (mean.operator, cls.operator) == ("training_step_mean", "training_step_cls")
     compiled, refused = row(mean, "compiled"), row(cls, "compiled")
-    step, ratio = standing.whole(compiled), standing.ratio(row(mean, "ours"), compiled, "both")
+    step = standing.whole(compiled)
     assert step is not None
-    assert ratio is not None
     assert compiled.peak_bytes is not None
     # An expert's norm is a counter.
     assert refused.status == "refused"
     assert " norm: error" in (refused.reason or "")
     yield (
         f"torch.compile of the published step takes {results.ms(step.median)} ms and {compiled.peak_bytes / 2**20:.0f} "
-        f"MiB with mean pooling in float32, where ours is {ratio.median:.2f} times as fast; with cls pooling the gate "
-        "refuses its counters."
+        f"MiB with mean pooling in float32, where ours is {times(mean, 'ours', 'compiled')} times as fast; with cls "
+        "pooling the gate refuses its counters."
     )
+    main, sizes = "side_moe-cpu-float32", "side_moe-cpu-float32-all-sizes"
+    ten = case(main, E=10)
+    yield (
+        "on a CPU ours also holds packs of the frozen experts from step to step, twice their float32 size: "
+        f"{packs(ten, LEVELS)} MiB for both levels with ten experts, and {packs(mean, LEVELS * mean.sizes['M'])} MiB "
+        "in the float32 steps below."
+    )
+    yield (
+        f"found ours {fast(sizes, 'naive', N=2816, E=1)} times as fast as naive with one expert, and "
+        f"{fast(sizes, 'naive', N=2816, E=10)} times with ten."
+    )
+    # Why they are left to the files.
+    assert all(case(name, N=2816, E=32).rounds < FEWEST_ROUNDS for name in (main, sizes))
 
 
 def kernels() -> Iterator[str]:
@@ -98,10 +116,10 @@ def kernels() -> Iterator[str]:
     assert one is not None
     assert ten is not None
     yield f"with one expert a step reaches {100 * one.share:.0f} % of the floor, with ten {100 * ten.share:.0f} %"
-    fast = {experts: [times(name, "naive", N=2816, E=experts) for name in (main, sizes)] for experts in (1, 10)}
+    found = {experts: [fast(name, "naive", N=2816, E=experts) for name in (main, sizes)] for experts in (1, 10)}
     yield (
-        f"two runs found `side_moe` {fast[1][0]} and {fast[1][1]} times as fast with one expert, and "
-        f"{fast[10][0]} and {fast[10][1]} times with ten"
+        f"two runs found `side_moe` {found[1][0]} and {found[1][1]} times as fast with one expert, and "
+        f"{found[10][0]} and {found[10][1]} times with ten"
     )
     shares = profile()
     side = shares["xsmoe_native::side_moe"] + shares["xsmoe_native::side_moe_backward"]
@@ -181,7 +199,7 @@ def quoted_spans(page: str, text: str) -> Iterator[tuple[int, int]]:
     for claim in claims(page):
         pattern = r"\s+".join(map(re.escape, claim.split()))
         yield from (match.span() for match in re.finditer(pattern, text))
-    for line in re.finditer(r"^\|.*\d \|$|^\|.*\d % \|.*$", text, re.MULTILINE):
+    for line in re.finditer(r"^\|.*\d\)? \|$|^\|.*\d % \|.*$", text, re.MULTILINE):
         if "What was tried" not in text[: line.start()]:
             yield line.span()
     if losing.BEGIN in text:
@@ -217,9 +235,31 @@ def test_what_is_excused_must_be_there() -> None:
     assert problems("No number.", claims=(), constants=("5 % by design",), history=()) != []
 
 
-@pytest.mark.parametrize("text", ["12 ms", "12.5 ms", "1,200 s", "14.1 ± 0.5 %", "3 times", "64 MiB", "27%", "2 us"])
+@pytest.mark.parametrize(
+    "text",
+    ["12 ms", "12.5 ms", "1,200 s", "14.1 ± 0.5 %", "3 times", "64 MiB", "27%", "2 us", "2.73 (2.21-3.21) times"],
+)
 def test_measured_numbers_are_seen(text: str) -> None:
     assert MEASURED.fullmatch(text)
+
+
+def test_a_ratio_is_quoted_with_its_spread_and_with_rounds_that_are_few() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    whole = times(case("attention-cpu-float32", L=200), "ours", "sdpa")
+    ratio, spread, _ = re.fullmatch(r"(\S+)( \(\S+)(; few rounds: 6\))", whole).groups()  # type: ignore[union-attr]
+    assert text.count(f" {whole} ") == 1
+    for cell in (ratio, f"{ratio}{spread})"):
+        (wrong,) = found("docs/kernels.md", text.replace(f" {whole} ", f" {cell} "))
+        assert wrong.endswith(f"is {cell}, and the result {whole}")
+
+
+def test_packs_are_twice_the_weights() -> None:
+    of = case("side_moe-cpu-float32", E=10)
+    down, up = (torch.randn(of.sizes["E"] - 1, of.sizes["R"], of.sizes["D"]) for _ in range(2))
+    pack = FrozenExperts(down, up).pack()
+    if pack is None:
+        pytest.skip("no native kernels, no packs")
+    assert mib(LEVELS * pack.nbytes) == packs(of, LEVELS)
 
 
 @pytest.mark.parametrize("text", ["2,816 rows", "torch 2.11", "8.6 MB", "sm_90", "12 steps", "N = 2,816"])

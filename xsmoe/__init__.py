@@ -4,10 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xsmoe.nn import Batch, Recommender, SideMoE, UserEncoder, XSMoE
+    from xsmoe.nn import Batch, ExpertBank, Recommender, SideMoE, UserEncoder, XSMoE
     from xsmoe.stream import Stream, StreamConfig, StreamingTrainer
 
-__all__ = ["Batch", "Recommender", "SideMoE", "Stream", "StreamConfig", "StreamingTrainer", "UserEncoder", "XSMoE"]
+__all__ = [
+    "Batch",
+    "ExpertBank",
+    "Recommender",
+    "SideMoE",
+    "Stream",
+    "StreamConfig",
+    "StreamingTrainer",
+    "UserEncoder",
+    "XSMoE",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from bench.case import Say, rows_and_truth, untimed
+from bench.case import checking, rows_and_truth, untimed
 from bench.examine import Truth, examine, too_large
+from bench.measure import Say
 from bench.memory.resident import NotResident, Point, resident_growth
 from bench.memory.step import step_of, warm_up
 from bench.peak import Peak, measure_peak
@@ -32,14 +33,14 @@ def measure(workload: Workload, names: Sequence[str], *, resident: bool = True, 
         # Or compiling for one size after the other ends with what serves all of them, or with none.
         torch._dynamo.reset()
     release(workload.device)
-    say("exact result")
+    say("inputs and exact result")
     drawn, reason = fitting(lambda: rows_and_truth(workload, SETS), workload.device)
     rows = []
     for name in names:
-        say(f"{name}: gate and peak")
+        say(f"{checking(name)} and its peak")
         row = _measured(workload, name, *drawn) if drawn else too_large(name, f"the exact result: {reason}").row
         if resident and row.status == "measured" and workload.device.type == "cpu":
-            say(f"{name}: resident memory")
+            say(f"resident memory of {name}")
             row = _with_resident(workload, row)
         rows.append(row)
     return untimed(workload, workload.title, workload.sizes, workload.dtype, workload.device, rows)

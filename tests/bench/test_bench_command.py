@@ -1,12 +1,14 @@
 """`python -m bench kernels` from end to end, its file, and what it says to mistakes."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import kernels_command, profiled, results
 from bench.__main__ import main
+from bench.memory import point
 from bench.workload import Workload
 
 TINY = ["--sizes", "N=67", "E=1,3", "D=24", "R=6", "--seconds", "0.01"]
@@ -43,6 +45,44 @@ def test_kernels_prints_the_machine_and_a_table_per_case(tmp_path: Path, capsys:
         assert case.rows[0].passes["both"].against["naive"] == (1.0, 1.0, 1.0)
         assert case.rows[0].backend is None
         assert case.rows[2].backend in ("native", "reference")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            ["kernels", "route_topk", "--sizes", "N=5", "E=3", "--variants", "eager,ours", "--seconds", "0.01"],
+            ["weights", "inputs and exact result", "checking eager", "checking ours", "warming up ours, 1 of 1"],
+        ),
+        (
+            ["memory", "--sizes", "N=5", "E=2", "D=8", "R=2", "--variants", "ours"],
+            ["weights", "checking ours and its peak"],
+        ),
+    ],
+    ids=lambda one: one[0],
+)
+def test_a_terminal_shows_what_goes_on(
+    command: list[str],
+    said: list[str],
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(point, "resident_growth", lambda _: 1 << 20)
+    assert main(command) == 0
+    shown = capsys.readouterr().err
+    if not terminal:
+        assert shown == ""
+        return
+    label = command[1] if command[0] == "kernels" else "side_moe"
+    places = [shown.index(f" s] {one} ({label} ") for one in said]
+    assert places == sorted(places)
+    assert max(len(line) for line in shown.split("\r")) < 60 + len("\x1b[K")
+    # What is printed next finds an empty line.
+    assert shown.endswith("\r\x1b[K\r")
 
 
 def test_results_survive_their_file(tmp_path: Path) -> None:

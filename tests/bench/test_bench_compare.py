@@ -67,13 +67,17 @@ def test_what_only_one_run_has_is_named() -> None:
     after = replace(after, cases=[replace(case, rows=[*case.rows[:1], refused]), replace(case, dtype="bfloat16")])
     found = compare(before, after)
     assert found.changes == []
-    assert found.lost == ["side_moe float32 cpu N=67, ours both"]
-    assert found.unmatched == [
-        "side_moe bfloat16 cpu N=67, compiled both: measured in the second only",
-        "side_moe bfloat16 cpu N=67, eager both: measured in the second only",
-        "side_moe bfloat16 cpu N=67, ours both: measured in the second only",
-        "side_moe float32 cpu N=67, compiled both: measured in the first only",
-    ]
+    gap, new = found.gaps
+    assert str(new) == "side_moe bfloat16 cpu N=67: in the second only eager, compiled, ours"
+    assert str(gap) == "side_moe float32 cpu N=67: lost ours; in the first only compiled"
+
+
+def test_a_pass_that_only_one_run_has_is_named() -> None:
+    before, after = run(0), run(1)
+    (case,) = after.cases
+    rows = [replace(row, passes={**row.passes, "forward": row.passes["both"]}) for row in case.rows]
+    (gap,) = compare(before, replace(after, cases=[replace(case, rows=rows)])).gaps
+    assert str(gap).endswith(": in the second only eager (forward), compiled (forward), ours (forward)")
 
 
 def test_our_own_plain_code_is_no_measure_of_the_machine() -> None:
@@ -99,14 +103,34 @@ def test_another_machine_is_said() -> None:
     assert compare(before, after).differences == [f"threads: {before.machine['threads']} and 64"]
 
 
+def verdict(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_files_of_other_sizes_take_a_line_a_case_and_the_verdict_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    (case,) = run(0).cases
+    results.save(run(0), Path(paths[0]))
+    results.save(replace(run(1), cases=[case, *(replace(case, sizes={"N": n}) for n in range(20))]), Path(paths[1]))
+    assert main(["compare", *paths]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" only ") == 20 + 1
+    assert printed.splitlines()[-1].startswith("**0 slower")
+    results.save(replace(run(1), cases=[replace(case, sizes={"N": 5})]), Path(paths[1]))
+    assert main(["compare", *paths]) == 1
+    assert verdict(capsys) == "**The two files have no row of ours in common; 1 lost.**"
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(tmp_path / name) for name in ("a.json", "b.json", "slow.json")]
     for path, made in zip(paths, (run(0), run(1), run(2, slower=1.5)), strict=True):
         results.save(made, Path(path))
     assert main(["compare", *paths[:2]]) == 0
-    assert "0 slower, 0 faster, of 1" in capsys.readouterr().out
+    assert verdict(capsys) == "**0 slower, 0 faster, 1 the same, 0 of too few rounds to tell; 0 lost.**"
     assert main(["compare", paths[0], paths[2]]) == 1
-    assert "slower" in capsys.readouterr().out
+    assert verdict(capsys) == "**1 slower, 0 faster, 0 the same, 0 of too few rounds to tell; 0 lost.**"
     assert main(["compare", paths[0], str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     results.save(replace(run(0), command=["memory"]), tmp_path / "memory.json")

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from bench.measure import FEWEST_LONG_ROUNDS, FEWEST_ROUNDS, Stopwatch, interleave, quantiles
+from bench.measure import FEWEST_LONG_ROUNDS, FEWEST_ROUNDS, Stopwatch, Task, interleave, quantiles
 from bench.saved import count_saved
 
 
@@ -35,6 +35,40 @@ def test_time_bounds_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     for cost, rounds in ((0.1, 11), (0.3, FEWEST_ROUNDS), (1.0, FEWEST_LONG_ROUNDS)):
         found = len(interleave({"a": task}, seconds=1.0)["a"])
         assert found == rounds, cost
+
+
+def test_what_runs_next_is_said_where_it_takes_long_or_nothing_was_said_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, said = 0.0, list[str]()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+
+    def task(cost: float) -> Task:
+        def run(_: int) -> tuple[float, ...]:
+            nonlocal now
+            now += cost
+            return (cost,)
+
+        return run
+
+    interleave({"short": task(0.2), "long": task(5.0)}, seconds=11.0, say=said.append)
+    assert said[:2] == ["warming up short, 1 of 1", "warming up long, 1 of 1"]
+    assert sorted(said[2:4]) == [
+        "timing long, round 1, 0 of 11 s",
+        "timing short, round 1, 0 of 11 s",
+    ]
+    assert said[-1].endswith(f", round {FEWEST_ROUNDS}, 21 of 11 s")
+    said.clear()
+    interleave({"short": task(0.2)}, seconds=2.0, say=said.append)
+    # A warm-up and eleven rounds of 0.2 s.
+    rounds = [text.removesuffix(" of 2 s") for text in said]
+    assert rounds == [
+        "warming up short, 1 of 1",
+        "timing short, round 3, 0",
+        "timing short, round 6, 1",
+        "timing short, round 9, 2",
+    ]
 
 
 def test_collection_goes_on_after_an_error() -> None:

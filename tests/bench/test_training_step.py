@@ -1,6 +1,7 @@
 """The training step's room: ours and the published one train alike, and a step that is wrong is refused."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,27 @@ def test_ours_and_the_published_step_train_alike(name: str, monkeypatch: pytest.
     assert min(losses["ours"][-1]) < max(losses["ours"][0])
     for kind in ("plain", "ours"):
         torch.testing.assert_close(torch.tensor(losses[kind]), torch.tensor(losses["published"]), rtol=1e-3, atol=1e-3)
+
+
+def test_plain_trains_with_the_optimizer_of_ours_and_the_published_step_with_torchs_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: dict[str, torch.optim.Optimizer] = {}
+    whole = torch.optim.Adam.step
+
+    def step(optimizer: torch.optim.Adam, *given: Any) -> Any:
+        made[kind] = optimizer
+        return whole(optimizer, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    workload = tiny("mean")
+    for kind in ("published", "plain", "ours"):
+        variant = workload.build(kind)
+        assert variant.whole is not None
+        variant.whole(workload.draw())
+    usual = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=workload.config.lr).defaults
+    assert made["published"].defaults == usual
+    assert made["plain"].defaults == made["ours"].defaults == usual | {"fused": True}
 
 
 class StandIn:
