@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +84,14 @@ def resize_parameter(parameter: nn.Parameter, shape: torch.Size) -> None:
         parameter.data = fresh
     _watch_steps()
     _resized[parameter] = True
+    _fitting.clear()
 
 
 _resized = WeakIdKeyDictionary()
 """All parameters that live and were resized."""
+
+_fitting: WeakSet[Optimizer] = WeakSet()
+"""Optimizers whose state was found to fit since the last of them was."""
 
 
 @cache
@@ -96,6 +101,8 @@ def _watch_steps() -> None:
 
 def _require_fitting_state(optimizer: Optimizer, *_: Any) -> None:
     # Looked at here because torch's fused steps do not: they write past the end of what is too short.
+    if optimizer in _fitting:
+        return
     for parameter in list(_resized):
         for name, value in optimizer.state.get(parameter, {}).items():
             other_rows = _per_element(value) and value.shape[1:] == parameter.shape[1:]
@@ -105,6 +112,7 @@ def _require_fitting_state(optimizer: Optimizer, *_: Any) -> None:
                     f"parameter the shape {tuple(parameter.shape)}; load the optimizer's state too, with "
                     "optimizer.load_state_dict, or build a new optimizer"
                 )
+    _fitting.add(optimizer)
 
 
 def _each(optimizers: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:

@@ -21,10 +21,12 @@ class FrozenExperts:
 
     Where the native CPU kernels can serve them, it also holds their weights in the layouts that these read, which take
     twice the memory of the weights and save packing them in every call. Weights that autograd sees change in place are
-    packed anew. It does not see changes through `.data`, NumPy or shared memory, and code that `torch.compile` made
-    does not look: make a new FrozenExperts then. A deep copy, or one from a file, may share its memory with tensors
-    that were copied along, whose changes autograd does not tell it: it is read anew in every call, which takes longer.
-    Make a new FrozenExperts of the copied tensors to have them packed once.
+    packed anew. It does not see changes through `.data`, NumPy, shared memory or DistributedDataParallel's exchange of
+    buffers, and code that `torch.compile` made does not look: make a new FrozenExperts then.
+
+    A deep copy, or one from a file, may share its memory with tensors that were copied along, of whose changes autograd
+    tells it nothing: it is read anew in every call, which takes longer. Make a new FrozenExperts of the copied tensors
+    to have them packed once.
 
     Args:
         down: (F, R, D), the frozen experts' down projections; detached, not copied.
