@@ -146,12 +146,7 @@ class ExpertBank(nn.Module):
                 row = torch.empty(1, self.dim).uniform_(-bound, bound, generator=generator).to(self.router)
             else:
                 raise ValueError(f"new_gate must be 'random' or 'mean', not {new_gate!r}")
-            self._replace(
-                optimizer,
-                "router",
-                torch.cat([self.router, row]),
-                _with_new_gate,
-            )
+            self._replace(optimizer, "router", torch.cat([self.router, row]), _with_new_gate)
             self._replace(optimizer, "down", down.mean(0, keepdim=True), None)
             self._replace(optimizer, "up", up.mean(0, keepdim=True), None)
             self.frozen_down, self.frozen_up = down, up
@@ -169,7 +164,8 @@ class ExpertBank(nn.Module):
             The dropped expert's index and its share, or None.
 
         Raises:
-            ValueError: the counters are not finite, or the threshold is no share.
+            TypeError: `optimizer` is neither an optimizer nor a sequence of them.
+            ValueError: the counters are not finite, the threshold is no share, or the optimizer cannot go on.
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be a share between 0 and 1, not {threshold}")
@@ -205,7 +201,7 @@ class ExpertBank(nn.Module):
             )
 
     def require_held(self, optimizer: Optimizers, name: str = "bank") -> None:
-        """Raises ValueError if an optimizer is given that lacks one of this bank's trainable parameters."""
+        """Raises where an optimizer is given that cannot go on once this bank's trainable parameters are replaced."""
         require_held(optimizer, {f"{name}.{key}": value for key, value in self.named_parameters()})
 
     def assign(self, router: Tensor, down: Tensor, up: Tensor, num_frozen: int = 0) -> None:
