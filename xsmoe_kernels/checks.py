@@ -7,6 +7,7 @@ on: types and numbers of dimensions. All else is checked by the operator before 
 synchronise a GPU.
 """
 
+import operator
 import os
 from collections.abc import Mapping
 
@@ -79,18 +80,24 @@ def same_dtype(tensors: Mapping[str, torch.Tensor | None]) -> None:
 
 
 def integer(name: str, value: object, low: int | None = None, high: int | None = None, *, bound: str = "") -> int:
-    """`value` if it is an int, and no bool, from `low` to `high`; None is no limit, `bound` says what `high` is.
+    """`value` as an int, from `low` to `high`; None is no limit, `bound` says what `high` is.
+
+    NumPy's integers will do; a bool will not, and no Tensor, because to read it may make the host wait for a GPU.
 
     Raises:
-        TypeError: not an int.
+        TypeError: not an integer.
         ValueError: out of range.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if (low is not None and value < low) or (high is not None and value > high):
+    try:
+        if isinstance(value, bool | torch.Tensor):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    if (low is not None and number < low) or (high is not None and number > high):
         limits = f"at least {low}" if high is None else f"from {low} to {high}{bound and ', '}{bound}"
-        raise ValueError(f"{name} must be {limits}, not {value}")
-    return value
+        raise ValueError(f"{name} must be {limits}, not {number}")
+    return number
 
 
 def flag(name: str, value: object) -> bool:

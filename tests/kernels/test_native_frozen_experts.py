@@ -1,9 +1,11 @@
 """FrozenExperts on the native kernels: packed once, and packed or refused anew where they changed."""
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -94,11 +96,14 @@ def test_frozen_experts_are_packed_once() -> None:
     assert names.count("xsmoe_native::pack_experts") == 0, "it was packed when it was made"
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, copy.copy, lambda frozen: pickle.loads(pickle.dumps(frozen))],
-    ids=["deep", "flat", "file"],
-)
+def through_a_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file], ids=["deep", "file"])
 def test_copies_and_files_of_frozen_experts_leave_the_pack_behind(
     copied: Callable[[FrozenExperts], FrozenExperts],
 ) -> None:
@@ -114,6 +119,36 @@ def test_copies_and_files_of_frozen_experts_leave_the_pack_behind(
         assert torch.equal(side_moe(*level, frozen=twin), side_moe(*level, frozen=frozen))
     weights = 2 * frozen.down.numel() * 4
     assert len(pickle.dumps(frozen)) < weights + 4000
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file], ids=["deep", "file"])
+@pytest.mark.parametrize("given", [Tensor.clone, Tensor.detach], ids=["whole", "alias"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_change_of_weights_that_were_copied_along_is_noticed(
+    copied: Callable[[Any], Any], given: Callable[[Tensor], Tensor], autocast: bool
+) -> None:
+    level, frozen = frozen_level()
+    down = given(frozen.down)
+    twin_down, twin = copied((down, FrozenExperts(down, frozen.up)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), use_backend("native"):
+        before = side_moe(*level, frozen=twin)
+        twin_down.mul_(3)
+        after = side_moe(*level, frozen=twin)
+        fresh = side_moe(*level, frozen=FrozenExperts(twin_down, twin.up))
+    assert torch.equal(after, fresh)
+    assert not torch.equal(after, before)
+
+
+def test_a_flat_copy_is_packed_and_notices_changes() -> None:
+    level, frozen = frozen_level()
+    twin = copy.copy(frozen)
+    assert twin._derived.pack is not None
+    with use_backend("native"):
+        before = side_moe(*level, frozen=twin)
+        frozen.down.mul_(3)
+        after = side_moe(*level, frozen=twin)
+        assert torch.equal(after, side_moe(*level, frozen=frozen))
+    assert not torch.equal(after, before)
 
 
 def test_a_pack_for_other_experts_is_refused() -> None:

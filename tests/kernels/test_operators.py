@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compilation import compiled
@@ -23,6 +24,15 @@ from xsmoe_kernels import (
 
 OFFSETS = torch.tensor([0, 1, 4])
 SEEN = (torch.tensor([0, 3, 1]), torch.tensor([0, 1, 3]))
+
+
+INTEGERS = [
+    (side_moe, "num_frozen", 2),
+    (grouped_mm, "num_frozen", 2),
+    (route_topk, "k", 2),
+    (topk_items, "k", 2),
+    (packed_attention, "max_length", 3),
+]
 
 
 def rows(*shape: int) -> Tensor:
@@ -128,6 +138,17 @@ def test_bad_input_is_named_by_the_default_compiler_too() -> None:
     function = compiled(lambda logits, k: route_topk(logits.tanh(), k).gates, backend="inductor")
     with pytest.raises(ValueError, match="k must be from 1 to 3, the number of experts, not 5"):
         function(rows(4, 3), 5)
+
+
+@pytest.mark.parametrize(("operator", "name", "value"), INTEGERS)
+def test_integers_may_be_those_of_numpy_but_no_tensors(operator: Callable[..., Any], name: str, value: int) -> None:
+    expected = operator(**good(operator, **{name: value}))
+    found = operator(**good(operator, **{name: np.int64(value)}))
+    assert torch.equal(*(value if isinstance(value, Tensor) else value[0] for value in (expected, found)))
+    with pytest.raises(TypeError, match=f"{name} must be an int, not Tensor"):
+        operator(**good(operator, **{name: torch.tensor(value)}))
+    with pytest.raises(TypeError, match=f"{name} must be an int, not ndarray"):
+        operator(**good(operator, **{name: np.array([value, value])}))
 
 
 def on_meta(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,11 +51,49 @@ def test_row_weight_counts_rows() -> None:
         ({"modalities": ("text.long",)}, "modalities holds 'text.long', which cannot name a module"),
         ({"modalities": ("type",)}, "modalities holds 'type', which cannot name a module"),
         ({"dim": {"image": 6}}, "dim must name a width for each of"),
+        ({"dim": {"image": 6, "text": 0}}, r"dim\['text'\] must be at least 1, not 0"),
+        ({"out_dim": 0}, "out_dim must be at least 1, not 0"),
     ],
 )
 def test_bad_modalities_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         XSMoE(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dim": "768"}, "dim must be an int, not str"),
+        ({"dim": {"image": 6.0, "text": 6}}, r"dim\['image'\] must be an int, not float"),
+        ({"rank": 2.0}, "rank must be an int, not float"),
+        ({"out_dim": None}, "out_dim must be an int, not NoneType"),
+        ({"num_levels": "2"}, "num_levels must be an int, not str"),
+        ({"num_experts": "2"}, "num_experts must be an int, not str"),
+        ({"num_experts": [1, 2.0]}, "num_experts must be an int, not float"),
+        ({"top_k": 1.0}, "top_k must be an int, not float"),
+    ],
+)
+def test_sizes_of_other_types_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        XSMoE(**{"dim": 6, "rank": 2, "out_dim": 3, **arguments})
+
+
+def test_sizes_may_be_numpy_integers(tmp_path) -> None:
+    sizes = {"dim": np.int64(6), "num_levels": np.int64(2), "rank": np.int64(2), "out_dim": np.int64(3)}
+    model = XSMoE(("text",), **sizes, num_experts=np.array([1, 2]), top_k=np.int64(1))
+    assert model.sides["text"].num_experts == [1, 2]
+    assert XSMoE(("text",), **sizes, num_experts=np.int64(2)).sides["text"].num_experts == [2, 2]
+    model.save_pretrained(tmp_path)
+    assert XSMoE.from_pretrained(tmp_path).config() == model.config()
+
+
+def test_prune_refuses_counters_that_are_not_finite_and_drops_nothing() -> None:
+    model = XSMoE(("image", "text"), dim=6, rank=2, out_dim=3, num_experts=2)
+    model(hidden_of(model))
+    model.sides["text"].levels()[1].utilization.norm[1] = float("nan")
+    with pytest.raises(ValueError, match=r"sides\.text\.banks\.1\.utilization is not finite"):
+        model.prune(1.0)
+    assert {bank.num_experts for _, _, bank in model.banks()} == {2}
 
 
 def test_a_missing_or_extra_modality_is_named() -> None:

@@ -91,3 +91,13 @@ def test_too_long_a_sequence_and_bad_heads_are_named() -> None:
         UserEncoder(8, max_length=2)(torch.zeros(3, 8), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="num_heads must divide dim = 9"):
         UserEncoder(9)
+    with pytest.raises(TypeError, match="dim must be an int, not str"):
+        UserEncoder("128")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_heads must be at least 1, not 0"):
+        UserEncoder(8, num_heads=0)
+
+
+def test_sizes_may_be_numpy_integers(tmp_path) -> None:
+    encoder = UserEncoder(np.int64(8), np.int64(1), np.int64(2), np.int64(16), max_length=np.int64(4))
+    encoder.save_pretrained(tmp_path)
+    assert UserEncoder.from_pretrained(tmp_path).config() == encoder.config()

@@ -177,6 +177,24 @@ def test_expansion_and_pruning_can_be_switched_off(options: dict, experts: list[
     assert all(bool(line["pruned"]) == (options.get("prune") is None) for line in tests)
 
 
+def test_a_run_goes_on_where_counters_are_not_finite_and_says_what_it_did_not_prune() -> None:
+    model, told = tiny.model(), []
+
+    def listener(event: str, line: dict) -> None:
+        if event == "warning":
+            told.append(line["message"])
+        if event == "window":
+            banks = model.items.sides["text"].levels()
+            banks[1].utilization.norm[-1] = float("nan")
+
+    trainer = StreamingTrainer(model, tiny.stream(), tiny.config(prune_threshold=1.0), listener=listener)
+    tests = [line for line in trainer.fit() if line["kind"] == "test"]
+    assert told == ["window 2 prunes nothing of text 1: rows that were not finite are in the counters"]
+    assert [[level["level"] for level in line["pruned"]["text"]] for line in tests] == [[], [0]]
+    assert [bank.num_experts for bank in model.items.sides["text"].levels()] == [2, 3]
+    assert [bank.num_experts for bank in model.items.sides["image"].levels()] == [2, 2]
+
+
 def test_warm_up_only_and_an_empty_validation_split_keep_the_last_epoch() -> None:
     told = []
     lines, _ = fit(listener=lambda e, f: told.append(f) if e == "warning" else None, warmup_epochs=9)

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from xsmoe.nn.optimizer import Carry, Optimizers, require_held, swap_parameter
+from xsmoe.nn.optimizer import SECOND_MOMENTS, Carry, Optimizers, require_held, resize_parameter, swap_parameter
 from xsmoe.nn.top_k import top_k_mixture
-from xsmoe_kernels import FrozenExperts, Utilization, side_moe
+from xsmoe_kernels import FrozenExperts, Utilization, checks, side_moe
 
 NewGate = Literal["random", "mean"]
 EXPERT_STD = 0.01
+WEIGHTS = ("router", "frozen_down", "frozen_up", "down", "up")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class ExpertBank(nn.Module):
 
     Frozen experts come first and are buffers (`frozen_down`, `frozen_up`), trainable ones are parameters (`down`,
     `up`), so that an optimizer never sees the former. `router` has a row for the backbone, then one for every expert.
-    A state dict carries the number of experts and the utilization, and loads into a bank of any other number.
+    A state dict carries the number of experts and the utilization, and loads into a bank of any other number, whose
+    parameters change their shape and stay the same objects, so that an optimizer goes on training them. If that has
+    taken steps, load its state too, with `optimizer.load_state_dict`; its next step raises RuntimeError otherwise.
 
     Args:
         dim: width D of the rows.
@@ -56,12 +59,10 @@ class ExpertBank(nn.Module):
 
     def __init__(self, dim: int, rank: int, num_experts: int = 1, top_k: int | None = None) -> None:
         super().__init__()
-        for name, value in {"dim": dim, "rank": rank, "num_experts": num_experts}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None to mix all experts, not {top_k}")
-        self.dim, self.rank, self.top_k = dim, rank, top_k
+        dim, rank = checks.integer("dim", dim, 1), checks.integer("rank", rank, 1)
+        num_experts = checks.integer("num_experts", num_experts, 1)
+        self.dim, self.rank = dim, rank
+        self.top_k = None if top_k is None else checks.integer("top_k", top_k, 1)
         self.count_in_eval = False
         self.router = nn.Parameter(torch.empty(num_experts + 1, dim))
         self.down = nn.Parameter(torch.empty(num_experts, rank, dim))
@@ -124,8 +125,12 @@ class ExpertBank(nn.Module):
     ) -> None:
         """Freezes all experts, adds one trainable expert that is their mean, and adds its gate row.
 
+        Call it between optimizer steps: the parameters are replaced, and with them go their gradients, also those that
+        are still being accumulated, and hooks that were registered on them.
+
         Args:
-            optimizer: swapped in place where given (see `swap_parameter`); the router's state is carried over.
+            optimizer: swapped in place where given (see `swap_parameter`); the router's state is carried over, and the
+                new row gets the mean second moment of the experts' rows where the optimizer is of Adam's kind.
             new_gate: "random" draws the row as `nn.Linear` does, so that the function jumps (as published); "mean"
                 takes the mean of the experts' rows, which disturbs it less.
             generator: the source of the random row.
@@ -141,12 +146,7 @@ class ExpertBank(nn.Module):
                 row = torch.empty(1, self.dim).uniform_(-bound, bound, generator=generator).to(self.router)
             else:
                 raise ValueError(f"new_gate must be 'random' or 'mean', not {new_gate!r}")
-            self._replace(
-                optimizer,
-                "router",
-                torch.cat([self.router, row]),
-                lambda s: torch.cat([s, s.new_zeros(1, self.dim)]),
-            )
+            self._replace(optimizer, "router", torch.cat([self.router, row]), _with_new_gate)
             self._replace(optimizer, "down", down.mean(0, keepdim=True), None)
             self._replace(optimizer, "up", up.mean(0, keepdim=True), None)
             self.frozen_down, self.frozen_up = down, up
@@ -157,32 +157,51 @@ class ExpertBank(nn.Module):
     ) -> tuple[int, float] | None:
         """Drops the least used expert and its gate row if its share among the experts is below `threshold`.
 
-        A bank of one expert, and one whose counters are empty, stays as it is.
+        A bank of one expert, and one whose counters are empty, stays as it is. Call it between optimizer steps, as
+        `expand`.
 
         Returns:
             The dropped expert's index and its share, or None.
+
+        Raises:
+            TypeError: `optimizer` is neither an optimizer nor a sequence of them.
+            ValueError: the counters are not finite, the threshold is no share, or the optimizer cannot go on.
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be a share between 0 and 1, not {threshold}")
+        self.require_held(optimizer, name)
+        self.require_counted(name)
         shares = self.utilization.shares()
         expert = int(shares.argmin())
         share = float(shares[expert])
         if self.num_experts == 1 or not share < threshold:
             return None
-        self.require_held(optimizer, name)
         trainable = expert - self.num_frozen
         with torch.no_grad():
-            self._replace(optimizer, "router", _without(self.router, expert + 1), lambda s: _without(s, expert + 1))
+            self._replace(optimizer, "router", _without(self.router, expert + 1), lambda _, s: _without(s, expert + 1))
             if trainable < 0:
                 self.frozen_down, self.frozen_up = _without(self.frozen_down, expert), _without(self.frozen_up, expert)
             else:
-                self._replace(optimizer, "down", _without(self.down, trainable), lambda s: _without(s, trainable))
-                self._replace(optimizer, "up", _without(self.up, trainable), lambda s: _without(s, trainable))
+                self._replace(optimizer, "down", _without(self.down, trainable), lambda _, s: _without(s, trainable))
+                self._replace(optimizer, "up", _without(self.up, trainable), lambda _, s: _without(s, trainable))
         self._recount()
         return expert, share
 
+    def counts_are_finite(self) -> bool:
+        """Whether the experts' counters are finite, so that they say who is used least. Waits for the device."""
+        return bool(self.utilization.norm[1:].isfinite().all())
+
+    def require_counted(self, name: str = "bank") -> None:
+        """Raises ValueError if `prune` would have to choose by counters that are not finite."""
+        if self.num_experts > 1 and not self.counts_are_finite():
+            raise ValueError(
+                f"{name}.utilization is not finite, because rows that are not were counted, so that nobody knows which "
+                "expert is used least; call reset_utilization() (utilization.reset() of a bank alone), and prune after "
+                "more steps on finite rows"
+            )
+
     def require_held(self, optimizer: Optimizers, name: str = "bank") -> None:
-        """Raises ValueError if an optimizer is given that lacks one of this bank's trainable parameters."""
+        """Raises where an optimizer is given that cannot go on once this bank's trainable parameters are replaced."""
         require_held(optimizer, {f"{name}.{key}": value for key, value in self.named_parameters()})
 
     def assign(self, router: Tensor, down: Tensor, up: Tensor, num_frozen: int = 0) -> None:
@@ -218,6 +237,10 @@ class ExpertBank(nn.Module):
         self.utilization = Utilization(self.num_experts, device=self.router.device)
         self._frozen = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's buffers are others than those that the pack of frozen experts was made of.
+        return self.__dict__ | {"_frozen": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertBank":
         super()._apply(fn, recurse)
         self._frozen = None
@@ -243,6 +266,9 @@ class ExpertBank(nn.Module):
         errors: list[str],
     ) -> None:
         counters = [f"{prefix}utilization.{part}" for part in ("norm", "gate")]
+        if (contradiction := self._contradiction(state_dict, prefix)) is not None:
+            errors.append(contradiction)
+            return
         self._resize(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._frozen = None
@@ -259,13 +285,46 @@ class ExpertBank(nn.Module):
             else:
                 counter.copy_(state_dict[key])
 
+    def _contradiction(self, state_dict: Any, prefix: str) -> str | None:
+        """Why the bank would not hold together with what a state dict brings; None if it would."""
+        given = _given(state_dict, prefix)
+        rows = {name: given.get(name, getattr(self, name)).shape[0] for name in WEIGHTS}
+        for down, up in (("down", "up"), ("frozen_down", "frozen_up")):
+            if rows[down] != rows[up]:
+                return f"{prefix}{down} holds {rows[down]} experts, but {prefix}{up} holds {rows[up]}"
+        frozen, trainable = rows["frozen_down"], rows["down"]
+        if rows["router"] != 1 + frozen + trainable or rows["router"] == 1:
+            held = f"{prefix}frozen_down and {prefix}down hold {frozen} and {trainable} experts"
+            wanted = "at least one is needed" if frozen + trainable == 0 else f"which need {1 + frozen + trainable}"
+            return f"{prefix}router has {rows['router']} rows, but {held}, {wanted}"
+        return None
+
     def _resize(self, state_dict: Any, prefix: str) -> None:
-        for name in ("router", "down", "up", "frozen_down", "frozen_up"):
-            value, mine = state_dict.get(prefix + name), getattr(self, name)
-            if value is None or value.shape == mine.shape or value.shape[1:] != mine.shape[1:]:
-                continue
-            fresh = mine.new_empty(value.shape)
-            setattr(self, name, nn.Parameter(fresh, mine.requires_grad) if isinstance(mine, nn.Parameter) else fresh)
+        given = _given(state_dict, prefix)
+        if any(value.shape[1:] != getattr(self, name).shape[1:] for name, value in given.items()):
+            # It is refused next, and the bank has to stay whole.
+            return
+        for name, value in given.items():
+            mine = getattr(self, name)
+            if value.shape != mine.shape and isinstance(mine, nn.Parameter):
+                resize_parameter(mine, value.shape)
+            elif value.shape != mine.shape:
+                setattr(self, name, mine.new_empty(value.shape))
+
+
+def _given(state_dict: Any, prefix: str) -> dict[str, Tensor]:
+    """A bank's weights in a state dict, less what torch refuses because it is none."""
+    found = {name: state_dict.get(prefix + name) for name in WEIGHTS}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.dim()}
+
+
+def _with_new_gate(name: str, state: Tensor) -> Tensor:
+    """A router's state in an optimizer, with a row for one more expert."""
+    if name in SECOND_MOMENTS:
+        # Adam corrects them for the step count, which all rows share: zeros beside a high one would say that gradients
+        # have always been tiny, and make the row's first steps several times the learning rate.
+        return torch.cat([state, state[1:].mean(0, keepdim=True)])
+    return torch.cat([state, torch.zeros_like(state[:1])])
 
 
 def _without(rows: Tensor, index: int) -> Tensor:

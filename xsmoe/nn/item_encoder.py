@@ -10,6 +10,7 @@ from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
 from xsmoe.nn.side_network import Hidden, SideMoE, climb
+from xsmoe_kernels import checks
 
 
 class XSMoE(Pretrained):
@@ -44,12 +45,23 @@ class XSMoE(Pretrained):
         if set(widths) != set(modalities):
             raise ValueError(f"dim must name a width for each of {tuple(modalities)}, not {widths}")
         self.modalities = tuple(modalities)
-        self.dims = {name: widths[name] for name in modalities}
-        self.num_levels, self.rank, self.out_dim, self.top_k = num_levels, rank, out_dim, top_k
+        spelled = "dim[{!r}]" if isinstance(dim, Mapping) else "dim"
+        self.dims = {name: checks.integer(spelled.format(name), widths[name], 1) for name in modalities}
+        self.num_levels = checks.integer("num_levels", num_levels, 1)
+        self.rank = checks.integer("rank", rank, 1)
+        self.out_dim = checks.integer("out_dim", out_dim, 1)
+        self.top_k = None if top_k is None else checks.integer("top_k", top_k, 1)
+        if isinstance(num_experts, Iterable) and not isinstance(num_experts, str):
+            num_experts = [checks.integer("num_experts", count, 1) for count in num_experts]
+        else:
+            num_experts = checks.integer("num_experts", num_experts, 1)
         self.sides = nn.ModuleDict(
-            {name: SideMoE(width, rank, num_levels, num_experts, top_k) for name, width in self.dims.items()}
+            {
+                name: SideMoE(width, self.rank, self.num_levels, num_experts, self.top_k)
+                for name, width in self.dims.items()
+            }
         )
-        self.projection = nn.Linear(sum(self.dims.values()), out_dim)
+        self.projection = nn.Linear(sum(self.dims.values()), self.out_dim)
 
     def config(self) -> dict[str, Any]:
         return {
@@ -94,6 +106,10 @@ class XSMoE(Pretrained):
     ) -> dict[str, list[Expanded]]:
         """Freezes all experts and adds one to every level of every modality.
 
+        Call it between optimizer steps: parameters are replaced, and with them go their gradients, also those that are
+        still being accumulated, and hooks that were registered on them. Copies of this module, such as a moving average
+        of its weights, do not grow with it: make them anew.
+
         Args:
             optimizer: an optimizer, or several, that train this module: replaced parameters are swapped in their
                 groups, and the state of all that remains is carried over.
@@ -104,7 +120,9 @@ class XSMoE(Pretrained):
             For every modality its levels as they are now.
 
         Raises:
-            ValueError: an optimizer was given that does not hold a trainable parameter that is replaced.
+            TypeError: `optimizer` is neither an optimizer nor a sequence of them.
+            ValueError: an optimizer was given that does not hold a trainable parameter that is replaced, or that keeps
+                it outside its groups too, as LBFGS does.
         """
         self._require_held(optimizer)
         return {
@@ -115,10 +133,15 @@ class XSMoE(Pretrained):
     def prune(self, threshold: float = 0.1, optimizer: Optimizers = None) -> dict[str, list[Pruned]]:
         """Drops, in every level, the least used expert if its utilization share is below `threshold`.
 
-        The shares are those counted since the last `reset_utilization`; `optimizer` as in `expand`. Returns what was
-        dropped, by modality.
+        The shares are those counted since the last `reset_utilization`; `optimizer` and when to call it as in `expand`.
+        Returns what was dropped, by modality.
+
+        Raises:
+            TypeError, ValueError: as `expand`; ValueError also where counters are not finite. Nothing is dropped then.
         """
         self._require_held(optimizer)
+        for modality, level, bank in self.banks():
+            bank.require_counted(f"sides.{modality}.banks.{level}")
         return {name: side.prune(threshold, optimizer) for name, side in self.ladders().items()}
 
     def _require_held(self, optimizer: Optimizers) -> None:

@@ -38,6 +38,9 @@ class UserEncoder(Pretrained):
         max_length: int = 10,
     ) -> None:
         super().__init__()
+        dim, num_heads = checks.integer("dim", dim, 1), checks.integer("num_heads", num_heads, 1)
+        num_blocks, inner_dim = checks.integer("num_blocks", num_blocks, 0), checks.integer("inner_dim", inner_dim, 1)
+        max_length = checks.integer("max_length", max_length, 1)
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim = {dim}, but is {num_heads}")
         self.dim, self.num_heads, self.inner_dim, self.max_length = dim, num_heads, inner_dim, max_length

@@ -14,7 +14,8 @@ def grow(items: XSMoE, config: StreamConfig, window: int, *, trains: bool) -> di
     """Prunes and then expands every level, as far as the configuration has them on; a model that was not used stays.
 
     Args:
-        items: changed in place; its counters say how much each expert was used.
+        items: changed in place; its counters say how much each expert was used. A level that `uncounted` names loses
+            none, and its counters start again.
         config: thresholds and switches.
         window: the window that is about to be trained on.
         trains: whether it has anyone to train on.
@@ -25,13 +26,25 @@ def grow(items: XSMoE, config: StreamConfig, window: int, *, trains: bool) -> di
     if not trains or not any(bank.utilization.gate.any() for _, _, bank in items.banks()):
         # A random gate that is never trained, or another copy of the same mean, would only do harm.
         return {"pruned": {}, "expanded": {}}
-    pruned = items.prune(config.prune_threshold) if config.prune else {}
+    pruned = {}
+    if config.prune:
+        for _, _, bank in items.banks():
+            if not bank.counts_are_finite():
+                bank.utilization.reset()
+        pruned = items.prune(config.prune_threshold)
     generator = torch.Generator().manual_seed(derive(config.seed, window, 0, "growth"))
     expanded = items.expand(new_gate=config.new_gate, generator=generator) if config.expand else {}
     return {
         "pruned": {modality: [asdict(done) for done in levels] for modality, levels in pruned.items()},
         "expanded": {modality: [asdict(done) for done in levels] for modality, levels in expanded.items()},
     }
+
+
+def uncounted(items: XSMoE) -> list[str]:
+    """The levels, as in "text 1", that have experts to choose from and counters that are not finite, as after an
+    overflow in float16."""
+    banks = ((name, level, bank) for name, level, bank in items.banks() if bank.num_experts > 1)
+    return [f"{name} {level}" for name, level, bank in banks if not bank.counts_are_finite()]
 
 
 def count_padding(items: XSMoE, rows: int) -> None:

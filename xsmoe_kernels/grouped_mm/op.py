@@ -33,7 +33,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, num_frozen: int = 
         checks.tensor("x", x, "M", "K")
         checks.tensor("weight", weight, "E", "K", "P")
         checks.tensor("offsets", offsets, "E+1")
-        checks.integer("num_frozen", num_frozen)
+        num_frozen = checks.integer("num_frozen", num_frozen)
     x, weight = library.autocast(x, weight)
     return _operator(x, weight, offsets, num_frozen, dispatch.requested())
 

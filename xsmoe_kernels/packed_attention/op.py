@@ -53,7 +53,7 @@ def packed_attention(
         checks.tensor("offsets", offsets, "B+1")
         if not isinstance(dropout_p, int | float) or isinstance(dropout_p, bool):
             raise TypeError(f"dropout_p must be a float, not {type(dropout_p).__name__}")
-        _check_settings(offsets, max_length, dropout_p)
+        max_length = _check_settings(offsets, max_length, dropout_p)
         if lengths is not None:
             _check_lengths(lengths, offsets, max_length)
     q, k, v = library.autocast(q, k, v)
@@ -66,13 +66,13 @@ def packed_attention(
     return _operator(q, k, v, offsets, max_length, keep, dropout_p, planned, dispatch.requested())
 
 
-def _check_settings(offsets: Tensor, max_length: int, dropout_p: float) -> None:
-    """What the draw of dropout builds on, and so is checked before it as well as by the operator."""
+def _check_settings(offsets: Tensor, max_length: int, dropout_p: float) -> int:
+    """Returns max_length; checks what the draw of dropout builds on, ahead of it as well as in the operator."""
     if offsets.shape[0] == 0:
         raise ValueError("offsets must have shape (B+1,), not (0,); no sequences at all are offsets of [0]")
-    checks.integer("max_length", max_length, 1)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), not {dropout_p!r}")
+    return checks.integer("max_length", max_length, 1)
 
 
 def _check_lengths(lengths: Sequence[int], offsets: Tensor, max_length: int) -> None:

@@ -45,7 +45,7 @@ def route_topk(logits: Tensor, k: int, *, renormalize: bool = True) -> Routing:
     """
     if not torch.compiler.is_compiling():
         checks.tensor("logits", logits, "N", "E")
-        checks.integer("k", k)
+        k = checks.integer("k", k)
         checks.flag("renormalize", renormalize)
     return Routing(*_operator(logits, k, renormalize, dispatch.requested()))
 

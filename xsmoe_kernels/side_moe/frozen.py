@@ -21,8 +21,12 @@ class FrozenExperts:
 
     Where the native CPU kernels can serve them, it also holds their weights in the layouts that these read, which take
     twice the memory of the weights and save packing them in every call. Weights that autograd sees change in place are
-    packed anew. It does not see changes through `.data`, NumPy or shared memory, and code that `torch.compile` made
-    does not look: make a new FrozenExperts then.
+    packed anew. It does not see changes through `.data`, NumPy, shared memory or DistributedDataParallel's exchange of
+    buffers, and code that `torch.compile` made does not look: make a new FrozenExperts then.
+
+    A deep copy, or one from a file, may share its memory with tensors that were copied along, of whose changes autograd
+    tells it nothing: it is read anew in every call, which takes longer. Make a new FrozenExperts of the copied tensors
+    to have them packed once.
 
     Args:
         down: (F, R, D), the frozen experts' down projections; detached, not copied.
@@ -41,6 +45,7 @@ class FrozenExperts:
         self.down = down.detach()
         self.up = up.detach()
         self._derived = _Derived(None, None, {})
+        self._tracked = True
         if not torch.compiler.is_compiling():
             self._refreshed()
 
@@ -81,7 +86,7 @@ class FrozenExperts:
 
     def _current(self) -> tuple[int, int] | None:
         """The versions of down and up; None where changes are not counted, so that nothing can be kept."""
-        if self.down.is_inference() or self.up.is_inference():
+        if not self._tracked or self.down.is_inference() or self.up.is_inference():
             return None
         return self.down._version, self.up._version
 
@@ -91,8 +96,11 @@ class FrozenExperts:
         return dispatch.unavailable("side_moe", "native", self.down.device, self.down.dtype) is None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process may run on another processor.
-        return self.__dict__ | {"_derived": _Derived(None, None, {})}
+        # Another process may run on another processor, and a copied tensor has a version of its own.
+        return self.__dict__ | {"_derived": _Derived(None, None, {}), "_tracked": False}
+
+    def __copy__(self) -> "FrozenExperts":
+        return FrozenExperts(self.down, self.up)
 
     def __repr__(self) -> str:
         experts, rank, dim = self.down.shape

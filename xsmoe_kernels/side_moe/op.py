@@ -91,7 +91,7 @@ def prepare(
         checks.tensor("router", router, "E+1", "D")
         checks.tensor("down", down, "E", "R", "D")
         checks.tensor("up", up, "E", "R", "D")
-        checks.integer("num_frozen", num_frozen)
+        num_frozen = checks.integer("num_frozen", num_frozen)
         if frozen is not None and not isinstance(frozen, FrozenExperts):
             raise TypeError(f"frozen must be a FrozenExperts or None, not {type(frozen).__name__}")
         if not isinstance(activation, str):

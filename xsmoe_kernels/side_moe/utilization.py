@@ -23,7 +23,7 @@ class Utilization:
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:
-        checks.integer("num_experts", num_experts, 1)
+        num_experts = checks.integer("num_experts", num_experts, 1)
         # Tensors made in inference mode could not be changed in place by the training that comes later.
         with torch.inference_mode(False):
             self.norm = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)

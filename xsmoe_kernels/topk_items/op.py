@@ -31,7 +31,7 @@ def topk_items(queries: Tensor, items: Tensor, k: int, seen: scoring.Seen | None
     """
     if not torch.compiler.is_compiling():
         scoring.check_types(queries, items, seen)
-        checks.integer("k", k)
+        k = checks.integer("k", k)
     queries, items = library.autocast(queries.detach(), items.detach())
     values, offsets = (None, None) if seen is None else seen
     return torch.ops.xsmoe.topk_items(queries, items, k, values, offsets, dispatch.requested())
