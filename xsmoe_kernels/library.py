@@ -1,6 +1,7 @@
 """Registration of operators with `torch.library`, so that each op.py holds only what is its own."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,11 +51,9 @@ def define(
         device, dtype = first.device, first.dtype
         if check is not None:
             check(*inputs)
-        if _autocasts(device.type):
-            # The kernel chose its precisions; autocast is still on below the dispatcher and would cast its products.
-            with torch.autocast(device.type, enabled=False):
-                return dispatch.run(name, requested, device, dtype, *inputs)
-        return dispatch.run(name, requested, device, dtype, *inputs)
+        # The kernel chose its precisions; autocast is still on below the dispatcher and would cast its products.
+        with without_autocast(device.type):
+            return dispatch.run(name, requested, device, dtype, *inputs)
 
     def shapes(*arguments: Any) -> Any:
         # One tensor on meta brings an eager call here. A compiler comes here as well, but its sizes may be no numbers.
@@ -125,6 +124,11 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A block in which autocast casts nothing, on any type of device."""
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else _UNCHANGED
+
+
 def plain_eager() -> bool:
     """Whether an autograd.Function of our own serves: not to a compiler, nor to what torch.func makes of a function."""
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
@@ -159,6 +163,9 @@ def _eager_function(
 
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     return Eager
+
+
+_UNCHANGED = nullcontext()
 
 
 def _on_meta(argument: object) -> bool:

@@ -85,9 +85,8 @@ class XSMoE(Pretrained):
             TypeError, ValueError: `hidden` lacks a modality, has one too many, or has other levels or widths.
         """
         if not isinstance(hidden, Mapping):
-            raise TypeError(
-                f"hidden must be a mapping with hidden states for each of {self.modalities}, not a {type(hidden).__name__}"
-            )
+            found = type(hidden).__name__
+            raise TypeError(f"hidden must be a mapping with hidden states for each of {self.modalities}, not a {found}")
         if set(hidden) != set(self.modalities):
             raise ValueError(f"hidden must hold exactly the modalities {self.modalities}, not {tuple(hidden)}")
         tops = climb(self.ladders(), hidden, row_weight)
