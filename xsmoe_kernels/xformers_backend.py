@@ -38,6 +38,8 @@ def _call(function: str, *arguments: Any) -> Any:
 
 
 def _absence() -> str | None:
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
     try:
         version = importlib.metadata.version("xformers")
     except importlib.metadata.PackageNotFoundError:
