@@ -15,6 +15,7 @@ import torch
 
 BACKENDS = ("reference", "native", "triton", "cuda")
 PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
+AUTO = 'use_backend("auto") takes what serves here'
 
 Kernel = Callable[..., Any]
 Refuses = Callable[..., str | None]
@@ -135,13 +136,25 @@ def use_backend(name: str) -> Iterator[None]:
         if name not in BACKENDS:
             raise ValueError(f"name must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
         if not any(name in kernels for kernels in _kernels.values()):
-            raise BackendUnavailable(f"backend {name!r} cannot run: {_absent(name)}")
+            told = _absent(name)
+            if name in PREFERENCE["cuda"] and (missing := no_gpu()) is not None:
+                # First what no installation of kernels would mend.
+                told = f"{told if missing in told else f'{missing}; {told}'}; {AUTO}"
+            raise BackendUnavailable(f"backend {name!r} cannot run: {told}")
     request = _Request(name)
     _requests.append(request)
     try:
         yield
     finally:
         _requests.remove(request)
+
+
+def no_gpu() -> str | None:
+    """Why torch has no GPU here, or None if it has one."""
+    if torch.cuda.is_available():
+        return None
+    built = torch.version.cuda is not None or torch.version.hip is not None
+    return "torch finds no CUDA device" if built else "torch was built without CUDA"
 
 
 def unavailable(
@@ -179,6 +192,7 @@ def select(operator: str, requested: str, device: torch.device, dtype: torch.dty
         if reason := unavailable(operator, requested, device, dtype, *arguments):
             raise BackendUnavailable(
                 f"backend {requested!r} cannot serve {operator} on {device.type} {dtype}: {reason}"
+                f"{_instead(operator, requested, device)}"
             )
         return requested
     if dtype == torch.float64:
@@ -201,6 +215,16 @@ def run(operator: str, requested: str, device: torch.device, dtype: torch.dtype,
         return tuple(map(list, zip(*results, strict=True)))
     calls[operator, backend] += 1
     return _kernels[operator][backend](*arguments)
+
+
+def _instead(operator: str, backend: str, device: torch.device) -> str:
+    """What to do where a backend has a kernel, but for other types of device; else nothing."""
+    limits = _limits.get((operator, backend)) or _limits.get((_singles.get(operator, ""), backend))
+    if limits is None or limits.devices is None or device.type in limits.devices:
+        return ""
+    if "cuda" in limits.devices and (missing := no_gpu()) is not None:
+        return f", and {missing}; {AUTO}"
+    return f"; move the tensors to {' or '.join(limits.devices)}, or {AUTO}"
 
 
 def _absent(backend: str, operator: str | None = None) -> str:

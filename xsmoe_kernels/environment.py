@@ -75,8 +75,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _service(operator: str, device: str) -> dict[str, Any]:
-    if device == "cuda" and not torch.cuda.is_available():
-        absent = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+    if device == "cuda" and (absent := dispatch.no_gpu()) is not None:
         return {"backend": None, "unavailable": dict.fromkeys(dispatch.BACKENDS, absent), "by_name": {}}
     reasons = {backend: dispatch.unavailable(operator, backend, device, torch.float32) for backend in dispatch.BACKENDS}
     return {

@@ -1,11 +1,14 @@
 """Registration of operators with `torch.library`, so that each op.py holds only what is its own."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from xsmoe_kernels import dispatch
+from xsmoe_kernels import dispatch, transforms
+
+_registrations = transforms.Registrations("xsmoe", "FRAGMENT")
 
 
 def define(
@@ -34,8 +37,8 @@ def define(
         setup_context, backward: as `torch.library.register_autograd` takes them.
 
     Returns:
-        What the public function calls with the arguments of the schema: the operator, but that eager code gets an
-        autograd that takes less time than torch.library's.
+        What the public function and other backwards call with the arguments of the schema: the operator, but that
+        eager code gets an autograd that takes less time than torch.library's, and torch.func one that it can transform.
     """
     qualified = f"xsmoe::{name}"
     if each is not None:
@@ -50,11 +53,9 @@ def define(
         device, dtype = first.device, first.dtype
         if check is not None:
             check(*inputs)
-        if _autocasts(device.type):
-            # The kernel chose its precisions; autocast is still on below the dispatcher and would cast its products.
-            with torch.autocast(device.type, enabled=False):
-                return dispatch.run(name, requested, device, dtype, *inputs)
-        return dispatch.run(name, requested, device, dtype, *inputs)
+        # The kernel chose its precisions; autocast is still on below the dispatcher and would cast its products.
+        with without_autocast(device.type):
+            return dispatch.run(name, requested, device, dtype, *inputs)
 
     def shapes(*arguments: Any) -> Any:
         # One tensor on meta brings an eager call here. A compiler comes here as well, but its sizes may be no numbers.
@@ -66,12 +67,18 @@ def define(
     torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation)
     torch.library.register_fake(qualified)(shapes)
     operator = getattr(torch.ops.xsmoe, name)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    if backward is None or setup_context is None:
+    if backward is None:
         return operator
-    eager = _eager_function(operator, setup_context, backward).apply
-    return lambda *arguments: (eager if plain_eager() else operator)(*arguments)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_registrations)
+    eager = operator if setup_context is None else _eager_function(name, operator, setup_context, backward).apply
+    transformed = transforms.function(name, operator, setup_context, backward)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
+        return (transformed if torch._C._are_functorch_transforms_active() else eager)(*arguments)
+
+    return call
 
 
 def define_backward(
@@ -81,19 +88,22 @@ def define_backward(
     reference: Callable[..., Any] | None = None,
     each: str | None = None,
     fake: Callable[..., Any],
-) -> None:
+) -> Callable[..., Any]:
     """Registers `xsmoe::<operator>_backward`, which cannot be differentiated: trying raises RuntimeError.
 
     Args:
         operator: the forward operator's name, without the namespace.
         schema, reference, each, fake: as `define` takes them.
+
+    Returns:
+        What the operator's backward calls.
     """
 
     def refuse(*_: Any) -> Any:
         # Without a backward of its own torch would go on, with gradients that are silently wrong.
         raise RuntimeError(f"{operator} can be differentiated once, not twice")
 
-    define(f"{operator}_backward", schema, reference=reference, each=each, fake=fake, backward=refuse)
+    return define(f"{operator}_backward", schema, reference=reference, each=each, fake=fake, backward=refuse)
 
 
 def define_in_place(name: str, schema: str, implementation: Callable[..., None]) -> None:
@@ -125,6 +135,11 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A block in which autocast casts nothing, on any type of device."""
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else _UNCHANGED
+
+
 def plain_eager() -> bool:
     """Whether an autograd.Function of our own serves: not to a compiler, nor to what torch.func makes of a function."""
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
@@ -145,7 +160,7 @@ def last_backward(ctx: Any, grad: torch.Tensor) -> bool:
 
 
 def _eager_function(
-    operator: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+    name: str, operator: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
     """An operator and its autograd, for eager code: torch.library's own sorts all arguments again in every call."""
 
@@ -157,8 +172,15 @@ def _eager_function(
             setup_context(ctx, inputs, output)
             return output
 
+        @staticmethod
+        def jvp(*_: Any) -> Any:
+            return transforms.refuse_forward_mode(name)
+
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     return Eager
+
+
+_UNCHANGED = nullcontext()
 
 
 def _on_meta(argument: object) -> bool:

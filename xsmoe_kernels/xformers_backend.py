@@ -31,6 +31,8 @@ def load() -> None:
 
 
 def _absence() -> str | None:
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
     try:
         version = importlib.metadata.version("xformers")
     except importlib.metadata.PackageNotFoundError:

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_a_backend_without_kernels_says_so_and_counts_nothing(monkeypatch: pytes
     without = {name: kernel for name, kernel in dispatch._kernels["side_moe"].items() if name != "cuda"}
     monkeypatch.setitem(dispatch._kernels, "side_moe", without)
     # What is said depends on what else is not there.
-    message = "backend 'cuda'.*(has no cuda kernel|xformers|without CUDA)"
+    message = "backend 'cuda'.*(has no cuda kernel|xformers|without CUDA|finds no CUDA)"
     with pytest.raises(BackendUnavailable, match=message), use_backend("cuda"):
         side_moe(*level, utilization=counters)
     assert not counters.gate.any()
@@ -130,6 +131,7 @@ def test_a_kernel_may_be_for_some_devices_and_dtypes_only(calls: Counter[tuple[s
 
 @pytest.mark.usefixtures("triton")
 def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "_reasons", {})
     dispatch.declare_absent("cuda", "its library is not built: build it")
     with pytest.raises(BackendUnavailable, match="'cuda' cannot run: its library is not built"), use_backend("cuda"):
@@ -139,6 +141,7 @@ def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_reasons_of_several_operators_are_said_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     kernels = {operator: {"reference": reference.forward} for operator in dispatch._kernels}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
     monkeypatch.setattr(dispatch, "_reasons", {})
@@ -151,6 +154,41 @@ def test_reasons_of_several_operators_are_said_where_none_is_named(monkeypatch: 
         pass
     assert dispatch.unavailable("grouped_mm", "cuda", CPU, torch.float32) == "not built"
     assert "no cuda kernel for topk_items" in (dispatch.unavailable("topk_items", "cuda", CPU, torch.float32) or "")
+
+
+def test_what_is_missing_of_a_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {operator: {"reference": reference.forward} for operator in dispatch._kernels}
+    monkeypatch.setattr(dispatch, "_kernels", kernels)
+    monkeypatch.setattr(dispatch, "_reasons", {("cuda", "grouped_mm"): "not built", ("native", None): "no compiler"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    fix = r'use_backend\("auto"\) takes what serves here$'
+    message = f"'cuda' cannot run: torch finds no CUDA device; not built; {fix}"
+    with pytest.raises(BackendUnavailable, match=message), use_backend("cuda"):
+        pass
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    dispatch.declare_absent("cuda", "torch was built without CUDA", "grouped_mm")
+    with pytest.raises(BackendUnavailable, match=f"run: torch was built without CUDA; {fix}"), use_backend("cuda"):
+        pass
+    with pytest.raises(BackendUnavailable, match="'native' cannot run: no compiler$"), use_backend("native"):
+        pass
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("call", [side_moe, lambda **level: side_moe_group([level])], ids=["side_moe", "group"])
+def test_a_call_on_another_device_says_what_to_do(call: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for operator in ("side_moe", "side_moe_group"):
+        dispatch.register(operator, "triton", reference.forward, devices=("cuda",))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for there, advice in (
+        (False, ", and torch finds no CUDA device; use_"),
+        (True, "; move the tensors to cuda, or use_"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        message = rf'the triton kernels run on cuda only, not on cpu{advice}backend\("auto"\) takes what serves here$'
+        with pytest.raises(BackendUnavailable, match=message), use_backend("triton"):
+            call(**make_level(3, 4, 2, 2, dtype=torch.float32)._asdict())
 
 
 def test_the_group_asks_for_the_same_backend(calls: Counter[tuple[str, str]]) -> None:

@@ -14,6 +14,7 @@ from native_side_moe import Call, native_results
 from side_level import Level, make_level, to
 from torch import Tensor
 
+from xsmoe.nn import ExpertBank
 from xsmoe_kernels import FrozenExperts, Utilization, side_moe, use_backend
 
 pytestmark = needs_library
@@ -83,6 +84,40 @@ def test_autocast_casts_and_packs_frozen_experts_once() -> None:
     with use_backend("native"):
         expected = side_moe(*to(level, torch.bfloat16), frozen=narrow)
     assert torch.equal(y, expected)
+
+
+def test_autocast_packs_no_weights_that_it_does_not_read() -> None:
+    level = plain_level(20, 24, 4, 8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), use_backend("native"):
+        frozen = FrozenExperts(level.down[:3], level.up[:3])
+        side_moe(*level._replace(down=level.down[3:], up=level.up[3:]), frozen=frozen)
+    assert frozen._derived.pack is None
+    assert frozen.to(torch.bfloat16)._derived.pack is not None
+    pack = frozen.pack()
+    assert pack is not None
+    assert frozen.pack() is pack
+
+
+def test_a_bank_that_trains_under_autocast_keeps_one_pack() -> None:
+    bank = ExpertBank(24, 8)
+    bank.expand()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), use_backend("native"):
+            bank(torch.randn(20, 24), torch.randn(20, 24)).sum().backward()
+    frozen = bank.frozen_experts()
+    assert frozen is not None
+    assert frozen._derived.pack is None
+    assert frozen.to(torch.bfloat16)._derived.pack is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pack_takes_twice_the_memory_of_what_is_multiplied(dtype: torch.dtype) -> None:
+    level = plain_level(1, 768, 2, 64, dtype=dtype)
+    pack = FrozenExperts(level.down, level.up).pack()
+    assert pack is not None
+    pairs = torch.ops.xsmoe_native.cpu_tier() in ("avx512_bf16", "amx")
+    size = level.down.element_size() if pairs else 4
+    assert pack.numel() == 2 * size * (level.down.numel() + level.up.numel())
 
 
 def test_frozen_experts_are_packed_once() -> None:

@@ -103,8 +103,8 @@ def test_compiles_for_a_number_of_rows_that_the_data_decide(one_row: bool) -> No
     check(function, level)
 
 
-def test_compiles_for_rows_that_a_mask_picks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiles_for_rows_that_a_mask_picks() -> None:
     level = make_level(6, 5, 3, 4)
 
     def masked(mask: Tensor, counters: Utilization) -> Tensor:

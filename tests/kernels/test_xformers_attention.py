@@ -98,6 +98,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(dispatch, "_kernels", {name: dict(own) for name, own in dispatch._kernels.items()})
     monkeypatch.setattr(dispatch, "_limits", dict(dispatch._limits))
     monkeypatch.setattr(dispatch, "_reasons", {})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.35")
     xformers_backend.load()
     for name in NAMES:
@@ -218,10 +219,12 @@ def test_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_reasons", dict(dispatch._reasons))
     for name in NAMES:
         dispatch._kernels[name].pop("cuda", None)
-    for function, reason in (
-        (version, "not installed"),
-        (lambda _: "0.0.34.post1", "0.0.34.post1 is older than 0.0.35"),
+    for cuda, function, reason in (
+        ("13.0", version, "not installed"),
+        ("13.0", lambda _: "0.0.34.post1", "0.0.34.post1 is older than 0.0.35"),
+        (None, version, "torch was built without CUDA"),
     ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(importlib.metadata, "version", function)
         xformers_backend.load()
         for name in NAMES:

@@ -107,6 +107,28 @@ def test_a_missing_or_extra_modality_is_named() -> None:
         model({**hidden, "text": hidden["text"][:, :2]})
 
 
+def test_one_item_of_a_modality_stands_for_no_others() -> None:
+    model = XSMoE(("image", "text"), dim=6, rank=2, out_dim=3)
+    hidden = hidden_of(model, 3)
+    message = r"text holds 1 item, but another modality holds 3; .* \(1, D\) in a sequence of levels"
+    with pytest.raises(ValueError, match=message):
+        model({**hidden, "text": hidden["text"][:1]})
+    with pytest.raises(ValueError, match="image holds 1 item"):
+        model({"image": hidden["image"][:1], "text": list(hidden["text"].unbind(1))})
+    shared = [hidden["text"][:1, 0], hidden["text"][:, 1], hidden["text"][:, 2]]
+    assert model({**hidden, "text": shared}).shape == (3, 3)
+    assert model({name: value[:1] for name, value in hidden.items()}).shape == (1, 3)
+
+
+def test_hidden_states_of_another_type_are_named_without_their_values() -> None:
+    model = XSMoE(("text",), dim=6, rank=2, out_dim=3)
+    hidden = hidden_of(model)["text"]
+    with pytest.raises(TypeError, match=r"^hidden must be a mapping .* for each of \('text',\), not a Tensor$"):
+        model(hidden)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^text must be a Tensor \(N, 3, 6\) or a sequence .*, not a NoneType$"):
+        model({"text": None})  # type: ignore[dict-item]
+
+
 def test_saved_and_loaded_with_its_experts(tmp_path) -> None:
     model = XSMoE(("image", "text"), dim={"image": 6, "text": 4}, rank=2, out_dim=8, num_experts=2)
     model.expand()

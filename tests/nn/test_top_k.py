@@ -73,3 +73,49 @@ def test_no_rows_and_a_whole_model() -> None:
     model(hidden).sum().backward()
     assert model(hidden).shape == (4, 3)
     assert {bank.top_k for _, _, bank in model.banks()} == {1}
+
+
+BAD = [
+    ({"row_weight": torch.ones(1)}, ValueError, r"row_weight must have shape \(4,\), not \(1,\)"),
+    ({"row_weight": torch.ones(4, dtype=torch.int64)}, TypeError, "row_weight must be float32, .* not torch.int64"),
+    ({"backbone": torch.zeros(1, 6)}, ValueError, "x must have the 1 rows of backbone, .* not 4"),
+    ({"backbone": torch.zeros(4, 6).double()}, TypeError, "backbone is torch.float64, but x is torch.float32"),
+    ({"backbone": torch.zeros(4, 6, device="meta")}, ValueError, "backbone is on meta, but x is on cpu"),
+    ({"x": torch.zeros(2, 6)}, ValueError, "x must have the 4 rows of backbone, or a single row .* not 2"),
+    ({"x": torch.zeros(4, 2, 6)}, ValueError, r"x must have shape \(N, D\), not \(4, 2, 6\)"),
+    ({"x": torch.zeros(4, 5)}, ValueError, r"x must have shape \(N, 6\), not \(4, 5\)"),
+    ({"x": [0.0]}, TypeError, "x must be a Tensor .* not list"),
+]
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_rows_are_named_as_the_dense_mixture_names_them(
+    change: dict[str, object], error: type[Exception], message: str, top_k: int | None
+) -> None:
+    rows = {"x": torch.zeros(4, 6), "backbone": torch.zeros(4, 6), "row_weight": torch.ones(4)}
+    bank = bank_of(top_k)
+    with pytest.raises(error, match=message):
+        bank(**{**rows, **change})
+    assert not bank.utilization.gate.any()
+
+
+@pytest.mark.parametrize("rows", [5, 1])
+def test_autocast_casts_what_it_does_for_the_dense_mixture(rows: int) -> None:
+    torch.manual_seed(1)
+    x, backbone, found = torch.randn(rows, 6), torch.randn(5, 6).bfloat16(), []
+    for top_k in (None, 4):
+        bank = bank_of(top_k)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = bank(x, backbone)
+        assert y.dtype == torch.bfloat16
+        found.append((y.detach().float(), bank.utilization.norm, bank.utilization.gate))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-2, atol=0)
+
+
+def test_routes_on_the_meta_device() -> None:
+    bank = bank_of(2).to("meta")
+    y = bank(torch.zeros(1, 6, device="meta"), torch.zeros(5, 6, device="meta"))
+    assert (y.shape, y.device.type) == ((5, 6), "meta")

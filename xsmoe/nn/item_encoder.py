@@ -96,6 +96,9 @@ class XSMoE(Pretrained):
         Raises:
             TypeError, ValueError: `hidden` lacks a modality, has one too many, or has other levels or widths.
         """
+        if not isinstance(hidden, Mapping):
+            found = type(hidden).__name__
+            raise TypeError(f"hidden must be a mapping with hidden states for each of {self.modalities}, not a {found}")
         if set(hidden) != set(self.modalities):
             raise ValueError(f"hidden must hold exactly the modalities {self.modalities}, not {tuple(hidden)}")
         tops = climb(self.ladders(), hidden, row_weight)

@@ -148,10 +148,7 @@ def climb(ladders: Mapping[str, SideMoE], hidden: Mapping[str, Hidden], row_weig
         The last x, (N, D), of every modality.
     """
     states = {name: _levels(name, hidden[name], ladder) for name, ladder in ladders.items()}
-    sizes = {level.shape[0] for levels in states.values() for level in levels if level.shape[0] != 1}
-    if len(sizes) > 1:
-        raise ValueError(f"hidden must hold the same number of items at every level and modality, not {sorted(sizes)}")
-    rows = sizes.pop() if sizes else 1
+    rows = _rows(hidden, states)
     outputs = {name: levels[0] for name, levels in states.items()}
     for depth in range(max(ladder.num_levels for ladder in ladders.values())):
         climbing = [name for name, ladder in ladders.items() if depth < ladder.num_levels]
@@ -166,6 +163,29 @@ def climb(ladders: Mapping[str, SideMoE], hidden: Mapping[str, Hidden], row_weig
     return outputs
 
 
+def _rows(hidden: Mapping[str, Hidden], states: Mapping[str, list[Tensor]]) -> int:
+    """The number of items, where a level of a sequence may be one row that all of them share."""
+    rows = 1
+    # One comparison after the other: a compiler's symbolic sizes have no hash, and a set of them is one per size.
+    for levels in states.values():
+        for level in levels:
+            size = level.shape[0]
+            if size != 1 and size != rows:
+                if rows != 1:
+                    raise ValueError(
+                        "hidden must hold the same number of items at every level and modality, "
+                        f"not {sorted((rows, size))}"
+                    )
+                rows = size
+    for name, value in hidden.items():
+        if isinstance(value, Tensor) and value.shape[0] != rows:
+            raise ValueError(
+                f"{name} holds 1 item, but another modality holds {rows}; give both the same items. Only a level that "
+                "all items share may be a single row, (1, D) in a sequence of levels"
+            )
+    return rows
+
+
 def _levels(name: str, hidden: Hidden, ladder: SideMoE) -> list[Tensor]:
     count, width = ladder.num_levels + 1, ladder.dim
     wanted = f"{name} must be a Tensor (N, {count}, {width}) or a sequence of {count} levels, each (N or 1, {width})"
@@ -173,8 +193,10 @@ def _levels(name: str, hidden: Hidden, ladder: SideMoE) -> list[Tensor]:
         if hidden.dim() != 3:
             raise ValueError(f"{wanted}, not a Tensor of shape {tuple(hidden.shape)}")
         levels = list(hidden.unbind(1))
-    else:
+    elif isinstance(hidden, Sequence):
         levels = list(hidden)
+    else:
+        raise TypeError(f"{wanted}, not a {type(hidden).__name__}")
     if len(levels) != count:
         raise ValueError(f"{wanted}, but it has {len(levels)} levels")
     for place, level in enumerate(levels):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xsmoe_kernels import Utilization, grouped_mm, route_topk
+from xsmoe_kernels import Utilization, grouped_mm, library, route_topk
+from xsmoe_kernels.side_moe import op
 
 if TYPE_CHECKING:
     from xsmoe.nn.experts import ExpertBank
@@ -24,17 +25,27 @@ def top_k_mixture(
         row_weight: (N,), how often each row counts.
         utilization: its counters grow; None leaves them alone.
 
+    Autocast casts what it does for `side_moe`.
+
     Returns:
         (N, D).
+
+    Raises:
+        TypeError, ValueError: what `side_moe` raises of these tensors.
     """
     chosen = min(bank.top_k or bank.num_experts, bank.num_experts)
+    down, up = torch.cat([bank.frozen_down, bank.down]), torch.cat([bank.frozen_up, bank.up])
+    operands = op.prepare(
+        x, backbone, bank.router, down, up, bank.num_frozen, None, "gelu", utilization, row_weight, recompute=None
+    )
+    op.check(*operands[:-1])
+    x, backbone, router, down, up = operands[:5]
     precise = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        logits = functional.linear(x.to(precise), bank.router.to(precise))
+    with library.without_autocast(x.device.type):
+        logits = functional.linear(x.to(precise), router.to(precise))
     routing = route_topk(logits[:, 1:], chosen)
     gates = torch.cat([logits[:, :1], logits[:, 1:].gather(1, routing.experts)], dim=1).softmax(dim=1)
 
-    down, up = torch.cat([bank.frozen_down, bank.down]), torch.cat([bank.frozen_up, bank.up])
     source = functional.embedding(routing.order // chosen, x)
     activated = functional.gelu(grouped_mm(source, down.transpose(1, 2), routing.offsets, num_frozen=bank.num_frozen))
     outputs = source + grouped_mm(activated, up, routing.offsets, num_frozen=bank.num_frozen)

@@ -61,9 +61,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     x, weight, offsets = ctx.saved_tensors
     need_x, need_weight, *_ = ctx.needs_input_grad
-    grad_x, grad_weight = torch.ops.xsmoe.grouped_mm_backward(
-        grad, x, weight, offsets, ctx.num_frozen, need_x, need_weight, ctx.backend
-    )
+    grad_x, grad_weight = _backward_operator(grad, x, weight, offsets, ctx.num_frozen, need_x, need_weight, ctx.backend)
     return grad_x if need_x else None, grad_weight if need_weight else None, None, None, None
 
 
@@ -89,7 +87,7 @@ _operator = library.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define_backward(
+_backward_operator = library.define_backward(
     "grouped_mm",
     "(Tensor grad, Tensor x, Tensor weight, Tensor offsets, SymInt num_frozen, bool need_x, bool need_weight,"
     " str backend) -> (Tensor, Tensor)",

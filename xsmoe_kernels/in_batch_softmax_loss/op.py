@@ -159,9 +159,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
         if len(tensors[0]) and grad != 1:
             found = ahead_queries.mul_(grad), ahead_items.mul_(grad)
     else:
-        found = torch.ops.xsmoe.in_batch_softmax_loss_backward(
-            *tensors, *ahead, grad, need_queries, need_items, ctx.backend
-        )
+        found = _backward_operator(*tensors, *ahead, grad, need_queries, need_items, ctx.backend)
     return found[0] if need_queries else None, found[1] if need_items else None, *(None,) * 8
 
 
@@ -201,7 +199,7 @@ _operator = library.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define_backward(
+_backward_operator = library.define_backward(
     _NAME,
     f"({_INPUTS}, Tensor lse, Tensor? ahead_queries, Tensor? ahead_items, Tensor grad, bool need_queries, "
     "bool need_items, str backend) -> (Tensor, Tensor)",

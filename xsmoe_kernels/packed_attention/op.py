@@ -145,7 +145,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, offsets, keep = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    gradients = torch.ops.xsmoe.packed_attention_backward(
+    gradients = _backward_operator(
         grad, q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, ctx.lengths, *need, ctx.backend
     )
     return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *(None,) * 6
@@ -179,7 +179,7 @@ _operator = library.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define_backward(
+_backward_operator = library.define_backward(
     "packed_attention",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p,"
     " SymInt[]? lengths, bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",

@@ -69,7 +69,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
     logits, experts = ctx.saved_tensors
-    grad_logits = torch.ops.xsmoe.route_topk_backward(grad, logits, experts, ctx.renormalize, ctx.backend)
+    grad_logits = _backward_operator(grad, logits, experts, ctx.renormalize, ctx.backend)
     return grad_logits, None, None, None
 
 
@@ -87,7 +87,7 @@ _operator = library.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define_backward(
+_backward_operator = library.define_backward(
     "route_topk",
     "(Tensor grad, Tensor logits, Tensor experts, bool renormalize, str backend) -> Tensor",
     reference=reference.backward,

@@ -5,24 +5,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xsmoe_kernels import checks, dispatch
+from xsmoe_kernels import checks, dispatch, library
 
 
 class _Derived(NamedTuple):
     """What kernels keep of the weights, and the versions of down and up that it was derived from."""
 
     versions: tuple[int, int] | None
-    pack: Tensor | None
     casts: "dict[torch.dtype, FrozenExperts]"
+    pack: Tensor | None = None
+    packed: bool = False
 
 
 class FrozenExperts:
     """Experts that take no gradient, kept apart from the trainable ones; lives for as long as they are frozen.
 
-    Where the native CPU kernels can serve them, it also holds their weights in the layouts that these read, which take
-    twice the memory of the weights and save packing them in every call. Weights that autograd sees change in place are
-    packed anew. It does not see changes through `.data`, NumPy, shared memory or DistributedDataParallel's exchange of
-    buffers, and code that `torch.compile` made does not look: make a new FrozenExperts then.
+    Where the native CPU kernels can serve them, it also holds their weights in the layouts that these read, which saves
+    packing them in every call and takes twice the memory of the weights; four times that of bfloat16 weights on
+    processors that multiply them as float32. Under autocast the weights are cast once, and the casts are packed.
+    Weights that autograd sees change in place are packed anew. It does not see changes through `.data`, NumPy, shared
+    memory or DistributedDataParallel's exchange of buffers, and code that `torch.compile` made does not look: make a
+    new FrozenExperts then.
 
     A deep copy, or one from a file, may share its memory with tensors that were copied along, of whose changes autograd
     tells it nothing: it is read anew in every call, which takes longer. Make a new FrozenExperts of the copied tensors
@@ -44,10 +47,11 @@ class FrozenExperts:
         checks.same_dtype({"down": down, "up": up})
         self.down = down.detach()
         self.up = up.detach()
-        self._derived = _Derived(None, None, {})
+        self._derived = _Derived(None, {})
         self._tracked = True
         if not torch.compiler.is_compiling():
-            self._refreshed()
+            # Compiled code takes the pack that it finds. Under autocast only the cast weights are read.
+            self.to(library.autocast_dtype(self.down)).pack()
 
     @property
     def num_experts(self) -> int:
@@ -69,19 +73,24 @@ class FrozenExperts:
 
     def pack(self) -> Tensor | None:
         """The weights as the native kernels read them, bytes for this process only; None where those cannot serve."""
-        return (self._derived if torch.compiler.is_compiling() else self._refreshed()).pack
+        if torch.compiler.is_compiling():
+            return self._derived.pack
+        derived = self._refreshed()
+        if not derived.packed:
+            pack = None
+            if derived.versions is not None and self._packable():
+                # Autograd will save it, which it cannot with what inference mode makes.
+                with torch.inference_mode(False):
+                    pack = torch.ops.xsmoe_native.pack_experts(self.down, self.up)
+            self._derived = derived = derived._replace(pack=pack, packed=True)
+        return derived.pack
 
     def _refreshed(self) -> "_Derived":
         """What is derived from the weights as they are now."""
         derived, versions = self._derived, self._current()
         if versions is None or derived.versions != versions:
-            pack = None
-            if versions is not None and self._packable():
-                # Autograd will save it, which it cannot with what inference mode makes.
-                with torch.inference_mode(False):
-                    pack = torch.ops.xsmoe_native.pack_experts(self.down, self.up)
             # In one assignment: several threads may be here.
-            self._derived = derived = _Derived(versions, pack, {})
+            self._derived = derived = _Derived(versions, {})
         return derived
 
     def _current(self) -> tuple[int, int] | None:
@@ -97,7 +106,7 @@ class FrozenExperts:
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process may run on another processor, and a copied tensor has a version of its own.
-        return self.__dict__ | {"_derived": _Derived(None, None, {}), "_tracked": False}
+        return self.__dict__ | {"_derived": _Derived(None, {}), "_tracked": False}
 
     def __copy__(self) -> "FrozenExperts":
         return FrozenExperts(self.down, self.up)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xsmoe_kernels import library
+from xsmoe_kernels import library, transforms
 from xsmoe_kernels.side_moe import op
 from xsmoe_kernels.side_moe.utilization import Utilization
 
@@ -39,13 +39,18 @@ def side_moe_group(layers: Iterable[Mapping[str, Any]]) -> list[Tensor]:
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, (operands, _) in enumerate(levels):
         kinds.setdefault((operands[0].device, operands[0].dtype), []).append(place)
-    if len(kinds) > 1:
+    compiling = torch.compiler.is_compiling()
+    # torch.func differentiates no operators of lists.
+    alone = not compiling and torch._C._are_functorch_transforms_active()
+    if len(kinds) > 1 or alone:
         # Each operator checks its own levels, which may be too late for those of another.
         _check(*(list(column) for column in zip(*(operands[:-1] for operands, _ in levels), strict=True)))
+    if alone:
+        return [op.apply(operands, utilization) for operands, utilization in levels]
     results: dict[int, Tensor] = {}
     for places in kinds.values():
         *columns, backends = (list(column) for column in zip(*(levels[place][0] for place in places), strict=True))
-        if not library.plain_eager():
+        if compiling:
             y, _, _, norm, gate = torch.ops.xsmoe.side_moe_group(*columns, backends[0])
         else:
             tensors = (tensor for column in columns[:9] for tensor in column)
@@ -151,6 +156,10 @@ class _Eager(torch.autograd.Function):
         needed = _by_level(ctx.needs_input_grad[3 : 3 + 5 * ctx.levels], ctx.levels)
         gradients = _gradients(ctx, grads[: ctx.levels], needed)
         return None, None, None, *(tensor for column in gradients for tensor in column), *(None,) * (4 * ctx.levels)
+
+    @staticmethod
+    def jvp(*_: Any) -> Any:
+        return transforms.refuse_forward_mode("side_moe_group")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Lists) -> None:

@@ -287,7 +287,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     if grad is None:
         return (None,) * 14
     needed = ctx.needs_input_grad[:5]
-    gradients = torch.ops.xsmoe.side_moe_backward(grad, *ctx.saved_tensors, *ctx.settings, *needed, ctx.backend)
+    gradients = _backward_operator(grad, *ctx.saved_tensors, *ctx.settings, *needed, ctx.backend)
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 9
 
 
@@ -302,7 +302,7 @@ _operator = library.define(
     setup_context=_setup_context,
     backward=_backward,
 )
-library.define_backward(
+_backward_operator = library.define_backward(
     "side_moe",
     "(Tensor grad, Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, "
     "Tensor? frozen_up, Tensor? frozen_pack, Tensor gates, Tensor hidden, SymInt num_frozen, bool recompute, "

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from xsmoe_kernels import checks, library
+from xsmoe_kernels import checks, library, transforms
 from xsmoe_kernels.ranges import named_range
 
 
@@ -55,8 +55,13 @@ class Utilization:
 
         Raises:
             ValueError: increments for another number of experts.
+            NotImplementedError: torch.func.vmap gives each element increments of its own.
         """
-        torch.ops.xsmoe.add_utilization(self.norm, self.gate, norm, gate)
+        adding = torch.ops.xsmoe.add_utilization
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            transforms.add_in_place(adding, (self.norm, self.gate), (norm, gate))
+        else:
+            adding(self.norm, self.gate, norm, gate)
 
     def to(self, device: torch.device | str) -> "Utilization":
         """Moves the counters to `device`, in place, and returns self."""
