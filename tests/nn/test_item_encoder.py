@@ -156,3 +156,22 @@ def test_what_cannot_be_loaded_is_said(tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(ValueError, match="is damaged"):
         SideMoE.from_pretrained(tmp_path)
+
+
+def test_a_side_network_prunes_all_levels_or_none() -> None:
+    side = SideMoE(8, 2, num_levels=2, num_experts=3)
+    side(torch.randn(5, 3, 8))
+    side.levels()[1].utilization.norm[1] = float("nan")
+    with pytest.raises(ValueError, match=r"^banks\.1\.utilization is not finite"):
+        side.prune(threshold=1.0)
+    assert side.num_experts == [3, 3]
+
+
+def test_sizes_of_a_side_network_may_be_those_of_numpy(tmp_path) -> None:
+    two = np.int64(2)
+    side = SideMoE(np.int64(8), two, num_levels=two, num_experts=two, top_k=two)
+    assert side.num_experts == [2, 2]
+    side.save_pretrained(tmp_path)
+    assert SideMoE.from_pretrained(tmp_path).config() == side.config()
+    with pytest.raises(TypeError, match="num_levels must be an int, not float"):
+        SideMoE(8, 2, num_levels=2.0)

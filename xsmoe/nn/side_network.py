@@ -1,6 +1,6 @@
 """The side network of one modality: a ladder of expert banks beside a frozen encoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
-from xsmoe_kernels import side_moe_group
+from xsmoe_kernels import checks, side_moe_group
 
 Hidden = Tensor | Sequence[Tensor]
 
@@ -28,13 +28,13 @@ class SideMoE(Pretrained):
         self, dim: int, rank: int, num_levels: int, num_experts: int | Sequence[int] = 1, top_k: int | None = None
     ) -> None:
         super().__init__()
-        if num_levels < 1:
-            raise ValueError(f"num_levels must be at least 1, not {num_levels}")
-        counts = [num_experts] * num_levels if isinstance(num_experts, int) else list(num_experts)
+        self.num_levels = num_levels = checks.integer("num_levels", num_levels, 1)
+        counts = list(num_experts) if isinstance(num_experts, Iterable) else [num_experts] * num_levels
         if len(counts) != num_levels:
             raise ValueError(f"num_experts must be one number or {num_levels} of them, one a level, not {counts}")
-        self.dim, self.rank, self.num_levels, self.top_k = dim, rank, num_levels, top_k
         self.banks = nn.ModuleList(ExpertBank(dim, rank, count, top_k) for count in counts)
+        first = self.levels()[0]
+        self.dim, self.rank, self.top_k = first.dim, first.rank, first.top_k
 
     def config(self) -> dict[str, object]:
         return {"dim": self.dim, "rank": self.rank, "num_levels": self.num_levels, "top_k": self.top_k}
@@ -77,6 +77,8 @@ class SideMoE(Pretrained):
     def prune(self, threshold: float = 0.1, optimizer: Optimizers = None) -> list[Pruned]:
         """Drops at most one little-used expert from every level (see `ExpertBank.prune`). Returns what was dropped."""
         self._require_held(optimizer)
+        for level, bank in enumerate(self.levels()):
+            bank.require_counted(f"banks.{level}")
         done = []
         for level, bank in enumerate(self.levels()):
             if dropped := bank.prune(threshold, optimizer, name=f"banks.{level}"):
