@@ -21,7 +21,7 @@ ONCE := not any_order and not order_of_blocks and not catalogue
 
 # About half of what the tests take.
 BESIDE := $(wildcard tests/kernels/test_triton_*.py tests/kernels/test_gpu_*.py) \
-	tests/bench tests/data tests/encoders tests/nn
+	tests/kernels/test_cuda_build.py tests/bench tests/data tests/encoders tests/nn
 
 .PHONY: demo test test-all native sanitize bench bench-quick lint clean
 
