@@ -78,6 +78,7 @@ bench: native
 	$(BIN)/python -m bench memory side_moe --variants naive,eager,compiled,ours,ours-recompute \
 		--json bench/results/memory-side_moe-cpu-float32.json
 	$(BIN)/python -m bench memory step --json bench/results/memory-step-cpu-float32.json
+	$(BIN)/python -m bench stream --top-k 2 --json bench/results/stream-cpu.json
 	$(BIN)/python -m bench.profiled mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
 	$(BIN)/python -m bench.losing --write
 
