@@ -138,11 +138,11 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         twin.compared["evaluations"] += 1
         return ranks
 
-    def grow(items: XSMoE, config: StreamConfig, window: int, *, trains: bool) -> Any:
+    def grow(items: XSMoE, config: StreamConfig, window: int, **options: Any) -> Any:
         twin.take_weights()
         twin.compare_counters()
         before = {(modality, level): bank.num_experts for modality, level, bank in items.banks()}
-        done = real_grow(items, config, window, trains=trains)
+        done = real_grow(items, config, window, **options)
         dropped = twin.items.prune(THRESHOLD)
         for modality, levels in dropped.items():
             ours = {record["level"]: record["expert"] for record in done["pruned"][modality]}

@@ -1,5 +1,6 @@
 """What happens to the experts between two windows: little-used ones are dropped, then each level gets a new one."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -10,15 +11,18 @@ from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.seeds import derive
 
 
-def grow(items: XSMoE, config: StreamConfig, window: int, *, trains: bool) -> dict[str, Any]:
+def grow(
+    items: XSMoE, config: StreamConfig, window: int, *, trains: bool, tell: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Prunes and then expands every level, as far as the configuration has them on; a model that was not used stays.
 
     Args:
-        items: changed in place; its counters say how much each expert was used. A level that `uncounted` names loses
-            none, and its counters start again.
+        items: changed in place; its counters say how much each expert was used. A level whose counters are not finite,
+            as after an overflow in float16, loses none, and they start again.
         config: thresholds and switches.
         window: the window that is about to be trained on.
         trains: whether it has anyone to train on.
+        tell: told of such levels.
 
     Returns:
         "pruned" and "expanded": by modality, what was done at each level, as plain values.
@@ -28,8 +32,11 @@ def grow(items: XSMoE, config: StreamConfig, window: int, *, trains: bool) -> di
         return {"pruned": {}, "expanded": {}}
     pruned = {}
     if config.prune:
-        for _, _, bank in items.banks():
-            if not bank.counts_are_finite():
+        banks = ((f"{name} {level}", bank) for name, level, bank in items.banks() if bank.num_experts > 1)
+        if uncounted := {level: bank for level, bank in banks if not bank.counts_are_finite()}:
+            levels = ", ".join(uncounted)
+            tell(f"window {window} prunes nothing of {levels}: rows that were not finite are in the counters")
+            for bank in uncounted.values():
                 bank.utilization.reset()
         pruned = items.prune(config.prune_threshold)
     generator = torch.Generator().manual_seed(derive(config.seed, window, 0, "growth"))
@@ -38,13 +45,6 @@ def grow(items: XSMoE, config: StreamConfig, window: int, *, trains: bool) -> di
         "pruned": {modality: [asdict(done) for done in levels] for modality, levels in pruned.items()},
         "expanded": {modality: [asdict(done) for done in levels] for modality, levels in expanded.items()},
     }
-
-
-def uncounted(items: XSMoE) -> list[str]:
-    """The levels, as in "text 1", that have experts to choose from and counters that are not finite, as after an
-    overflow in float16."""
-    banks = ((name, level, bank) for name, level, bank in items.banks() if bank.num_experts > 1)
-    return [f"{name} {level}" for name, level, bank in banks if not bank.counts_are_finite()]
 
 
 def count_padding(items: XSMoE, rows: int) -> None:

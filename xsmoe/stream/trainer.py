@@ -20,7 +20,7 @@ from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.folder import RunFolder, window_digest
-from xsmoe.stream.growth import grow, shares, uncounted
+from xsmoe.stream.growth import grow, shares
 from xsmoe.stream.identity import identity, require_same
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
@@ -210,17 +210,13 @@ class StreamingTrainer:
         """Tests the model of the window before on this one, then prunes and expands."""
         watch = Stopwatch(self.device)
         tested = evaluate_window(self.model, self.features, splits, self.memory, self.config)
-        if self.config.prune and len(splits.train) > 0 and (levels := uncounted(self.model.items)):
-            self._warn(
-                f"window {number} prunes nothing of {', '.join(levels)}: rows that were not finite are in the counters"
-            )
         self._record(
             {
                 "kind": "test",
                 "window": number - 1,
                 "tested_on": number,
                 **tested,
-                **grow(self.model.items, self.config, number, trains=len(splits.train) > 0),
+                **grow(self.model.items, self.config, number, trains=len(splits.train) > 0, tell=self._warn),
                 "time": watch.read(),
             }
         )
