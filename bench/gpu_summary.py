@@ -35,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason := cuda_backend.describe().get("unavailable"):
             print(reason)
         return 0 if reason else 1
-    ran, runs = parts(options.folder / _STATE, options.commit), list(measured(options.folder, options.commit))
-    timed, swept = ([run for run in runs if isinstance(run, Run) and _of_memory(run) == sweeps] for sweeps in (0, 1))
-    streamed = [run for run in runs if isinstance(run, StreamRun)]
+    ran, found = parts(options.folder / _STATE, options.commit), list(measured(options.folder, options.commit))
+    runs = [run for run in found if isinstance(run, Run)]
+    streamed = [run for run in found if isinstance(run, StreamRun)]
+    timed, swept = ([run for run in runs if _of_memory(run) == memory] for memory in (False, True))
     print("\n\n".join(filter(None, (ran, speeds(timed), growths(swept), streams(streamed)))))
     return 0
 

@@ -46,11 +46,6 @@ def speaker(started: float, label: str = "") -> Say:
     return say
 
 
-def label_of(operator: str, sizes: Mapping[str, int]) -> str:
-    """A case in a few words."""
-    return f"{operator} {results.lettered(sizes)}"
-
-
 class Session:
     """The cases that a command measures one after the other, and the file that grows with them.
 
@@ -73,7 +68,7 @@ class Session:
 
         `measure` is given the workload, the names, and `say`.
         """
-        say = speaker(self.started, label_of(kind.operator, sizes))
+        say = speaker(self.started, f"{kind.operator} {results.lettered(sizes)}")
         try:
             say("weights")
             workload, reason = drawn(kind, sizes, self.dtype, self.device, self.options.seed)

@@ -16,6 +16,10 @@ from xsmoe.stream.precision import hidden_dtype
 from xsmoe.stream.resident import place
 
 
+class NotCaptured(RuntimeError):
+    """Steps that were to be CUDA graphs cannot be."""
+
+
 class OurStep:
     """A model, its optimizer, and what feeds its steps.
 
@@ -72,3 +76,8 @@ def step_input(
     built = StepInput.build(features, model.items.modalities, sequences, log_share, dtype, room)
     device = next(model.parameters()).device
     return (built.pin() if device.type == "cuda" else built).to(device)
+
+
+def refuse(reason: str) -> None:
+    """For steps that must be captured."""
+    raise NotCaptured(reason)

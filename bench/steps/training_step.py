@@ -22,7 +22,7 @@ from bench.kernels.side_moe import floor_backward, floor_forward
 from bench.kinks import smooth_users
 from bench.published_names import counters, published_counters, take_weights
 from bench.steps.model import BLOCKS, DROPOUT, LEVELS, OUT_DIM, PLACES, drop_out
-from bench.steps.our_step import OurStep, step_input
+from bench.steps.our_step import OurStep, refuse, step_input
 from bench.steps.published_step import PublishedStep, published_model
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe.encoders import HiddenStateStore, ModalitySpec
@@ -338,11 +338,6 @@ class TrainingStep(Workload):
         model = published_model(self.modalities, dim, rank, experts, self.dropout)
         take_weights(model, self.weights)
         return model
-
-
-def refuse(reason: str) -> None:
-    """For steps that must be captured."""
-    raise RuntimeError(reason)
 
 
 class MeanStep(TrainingStep):

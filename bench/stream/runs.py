@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.steps.model import BLOCKS, LEVELS, OUT_DIM, PLACES
+from bench.steps.our_step import refuse
 from bench.stream.parts import Clock, StepClock
 from bench.stream.settings import Settings
 from bench.stream.streams import Drawn
@@ -21,10 +22,6 @@ from xsmoe.stream.resident import place
 from xsmoe.stream.seeds import seeded
 
 GateRows = Mapping[str, Sequence[Tensor]]
-
-
-class NotCaptured(RuntimeError):
-    """Steps that were to be CUDA graphs cannot be."""
 
 
 class Run(ABC):
@@ -89,8 +86,11 @@ class OurRun(Run):
         for _, _, bank in items.banks():
             bank.count_in_eval = True
         # A graph runs none of the hooks that tell parts apart.
-        parted = StepClock(self.model, self.model.items, self.model.users, self.device) if not settings.graph else None
-        self.clock = parted or Clock(self.device)
+        self.clock = (
+            Clock(self.device)
+            if settings.graph
+            else StepClock(self.model, self.model.items, self.model.users, self.device)
+        )
 
     def grow(self, window: int, rows: GateRows | None) -> GateRows:
         # The rows depend on seed and window alone, so that runs of ours draw the same.
@@ -109,7 +109,7 @@ class OurRun(Run):
         if self.graphs is not None:
             self.graphs.forget()
         if self.config.graph:
-            self.graphs = CapturedSteps(self.model, self.optimizer, tell=_refuse)
+            self.graphs = CapturedSteps(self.model, self.optimizer, tell=refuse)
 
     def epoch(self, window: int, epoch: int) -> float:
         done = train_epoch(
@@ -151,10 +151,6 @@ class OurRun(Run):
         twin = Recommender.from_config(self.model.config())
         twin.load_state_dict(self.model.state_dict())
         return twin.to(self.device).train()
-
-
-def _refuse(reason: str) -> None:
-    raise NotCaptured(reason)
 
 
 def byte_size(tensors: Iterable[Tensor]) -> int:

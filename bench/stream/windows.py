@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.steps.our_step import NotCaptured
 from bench.stream.check import Check
 from bench.stream.published_run import PublishedRun
 from bench.stream.records import RunRecord, WindowRecord
-from bench.stream.runs import GateRows, NotCaptured, OurRun, Run
+from bench.stream.runs import GateRows, OurRun, Run
 from bench.stream.settings import Settings, names
 from bench.stream.streams import Drawn
 from xsmoe.data import Sequences, WindowSplits, item_share
