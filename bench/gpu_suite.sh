@@ -50,7 +50,8 @@ state=$folder/.gpu_suite
 
 # What the parts depend on: the commit, and the sources themselves where they differ from it or nobody knows it.
 sources() {
-    find xsmoe_kernels xsmoe bench tests/kernels tests/stream tests/conftest.py csrc setup.py pyproject.toml -type f \
+    find xsmoe_kernels xsmoe bench tests/kernels tests/stream tests/conftest.py tests/stand_ins.py csrc setup.py \
+        pyproject.toml -type f \
         \( -name '*.py' -o -name '*.sh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.toml' \) -print0 |
         sort -z | xargs -0 sha256sum | sha256sum | cut -c1-8
 }

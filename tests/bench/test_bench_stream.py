@@ -1,7 +1,6 @@
 """`python -m bench stream`: both formulations train alike, and what it measures, writes, draws and refuses."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stand_ins import Cannot, StandIn
 
 from bench import pictures, published, results
 from bench.__main__ import main
@@ -22,7 +22,7 @@ from bench.stream.runs import OurRun
 from bench.stream.settings import POOLINGS, Settings
 from bench.stream.streams import draw
 from bench.stream.windows import Streaming
-from xsmoe.stream import Stream, StreamingTrainer, capture, captured
+from xsmoe.stream import Stream, StreamingTrainer, captured
 
 TINY = Settings(users=24, items=120, new_items=12, windows=3, batch=8, dim=24, rank=4)
 ARGUMENTS = [
@@ -57,20 +57,6 @@ def test_without_dropout_both_train_and_rank_alike(pooling: str, monkeypatch: py
     assert (mine == theirs).mean() > 0.9
 
 
-class StandIn:
-    """Captures and replays by running."""
-
-    def __init__(self, device: torch.device) -> None:
-        pass
-
-    def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        loss = step()
-        return lambda: loss.copy_(step()) and None, loss
-
-    def forget(self) -> None:
-        pass
-
-
 def test_graphs_have_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "CudaCapture", StandIn)
     settings = replace(TINY, windows=2, top_k=1, graph=True)
@@ -85,10 +71,6 @@ def test_graphs_have_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_captured_is_refused_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cannot(StandIn):
-        def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-            raise capture.CannotCapture("operation not permitted")
-
     monkeypatch.setattr(captured, "CudaCapture", Cannot)
     settings = replace(TINY, windows=2, graph=True)
     (window,) = Streaming(settings, draw(settings)).windows()

@@ -1,11 +1,10 @@
 """The training step's room: ours and the published one train alike, and a step that is wrong is refused."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from stand_ins import Cannot, StandIn
 
 from bench.case import measure
 from bench.examine import Truth, examine
@@ -14,7 +13,7 @@ from bench.steps import ROOMS, room, training_step
 from bench.steps.training_step import TrainingStep
 from bench.workload import Absent
 from xsmoe.nn import Recommender
-from xsmoe.stream import capture, captured
+from xsmoe.stream import captured
 from xsmoe_kernels import Utilization
 
 
@@ -66,20 +65,6 @@ def test_plain_trains_with_the_optimizer_of_ours_and_the_published_step_with_tor
     assert made["plain"].defaults == made["ours"].defaults == usual | {"fused": True}
 
 
-class StandIn:
-    """Captures and replays by running, and leaves the loss where it was the first time."""
-
-    def __init__(self, device: torch.device) -> None:
-        pass
-
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        loss = step()
-        return lambda: loss.copy_(step()) and None, loss
-
-    def forget(self) -> None:
-        pass
-
-
 def test_a_captured_step_passes_the_gate_and_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "CudaCapture", StandIn)
     monkeypatch.setattr(TrainingStep, "dropout", 0.0)
@@ -102,10 +87,6 @@ def test_a_captured_step_passes_the_gate_and_trains_alike(monkeypatch: pytest.Mo
 
 
 def test_a_step_that_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cannot(StandIn):
-        def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-            raise capture.CannotCapture("operation not permitted")
-
     monkeypatch.setattr(captured, "CudaCapture", Cannot)
     workload = tiny("mean")
     monkeypatch.setattr(workload, "build", workload._ours_captured)

@@ -1,6 +1,5 @@
 """Windows whose steps are captured, by CUDA or by what stands in for it on a machine without a GPU."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +11,15 @@ from torch import Tensor
 
 from xsmoe.data import item_share
 from xsmoe.encoders import ItemFeatures
-from xsmoe.stream import StreamingTrainer, capture
-from xsmoe.stream.capture import CannotCapture, Capture
+from xsmoe.stream import StreamingTrainer
+from xsmoe.stream.capture import Capture
 from xsmoe.stream.captured import CapturedSteps
 from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.precision import LossScaler
 
-CPU = torch.device("cpu")
-
-
-class StandIn:
-    """Captures by running a step, and replays by running it again into the place of its loss, as a graph does."""
-
-    def __init__(self, device: torch.device = CPU) -> None:
-        self.captures = self.forgotten = 0
-
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.captures += 1
-        for _ in range(capture.WARM_UP):
-            step()
-        loss = step()
-
-        def replay() -> None:
-            loss.copy_(step())
-
-        return replay, loss
-
-    def forget(self) -> None:
-        self.forgotten += 1
-
-
-class Cannot(StandIn):
-    """Runs the first step that it is to capture, and fails."""
-
-    error: Exception = CannotCapture("operation not permitted when stream is capturing")
-
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.captures += 1
-        step()
-        raise self.error
+SHORT = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB."
+)
 
 
 class Window:

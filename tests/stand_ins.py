@@ -1,0 +1,43 @@
+"""What stands in for CUDA graphs on a machine without a GPU."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from xsmoe.stream import capture
+from xsmoe.stream.capture import CannotCapture
+
+CPU = torch.device("cpu")
+
+
+class StandIn:
+    """Captures by running a step, and replays by running it again into the place of its loss, as a graph does."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.captures = self.forgotten = 0
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.captures += 1
+        for _ in range(capture.WARM_UP):
+            step()
+        loss = step()
+
+        def replay() -> None:
+            loss.copy_(step())
+
+        return replay, loss
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+class Cannot(StandIn):
+    """Runs the first step that it is to capture, and fails."""
+
+    error: Exception = CannotCapture("operation not permitted when stream is capturing")
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.captures += 1
+        step()
+        raise self.error
