@@ -15,7 +15,7 @@ from xsmoe.encoders import HiddenStateStore
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream import StreamConfig
 from xsmoe.stream.checkpoints import write_atomically
-from xsmoe.stream.config import decisive
+from xsmoe.stream.config import decisive, saved_model
 from xsmoe.stream.seeds import derive, seeded
 from xsmoe.stream.source import Missing
 from xsmoe_kernels import __version__
@@ -24,7 +24,8 @@ CONFIG = "config.json"
 USERS = "users.txt"
 MODEL = "model"
 DEFAULT_WINDOWS = 10
-MODEL_SETTINGS = ("rank", "out_dim", "top_k")
+MODEL_SETTINGS = ("rank", "out_dim", "top_k", "condition", "ids")
+MODEL_DEFAULTS = {"default": {"condition": "whiten", "ids": True}, "paper": {"condition": "none", "ids": False}}
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class RunConfig:
         """Settings from those given, by name, and the defaults for all others.
 
         Args:
-            given: "dataset", "store", and any of "windows", "modalities", "missing", "rank", "out_dim", "top_k" and the
-                fields of `StreamConfig`.
+            given: "dataset", "store", and any of "windows", "modalities", "missing", `MODEL_SETTINGS` and the fields of
+                `StreamConfig`.
             store: which tells widths and levels.
         """
         stream = StreamConfig.from_dict(
@@ -70,6 +71,7 @@ class RunConfig:
                 "modalities": modalities,
                 "dim": {name: store.dims[name] for name in modalities},
                 "num_levels": store.num_levels - 1,
+                **MODEL_DEFAULTS[stream.protocol],
                 **{name: given[name] for name in MODEL_SETTINGS if name in given},
             }
         )
@@ -102,8 +104,8 @@ class RunConfig:
                 windows=saved["windows"],
                 modalities=tuple(saved["modalities"]),
                 missing=saved["missing"],
-                model=saved["model"],
-                stream=StreamConfig.from_dict(saved["stream"]),
+                model=saved_model(saved["model"]),
+                stream=StreamConfig.from_saved(saved["stream"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be understood: {type(error).__name__}: {error}; restore it") from error

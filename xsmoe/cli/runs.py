@@ -42,6 +42,18 @@ def train(
     protocol: Annotated[
         str | None, _setting("default", "default, or paper: evaluation as published, to the letter.", STREAM)
     ] = None,
+    ties: Annotated[
+        str | None, _setting("hash", "Order of interactions of equal time: a seeded hash, or the file's.", STREAM)
+    ] = None,
+    duplicates: Annotated[
+        str | None, _setting("drop", "Rows that repeat a user, item and time: drop or keep.", STREAM)
+    ] = None,
+    history: Annotated[
+        str | None, _setting("all", "Train on all of a user's items in a window, or the last ones.", STREAM)
+    ] = None,
+    targets: Annotated[
+        str | None, _setting("all", "Items of a user's test sequence to rank: all, or the last.", STREAM)
+    ] = None,
     k_core: Annotated[int | None, _setting(5, "Interactions a user needs in a window.", STREAM)] = None,
     train_fraction: Annotated[float | None, _setting(0.85, "Share of a window that trains.", STREAM)] = None,
     max_inputs: Annotated[int | None, _setting(10, "A user's last items that are looked at.", STREAM)] = None,
@@ -53,6 +65,12 @@ def train(
     ] = None,
     rank: Annotated[int | None, _setting(64, "Width of an expert's bottleneck.", MODEL)] = None,
     out_dim: Annotated[int | None, _setting(128, "Width of an item embedding.", MODEL)] = None,
+    condition: Annotated[
+        str | None, _setting("whiten", "Hidden states are conditioned: whiten, standardize or none.", MODEL)
+    ] = None,
+    ids: Annotated[
+        bool | None, _setting("yes", "Whether each item has an embedding beside its content.", MODEL, "--ids/--no-ids")
+    ] = None,
     top_k: Annotated[int | None, _setting("all", "Experts that an item goes through.", MODEL)] = None,
     expand: Annotated[
         bool | None, _setting("yes", "Whether every window adds an expert.", MODEL, "--expand/--no-expand")
@@ -62,10 +80,20 @@ def train(
     ] = None,
     prune_threshold: Annotated[float | None, _setting(0.1, "Share of use below which one is.", MODEL)] = None,
     new_gate: Annotated[str | None, _setting("random", "A new expert's gate: random or mean.", MODEL)] = None,
-    batch_size: Annotated[int | None, _setting(256, "Users a step.", TRAINING)] = None,
-    epochs: Annotated[int | None, _setting(100, "The most epochs a window.", TRAINING)] = None,
+    batch_size: Annotated[int | None, _setting(256, "The most sequences a step.", TRAINING)] = None,
+    min_steps: Annotated[
+        int | None, _setting(10, "Least steps of an epoch: batches of small windows shrink.", TRAINING)
+    ] = None,
+    epochs: Annotated[int | None, _setting("25, with --keep best 100", "The most epochs a window.", TRAINING)] = None,
     warmup_epochs: Annotated[int | None, _setting(5, "First epochs without validation.", TRAINING)] = None,
-    patience: Annotated[int | None, _setting(5, "Validations without a better one, then stop.", TRAINING)] = None,
+    patience: Annotated[
+        int | None,
+        _setting("0, with --keep best 5", "Validations without a better one, then stop; 0 never stops.", TRAINING),
+    ] = None,
+    keep: Annotated[str | None, _setting("last", "Weights of a window to keep: last, best or ema.", TRAINING)] = None,
+    id_dropout: Annotated[
+        float | None, _setting(0.25, "Share of a batch's items whose ID is left out.", TRAINING)
+    ] = None,
     lr: Annotated[float | None, _setting(0.001, "Adam's learning rate.", TRAINING)] = None,
     lr_decay: Annotated[float | None, _setting(0.95, "Its factor per epoch.", TRAINING)] = None,
     min_lr: Annotated[float | None, _setting(0.0001, "Its floor.", TRAINING)] = None,

@@ -1,7 +1,7 @@
 """The item encoder: a side network for every modality, and one projection to the item embedding."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
 from xsmoe.nn.side_network import Hidden, SideMoE, climb
 from xsmoe_kernels import checks
+
+Condition = Literal["none", "standardize", "whiten"]
 
 
 class XSMoE(Pretrained):
@@ -24,6 +26,8 @@ class XSMoE(Pretrained):
         out_dim: width of the item embedding.
         num_experts: experts at the start, one number or one for every side level.
         top_k: route each row to its k best experts only; None mixes all (as published).
+        condition: how hidden states are conditioned before they go in.
+        ids: whether each item has an embedding of its own, added to the projected content.
     """
 
     def __init__(
@@ -35,8 +39,15 @@ class XSMoE(Pretrained):
         out_dim: int = 128,
         num_experts: int | Sequence[int] = 1,
         top_k: int | None = None,
+        condition: Condition = "none",
+        ids: bool = False,
     ) -> None:
         super().__init__()
+        if condition not in get_args(Condition):
+            raise ValueError(f"condition must be one of {', '.join(get_args(Condition))}, not {condition!r}")
+        if not isinstance(ids, bool):
+            raise ValueError(f"ids must be True or False, not {ids!r}")
+        self.condition_kind, self.with_ids = condition, ids
         if isinstance(modalities, str) or not modalities or len(set(modalities)) != len(modalities):
             raise ValueError(f"modalities must be a sequence of distinct names, not {modalities!r}")
         if unfit := [name for name in modalities if not name or "." in name or hasattr(nn.ModuleDict, name)]:
@@ -71,6 +82,8 @@ class XSMoE(Pretrained):
             "rank": self.rank,
             "out_dim": self.out_dim,
             "top_k": self.top_k,
+            "condition": self.condition_kind,
+            "ids": self.with_ids,
         }
 
     def ladders(self) -> dict[str, SideMoE]:

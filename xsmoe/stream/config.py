@@ -10,6 +10,11 @@ Protocol = Literal["default", "paper"]
 Repeats = Literal["rank", "miss"]
 ValidationCandidates = Literal["known", "split"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Ties = Literal["hash", "file"]
+Duplicates = Literal["drop", "keep"]
+History = Literal["all", "last"]
+Keep = Literal["last", "best", "ema"]
+Targets = Literal["last", "all"]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "protocol": ("default", "paper"),
@@ -17,8 +22,47 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "repeats": ("rank", "miss"),
     "validation_candidates": ("known", "split"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
+    "ties": ("hash", "file"),
+    "duplicates": ("drop", "keep"),
+    "history": ("all", "last"),
+    "keep": ("last", "best", "ema"),
+    "targets": ("last", "all"),
 }
-_AT_LEAST = {"batch_size": 1, "epochs": 1, "warmup_epochs": 0, "patience": 1, "k_core": 1, "max_inputs": 1, "seed": 0}
+_AT_LEAST = {
+    "batch_size": 1,
+    "min_steps": 1,
+    "epochs": 1,
+    "warmup_epochs": 0,
+    "patience": 0,
+    "k_core": 1,
+    "max_inputs": 1,
+    "seed": 0,
+}
+_BY_PROTOCOL: dict[str, tuple[Any, Any]] = {
+    "repeats": ("rank", "miss"),
+    "validation_candidates": ("known", "split"),
+    "ties": ("hash", "file"),
+    "duplicates": ("drop", "keep"),
+    "history": ("all", "last"),
+    "keep": ("last", "last"),
+    "targets": ("all", "last"),
+    "min_steps": (10, 1),
+}
+"""What None stands for: under protocol "default" and under "paper"."""
+SMALLEST_BATCH = 32
+"""Sequences below which no batch shrinks for the sake of `min_steps`."""
+BEFORE: dict[str, Any] = {
+    "ties": "file",
+    "duplicates": "keep",
+    "history": "last",
+    "keep": "best",
+    "targets": "last",
+    "min_steps": 1,
+    "id_dropout": 0.0,
+}
+"""What runs did before a setting existed; it holds for runs whose files do not name the setting."""
+MODEL_BEFORE: dict[str, Any] = {"condition": "none", "ids": False}
+"""The same for settings of the item encoder."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +70,29 @@ class StreamConfig:
     """Settings of a `StreamingTrainer`; the defaults are those of arXiv 2508.05993.
 
     Attributes:
-        protocol: "paper" repeats the published code, the restored best epoch aside: targets that were met before are
-            sure misses, validation ranks only items of the validation split, counters also grow in evaluation and from
-            padding, and the last epoch's are used to prune. "default" mends these.
-        batch_size: users a step.
-        epochs: the most epochs a window.
+        protocol: "paper" repeats the published code: targets that the user met before are sure misses, validation ranks
+            only items of the validation split, counters also grow in evaluation and from padding, the log is used as
+            it is, and a user's last items are all that is trained on. "default" mends these. Settings that are None
+            follow the protocol.
+        ties: order of interactions of equal time. "hash" sorts them by a seeded hash of user and item, "file" keeps
+            the file's order. None: "hash"; under "paper" "file".
+        duplicates: "drop" leaves out rows that repeat another's user, item and time, "keep" keeps them. None: "drop";
+            under "paper" "keep".
+        history: "all" trains on a user's whole training split, cut into sequences of `max_inputs + 1` items that
+            overlap by one item; "last" only on the last such sequence. None: "all"; under "paper" "last".
+        batch_size: the most sequences a step.
+        min_steps: least steps of an epoch: batches of small windows shrink to reach it, down to 32 sequences. None: 10;
+            under "paper" 1.
+        epochs: the most epochs a window. None: 25; 100 under "paper" or where the best epoch is kept.
         warmup_epochs: first epochs without validation.
-        patience: validations without a better NDCG@10 before a window's training stops.
+        patience: validations without a better NDCG@10 before a window's training stops; 0 never stops it early, and
+            validates the last epoch only. None: 0; 5 under "paper" or where the best epoch is kept.
+        keep: the weights that a window ends with: those of the "last" epoch (also under "paper", where the published
+            code means to keep the best and in effect keeps the last), of the "best" epoch by validation NDCG@10, or
+            "ema", an exponential moving average over the epochs. None: "last".
+        id_dropout: share of a batch's items whose ID embedding is left out, so that content is trained too.
+        targets: which items of a user's sequence in a test window are ranked: "last" or "all" but the first. None:
+            "all"; under "paper" "last".
         lr, lr_decay, min_lr: Adam's learning rate, its factor per epoch, and its floor. Adam is rebuilt every window.
         k_core: interactions that a user needs in a window to be kept there.
         train_fraction: the share of a window, by count and in time order, that is trained on; the rest validates.
@@ -57,10 +117,17 @@ class StreamConfig:
     """
 
     protocol: Protocol = "default"
+    ties: Ties | None = None
+    duplicates: Duplicates | None = None
+    history: History | None = None
     batch_size: int = 256
-    epochs: int = 100
+    min_steps: int | None = None
+    epochs: int | None = None
     warmup_epochs: int = 5
-    patience: int = 5
+    patience: int | None = None
+    keep: Keep | None = None
+    id_dropout: float = 0.25
+    targets: Targets | None = None
     lr: float = 1e-3
     lr_decay: float = 0.95
     min_lr: float = 1e-4
@@ -81,10 +148,9 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         paper = self.protocol == "paper"
-        if self.repeats is None:
-            object.__setattr__(self, "repeats", "miss" if paper else "rank")
-        if self.validation_candidates is None:
-            object.__setattr__(self, "validation_candidates", "split" if paper else "known")
+        self._resolve({name: values[paper] for name, values in _BY_PROTOCOL.items()})
+        validated = paper or self.keep == "best"
+        self._resolve({"epochs": 100 if validated else 25, "patience": 5 if validated else 0})
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
@@ -96,6 +162,10 @@ class StreamConfig:
             raise ValueError(f"train_fraction must lie between 0 and 1, not {self.train_fraction}")
         if not 0 <= self.prune_threshold <= 1:
             raise ValueError(f"prune_threshold must be a share between 0 and 1, not {self.prune_threshold}")
+        if not 0 <= self.id_dropout <= 1:
+            raise ValueError(f"id_dropout must be a share between 0 and 1, not {self.id_dropout}")
+        if self.keep == "best" and self.patience == 0:
+            raise ValueError("patience must be at least 1 where keep is 'best', since only validation finds the best")
         if not isinstance(self.graph, bool):
             raise ValueError(f"graph must be True or False, not {self.graph!r}")
         if self.store_gib is not None and not 0 <= self.store_gib < float("inf"):
@@ -105,6 +175,12 @@ class StreamConfig:
                 f"need 0 < min_lr <= lr and 0 < lr_decay <= 1, but lr = {self.lr}, lr_decay = {self.lr_decay}, "
                 f"min_lr = {self.min_lr}"
             )
+
+    def _resolve(self, values: Mapping[str, Any]) -> None:
+        """Give settings that are None these values."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     def split(self, window: Window) -> WindowSplits:
         """A window's sequences for training, validation and test, by these settings."""
@@ -118,10 +194,20 @@ class StreamConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:
-        """Settings from `to_dict`; an unknown one raises ValueError."""
+        """Settings from a dict of some of them; an unknown one raises ValueError."""
         if unknown := set(settings) - set(cls.__dataclass_fields__):
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         return cls(**settings)
+
+    @classmethod
+    def from_saved(cls, settings: Mapping[str, Any]) -> Self:
+        """Settings that `to_dict` gave, of an earlier version perhaps: what it lacks is as it was then (`BEFORE`)."""
+        return cls.from_dict(BEFORE | dict(settings))
+
+
+def saved_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recommender's `config()`, of an earlier version perhaps, with what it lacks as it was then."""
+    return {**config, "items": MODEL_BEFORE | config["items"]}
 
 
 MAY_CHANGE = ("device", "store_gib")

@@ -5,7 +5,7 @@ from typing import Any
 
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
-from xsmoe.stream.config import StreamConfig, decisive
+from xsmoe.stream.config import StreamConfig, decisive, saved_model
 
 
 def identity(
@@ -42,8 +42,8 @@ def require_same(
             f"{folder} was trained on other hidden states: stream.features comes from another encoder, other levels or "
             "another order of items; use the store that the run was started with"
         )
-    # Settings that the run's version did not know have their defaults.
-    saved = {**state, "config": decisive(StreamConfig().to_dict() | state["config"])}
+    saved = {**state, "config": decisive(StreamConfig.from_saved(state["config"]).to_dict())}
+    saved["model_config"] = saved_model(state["model_config"])
     mine["config"] = decisive(mine["config"])
     for name in ("config", "model_config"):
         if changes := differences(name, saved[name], mine[name]):

@@ -236,9 +236,7 @@ class StreamingTrainer:
         graphs = None
         if wanted(config):
             graphs = CapturedSteps(self.model, optimizer, scaler, self._warn, reason=self._without_graphs)
-        while progress.epoch is not None and progress.epoch < config.epochs and progress.stale < config.patience:
-            if len(splits.train) == 0:
-                break
+        while progress.epoch is not None and len(splits.train) and not self._trained_out():
             self._epoch(number, progress.epoch, splits.train, log_share, optimizer, scaler, graphs, task)
         if graphs is not None:
             self._without_graphs = graphs.reason
@@ -269,6 +267,13 @@ class StreamingTrainer:
             self._export()
         self._checkpoint()
         return line
+
+    def _trained_out(self) -> bool:
+        """Whether the window in training has had all its epochs, or has not become better for too long."""
+        config, progress = self.config, self.progress
+        assert progress.epoch is not None
+        assert config.epochs is not None
+        return progress.epoch >= config.epochs or bool(config.patience and progress.stale >= config.patience)
 
     def _validation_task(self, splits: WindowSplits) -> RankingTask:
         candidates = self.memory.known
