@@ -1,6 +1,7 @@
 """From a window's interactions to the sequences of items that a model learns from and is tested on."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,12 +16,12 @@ _ITEM_MASK = (1 << _ITEM_BITS) - 1
 
 @dataclass(frozen=True)
 class Sequences:
-    """The item sequences of B users, laid end to end.
+    """B sequences of items, each of one user, laid end to end.
 
     Attributes:
-        users: (B,) int64.
-        items: (M,) int64, each user's items in time order.
-        offsets: (B+1,) int64; user b's items are `items[offsets[b]:offsets[b + 1]]`.
+        users: (B,) int64; a user may have several sequences.
+        items: (M,) int64, each sequence's items in time order.
+        offsets: (B+1,) int64; sequence b holds `items[offsets[b]:offsets[b + 1]]`.
     """
 
     users: np.ndarray
@@ -46,7 +47,8 @@ class WindowSplits:
     """A window, split for training and validation; as a whole it tests the model of the window before.
 
     Attributes:
-        train, validation, test: sequences of each part, the last items of its users.
+        train: sequences of the training split: all of a user's, or the last one.
+        validation, test: sequences of each part, the last items of its users.
         train_pairs, validation_pairs, all_pairs: (users, items), each (N,) int64: all interactions of each part in
             time order, after the k-core filter and before any cut.
     """
@@ -59,19 +61,30 @@ class WindowSplits:
     all_pairs: Pairs
 
 
-def split_window(window: Window, *, k_core: int = 5, train_fraction: float = 0.85, max_items: int = 11) -> WindowSplits:
+def split_window(
+    window: Window,
+    *,
+    k_core: int = 5,
+    train_fraction: float = 0.85,
+    max_items: int = 11,
+    history: Literal["all", "last"] = "last",
+) -> WindowSplits:
     """Splits a window as the protocol of arXiv 2508.05993 does.
 
     Only users with at least `k_core` interactions in the window are kept (items are not filtered, and users are not
     filtered again). The first part of what is left, by count in time order, is the training split, the rest the
     validation split; the test sequences come from both. In each, a user's sequence is the last `max_items` items;
-    users with fewer than 2 have none. Users ascend.
+    users with fewer than 2 have none. Users ascend. With history "all", which is not the published protocol, all items
+    of a user's training split are in sequences.
 
     Args:
         window: in time order.
         k_core: the least number of interactions that keeps a user; 1 keeps all.
         train_fraction: share of the kept interactions that train, rounded down; above 0, below 1.
         max_items: longest sequence, target included; at least 2.
+        history: of the training split: "last" gives a user one sequence; "all" cuts all of a user's items into
+            sequences of `max_items` that overlap by one item, from the last item backwards. Each item but the user's
+            first is then the target of one input; the earliest sequence may be shorter. They stand in time order.
 
     Raises:
         ValueError: an argument out of its range.
@@ -82,13 +95,15 @@ def split_window(window: Window, *, k_core: int = 5, train_fraction: float = 0.8
         raise ValueError(f"train_fraction must lie between 0 and 1, both excluded, not {train_fraction}")
     if max_items < 2:
         raise ValueError(f"max_items must be at least 2, one input and the target, not {max_items}")
+    if history not in ("all", "last"):
+        raise ValueError(f"history must be 'all' or 'last', not {history!r}")
     _, inverse, counts = np.unique(window.users, return_inverse=True, return_counts=True)
     keep = counts[inverse] >= k_core
     users, items = window.users[keep], window.items[keep]
     cut = int(len(users) * train_fraction)
     train, validation = (users[:cut], items[:cut]), (users[cut:], items[cut:])
     return WindowSplits(
-        train=_sequences(*train, max_items),
+        train=_sequences(*train, max_items, every=history == "all"),
         validation=_sequences(*validation, max_items),
         test=_sequences(users, items, max_items),
         train_pairs=train,
@@ -175,14 +190,20 @@ def _checked(name: str, ids: np.ndarray, limit: int) -> np.ndarray:
     return ids.astype(np.int64, copy=False)
 
 
-def _sequences(users: np.ndarray, items: np.ndarray, max_items: int) -> Sequences:
+def _sequences(users: np.ndarray, items: np.ndarray, max_items: int, *, every: bool = False) -> Sequences:
+    """The last sequence of each user with at least 2 items, or `every` one, (B,) in all."""
     order = np.argsort(users, kind="stable")
     distinct, counts = np.unique(users, return_counts=True)
-    ends = np.cumsum(counts)
     enough = counts >= 2
-    lengths = np.minimum(counts, max_items)[enough]
-    values, offsets = _gather(items[order], ends[enough] - lengths, lengths)
-    return Sequences(distinct[enough], values, offsets)
+    distinct, counts, ends = distinct[enough], counts[enough], np.cumsum(counts)[enough]
+    inputs = max_items - 1
+    # As many as it takes for each item but the first to be a target once.
+    numbers = -(-(counts - 1) // inputs) if every else np.ones_like(counts)
+    owner = np.repeat(np.arange(len(counts)), numbers)
+    later = np.cumsum(numbers)[owner] - 1 - np.arange(len(owner))
+    lengths = np.minimum(counts[owner] - later * inputs, max_items)
+    values, offsets = _gather(items[order], ends[owner] - later * inputs - lengths, lengths)
+    return Sequences(distinct[owner], values, offsets)
 
 
 def _gather(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

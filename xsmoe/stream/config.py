@@ -185,8 +185,16 @@ class StreamConfig:
     def split(self, window: Window) -> WindowSplits:
         """A window's sequences for training, validation and test, by these settings."""
         return split_window(
-            window, k_core=self.k_core, train_fraction=self.train_fraction, max_items=self.max_inputs + 1
+            window,
+            k_core=self.k_core,
+            train_fraction=self.train_fraction,
+            max_items=self.max_inputs + 1,
+            history=self.history or "all",
         )
+
+    def batch_for(self, sequences: int) -> int:
+        """Sequences a step, for a window of so many: at most `batch_size`, and fewer for the sake of `min_steps`."""
+        return min(self.batch_size, max(SMALLEST_BATCH, -(-sequences // (self.min_steps or 1))))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

@@ -70,13 +70,14 @@ def train_epoch(
     model.items.reset_utilization()
     model.train()
     order = np.random.default_rng(derive(config.seed, window, epoch, "order")).permutation(len(sequences))
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    size = config.batch_for(len(sequences))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     losses, rows = [], []
     dtype = hidden_dtype(model, config)
     before = 0 if scaler is None else steps_taken(optimizer)
     capacity = None
     if graphs is not None:
-        capacity = Capacity(min(config.batch_size, len(sequences)), config.max_inputs)
+        capacity = Capacity(min(size, len(sequences)), config.max_inputs)
         graphs.forget_if_moved()
 
     def build(chosen: np.ndarray) -> StepInput:

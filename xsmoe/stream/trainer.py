@@ -13,6 +13,7 @@ from torch import Tensor
 from xsmoe.data import Sequences, Window, WindowSplits, item_share
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
+from xsmoe.stream.average import assign, averaged
 from xsmoe.stream.best_epoch import restore, snapshot, why_last
 from xsmoe.stream.captured import WITHOUT, CapturedSteps, refusal, wanted
 from xsmoe.stream.checkpoints import CheckpointError
@@ -76,6 +77,7 @@ class StreamingTrainer:
         self._without_graphs = refusal(self.config)
         self._placed: ItemFeatures | None = None
         self._best: dict[str, Tensor] | None = None
+        self._average: dict[str, Tensor] | None = None
         self._optimizer_state: dict[str, Any] | None = None
         self._scaler_state: dict[str, Any] | None = None
         if model.users.max_length < self.config.max_inputs:
@@ -183,7 +185,7 @@ class StreamingTrainer:
             if number > 0:
                 self._test_and_grow(number, splits)
             self.progress = Progress([*self.progress.digests, digest], epoch=0, steps=self.progress.steps)
-            self._best = self._optimizer_state = self._scaler_state = None
+            self._best = self._average = self._optimizer_state = self._scaler_state = None
             self._checkpoint()
         line = self._train(number, window, splits)
         self._unusable = None
@@ -241,13 +243,15 @@ class StreamingTrainer:
         if graphs is not None:
             self._without_graphs = graphs.reason
             graphs.forget()
-        kept = self._keep_best(len(splits.train), len(task))
+        kept = self._keep(number, len(splits.train), task)
         self.memory.add_rest(splits)
         line = {
             "kind": "window",
             "window": number,
             "interactions": len(window),
-            "users": len(splits.train),
+            "users": len(np.unique(splits.train.users)),
+            "sequences": len(splits.train),
+            "batch_size": config.batch_for(len(splits.train)),
             "items": len(np.unique(splits.train.items)),
             "epochs": progress.epoch,
             **kept,
@@ -262,7 +266,7 @@ class StreamingTrainer:
         }
         self._record(line)
         self.progress = Progress(progress.digests, steps=progress.steps)
-        self._best = self._optimizer_state = self._scaler_state = None
+        self._best = self._average = self._optimizer_state = self._scaler_state = None
         if self._folder is not None:
             self._export()
         self._checkpoint()
@@ -296,7 +300,7 @@ class StreamingTrainer:
         features = self.features
         where, resident = f"window {number}, epoch {epoch}", isinstance(features, ResidentFeatures)
         progress, watch = self.progress, Stopwatch(self.device)
-        users = min(self.config.batch_size, len(sequences))
+        users = min(self.config.batch_for(len(sequences)), len(sequences))
         with training_memory(self.config, where, users=users, resident=resident):
             trained = train_epoch(
                 self.model,
@@ -315,19 +319,16 @@ class StreamingTrainer:
             )
         step_ms = 1000 * watch.read()["seconds"] / trained["steps"]
         validation = None
-        if len(task) and epoch >= self.config.warmup_epochs:
-
-            def rank() -> np.ndarray:
-                return rank_with_model(self.model, features, task, self.device)
-
-            with ranking_memory(self.config, f"{where}: the validation", resident=resident):
-                ranks = rank() if graphs is None else graphs.making_room("validation", rank)
-            validation = summarize(per_user(ranks))
+        if self.config.patience and len(task) and epoch >= self.config.warmup_epochs:
+            validation = self._validate(task, where, graphs)
             if progress.best_value is None or validation[SELECTED_BY] > progress.best_value:
                 progress.best_epoch, progress.best_value, progress.stale = epoch, validation[SELECTED_BY], 0
-                self._best = snapshot(self.model)
+                if self.config.keep == "best":
+                    self._best = snapshot(self.model)
             else:
                 progress.stale += 1
+        if self.config.keep == "ema":
+            self._average = averaged(self._average, self.model, epoch)
         progress.epoch = epoch + 1
         progress.steps += trained["steps"]
         self._record(
@@ -345,18 +346,40 @@ class StreamingTrainer:
         self._scaler_state = None if scaler is None else scaler.state_dict()
         self._checkpoint()
 
-    def _keep_best(self, train_users: int, validation_users: int) -> dict[str, Any]:
-        """Restores the best epoch, or says why the last one is kept."""
-        progress = self.progress
-        validation = next(
-            (line["validation"] for line in reversed(self.metrics) if line["kind"] == "epoch" and line["best"]), None
-        )
+    def _validate(self, task: RankingTask, where: str, graphs: CapturedSteps | None = None) -> dict[str, Any]:
+        """The model's metrics on a window's validation split."""
+
+        def rank() -> np.ndarray:
+            return rank_with_model(self.model, self.features, task, self.device)
+
+        resident = isinstance(self.features, ResidentFeatures)
+        with ranking_memory(self.config, f"{where}: the validation", resident=resident):
+            return summarize(per_user(rank() if graphs is None else graphs.making_room("validation", rank)))
+
+    def _keep(self, number: int, train_sequences: int, task: RankingTask) -> dict[str, Any]:
+        """Give the model the weights that the window ends with, and say which those are."""
         if self._best is not None:
             restore(self.model, self._best, counters=self.config.protocol != "paper")
-            return {"kept": "best", "best_epoch": progress.best_epoch, "validation": validation}
-        reason = why_last(self.config, train_users, validation_users)
-        self._warn(f"window {len(progress.digests) - 1} keeps its last epoch: {reason}")
-        return {"kept": "last", "reason": reason, "best_epoch": None, "validation": None}
+            best = self.progress.best_epoch
+            return {"kept": "best", "best_epoch": best, "validation": self._validation_of(best)}
+        validation = self._validation_of((self.progress.epoch or 0) - 1)
+        if self._average is not None:
+            assign(self.model, self._average)
+            validation = None
+        # Under "paper" an evaluation counts in the utilization, so that one more would change what is pruned.
+        if validation is None and train_sequences and len(task) and self.config.protocol != "paper":
+            validation = self._validate(task, f"window {number}")
+        if self.config.keep != "best" and train_sequences:
+            return {"kept": self.config.keep, "best_epoch": None, "validation": validation}
+        reason = why_last(self.config, train_sequences, len(task))
+        self._warn(f"window {number} keeps its last epoch: {reason}")
+        return {"kept": "last", "reason": reason, "best_epoch": None, "validation": validation}
+
+    def _validation_of(self, epoch: int | None) -> dict[str, Any] | None:
+        """What an epoch of the window in training had by validation."""
+        window = self.windows_done
+        lines = (line for line in reversed(self.metrics) if line["kind"] == "epoch" and line["window"] == window)
+        return next((line["validation"] for line in lines if line["epoch"] == epoch), None)
 
     def _warn(self, message: str) -> None:
         self._tell("warning", {"message": message})
@@ -385,6 +408,7 @@ class StreamingTrainer:
                 "progress": asdict(self.progress),
                 "model": self.model.state_dict(),
                 "best": self._best,
+                "average": self._average,
                 "optimizer": self._optimizer_state,
                 "scaler": self._scaler_state,
                 "metrics_size": self._folder.metrics_size(),
@@ -402,8 +426,8 @@ class StreamingTrainer:
         self.model.load_state_dict(state["model"])
         self.progress = Progress(**state["progress"])
         self._best, self._optimizer_state = state["best"], state["optimizer"]
-        # Checkpoints of earlier versions have none.
-        self._scaler_state = state.get("scaler")
+        # Checkpoints of earlier versions have neither.
+        self._scaler_state, self._average = state.get("scaler"), state.get("average")
         self.metrics = folder.rewind(state["metrics_size"])
         for number, digest in enumerate(self.progress.digests[: self.windows_done]):
             self.memory.add(self.config.split(folder.load_window(number, digest)))
