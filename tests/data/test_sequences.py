@@ -60,6 +60,36 @@ def test_split_against_a_loop(rows: list[Pair], k_core: int, train_fraction: flo
         assert as_dict(sequences) == naive_sequences(part, max_items)
 
 
+@given(pairs, st.integers(2, 12))
+def test_all_of_the_history_against_a_loop(rows: list[Pair], max_items: int) -> None:
+    split = split_window(window(rows), k_core=1, max_items=max_items, history="all")
+    last = split_window(window(rows), k_core=1, max_items=max_items)
+    expected = []
+    for user, items in sorted(naive_sequences(list(zip(*map(list, split.train_pairs), strict=True)), 1 << 30).items()):
+        stop, found = len(items), []
+        while stop > 1:
+            found.insert(0, (user, items[max(0, stop - max_items) : stop]))
+            stop -= max_items - 1
+        expected += found
+    train = split.train
+    places = zip(train.users.tolist(), train.offsets[:-1], train.offsets[1:], strict=True)
+    assert [(user, train.items[start:stop].tolist()) for user, start, stop in places] == expected
+    # Each interaction but a user's first is a target once, and the last sequence of a user is the published one.
+    assert sum(train.lengths - 1) == sum(
+        len(items) - 1
+        for items in naive_sequences(list(zip(*map(list, split.train_pairs), strict=True)), 1 << 30).values()
+    )
+    ends = np.flatnonzero(np.append(train.users[1:] != train.users[:-1], True)) if len(train) else np.empty(0, int)
+    assert as_dict(train.take(ends)) == as_dict(last.train)
+    assert as_dict(split.test) == as_dict(last.test)
+    assert as_dict(split.validation) == as_dict(last.validation)
+
+
+def test_an_unknown_history_is_named() -> None:
+    with pytest.raises(ValueError, match="history must be 'all' or 'last', not 'some'"):
+        split_window(window([(0, 1)]), history="some")  # type: ignore[arg-type]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 2)), min_size=2, max_size=60))
 def test_ties_in_time_keep_the_order_of_the_log(rows: list[tuple[int, int, int]]) -> None:
     users, items, times = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))

@@ -14,6 +14,7 @@ import torch
 from xsmoe.data import Window
 from xsmoe.nn import Recommender
 from xsmoe.stream import CheckpointError, Stream, StreamConfig, StreamingTrainer, TrainingDiverged
+from xsmoe.stream.checkpoints import Checkpoints
 from xsmoe.stream.folder import read_metrics
 
 
@@ -406,6 +407,14 @@ def test_bad_windows_and_models_are_named() -> None:
         ({"prune_threshold": 2}, "prune_threshold must be a share"),
         ({"lr": 1e-5}, "need 0 < min_lr <= lr"),
         ({"repeats": "drop"}, "repeats must be one of rank, miss, not 'drop'"),
+        ({"keep": "first"}, "keep must be one of last, best, ema, not 'first'"),
+        ({"history": "none"}, "history must be one of all, last, not 'none'"),
+        ({"ties": "random"}, "ties must be one of hash, file, not 'random'"),
+        ({"duplicates": "count"}, "duplicates must be one of drop, keep, not 'count'"),
+        ({"targets": "first"}, "targets must be one of last, all, not 'first'"),
+        ({"min_steps": 0}, "min_steps must be a whole number of at least 1, not 0"),
+        ({"id_dropout": 1.5}, "id_dropout must be a share between 0 and 1, not 1.5"),
+        ({"keep": "best", "patience": 0}, "patience must be at least 1 where keep is 'best'"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, message: str) -> None:
@@ -417,6 +426,44 @@ def test_settings_follow_the_protocol_and_survive_json() -> None:
     assert (StreamConfig().repeats, StreamConfig().validation_candidates) == ("rank", "known")
     paper = StreamConfig(protocol="paper", repeats="rank")
     assert (paper.repeats, paper.validation_candidates) == ("rank", "split")
+    assert (paper.ties, paper.duplicates, paper.history, paper.targets) == ("file", "keep", "last", "last")
+    assert (paper.keep, paper.epochs, paper.patience, paper.min_steps) == ("last", 100, 5, 1)
+    ours = StreamConfig()
+    assert (ours.ties, ours.duplicates, ours.history, ours.targets) == ("hash", "drop", "all", "all")
+    assert (ours.keep, ours.epochs, ours.patience) == ("last", 25, 0)
+    best = StreamConfig(keep="best")
+    assert (best.epochs, best.patience) == (100, 5)
     assert StreamConfig.from_dict(json.loads(json.dumps(paper.to_dict()))) == paper
     with pytest.raises(ValueError, match="unknown settings: colour"):
         StreamConfig.from_dict({"colour": 1})
+
+
+def test_settings_of_earlier_versions_stay_what_they_were() -> None:
+    saved = StreamConfig(keep="best", history="last").to_dict()
+    for name in ("ties", "duplicates", "history", "keep", "targets", "min_steps", "id_dropout"):
+        del saved[name]
+    old = StreamConfig.from_saved(saved)
+    assert (old.ties, old.duplicates, old.history, old.keep, old.targets) == ("file", "keep", "last", "best", "last")
+    assert (old.min_steps, old.id_dropout, old.epochs, old.patience) == (1, 0.0, 100, 5)
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"ties": "file", "duplicates": "keep", "targets": "last", "min_steps": 1}
+    options |= {"id_dropout": 0.0}
+    old = tiny.config(**options)
+    with StreamingTrainer(tiny.model(), tiny.stream(), old, folder=tmp_path) as trainer:
+        trainer.step(tiny.windows()[0])
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    found = checkpoints.load_newest(lambda _: None)
+    assert found is not None
+    state = found[1]
+    for name in (*options, "history", "keep"):
+        del state["config"][name]
+    for name in ("condition", "ids"):
+        del state["model_config"]["items"][name]
+    del state["average"]
+    checkpoints.save(state)
+    with StreamingTrainer(tiny.model(), tiny.stream(), old, folder=tmp_path) as trainer:
+        assert trainer.windows_done == 1
+    with pytest.raises(ValueError, match="config.history was 'last', is now 'all'"):
+        StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(**options, history="all"), folder=tmp_path)
