@@ -252,6 +252,13 @@ def test_gradients_that_change_their_layout_are_refused() -> None:
             optimizer.step()
 
 
+def test_an_eps_of_zero_is_refused() -> None:
+    table, _ = parameters()
+    table.grad = draw(torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"eps must be above 0 for a parameter of sparse gradients, not 0\.0"):
+        LazyAdam([table], eps=0.0).step()
+
+
 def test_two_sparse_dimensions_are_refused() -> None:
     table, _ = parameters()
     table.grad = torch.ones(ROWS, WIDTH).to_sparse()

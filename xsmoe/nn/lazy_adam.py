@@ -31,7 +31,8 @@ class LazyAdam(torch.optim.Adam):
 
     Raises:
         RuntimeError: in `step`, for a parameter whose gradients are sparse in one step and dense in another.
-        ValueError: in `step`, for a sparse gradient in a group with weight_decay, amsgrad or maximize.
+        ValueError: in `step`, for a sparse gradient in a group with weight_decay, amsgrad or maximize, or
+            with an eps of 0.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class LazyAdam(torch.optim.Adam):
                 f"{given[0]} is {group[given[0]]!r} in a group with a parameter of sparse gradients, whose rows are "
                 f"updated without it; put that parameter into a group of its own, without {given[0]}"
             )
+        if not group["eps"] > 0:
+            raise ValueError(f"eps must be above 0 for a parameter of sparse gradients, not {group['eps']}")
         if gradient.sparse_dim() != 1:
             raise ValueError(f"a sparse gradient must have 1 sparse dimension, not {gradient.sparse_dim()}")
         state = self.state[parameter]
@@ -91,19 +94,20 @@ class LazyAdam(torch.optim.Adam):
             for values in (parameter, state["exp_avg"], state["exp_avg_sq"])
         )
         steps = state["step"].index_select(0, rows) + active
-        # Ahead of a row's first step, which an inactive row may be, there is nothing to correct.
-        taken = steps.clamp(min=1).to(precise)[:, None]
-        moved = active.to(precise)[:, None]
+        # An inactive row, whose values stay to the bit because its weights here are zero, may have had no step yet.
+        taken, moved = steps.clamp(min=1).to(precise)[:, None], active.to(precise)[:, None]
         beta1, beta2 = group["betas"]
-        first = first.lerp(summed, (1 - beta1) * moved)
-        second = second.lerp(summed.square(), (1 - beta2) * moved)
-        size = group["lr"] / _bias_correction(beta1, taken)
-        denominator = second.sqrt().div_(_bias_correction(beta2, taken).sqrt_()).add_(group["eps"])
-        update = (first / denominator).mul_(size).masked_fill_(~active[:, None], 0)
+        first = first.lerp_(summed, (1 - beta1) * moved)
+        second = second.lerp_(summed.square(), (1 - beta2) * moved)
+        # lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), with the corrections taken out of the matrices.
+        root = _bias_correction(beta2, taken).sqrt_()
+        size = root.div(_bias_correction(beta1, taken)).mul_(group["lr"]).mul_(moved)
+        direction = first / second.sqrt().add_(root, alpha=group["eps"])
+        weight = weight.addcmul_(direction, size, value=-1)
 
         # A row that occurs more than once has the same values everywhere, so that it does not matter which are written.
         for target, values in (
-            (parameter, weight - update),
+            (parameter, weight),
             (state["exp_avg"], first),
             (state["exp_avg_sq"], second),
             (state["step"], steps),
@@ -130,9 +134,7 @@ def _summed_on_host(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def _summed_in_place(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Every entry with the sum of all that its row has: static shapes, and nothing waits for the device."""
     rows, order = rows.sort()
-    begins = torch.ones_like(rows)
-    begins[1:] = rows[1:] != rows[:-1]
-    place = begins.cumsum(0) - 1
+    place = torch.searchsorted(rows, rows)
     sums = torch.zeros_like(values).index_add_(0, place, values.index_select(0, order))
     return rows, sums.index_select(0, place)
 
