@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xsmoe.nn import Batch, ExpertBank, Recommender, SideMoE, UserEncoder, XSMoE
+    from xsmoe.nn import Batch, ExpertBank, LazyAdam, Recommender, SideMoE, UserEncoder, XSMoE
     from xsmoe.stream import Stream, StreamConfig, StreamingTrainer
 
 __all__ = [
     "Batch",
     "ExpertBank",
+    "LazyAdam",
     "Recommender",
     "SideMoE",
     "Stream",

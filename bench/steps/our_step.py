@@ -1,5 +1,9 @@
 """What `xsmoe train` trains a step with."""
 
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,9 +15,12 @@ from xsmoe.nn import Recommender
 from xsmoe.stream.batches import StepInput
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import make_optimizer, train_step
+from xsmoe.stream.id_dropout import IdDropout
 from xsmoe.stream.padding import Capacity
 from xsmoe.stream.precision import hidden_dtype
 from xsmoe.stream.resident import place
+
+ID_TABLE = "items.ids.weight"
 
 
 class NotCaptured(RuntimeError):
@@ -40,14 +47,18 @@ class OurStep:
         room: Capacity | None = None,
     ) -> None:
         self.model, self.config, self.room = model.train(), config, room
-        self.leaves: Tensors = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        # No other variant has IDs whose gradients theirs could be compared with.
+        self.leaves: Tensors = {key: p for key, p in model.named_parameters() if p.requires_grad and key != ID_TABLE}
+        self._id_dropout = IdDropout(config.id_dropout, config.seed, 0, 0)
+        self._steps = count()
         self.optimizer = make_optimizer(model, config)
         self.features, _ = place(store, model.items.modalities, config)
         self._dtype, self._log_share = hidden_dtype(model, config), np.log(share)
 
     def sent(self, rows: Tensors) -> StepInput:
         """The input of a step on users (B, places) on the device, where resident hidden states are not gathered yet."""
-        return step_input(self.model, self.features, rows["items"], self._log_share, self._dtype, self.room)
+        ids = partial(self._id_dropout, step=next(self._steps)) if self.model.items.with_ids else None
+        return step_input(self.model, self.features, rows["items"], self._log_share, self._dtype, self.room, ids)
 
     def gathered(self, given: StepInput) -> StepInput:
         """The same with its hidden states."""
@@ -69,11 +80,12 @@ def step_input(
     log_share: np.ndarray,
     dtype: torch.dtype,
     room: Capacity | None = None,
+    ids: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> StepInput:
     """What a step takes for some users' items (B, places), on the model's device."""
     users, places = items.shape
     sequences = Sequences(np.arange(users), items.flatten().numpy(), np.arange(users + 1) * places)
-    built = StepInput.build(features, model.items.modalities, sequences, log_share, dtype, room)
+    built = StepInput.build(features, model.items.modalities, sequences, log_share, dtype, room, ids)
     device = next(model.parameters()).device
     return (built.pin() if device.type == "cuda" else built).to(device)
 

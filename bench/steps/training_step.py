@@ -22,7 +22,7 @@ from bench.kernels.side_moe import floor_backward, floor_forward
 from bench.kinks import smooth_users
 from bench.published_names import counters, published_counters, take_weights
 from bench.steps.model import BLOCKS, DROPOUT, LEVELS, OUT_DIM, PLACES, drop_out
-from bench.steps.our_step import OurStep, refuse, step_input
+from bench.steps.our_step import ID_TABLE, OurStep, refuse, step_input
 from bench.steps.published_step import PublishedStep, published_model
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe.encoders import HiddenStateStore, ModalitySpec
@@ -45,6 +45,9 @@ class TrainingStep(Workload):
     pooling: ClassVar[str]
     # Whether utilization is counted, as every training step does.
     counted: bool = True
+    # Whether items have IDs beside their content, in a table of so many rows.
+    with_ids: bool = False
+    id_rows: int = 1_000_000
     # In steps that train; the gate sees none.
     dropout: float = DROPOUT
     dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32, torch.bfloat16)
@@ -72,7 +75,7 @@ class TrainingStep(Workload):
         return "published", *half, "compiled", "plain", *on_cuda(self.device, "ours-eager"), "ours"
 
     def optional(self) -> tuple[str, ...]:
-        return ("ours-uncounted",)
+        return "ours-uncounted", "ours-ids"
 
     def baselines(self) -> tuple[str, ...]:
         return self.variants()[:-1]
@@ -118,6 +121,9 @@ class TrainingStep(Workload):
         if name == "ours-uncounted":
             easier = self._uncounted()
             return replace(easier.build("ours"), name=name, solves=easier)
+        if name == "ours-ids":
+            # Their table is zero where it is judged, so that it has to give what steps without give.
+            return replace(self._changed(with_ids=True).build("ours"), name=name)
         raise ValueError(f"{self.operator} has no variant {name!r}")
 
     def work(self) -> Mapping[str, Work]:
@@ -195,9 +201,9 @@ class TrainingStep(Workload):
     def modalities(self) -> tuple[str, ...]:
         return tuple(f"modality_{place}" for place in range(self.sizes["M"]))
 
-    def _recommender(self) -> Recommender:
+    def _recommender(self, *, ids: bool = False) -> Recommender:
         dim, rank, experts = (self.sizes[letter] for letter in "DRE")
-        items = XSMoE(self.modalities, dim, LEVELS, rank, OUT_DIM, experts)
+        items = XSMoE(self.modalities, dim, LEVELS, rank, OUT_DIM, experts, ids=ids)
         for _, _, bank in items.banks():
             # As large as trained ones, so that none goes unnoticed.
             down, up = (scale * torch.randn(experts, rank, dim) for scale in (dim**-0.5, rank**-0.5))
@@ -219,13 +225,17 @@ class TrainingStep(Workload):
 
     def _uncounted(self) -> "TrainingStep":
         """The same step, of the same items and weights, without utilization counters."""
-        easier = copy.copy(self)
-        vars(easier).update(counted=False, hidden=self.hidden, store=self.store, share=self.share, weights=self.weights)
-        return easier
+        return self._changed(counted=False)
+
+    def _changed(self, **attributes: bool) -> "TrainingStep":
+        changed = copy.copy(self)
+        vars(changed).update(attributes, hidden=self.hidden, store=self.store, share=self.share, weights=self.weights)
+        return changed
 
     def _step(self, *, captured: bool = False) -> OurStep:
-        model = self._recommender()
-        model.load_state_dict(self.weights)
+        model = self._recommender(ids=self.with_ids)
+        table = {ID_TABLE: torch.zeros(self.id_rows, OUT_DIM)} if self.with_ids else {}
+        model.load_state_dict(self.weights | table)
         room = Capacity(self.sizes["B"], PLACES - 1) if captured else None
         ours = OurStep(model.to(self.device), self.store, self.share, replace(self.config, graph=captured), room)
         if not self.counted:

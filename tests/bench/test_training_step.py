@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from stand_ins import Cannot, StandIn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bench.case import measure
 from bench.examine import Truth, examine
@@ -44,22 +45,17 @@ def test_ours_and_the_published_step_train_alike(name: str, monkeypatch: pytest.
         torch.testing.assert_close(torch.tensor(losses[kind]), torch.tensor(losses["published"]), rtol=1e-3, atol=1e-3)
 
 
-def test_plain_trains_with_the_optimizer_of_ours_and_the_published_step_with_torchs_default(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_plain_trains_with_the_optimizer_of_ours_and_the_published_step_with_torchs_default() -> None:
     made: dict[str, torch.optim.Optimizer] = {}
-    whole = torch.optim.Adam.step
-
-    def step(optimizer: torch.optim.Adam, *given: Any) -> Any:
-        made[kind] = optimizer
-        return whole(optimizer, *given)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
     workload = tiny("mean")
     for kind in ("published", "plain", "ours"):
         variant = workload.build(kind)
         assert variant.whole is not None
-        variant.whole(workload.draw())
+        hook = register_optimizer_step_pre_hook(lambda optimizer, *_, kind=kind: made.update({kind: optimizer}))
+        try:
+            variant.whole(workload.draw())
+        finally:
+            hook.remove()
     usual = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=workload.config.lr).defaults
     assert made["published"].defaults == usual
     assert made["plain"].defaults == made["ours"].defaults == usual | {"fused": True}
@@ -170,6 +166,40 @@ def test_a_step_that_counts_nothing_is_held_to_all_else(monkeypatch: pytest.Monk
     whole = Recommender.forward
     monkeypatch.setattr(Recommender, "forward", lambda *arguments: 1.1 * whole(*arguments))
     assert examine(workload, "ours-uncounted", rows, truth).row.status == "refused"
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_step_with_ids_is_held_to_all_else_and_trains_them(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "CudaCapture", StandIn)
+    monkeypatch.setattr(TrainingStep, "id_rows", 60)
+    if graphs:
+        monkeypatch.setattr(TrainingStep, "_ours", lambda step, name, backend: step._ours_captured(name))
+    workload = tiny("mean")
+    rows = Rows(workload)
+    truth = Truth(workload, rows.get(0, None))
+    made: list[Recommender] = []
+    step = TrainingStep._step
+
+    def noted(workload: TrainingStep, **options: bool) -> Any:
+        ours = step(workload, **options)
+        made.append(ours.model)
+        return ours
+
+    monkeypatch.setattr(TrainingStep, "_step", noted)
+    checked = examine(workload, "ours-ids", rows, truth)
+    assert checked.row.status == "measured", checked.row.reason
+    assert checked.variant is not None
+    assert checked.variant.whole is not None
+    drawn = rows.get(0, None)
+    checked.variant.whole(drawn)
+    (model,) = made
+    assert model.items.ids is not None
+    trained = model.items.ids.weight.any(1)
+    assert trained.any()
+    assert trained.sum() < len(drawn["items"].unique()), "some IDs are left out"
+    whole = Recommender.forward
+    monkeypatch.setattr(Recommender, "forward", lambda *arguments: 1.1 * whole(*arguments))
+    assert examine(workload, "ours-ids", rows, truth).row.status == "refused"
 
 
 def test_what_is_timed_is_the_whole_step() -> None:

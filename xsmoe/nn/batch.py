@@ -28,6 +28,7 @@ class Batch:
         logq: (C,) float32, log of each item's sampling probability.
         lengths: the number of inputs of each sequence, on the host; None where nobody counted them.
         factor: () float32, what the loss is multiplied by, so that a mean over M inputs leaves padding out; None: 1.
+        ids: (C,) int64, each item's row of the ID table, -1 = its ID is left out; None: content only.
         storage: (S,) int64, the one tensor that all others are views of; None where they lie apart.
     """
 
@@ -41,6 +42,7 @@ class Batch:
     logq: Tensor
     lengths: tuple[int, ...] | None = None
     factor: Tensor | None = None
+    ids: Tensor | None = None
     storage: Tensor | None = None
 
     @classmethod

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned
+from xsmoe.nn.item_ids import ItemIds
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
 from xsmoe.nn.side_network import Hidden, SideMoE, climb
@@ -27,7 +28,9 @@ class XSMoE(Pretrained):
         num_experts: experts at the start, one number or one for every side level.
         top_k: route each row to its k best experts only; None mixes all (as published).
         condition: how hidden states are conditioned before they go in.
-        ids: whether each item has an embedding of its own, added to the projected content.
+        ids: whether each item has an embedding of its own, added to the projected content (`ItemIds`). It begins
+            without rows: `grow_ids` adds them. Its gradient is sparse, so that `torch.optim.Adam` refuses it: train
+            with `LazyAdam`, or give the table, `ids.weight`, to `torch.optim.SparseAdam`.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class XSMoE(Pretrained):
             }
         )
         self.projection = nn.Linear(sum(self.dims.values()), self.out_dim)
+        self.ids = ItemIds(self.out_dim) if ids else None
 
     def config(self) -> dict[str, Any]:
         return {
@@ -96,18 +100,22 @@ class XSMoE(Pretrained):
             for level, bank in enumerate(side.levels()):
                 yield modality, level, bank
 
-    def forward(self, hidden: Mapping[str, Hidden], *, row_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Mapping[str, Hidden], *, row_weight: Tensor | None = None, ids: Tensor | None = None
+    ) -> Tensor:
         """Encodes N items.
 
         Args:
             hidden: for every modality (N, levels + 1, D), or a sequence of levels, each (N, D) or (1, D).
             row_weight: (N,), how often each item counts in the utilization; default once.
+            ids: (N,) int64, each item's row of the ID table, -1 for none; None encodes content only.
 
         Returns:
             (N, out_dim).
 
         Raises:
-            TypeError, ValueError: `hidden` lacks a modality, has one too many, or has other levels or widths.
+            TypeError, ValueError: `hidden` lacks a modality, has one too many, or has other levels or widths; `ids`
+                have another shape or dtype, are out of range, or are given to a model without IDs.
         """
         if not isinstance(hidden, Mapping):
             found = type(hidden).__name__
@@ -115,7 +123,31 @@ class XSMoE(Pretrained):
         if set(hidden) != set(self.modalities):
             raise ValueError(f"hidden must hold exactly the modalities {self.modalities}, not {tuple(hidden)}")
         tops = climb(self.ladders(), hidden, row_weight)
-        return self.projection(torch.cat([tops[name] for name in self.modalities], dim=1))
+        content: Tensor = self.projection(torch.cat([tops[name] for name in self.modalities], dim=1))
+        if ids is None:
+            return content
+        if self.ids is None:
+            raise ValueError("ids must be None, since this model has no IDs; build it with ids=True")
+        checks.index("ids", ids, content.shape[0])
+        # Autocast has content in fewer bits than the table: their sum is rounded once.
+        return (content + self.ids(ids)).to(content.dtype)
+
+    def grow_ids(self, num_items: int, optimizer: Optimizers = None) -> None:
+        """Add rows of zeros to the ID table for items that have arrived.
+
+        Call it between optimizer steps: the table is replaced, and with it go its gradient and hooks.
+
+        Args:
+            num_items: rows from now on, at least as many as before.
+            optimizer: as in `expand`; the state of all rows is carried over, that of new rows is zero.
+
+        Raises:
+            TypeError: `optimizer` is neither an optimizer nor a sequence of them.
+            ValueError: a model without IDs, fewer rows than before, or an optimizer that does not hold the table.
+        """
+        if self.ids is None:
+            raise ValueError("this model has no IDs to grow; build it with ids=True")
+        self.ids.grow(num_items, optimizer)
 
     def expand(
         self, optimizer: Optimizers = None, *, new_gate: NewGate = "random", generator: torch.Generator | None = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakSet
 
 import torch
@@ -127,9 +127,11 @@ def _each(optimizers: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:
     return several
 
 
-def _per_element(value: object) -> bool:
+def _per_element(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _shaped_like(state: Mapping[str, object], parameter: Tensor) -> bool:
-    return all(v.shape == parameter.shape for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)
+    # LazyAdam counts the steps of every row.
+    fitting = {"step": parameter.shape[:1]}
+    return all(v.shape == fitting.get(key, parameter.shape) for key, v in state.items() if _per_element(v))

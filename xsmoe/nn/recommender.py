@@ -44,13 +44,13 @@ class Recommender(Pretrained):
 
         Args:
             hidden: the hidden states of `batch.items`, as `XSMoE.forward` takes them.
-            batch: see `Batch`.
+            batch: see `Batch`; its `ids` need a model with IDs.
 
         Returns:
             The mean loss, a scalar.
         """
         with named_range("encode"):
-            embeddings = self.items(hidden, row_weight=batch.counts)
+            embeddings = self.items(hidden, row_weight=batch.counts, ids=batch.ids)
         with named_range("attend"):
             inputs = functional.embedding(batch.inputs, embeddings)
             queries = self.users(inputs, batch.offsets, lengths=batch.lengths)

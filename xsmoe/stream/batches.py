@@ -1,6 +1,6 @@
 """What a training step takes: a batch, built from arrays on the host, and the hidden states of its items."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -43,6 +43,7 @@ class StepInput:
         log_share: np.ndarray,
         dtype: torch.dtype = torch.float32,
         capacity: Capacity | None = None,
+        ids: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Self:
         """Gathers on the host what some users' step takes.
 
@@ -53,9 +54,12 @@ class StepInput:
             log_share: for every item the log of its share of the training interactions.
             dtype: of the hidden states.
             capacity: what the batch is padded to; None pads nothing.
+            ids: from the distinct items (C,) to their rows of the ID table, (C,) int64; None leaves IDs out.
         """
         batch = Batch.from_sequences(sequences.items, sequences.offsets, log_share)
         num_users, num_inputs = len(sequences), batch.inputs.shape[0]
+        if ids is not None:
+            batch = replace(batch, ids=torch.from_numpy(ids(batch.items.numpy())))
         if capacity is not None:
             batch = capacity.pad(batch)
         items = batch.items.numpy()

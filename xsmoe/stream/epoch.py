@@ -1,6 +1,7 @@
 """One epoch over the training sequences of a window."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
-from xsmoe.nn import Recommender
+from xsmoe.nn import LazyAdam, Recommender
 from xsmoe.stream.batches import StepInput
 from xsmoe.stream.captured import CapturedSteps, wanted
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.feeding import feed
 from xsmoe.stream.growth import count_padding
+from xsmoe.stream.id_dropout import IdDropout
 from xsmoe.stream.padding import Capacity
 from xsmoe.stream.precision import LossScaler, autocast, divergence, hidden_dtype, steps_taken
 from xsmoe.stream.seeds import derive, seeded
@@ -80,14 +82,19 @@ def train_epoch(
         capacity = Capacity(min(size, len(sequences)), config.max_inputs)
         graphs.forget_if_moved()
 
-    def build(chosen: np.ndarray) -> StepInput:
-        return StepInput.build(features, model.items.modalities, sequences.take(chosen), log_share, dtype, capacity)
+    dropout = IdDropout(config.id_dropout, config.seed, window, epoch)
+
+    def build(numbered: tuple[int, np.ndarray]) -> StepInput:
+        number, chosen = numbered
+        ids = partial(dropout, step=number) if model.items.with_ids else None
+        modalities, taken = model.items.modalities, sequences.take(chosen)
+        return StepInput.build(features, modalities, taken, log_share, dtype, capacity, ids)
 
     def step(given: StepInput) -> Tensor:
         return train_step(model, given.gathered(features, dtype), optimizer, config, scaler)
 
     with seeded(derive(config.seed, window, epoch, "dropout"), device):
-        for place, given in enumerate(each("data", feed(build, batches, device))):
+        for place, given in enumerate(each("data", feed(build, enumerate(batches), device))):
             losses.append(step(given) if graphs is None else graphs(step, given))
             rows.append(given.num_inputs)
             if config.protocol == "paper":
@@ -113,10 +120,13 @@ def train_epoch(
 
 
 def make_optimizer(model: Recommender, config: StreamConfig) -> torch.optim.Optimizer:
-    """Adam over all that is trained; where steps may be captured, its learning rate lies on the device."""
+    """Adam over all that is trained, lazy on the ID table.
+
+    Where steps may be captured, its learning rate lies on the device.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
     rate = torch.tensor(config.lr, device=config.device) if wanted(config) else config.lr
-    return torch.optim.Adam(parameters, lr=rate, fused=True)
+    return LazyAdam(parameters, lr=rate)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

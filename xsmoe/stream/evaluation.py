@@ -11,6 +11,7 @@ from torch.nn import functional
 from xsmoe.data import History, Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
+from xsmoe.nn.item_ids import NO_ID
 from xsmoe.stream.config import Repeats
 from xsmoe.stream.feeding import feed
 from xsmoe.stream.hidden_states import HiddenStates
@@ -94,15 +95,21 @@ class RankingTask:
 def embed_items(model: Recommender, features: ItemFeatures, items: np.ndarray, device: torch.device) -> Tensor:
     """The embeddings (C, dim) of items (C,), encoded in chunks; the model is used in the mode it is in.
 
-    Hidden states that do not lie on a GPU are copied there while it encodes earlier chunks.
+    An item that the ID table has no row for yet is encoded by its content alone. Hidden states that do not lie on a GPU
+    are copied there while it encodes earlier chunks.
     """
-    chunks = (items[start : start + ITEMS_A_CHUNK] for start in range(0, len(items), ITEMS_A_CHUNK))
+    chunks = [items[start : start + ITEMS_A_CHUNK] for start in range(0, len(items), ITEMS_A_CHUNK)]
+    table = model.items.ids
+    # Items that have arrived since the table last grew have no row yet.
+    known = None if table is None else _tensor(np.where(items < table.num_items, items, NO_ID), device)
+    ids = [None] * len(chunks) if known is None else known.split(ITEMS_A_CHUNK)
 
     def hidden(chunk: np.ndarray) -> HiddenStates:
         return HiddenStates(features.hidden(chunk, model.items.modalities))
 
     resident = isinstance(features, ResidentFeatures)
-    parts = [model.items(found) for found in (map(hidden, chunks) if resident else feed(hidden, chunks, device))]
+    given = map(hidden, chunks) if resident else feed(hidden, chunks, device)
+    parts = [model.items(found, ids=rows) for found, rows in zip(given, ids, strict=False)]
     return torch.cat(parts) if parts else torch.empty(0, model.users.dim, device=device)
 
 

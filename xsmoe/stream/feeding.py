@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +32,7 @@ class Movable(Protocol):
         ...
 
 
+S = TypeVar("S")
 T = TypeVar("T")
 M = TypeVar("M", bound=Movable)
 
@@ -75,7 +75,7 @@ class CopyStream:
         return sent.given
 
 
-def feed(build: Callable[[np.ndarray], M], chosen: Iterable[np.ndarray], device: torch.device) -> Iterator[M]:
+def feed(build: Callable[[S], M], chosen: Iterable[S], device: torch.device) -> Iterator[M]:
     """The steps' inputs on `device`, in their order.
 
     On CUDA a thread builds, pins and copies the next ones, on a stream of its own, while the GPU is busy; on the CPU
@@ -83,7 +83,7 @@ def feed(build: Callable[[np.ndarray], M], chosen: Iterable[np.ndarray], device:
 
     Args:
         build: from the numbers of some users, or items, to their step's input on the host.
-        chosen: each step's numbers.
+        chosen: what `build` takes for each step.
         device: where the steps run.
     """
     if device.type != "cuda":
@@ -95,7 +95,7 @@ def feed(build: Callable[[np.ndarray], M], chosen: Iterable[np.ndarray], device:
         yield copies.receive(sent)
 
 
-def made_ahead(make: Callable[[np.ndarray], T], chosen: Iterable[np.ndarray], ahead: int = AHEAD) -> Iterator[T]:
+def made_ahead(make: Callable[[S], T], chosen: Iterable[S], ahead: int = AHEAD) -> Iterator[T]:
     """`map(make, chosen)`, with up to `ahead` results that a thread makes while an earlier one is used."""
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="xsmoe-batches") as worker:

@@ -47,6 +47,12 @@ def grow(
     }
 
 
+def grow_ids(items: XSMoE, num_items: int) -> None:
+    """Give every item a row of the ID table, if the model has one; a table that is longer stays as it is."""
+    if items.ids is not None:
+        items.grow_ids(max(num_items, items.ids.num_items))
+
+
 def count_padding(items: XSMoE, rows: int) -> None:
     """Counts rows of padding as the published code does: zeros get a uniform gate, and add nothing to the norms."""
     for _, _, bank in items.banks():

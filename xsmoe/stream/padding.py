@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xsmoe.nn import Batch
+from xsmoe.nn.item_ids import NO_ID
 
 ITEMS = 128
 """Distinct items are padded to a multiple of this."""
@@ -62,6 +63,7 @@ class Capacity:
             users=_extended(batch.users, inputs, 0),
             offsets=_extended(batch.offsets, users, num_inputs),
             rejected=functional.pad(batch.rejected, (0, self.inputs + 1 - width, 0, users), value=-1),
+            ids=None if batch.ids is None else _extended(batch.ids, items, NO_ID),
             factor=torch.tensor(self.users * self.inputs / max(1, num_inputs), dtype=torch.float32),
             # Sequences no longer cover the inputs, and a graph must not hold what differs from batch to batch.
             lengths=None,

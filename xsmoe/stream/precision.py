@@ -104,7 +104,8 @@ def loss_scaler(config: StreamConfig) -> LossScaler | None:
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> int:
     """The steps that Adam has counted, which are those that a scaler did not skip; waits for the device."""
-    steps = [state["step"] for state in optimizer.state.values()]
+    # The ID table has a count of its own for every row.
+    steps = [state["step"] for state in optimizer.state.values() if state["step"].dim() == 0]
     return int(torch.stack(steps).max()) if steps else 0
 
 

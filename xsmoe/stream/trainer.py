@@ -21,7 +21,7 @@ from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.folder import RunFolder, window_digest
-from xsmoe.stream.growth import grow, shares
+from xsmoe.stream.growth import grow, grow_ids, shares
 from xsmoe.stream.identity import identity, require_same
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
@@ -184,6 +184,7 @@ class StreamingTrainer:
                 self._folder.save_window(window)
             if number > 0:
                 self._test_and_grow(number, splits)
+            grow_ids(self.model.items, self.stream.features.num_items)
             self.progress = Progress([*self.progress.digests, digest], epoch=0, steps=self.progress.steps)
             self._best = self._average = self._optimizer_state = self._scaler_state = None
             self._checkpoint()
