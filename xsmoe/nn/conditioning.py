@@ -109,7 +109,9 @@ def finish(place: int, level: Tensor, changed: Tensor, present: Tensor | None) -
         if len(bad):
             row = int(bad[0])
             if level[row].isfinite().all():
-                reason = f"the conditioned hidden state exceeds {changed.dtype}; use hidden states in bfloat16 or float32"
+                reason = (
+                    f"the conditioned hidden state exceeds {changed.dtype}; use hidden states in bfloat16 or float32"
+                )
             else:
                 reason = "the hidden state is not finite; the encoder's output is broken there"
             raise NotFinite(place, row, reason)
