@@ -25,10 +25,12 @@ from bench.steps.model import BLOCKS, DROPOUT, LEVELS, OUT_DIM, PLACES, drop_out
 from bench.steps.our_step import ID_TABLE, OurStep, refuse, step_input
 from bench.steps.published_step import PublishedStep, published_model
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
-from xsmoe.encoders import HiddenStateStore, ModalitySpec
+from xsmoe.encoders import HiddenStateStore, ItemFeatures, ModalitySpec
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
+from xsmoe.nn.conditioning import Condition
 from xsmoe.stream.batches import StepInput
 from xsmoe.stream.captured import CapturedSteps
+from xsmoe.stream.conditioned import ConditionedFeatures
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.padding import Capacity
 from xsmoe.stream.precision import autocast
@@ -48,6 +50,8 @@ class TrainingStep(Workload):
     # Whether items have IDs beside their content, in a table of so many rows.
     with_ids: bool = False
     id_rows: int = 1_000_000
+    # Whether the model conditions hidden states.
+    conditioned: bool = False
     # In steps that train; the gate sees none.
     dropout: float = DROPOUT
     dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32, torch.bfloat16)
@@ -75,7 +79,7 @@ class TrainingStep(Workload):
         return "published", *half, "compiled", "plain", *on_cuda(self.device, "ours-eager"), "ours"
 
     def optional(self) -> tuple[str, ...]:
-        return "ours-uncounted", "ours-ids"
+        return "ours-uncounted", "ours-conditioned", "ours-ids"
 
     def baselines(self) -> tuple[str, ...]:
         return self.variants()[:-1]
@@ -124,6 +128,8 @@ class TrainingStep(Workload):
         if name == "ours-ids":
             # Their table is zero where it is judged, so that it has to give what steps without give.
             return replace(self._changed(with_ids=True).build("ours"), name=name)
+        if name == "ours-conditioned":
+            return replace(self._changed(conditioned=True).build("ours"), name=name)
         raise ValueError(f"{self.operator} has no variant {name!r}")
 
     def work(self) -> Mapping[str, Work]:
@@ -203,7 +209,12 @@ class TrainingStep(Workload):
 
     def _recommender(self, *, ids: bool = False) -> Recommender:
         dim, rank, experts = (self.sizes[letter] for letter in "DRE")
-        items = XSMoE(self.modalities, dim, LEVELS, rank, OUT_DIM, experts, ids=ids)
+        condition: Condition = "whiten" if self.conditioned else "none"
+        items = XSMoE(self.modalities, dim, LEVELS, rank, OUT_DIM, experts, condition=condition, ids=ids)
+        for conditioning in items.conditions().values():
+            # The time of a step does not depend on the statistics: these keep all bits, so that results are the same.
+            for level in conditioning.levels:
+                level.varying, level.mean, level.factor = torch.ones(dim).bool(), torch.zeros(dim), torch.eye(dim)
         for _, _, bank in items.banks():
             # As large as trained ones, so that none goes unnoticed.
             down, up = (scale * torch.randn(experts, rank, dim) for scale in (dim**-0.5, rank**-0.5))
@@ -235,9 +246,12 @@ class TrainingStep(Workload):
     def _step(self, *, captured: bool = False) -> OurStep:
         model = self._recommender(ids=self.with_ids)
         table = {ID_TABLE: torch.zeros(self.id_rows, OUT_DIM)} if self.with_ids else {}
-        model.load_state_dict(self.weights | table)
+        model.load_state_dict(model.state_dict() | self.weights | table)
+        features: ItemFeatures = self.store
+        if self.conditioned:
+            features = ConditionedFeatures(self.store, model.items)
         room = Capacity(self.sizes["B"], PLACES - 1) if captured else None
-        ours = OurStep(model.to(self.device), self.store, self.share, replace(self.config, graph=captured), room)
+        ours = OurStep(model.to(self.device), features, self.share, replace(self.config, graph=captured), room)
         if not self.counted:
             for _, _, bank in model.items.banks():
                 # Which changes nothing else: a bank has no dropout.

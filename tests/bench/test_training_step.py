@@ -202,6 +202,29 @@ def test_a_step_with_ids_is_held_to_all_else_and_trains_them(graphs: bool, monke
     assert examine(workload, "ours-ids", rows, truth).row.status == "refused"
 
 
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_step_on_conditioned_hidden_states_is_the_same_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingStep, "dropout", 0.0)
+    workload = tiny(name)
+    rows = Rows(workload)
+    row = examine(workload, "ours-conditioned", rows, Truth(workload, rows.get(0, None))).row
+    assert (row.status, row.remark) == ("measured", None), row.reason
+    placed: list[Any] = []
+    whole = training_step.ConditionedFeatures
+    monkeypatch.setattr(
+        training_step, "ConditionedFeatures", lambda *given: (placed.append(whole(*given)), placed[-1])[1]
+    )
+    variants = [workload.build(kind) for kind in ("ours", "ours-conditioned")]
+    assert len(placed) == 1
+    monkeypatch.setattr(whole, "hidden", None)
+    drawn = rows.get(0, None)
+    for variant in variants:
+        assert variant.whole is not None
+        variant.whole(drawn)
+    first, second = (variant.forward(drawn)["y"] for variant in variants)
+    assert torch.equal(first, second)
+
+
 def test_what_is_timed_is_the_whole_step() -> None:
     case = measure(tiny("mean"), ["published", "ours"], ["published"], seconds=0.01)
     assert [list(row.passes) for row in case.rows] == [["both"], ["both"]]

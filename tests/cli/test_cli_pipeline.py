@@ -10,8 +10,10 @@ import pyarrow.parquet
 import pytest
 from cli_helpers import Place, run, succeed, train_arguments
 
+from xsmoe.app.trained import TrainedRun
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.stream import StreamingTrainer
+from xsmoe.stream.conditioned import ConditionedFeatures
 from xsmoe.stream.folder import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_plot")
@@ -71,6 +73,15 @@ def test_recommend_leaves_out_what_the_user_has_met(trained: Place) -> None:
         row["item"]: row["text"] for row in pyarrow.parquet.read_table(trained.dataset / "items.parquet").to_pylist()
     }
     assert texts[recommended[0]] in out
+
+
+def test_recommend_conditions_hidden_states(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = TrainedRun.load(trained.run)
+    assert found.model.items.conditioned() == found.config.modalities
+    assert isinstance(found.features(), ConditionedFeatures)
+    shown = succeed("recommend", trained.run, "u7")
+    monkeypatch.setattr(TrainedRun, "features", lambda run: run.store)
+    assert succeed("recommend", trained.run, "u7") != shown
 
 
 def test_recommend_says_so_when_few_items_are_left(trained: Place) -> None:

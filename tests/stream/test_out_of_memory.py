@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from xsmoe.shortage import allocated, is_shortage, requested
-from xsmoe.stream import OutOfMemory, Stream, StreamConfig, StreamingTrainer, epoch, testing, trainer
+from xsmoe.stream import OutOfMemory, Stream, StreamConfig, StreamingTrainer, epoch, placement, testing, trainer
 from xsmoe.stream.folder import read_metrics
 from xsmoe.stream.out_of_memory import GIB, Taken, advice, fitting_batch
 
@@ -97,7 +97,7 @@ def test_hidden_states_that_do_not_fit_are_explained_and_those_on_the_device_can
 ) -> None:
     short = torch.OutOfMemoryError(SAID)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "place", failing(trainer.place, 0, short))
+        patch.setattr(placement, "place", failing(placement.place, 0, short))
         with pytest.raises(
             OutOfMemory, match=r"hidden states do not fit .* --store-gib \(here 1.0\) .* --store-gib 0 "
         ):

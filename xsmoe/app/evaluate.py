@@ -49,7 +49,7 @@ def evaluate(folder: Path, interactions: Path | None, device: str | None, displa
         )
     display.say(f"The model after window {len(run.windows) - 1}, tested on {len(stream.windows[0])} interactions:")
     with display.working("Ranking all items for every user"):
-        tested = evaluate_window(run.model, run.store, splits, run.memory(), run.stream)
+        tested = evaluate_window(run.model, run.features(), splits, run.memory(), run.stream)
     compared = results.compare([tested])
     display.lines(tables.aligned(tables.comparison_rows(compared)))
     cold = tested["cold"]

@@ -67,7 +67,7 @@ def _best(
 ) -> tuple[list[float], list[int]]:
     """Scores and places among the candidates of the items that score highest; place -1 where there are too few."""
     device = torch.device(run.stream.device)
-    embeddings = embed_items(run.model, run.store, candidates, device)
+    embeddings = embed_items(run.model, run.features(), candidates, device)
     places = torch.from_numpy(np.searchsorted(candidates, inputs)).to(device)
     met = torch.from_numpy(np.searchsorted(candidates, seen)).to(device)
     bounds = [torch.tensor([0, len(values)], device=device) for values in (places, met)]

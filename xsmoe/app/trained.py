@@ -8,9 +8,10 @@ import numpy as np
 
 from xsmoe.app.runs import MODEL, RunConfig, check_device, read_users
 from xsmoe.data import Window
-from xsmoe.encoders import HiddenStateStore
+from xsmoe.encoders import HiddenStateStore, ItemFeatures
 from xsmoe.nn import Recommender
 from xsmoe.stream import StreamConfig
+from xsmoe.stream.conditioned import conditioned
 from xsmoe.stream.folder import read_metrics, read_window
 from xsmoe.stream.memory import StreamMemory
 
@@ -23,7 +24,7 @@ class TrainedRun:
         folder, config: of the run.
         stream: its settings, on the device asked for.
         model: after its last whole window, on that device, in evaluation mode.
-        store: the items' hidden states.
+        store: the items' hidden states, not conditioned.
         users: the user that each integer stands for.
         windows: those the model was trained on.
     """
@@ -65,6 +66,10 @@ class TrainedRun:
             users=read_users(folder, windows),
             windows=windows,
         )
+
+    def features(self) -> ItemFeatures:
+        """The items' hidden states as the model takes them: conditioned when they are asked for."""
+        return conditioned(self.store, self.model.items)
 
     def memory(self) -> StreamMemory:
         """What the windows have shown, as training sees it."""

@@ -182,6 +182,8 @@ class HiddenStateStore:
         item_ids: Sequence[str] | np.ndarray,
         hidden: Mapping[str, np.ndarray | Tensor | Sequence[Tensor]],
         present: Mapping[str, np.ndarray] | None = None,
+        *,
+        allow_bare: bool = False,
     ) -> None:
         """Adds items behind those that are there: all of them or, if it is interrupted at any moment, none.
 
@@ -190,6 +192,7 @@ class HiddenStateStore:
             hidden: per modality (N, levels, D), or a sequence of levels, each (N, D) or (1, D). All N items lack a
                 modality that is left out.
             present: per modality (N,) bool, False where an item lacks it; default all True.
+            allow_bare: whether an item may lack every modality.
 
         Raises:
             TypeError: an id that is not a string.
@@ -200,7 +203,7 @@ class HiddenStateStore:
         self._check_new(item_ids)
         ids = np.empty(len(item_ids), dtype=object)
         ids[:] = [str(item) for item in item_ids]
-        rows, masks = self._checked(len(ids), hidden, present or {})
+        rows, masks = self._checked(len(ids), hidden, present or {}, allow_bare)
         if not len(ids):
             return
         with write_lock(self._folder):
@@ -265,6 +268,7 @@ class HiddenStateStore:
         count: int,
         hidden: Mapping[str, np.ndarray | Tensor | Sequence[Tensor]],
         present: Mapping[str, np.ndarray],
+        allow_bare: bool,
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         features.select_modalities([*hidden, *present], self.modalities)
         rows, masks = {}, {}
@@ -277,7 +281,7 @@ class HiddenStateStore:
             given = hidden.get(name, torch.zeros(()).expand(count, len(spec.levels), spec.dim))
             rows[name], masks[name] = as_bits(name, spec, given, mask), mask
         bare = ~np.logical_or.reduce(list(masks.values()))
-        if bare.any():
+        if bare.any() and not allow_bare:
             raise ValueError(f"the item in row {int(np.flatnonzero(bare)[0])} has no modality at all; leave it out")
         return rows, masks
 

@@ -1,19 +1,18 @@
 """The item encoder: a side network for every modality, and one projection to the item embedding."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from xsmoe.nn.conditioning import Condition, Conditioning, NotFinite, apply
 from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned
 from xsmoe.nn.item_ids import ItemIds
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
 from xsmoe.nn.side_network import Hidden, SideMoE, climb
 from xsmoe_kernels import checks
-
-Condition = Literal["none", "standardize", "whiten"]
 
 
 class XSMoE(Pretrained):
@@ -27,7 +26,7 @@ class XSMoE(Pretrained):
         out_dim: width of the item embedding.
         num_experts: experts at the start, one number or one for every side level.
         top_k: route each row to its k best experts only; None mixes all (as published).
-        condition: how hidden states are conditioned before they go in.
+        condition: how `condition` prepares hidden states, see `Conditioning`: "none", "standardize" or "whiten".
         ids: whether each item has an embedding of its own, added to the projected content (`ItemIds`). It begins
             without rows: `grow_ids` adds them. Its gradient is sparse, so that `torch.optim.Adam` refuses it: train
             with `LazyAdam`, or give the table, `ids.weight`, to `torch.optim.SparseAdam`.
@@ -75,6 +74,10 @@ class XSMoE(Pretrained):
                 for name, width in self.dims.items()
             }
         )
+        conditioned = {} if condition == "none" else self.dims
+        self.conditioning = nn.ModuleDict(
+            {name: Conditioning(condition, width, self.num_levels + 1) for name, width in conditioned.items()}
+        )
         self.projection = nn.Linear(sum(self.dims.values()), self.out_dim)
         self.ids = ItemIds(self.out_dim) if ids else None
 
@@ -100,13 +103,62 @@ class XSMoE(Pretrained):
             for level, bank in enumerate(side.levels()):
                 yield modality, level, bank
 
+    def conditions(self) -> dict[str, Conditioning]:
+        """The conditioning of every modality; empty where `condition` is "none"."""
+        return {name: module for name, module in self.conditioning.items() if isinstance(module, Conditioning)}
+
+    def conditioned(self) -> tuple[str, ...]:
+        """The modalities whose conditioning is fitted."""
+        return tuple(name for name, module in self.conditions().items() if module.fitted)
+
+    def condition(self, modality: str, levels: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
+        """Condition hidden states, as `forward` takes them.
+
+        Computes in float32 and rounds once. Rows pass unchanged where `condition` is "none", and until the modality is
+        fitted (`xsmoe.stream.conditioned.fit_conditions`). On a GPU this synchronizes.
+
+        Args:
+            modality: whose hidden states they are.
+            levels: levels + 1 tensors, each (N, D) or (1, D), floating.
+            present: (N,) bool, False where an item lacks the modality; its rows become zeros. None: all items have it.
+
+        Returns:
+            The levels in their shapes and dtypes.
+
+        Raises:
+            TypeError, ValueError: a modality, levels or `present` that do not fit; a row that is not finite, or that
+                exceeds its dtype once it is conditioned.
+        """
+        if modality not in self.dims:
+            raise ValueError(f"modality must be one of {self.modalities}, not {modality!r}")
+        rows = [
+            checks.floating(f"levels[{place}]", level, "N", self.dims[modality]) for place, level in enumerate(levels)
+        ]
+        if len(rows) != self.num_levels + 1:
+            raise ValueError(f"levels must be {self.num_levels + 1} tensors, not {len(rows)}")
+        count = max(map(len, rows))
+        if unfit := [len(level) for level in rows if len(level) not in (1, count)]:
+            raise ValueError(f"levels must have {count} rows each, or 1 that all items share, not {unfit[0]}")
+        if present is not None:
+            checks.tensor("present", present, count)
+            if present.dtype != torch.bool:
+                raise TypeError(f"present must be bool, not {present.dtype}")
+        conditioning = self.conditions().get(modality)
+        if conditioning is None or not conditioning.fitted:
+            return rows
+        try:
+            return apply(conditioning.transforms(rows[-1].device), rows, present)
+        except NotFinite as error:
+            raise ValueError(f"{modality}, {error}") from error
+
     def forward(
         self, hidden: Mapping[str, Hidden], *, row_weight: Tensor | None = None, ids: Tensor | None = None
     ) -> Tensor:
         """Encodes N items.
 
         Args:
-            hidden: for every modality (N, levels + 1, D), or a sequence of levels, each (N, D) or (1, D).
+            hidden: for every modality (N, levels + 1, D), or a sequence of levels, each (N, D) or (1, D); rows that
+                `condition` has conditioned.
             row_weight: (N,), how often each item counts in the utilization; default once.
             ids: (N,) int64, each item's row of the ID table, -1 for none; None encodes content only.
 

@@ -43,7 +43,7 @@ class Recommender(Pretrained):
         Each distinct item is encoded once and counts in the utilization as often as it stands in the batch.
 
         Args:
-            hidden: the hidden states of `batch.items`, as `XSMoE.forward` takes them.
+            hidden: the conditioned hidden states of `batch.items`, as `XSMoE.forward` takes them.
             batch: see `Batch`; its `ids` need a model with IDs.
 
         Returns:
@@ -65,6 +65,10 @@ class Recommender(Pretrained):
                 counts=batch.counts,
             )
             return loss if batch.factor is None else loss * batch.factor
+
+    def condition(self, modality: str, levels: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
+        """Condition hidden states, see `XSMoE.condition`."""
+        return self.items.condition(modality, levels, present)
 
     def queries(self, embeddings: Tensor, offsets: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
         """The query of every sequence after its last item.

@@ -5,11 +5,13 @@ from torch import Tensor
 
 from xsmoe.nn import Recommender
 from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.saved_conditions import split_state
 
 
 def snapshot(model: Recommender) -> dict[str, Tensor]:
-    """A copy of all that a model's state dict holds."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """A copy of all that a model's state dict holds, less the conditioning, which no epoch changes."""
+    weights, _ = split_state(model)
+    return {name: value.detach().clone() for name, value in weights.items()}
 
 
 @torch.no_grad()
@@ -19,7 +21,8 @@ def restore(model: Recommender, best: dict[str, Tensor], *, counters: bool) -> N
         (bank.utilization, bank.utilization.norm.clone(), bank.utilization.gate.clone())
         for _, _, bank in model.items.banks()
     ]
-    model.load_state_dict(best)
+    _, conditions = split_state(model)
+    model.load_state_dict({**best, **conditions})
     if not counters:
         for utilization, norm, gate in kept:
             utilization.norm.copy_(norm)

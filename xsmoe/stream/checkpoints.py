@@ -39,12 +39,8 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk is full or cannot be written; the checkpoints before it are untouched.
         """
-        buffer = io.BytesIO()
-        torch.save(payload, buffer)
-        content = buffer.getvalue()
         paths = self._paths()
-        path = self.folder / f"{int(paths[-1].stem) + 1 if paths else 0:06d}.ckpt"
-        write_atomically(path, MAGIC + hashlib.sha256(content).digest() + content)
+        path = write_payload(payload, self.folder / f"{int(paths[-1].stem) + 1 if paths else 0:06d}.ckpt")
         for old in [*paths, path][:-KEPT]:
             old.unlink(missing_ok=True)
         return path
@@ -61,7 +57,7 @@ class Checkpoints:
         damaged: dict[Path, CheckpointError] = {}
         for path in reversed(self._paths()):
             try:
-                payload = _read(path)
+                payload = read_payload(path)
             except CheckpointError as error:
                 damaged[path] = error
                 continue
@@ -92,7 +88,26 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def write_payload(payload: dict[str, Any], path: Path) -> Path:
+    """Write tensors and plain values, nested in dicts and lists, and their digest in one step.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; what stood at `path` still stands there.
+    """
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    content = buffer.getvalue()
+    write_atomically(path, MAGIC + hashlib.sha256(content).digest() + content)
+    return path
+
+
+def read_payload(path: Path) -> dict[str, Any]:
+    """Read what `write_payload` wrote, checked by its digest.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        OSError: it cannot be read.
+    """
     content = path.read_bytes()
     start = len(MAGIC) + DIGEST_SIZE
     if not content.startswith(MAGIC):

@@ -112,7 +112,8 @@ class StreamConfig:
         graph: whether training steps on CUDA are captured as CUDA graphs. They then draw other dropout masks than
             without, because their batches are padded. Off until a GPU has tried it.
         store_gib: how much of the device's memory the items' hidden states may take; where they take more, and with 0,
-            every step copies its rows from the host. None allows a quarter of what is free on CUDA, and 0 on a CPU.
+            every step copies its rows from the host, conditioned ones from a copy on disk. None allows a quarter of
+            what is free on CUDA; on a CPU a quarter of the available memory where the model conditions, else 0.
             Results do not depend on it, and it may change while a run goes on.
     """
 

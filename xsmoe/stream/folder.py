@@ -13,6 +13,7 @@ import numpy as np
 
 from xsmoe.data import Window
 from xsmoe.stream.checkpoints import CheckpointError, Checkpoints, write_atomically
+from xsmoe.stream.saved_conditions import SavedConditions
 
 WINDOWS = "windows"
 
@@ -27,6 +28,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
+        self.conditions = SavedConditions(path / "checkpoints")
         self._windows = path / WINDOWS
         self._windows.mkdir(exist_ok=True)
         self._metrics = path / "metrics.jsonl"

@@ -29,7 +29,7 @@ def placing_memory(config: StreamConfig) -> Iterator[None]:
         allowed = "its default" if config.store_gib is None else config.store_gib
         raise OutOfMemory(
             f"the items' hidden states do not fit into the memory of {config.device} ({said(error)}), although "
-            f"--store-gib (here {allowed}) allows what they take: --store-gib 0 leaves them on the host. {_KEPT}"
+            f"--store-gib (here {allowed}) allows what they take: --store-gib 0 leaves them {_elsewhere(config)}. {_KEPT}"
         ) from error
 
 
@@ -86,7 +86,7 @@ def ranking_memory(config: StreamConfig, what: str, *, resident: bool) -> Iterat
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
-        store = f"use {_STORE}, " if resident else ""
+        store = f"use {_store(config)}, " if resident else ""
         raise OutOfMemory(
             f"{what} does not fit into the memory of {config.device} ({said(error)}). It takes items and users in "
             f"chunks of a fixed size, so that neither --batch-size (here {config.batch_size}) nor --precision changes "
@@ -94,7 +94,14 @@ def ranking_memory(config: StreamConfig, what: str, *, resident: bool) -> Iterat
         ) from error
 
 
-_STORE = "--store-gib 0, which leaves the items' hidden states on the host"
+def _store(config: StreamConfig) -> str:
+    return f"--store-gib 0, which leaves the items' hidden states {_elsewhere(config)}"
+
+
+def _elsewhere(config: StreamConfig) -> str:
+    return "on the host" if torch.device(config.device).type == "cuda" else "on disk"
+
+
 _KEPT = (
     "Everything saved so far is intact: the same command goes on from there once there is room, with another "
     "--store-gib or on another GPU too. Other settings need a run of their own."
@@ -114,7 +121,7 @@ def advice(config: StreamConfig, taken: Taken | None, *, users: int, resident: b
     if config.precision == "float32" and torch.device(config.device).type == "cuda":
         others += ", or --precision bfloat16, which halves activations"
     if resident:
-        others += f", or {_STORE}"
+        others += f", or {_store(config)}"
     if users <= 1:
         return f"No smaller batch is left: use a device with more memory{others}."
     if taken is None:

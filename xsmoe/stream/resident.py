@@ -8,12 +8,15 @@ from torch import Tensor
 
 from xsmoe.encoders import ItemFeatures
 from xsmoe.encoders.features import row_indices, select_modalities
+from xsmoe.stream.conditioned import ConditionedFeatures
 from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.resources import available_memory
 
 GIB = 1 << 30
 ITEMS_A_CHUNK = 4096
 SHARE_OF_FREE = 0.25
-"""Of the device's free memory, what the hidden states may take unless the user says otherwise."""
+"""Of the device's free memory, what the hidden states may take unless the user says otherwise. On a CPU this holds for
+conditioned hidden states only: others are in the memory of the host already, as far as they are used."""
 
 
 class ResidentFeatures:
@@ -31,7 +34,7 @@ class ResidentFeatures:
         self._features, self._device = features, device
         self._modalities = select_modalities(modalities, features.modalities)
         self._num_items = features.num_items
-        self._constant = {name: _constant_levels(features, name) for name in self._modalities}
+        self._constant = {name: constant_levels(features, name) for name in self._modalities}
         self._complete = {name: bool(features.present(name).all()) for name in self._modalities}
         self._present = {
             name: torch.from_numpy(np.array(features.present(name))).to(device) for name in self._modalities
@@ -127,16 +130,19 @@ def place(features: ItemFeatures, modalities: Sequence[str], config: StreamConfi
         config: the device, and how much of its memory they may take.
     """
     device = torch.device(config.device)
-    allowed = _allowed(config, device)
+    conditioned = isinstance(features, ConditionedFeatures)
+    allowed = _allowed(config, device, conditioned)
     if not allowed:
         return features, None
     needed = resident_bytes(features, modalities)
     if needed <= allowed:
         return ResidentFeatures(features, modalities, device), None
-    origin = "store_gib" if config.store_gib is not None else f"a quarter of what is free on {device} (store_gib)"
+    free = "free" if device.type == "cuda" else "available"
+    origin = "store_gib" if config.store_gib is not None else f"a quarter of what is {free} on {device} (store_gib)"
+    instead = "conditioned rows are kept on disk, and " if conditioned else ""
     return features, (
-        f"the items' hidden states take {needed / GIB:.2f} GiB and {origin} allows {allowed / GIB:.2f}: every step "
-        "copies its rows from the host"
+        f"the items' hidden states take {needed / GIB:.2f} GiB and {origin} allows {allowed / GIB:.2f}: {instead}every "
+        "step copies its rows from the host"
     )
 
 
@@ -144,20 +150,21 @@ def resident_bytes(features: ItemFeatures, modalities: Sequence[str]) -> int:
     """What the items' hidden states take on a device."""
     total = 0
     for name in modalities:
-        constant = len(_constant_levels(features, name))
+        constant = len(constant_levels(features, name))
         rows = (features.num_levels - constant) * features.num_items + constant
         total += rows * features.dims[name] * features.dtypes[name].itemsize
     return total
 
 
-def _allowed(config: StreamConfig, device: torch.device) -> int:
+def _allowed(config: StreamConfig, device: torch.device, conditioned: bool) -> int:
     if config.store_gib is not None:
         return int(config.store_gib * GIB)
-    # A store is in the memory of the host already, as far as it is used.
-    return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE) if device.type == "cuda" else 0
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE)
+    return int(available_memory() * SHARE_OF_FREE) if conditioned else 0
 
 
-def _constant_levels(features: ItemFeatures, modality: str) -> dict[int, Tensor]:
+def constant_levels(features: ItemFeatures, modality: str) -> dict[int, Tensor]:
     """The levels whose row all items share, (1, D) each, by their place."""
     having = np.flatnonzero(features.present(modality))
     if not len(having):

@@ -1,8 +1,10 @@
-"""Wall time and peak memory of a stretch of work."""
+"""Wall time and peak memory of a stretch of work, and the memory that is available."""
 
+import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -29,3 +31,15 @@ class Stopwatch:
         # Linux reports kilobytes, macOS bytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {"seconds": time.perf_counter() - self._start, "peak_rss_mib": peak / MIB, **reading}
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that new allocations can have without swapping, a control group's limit included."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found = [int(fields["MemAvailable"].split()[0]) * 1024]
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        found.append(int(limit) - int((group / "memory.current").read_text()))
+    return max(0, min(found))

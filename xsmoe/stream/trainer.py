@@ -17,6 +17,7 @@ from xsmoe.stream.average import assign, averaged
 from xsmoe.stream.best_epoch import restore, snapshot, why_last
 from xsmoe.stream.captured import WITHOUT, CapturedSteps, refusal, wanted
 from xsmoe.stream.checkpoints import CheckpointError
+from xsmoe.stream.conditioned import fit_window
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
@@ -25,11 +26,13 @@ from xsmoe.stream.growth import grow, grow_ids, shares
 from xsmoe.stream.identity import identity, require_same
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
-from xsmoe.stream.out_of_memory import placing_memory, ranking_memory, training_memory
+from xsmoe.stream.out_of_memory import ranking_memory, training_memory
+from xsmoe.stream.placement import Placement
 from xsmoe.stream.precision import LossScaler, autocast_dtype, loss_scaler
 from xsmoe.stream.progress import Progress
-from xsmoe.stream.resident import ResidentFeatures, place
+from xsmoe.stream.resident import ResidentFeatures
 from xsmoe.stream.resources import Stopwatch
+from xsmoe.stream.saved_conditions import split_state
 from xsmoe.stream.source import Stream
 from xsmoe.stream.testing import evaluate_window
 
@@ -75,7 +78,7 @@ class StreamingTrainer:
         self._tell = listener or (lambda event, fields: None)
         self._unusable: str | None = None
         self._without_graphs = refusal(self.config)
-        self._placed: ItemFeatures | None = None
+        self._placement = Placement(self.config, None if folder is None else Path(folder) / "conditioned")
         self._best: dict[str, Tensor] | None = None
         self._average: dict[str, Tensor] | None = None
         self._optimizer_state: dict[str, Any] | None = None
@@ -113,6 +116,7 @@ class StreamingTrainer:
     def close(self) -> None:
         """Lets go of the run's folder; the trainer takes no more windows."""
         self._unusable = "it was closed"
+        self._placement.close()
         if self._folder is not None:
             self._folder.close()
 
@@ -123,15 +127,11 @@ class StreamingTrainer:
 
     @property
     def features(self) -> ItemFeatures:
-        """The items' hidden states, on the device if they fit there."""
-        if self._placed is None or self._placed.num_items != self.stream.features.num_items:
-            # Those of before need not lie there beside them.
-            self._placed = None
-            with placing_memory(self.config):
-                self._placed, message = place(self.stream.features, self.model.items.modalities, self.config)
-            if message is not None:
-                self._warn(message)
-        return self._placed
+        """The items' hidden states as the model takes them, on the device if they fit there."""
+        placed, message = self._placement.of(self.stream.features, self.model.items)
+        if message is not None:
+            self._warn(message)
+        return placed
 
     def fit(self) -> list[dict[str, Any]]:
         """Takes all windows of the stream, those that the run has taken before excepted.
@@ -187,6 +187,7 @@ class StreamingTrainer:
             grow_ids(self.model.items, self.stream.features.num_items)
             self.progress = Progress([*self.progress.digests, digest], epoch=0, steps=self.progress.steps)
             self._best = self._average = self._optimizer_state = self._scaler_state = None
+            fit_window(self.model.items, self.stream.features, splits, number, self._warn)
             self._checkpoint()
         line = self._train(number, window, splits)
         self._unusable = None
@@ -403,11 +404,13 @@ class StreamingTrainer:
     def _checkpoint(self) -> None:
         if self._folder is None:
             return
+        weights, _ = split_state(self.model)
         self._folder.checkpoints.save(
             {
                 **self._identity,
                 "progress": asdict(self.progress),
-                "model": self.model.state_dict(),
+                "model": weights,
+                "conditions": self._folder.conditions.save(self.model),
                 "best": self._best,
                 "average": self._average,
                 "optimizer": self._optimizer_state,
@@ -424,7 +427,7 @@ class StreamingTrainer:
             return
         path, state = found
         require_same(folder.path, state, self.config, self.model, self.stream.features)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict({**state["model"], **folder.conditions.load(state.get("conditions"))})
         self.progress = Progress(**state["progress"])
         self._best, self._optimizer_state = state["best"], state["optimizer"]
         # Checkpoints of earlier versions have neither.

@@ -1,0 +1,202 @@
+"""Conditioned hidden states: the fit on a window's items, and features whose rows the model has conditioned."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xsmoe.data import WindowSplits
+from xsmoe.encoders import HiddenStateStore, ItemFeatures
+from xsmoe.encoders.features import row_indices, select_modalities
+from xsmoe.nn import XSMoE
+from xsmoe.nn.conditioning import BLOCK, NotFinite, Transform, finish
+
+ITEMS_A_CHUNK = 4096
+CPU = torch.device("cpu")
+ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes that conditioned rows keep; others become float32, in which they are computed."""
+
+
+def fit_conditions(items: XSMoE, features: ItemFeatures, rows: np.ndarray) -> tuple[str, ...]:
+    """Fit the conditioning of every modality that is not fitted yet and that at least two of the items have.
+
+    Args:
+        items: changed in place; what is fitted already stays as it is.
+        features: the items' hidden states, not conditioned.
+        rows: (N,) integers, the items to fit to; they may repeat, and each counts once.
+
+    Returns:
+        The modalities that were fitted.
+
+    Raises:
+        ValueError: hidden states that are not finite.
+    """
+    distinct = np.unique(rows)
+    fitted = []
+    for name, conditioning in items.conditions().items():
+        having = distinct[features.present(name)[distinct]]
+        if conditioning.fitted or len(having) < 2:
+            continue
+        try:
+            conditioning.fit(_chunks(features, name, having), features.dtypes[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        fitted.append(name)
+    return tuple(fitted)
+
+
+def fit_window(
+    items: XSMoE, features: ItemFeatures, splits: WindowSplits, window: int, warn: Callable[[str], None]
+) -> None:
+    """Fit what is not fitted yet to the items of a window's training split, and say what is still not.
+
+    A window that nobody is trained on fits nothing.
+
+    Args:
+        items, features: as for `fit_conditions`.
+        splits: of the window that is about to be trained on.
+        window: its place in the stream.
+        warn: told of modalities that fewer than two of the items have.
+
+    Raises:
+        ValueError: hidden states that are not finite.
+    """
+    if not len(splits.train):
+        return
+    fit_conditions(items, features, splits.train_pairs[1])
+    if unfitted := [name for name in items.conditions() if name not in items.conditioned()]:
+        warn(
+            f"window {window} trains on unconditioned hidden states of {', '.join(unfitted)}: fewer than 2 of its "
+            "training items have them"
+        )
+
+
+def _chunks(features: ItemFeatures, modality: str, rows: np.ndarray) -> Iterator[tuple[list[Tensor], int]]:
+    for start in range(0, len(rows), ITEMS_A_CHUNK):
+        some = rows[start : start + ITEMS_A_CHUNK]
+        yield features.hidden(some, [modality], dtype=features.dtypes[modality])[modality], len(some)
+
+
+def conditioned(features: ItemFeatures, items: XSMoE) -> ItemFeatures:
+    """The features as the item encoder takes them: conditioned as far as it is fitted."""
+    return ConditionedFeatures(features, items) if items.conditioned() else features
+
+
+class ConditionedFeatures:
+    """`ItemFeatures` whose rows are conditioned when they are asked for.
+
+    A row has the same bits whichever rows it is asked for with, and on whatever device the model lies: the product is
+    computed on the CPU, in blocks in which every item has a fixed place.
+
+    Args:
+        features: the items' hidden states, not conditioned.
+        items: the item encoder. Fits that come later are not followed.
+
+    Raises:
+        ValueError: the features lack a modality of the encoder, or have another width or number of levels.
+    """
+
+    def __init__(self, features: ItemFeatures, items: XSMoE) -> None:
+        self._features = features
+        self._modalities = select_modalities(items.modalities, features.modalities)
+        widths = {name: features.dims[name] for name in self._modalities}
+        if widths != items.dims or features.num_levels != items.num_levels + 1:
+            raise ValueError(
+                f"features have widths {widths} and {features.num_levels} levels, but the item encoder takes "
+                f"{items.dims} and {items.num_levels + 1}; use the hidden states that it was built for"
+            )
+        self._transforms = {
+            name: module.transforms(CPU) for name, module in items.conditions().items() if module.fitted
+        }
+
+    @property
+    def source(self) -> ItemFeatures:
+        """The features that are conditioned."""
+        return self._features
+
+    @property
+    def num_items(self) -> int:
+        return self._features.num_items
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self._modalities
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {name: self._features.dims[name] for name in self._modalities}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        given = {name: self._features.dtypes[name] for name in self._modalities}
+        return {name: dtype if dtype in ROUNDED else torch.float32 for name, dtype in given.items()}
+
+    @property
+    def num_levels(self) -> int:
+        return self._features.num_levels
+
+    def present(self, modality: str) -> np.ndarray:
+        select_modalities([modality], self._modalities)
+        return self._features.present(modality)
+
+    def hidden(
+        self, items: np.ndarray | Tensor, modalities: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> dict[str, list[Tensor]]:
+        """As `ItemFeatures.hidden` says; rounded once to the dtype of the features, then cast to `dtype`.
+
+        Raises:
+            ValueError: also where a conditioned row is not finite; the message names the item and the modality.
+        """
+        rows = row_indices(items, self.num_items)
+        names = select_modalities(modalities, self._modalities)
+        places = torch.from_numpy(_places(rows))
+        hidden = {}
+        for name in names:
+            kept = self.dtypes[name]
+            levels = self._features.hidden(rows, [name], dtype=kept)[name]
+            present = torch.from_numpy(self._features.present(name)[rows])
+            for place, transform in enumerate(self._transforms.get(name, ())):
+                levels[place] = self._level(name, place, transform, levels[place], present, rows, places)
+            hidden[name] = [level.to(dtype) for level in levels]
+        return hidden
+
+    def _level(
+        self,
+        name: str,
+        place: int,
+        transform: Transform,
+        level: Tensor,
+        present: Tensor,
+        rows: np.ndarray,
+        places: Tensor,
+    ) -> Tensor:
+        changed = transform(level, places if len(level) == len(rows) else None)
+        try:
+            return finish(place, level, changed, present)
+        except NotFinite as error:
+            item = rows[error.row]
+            known = self._features
+            named = repr(known.item_ids[item]) if isinstance(known, HiddenStateStore) else item
+            raise ValueError(f"item {named}, {name}, level {place}: {error.reason}") from error
+
+    def fingerprint(self, num_items: int | None = None) -> str:
+        digest = hashlib.sha256(self._features.fingerprint(num_items).encode())
+        for name, transforms in sorted(self._transforms.items()):
+            digest.update(repr((name, self.dtypes[name])).encode())
+            for one in transforms:
+                for tensor in (one.columns, one.mean, one.factor):
+                    digest.update(repr(tuple(tensor.shape)).encode())
+                    digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _places(rows: np.ndarray) -> np.ndarray:
+    """Distinct places of rows: item i at a place that is i modulo `BLOCK`, in the first block where it is free."""
+    slots = rows % BLOCK
+    order = np.argsort(slots, kind="stable")
+    sorted_slots = slots[order]
+    block = np.empty(len(rows), dtype=np.int64)
+    block[order] = np.arange(len(rows)) - np.searchsorted(sorted_slots, sorted_slots)
+    return block * BLOCK + slots
