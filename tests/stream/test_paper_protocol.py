@@ -169,7 +169,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         (epoch, "train_step", step),
         (trainer, "train_epoch", train_epoch),
         (trainer, "rank_with_model", rank_with_model),
-        (testing, "rank_with_model", rank_with_model),
+        (testing, "rank_targets", rank_targets),
         (trainer, "grow", grow),
     ]
     for module, name, function in replacements:
