@@ -167,4 +167,3 @@ def _missing_some(ranks: Tensor, task: RankingTask) -> np.ndarray:
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
