@@ -129,7 +129,7 @@ def show_tests(tests: Sequence[Mapping[str, Any]], display: Display) -> None:
         display.lines(tables.aligned(tables.comparison_rows(compared)))
     if groups:
         display.say()
-        display.heading("All targets, by group, with and without the user's earlier items of the window as candidates")
+        display.heading("All targets: means by group, under both masks")
         display.lines(tables.aligned(tables.group_rows(groups)))
         display.say(tables.GROUPS_LEGEND, style="dim", wrap=True)
     style = "bold green" if verdict.verdict == "above" else "bold yellow"
