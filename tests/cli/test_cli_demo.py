@@ -27,7 +27,7 @@ def shown(folder: Path) -> str:
 def test_it_ends_with_a_comparison_and_says_where_the_report_is(folder: Path, shown: str) -> None:
     assert "All tests: 2 windows, 80 users tested" in shown
     assert re.search(r"HR@10 +\d+\.\d\d ± ", shown)
-    assert re.search(r"is (NOT )?above popularity by more than two standard errors", shown)
+    assert re.search(r"Verdict: (above|not_above)\. The model is (NOT )?above the strongest baseline", shown)
     assert f"Report: {folder / 'report' / 'report.html'}" in shown
     assert "\x1b" not in shown
     assert "\r" not in shown

@@ -12,6 +12,7 @@ from cli_helpers import Place, run, succeed, train_arguments
 
 from xsmoe.app.trained import TrainedRun
 from xsmoe.encoders import HiddenStateStore
+from xsmoe.report.verdict import judge
 from xsmoe.stream import StreamingTrainer
 from xsmoe.stream.conditioned import ConditionedFeatures
 from xsmoe.stream.folder import read_metrics
@@ -105,9 +106,23 @@ def test_evaluate_on_new_interactions_equals_the_test_that_an_update_makes(train
     assert "their items are not in the store" in out
     assert (place.run / "model" / "model.safetensors").read_bytes() == model
     assert (place.run / "metrics.jsonl").read_bytes() == metrics
+    last = succeed("evaluate", place.run, "--interactions", place.more, "--targets", "last")
     succeed("update", place.run, "--interactions", place.more)
     tested = [line for line in read_metrics(place.run) if line["kind"] == "test"][-1]
     assert f"{100 * tested['all']['NDCG@10']:.2f} ±" in out
+    assert f"Verdict: {judge([tested]).verdict}. {judge([tested])}" in out
+    assert tested["groups"]["seen"]["all"]["model"]["targets"] > tested["all"]["users"]
+    for shown, targets in (
+        (out, tested["groups"]["masked"]["all"]["model"]["targets"]),
+        (last, tested["all"]["users"]),
+    ):
+        assert re.search(rf"^all, masked +{targets} ", shown, re.MULTILINE)
+
+
+def test_evaluate_ranks_targets_of_new_interactions_only(trained: Place) -> None:
+    assert "--targets needs --interactions" in run("evaluate", trained.run, "--targets", "last").err
+    outcome = run("evaluate", trained.run, "--interactions", trained.more, "--targets", "first")
+    assert (outcome.code, "targets must be one of last, all" in outcome.err) == (2, True)
 
 
 def test_update_brings_in_users_items_and_a_window(trained: Place, copy_of: Copy) -> None:

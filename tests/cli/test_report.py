@@ -1,7 +1,9 @@
 """What a report says, and that it stands alone."""
 
+import html
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from cli_helpers import Place, succeed
 from PIL import Image
 
 from xsmoe.report import plots, results
+from xsmoe.report.verdict import judge
 from xsmoe.stream.folder import read_metrics
 from xsmoe.stream.metrics import per_user, summarize
 
-PLOTS = {"quality", "experts", "utilization", "cost", "training"}
+PLOTS = {"quality", "baselines", "experts", "utilization", "cost", "training"}
 VOID = {"meta", "img", "br", "link"}
 
 
@@ -56,7 +59,8 @@ def test_the_page_needs_nothing_but_itself(trained: Place) -> None:
     assert not re.search(r"url\(|@import|https?:", style)
     assert "<script" not in text
     said = " ".join(page.text)
-    for part in ("Against popularity", "Windows", "Growth", "Time and memory", "Settings", "Versions", "batch_size"):
+    sections = ("Against baselines", "Last items, against popularity", "Windows", "Growth", "Time and memory")
+    for part in (*sections, "Settings", "Versions", "batch_size"):
         assert part in said
     tests = [line for line in read_metrics(trained.run) if line["kind"] == "test"]
     assert f"{100 * tests[-1]['all']['HR@10']:.2f}" in said
@@ -71,6 +75,17 @@ def test_the_summary_holds_what_the_metrics_say(trained: Place) -> None:
     assert (summary["quality"][0]["metric"], summary["quality"][0]["users"]) == ("HR@10", sum(users))
     assert summary["quality"][0]["model"] == pytest.approx(mean)
     assert summary["settings"]["batch_size"] == 8
+    verdict = judge(tests)
+    for name in ("verdict", "baseline", "difference", "standard_error", "metric", "targets", "users"):
+        assert summary[name] == getattr(verdict, name)
+    assert str(verdict) in html.unescape((trained.run / "report" / "report.html").read_text())
+    parts = [line["groups"]["masked"]["new"] for line in tests]
+    counts = [part["model"]["targets"] for part in parts]
+    found = summary["groups"]["masked"]["new"]
+    assert found["targets"] == sum(counts) == summary["targets"]
+    for name in ("model", "decayed"):
+        hits = sum(n * part[name]["HR@10"] for n, part in zip(counts, parts, strict=True))
+        assert found[name]["HR@10"] == pytest.approx(hits / sum(counts))
     assert str(trained.root) not in json.dumps(summary)
 
 
@@ -91,7 +106,7 @@ def test_a_report_of_a_run_without_tests_yet(trained: Place, tmp_path: Path) -> 
     assert {plot.name for plot, _ in written} == {"cost", "training"}
     assert results.compare([]) == []
     assert results.cost(metrics) is None
-    assert "nothing can be said" in results.verdict([])
+    assert results.groups([]) == {}
 
 
 def ranked(model: list[float], all_time: list[float], last_window: list[float]) -> dict[str, Any]:
@@ -119,14 +134,23 @@ def test_the_comparison_is_with_the_better_baseline_user_by_user() -> None:
     assert found.lift_se == pytest.approx(variance**0.5)
 
 
-def test_a_model_that_is_no_better_is_called_that() -> None:
-    test = ranked([1, 50, 50, 50, 50, 1], [50, 1, 50, 50, 50, 50], [50, 50, 50, 50, 50, 50])
-    compared = results.compare([test])
-    assert not compared[0].clear
-    assert results.verdict(compared).startswith("The model is NOT above popularity by more than two standard errors")
-    better = results.compare([ranked([1] * 6, [50] * 6, [50, 50, 50, 50, 50, 1])])
-    assert all(found.clear for found in better)
-    assert results.verdict(better).startswith("The model is above popularity")
+def test_lines_of_an_earlier_version_are_shown_and_reported(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+    place = copy_of(trained)
+    file = place.run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    later = ("targets", "half_life", "groups", "by_user")
+    file.write_text("".join(json.dumps({n: v for n, v in ln.items() if n not in later}) + "\n" for ln in lines))
+    out = succeed("evaluate", place.run)
+    assert "Verdict: unknown. Nothing can be said about quality: the tests were recorded by a version" in out
+    assert re.search(r"HR@10 +\d+\.\d\d ± ", out)
+    succeed("report", place.run)
+    summary = json.loads((place.run / "report" / "summary.json").read_text())
+    assert (summary["verdict"], summary["baseline"], summary["difference"]) == ("unknown", None, None)
+    assert "version that ranked last targets only" in summary["reason"]
+    assert summary["quality"][0]["users"] > 0
+    assert summary["groups"] == {}
+    assert "Against baselines" not in (place.run / "report" / "report.html").read_text()
+    assert not (place.run / "report" / "baselines.png").exists()
 
 
 def test_experts_keep_their_identity_when_others_are_dropped() -> None:

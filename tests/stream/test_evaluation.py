@@ -8,7 +8,7 @@ import torch
 from bench.published_protocol import hit_ratio, ndcg, published_rank
 from xsmoe.data import History, Sequences, split_window
 from xsmoe.stream.evaluation import RankingTask, rank_with_model, rank_with_popularity
-from xsmoe.stream.metrics import per_user, pool, summarize
+from xsmoe.stream.metrics import clustered_error, per_user, pool, summarize, summarize_targets
 
 
 def setting() -> tuple[Sequences, np.ndarray, History]:
@@ -95,3 +95,40 @@ def test_pooling_weighs_users_alike() -> None:
     variance = sum(len(p["HR@10"]) * p["HR@10"].var(ddof=1) for p in parts[:2]) / 81**2
     assert pooled["se"]["HR@10"] == pytest.approx(variance**0.5)
     assert pool([]) == {"users": 0, "se": {}}
+
+
+def test_the_clustered_error_against_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    users = rng.integers(0, 9, 60) * 7
+    values = rng.random(60)
+    summary = summarize_targets({"HR@10": values}, users)
+    mean = sum(values) / 60
+    pairs = list(zip(values, users, strict=True))
+    totals = [sum(value - mean for value, owner in pairs if owner == user) for user in set(users)]
+    expected = (len(totals) / (len(totals) - 1) * sum(total**2 for total in totals)) ** 0.5 / 60
+    assert (summary["targets"], summary["users"]) == (60, len(totals))
+    assert summary["HR@10"] == pytest.approx(mean)
+    assert summary["se"]["HR@10"] == pytest.approx(expected)
+    assert summary["se"]["HR@10"] != pytest.approx(np.std(values, ddof=1) / 60**0.5, rel=0.01)
+
+
+def test_with_one_target_a_user_the_error_is_the_plain_one() -> None:
+    values = np.random.default_rng(1).random(30)
+    plain, clustered = summarize({"MRR": values}), summarize_targets({"MRR": values}, np.arange(30)[::-1])
+    assert clustered["se"]["MRR"] == pytest.approx(plain["se"]["MRR"])
+
+
+def test_users_who_agree_have_an_error_of_exactly_zero() -> None:
+    counts = np.array([3, 7, 11, 1])
+    assert clustered_error(counts, counts) == 0
+    assert clustered_error(0 * counts, counts) == 0
+    assert clustered_error(np.array([3]), np.array([7])) is None
+    nobody = {"targets": 0, "users": 0, "MRR": None, "se": {"MRR": None}}
+    assert summarize_targets({"MRR": np.empty(0)}, np.empty(0, np.int64)) == nobody
+
+
+def test_pooling_weighs_targets_alike() -> None:
+    parts = [summarize_targets({"HR@10": np.array(v)}, np.arange(len(v)) // 2) for v in ([1.0, 0, 1, 1], [0.0, 1], [])]
+    pooled = pool(parts, weight="targets")
+    assert (pooled["targets"], pooled["HR@10"]) == (6, pytest.approx(4 / 6))
+    assert set(pooled) == {"targets", "HR@10", "se"}

@@ -52,7 +52,7 @@ def failing(real: Callable[..., Any], after: int, error: Exception) -> Callable[
             1,
             "window 0, epoch 2: the validation does not fit .* nor --precision .* --device",
         ),
-        (testing, "rank_with_model", 0, r"the test on a window does not fit .*--batch-size \(here 5\)"),
+        (testing, "rank_targets", 0, r"the test on a window does not fit .*--batch-size \(here 5\)"),
     ],
 )
 def test_it_is_explained_and_the_run_goes_on(
@@ -79,7 +79,7 @@ def test_it_is_explained_and_the_run_goes_on(
 
 @pytest.mark.parametrize("module", [epoch, testing])
 def test_a_cpu_has_an_error_of_its_own(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "train_step" if module is epoch else "rank_with_model"
+    name = "train_step" if module is epoch else "rank_targets"
     with pytest.raises(RuntimeError) as short:
         torch.empty(1 << 50)
     with monkeypatch.context() as patch:
@@ -160,10 +160,13 @@ def test_a_small_window_is_told_of_its_own_users(monkeypatch: pytest.MonkeyPatch
 def test_a_ranking_beside_hidden_states_on_the_device_can_have_their_room(
     undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for module, place in ((trainer, "validation"), (testing, "the test on a window")):
+    for module, name, place in (
+        (trainer, "rank_with_model", "validation"),
+        (testing, "rank_targets", "the test on a window"),
+    ):
         folder = tmp_path / place
         with monkeypatch.context() as patch:
-            patch.setattr(module, "rank_with_model", failing(module.rank_with_model, 0, torch.OutOfMemoryError(SAID)))
+            patch.setattr(module, name, failing(getattr(module, name), 0, torch.OutOfMemoryError(SAID)))
             with pytest.raises(OutOfMemory, match=rf"{place} does not fit .*: use --store-gib 0, which .*, make room"):
                 fit(folder, store_gib=1.0)
         # The setting may change while the run goes on.

@@ -1,6 +1,7 @@
 """A whole stream under protocol="paper" beside the naive published formulation, compared at every step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,9 +104,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     )
     twin = Twin(model, table, list(zip(users.tolist(), (items + 1).tolist(), times.tolist(), strict=True)))
     run = StreamingTrainer(model, Stream(windows, features, protocol="paper"), config)
-    real_step, real_epoch, real_rank, real_grow = (
-        epoch.train_step, trainer.train_epoch, trainer.rank_with_model, trainer.grow
-    )  # fmt: skip
+    real_step, real_epoch, real_grow = epoch.train_step, trainer.train_epoch, trainer.grow
 
     def train_epoch(model: Recommender, features: Any, sequences: Any, *arguments: Any, **named: Any) -> Any:
         split = published_split(twin.windows[named["window"]], K_CORE)
@@ -129,11 +128,11 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         twin.compared["steps"] += 1
         return loss
 
-    def rank_with_model(model: Recommender, features: Any, task: Any, device: Any) -> Any:
+    def compared(real: Callable[..., Any], model: Recommender, features: Any, task: Any, device: Any) -> Any:
         twin.compare_counters()
         twin.take_weights()
         twin.items({name: rows[task.candidates + 1] for name, rows in twin.table.items()})
-        ranks = real_rank(model, features, task, device)
+        ranks = real(model, features, task, device)
         twin.compare_counters()
         twin.compared["evaluations"] += 1
         return ranks
@@ -168,8 +167,8 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     replacements: list[tuple[Any, str, Callable[..., Any]]] = [
         (epoch, "train_step", step),
         (trainer, "train_epoch", train_epoch),
-        (trainer, "rank_with_model", rank_with_model),
-        (testing, "rank_with_model", rank_with_model),
+        (trainer, "rank_with_model", partial(compared, trainer.rank_with_model)),
+        (testing, "rank_targets", partial(compared, testing.rank_targets)),
         (trainer, "grow", grow),
     ]
     for module, name, function in replacements:

@@ -58,15 +58,15 @@ def popularity_hits(sequences: dict[int, list[int]], counted: list[Pair], seen: 
 
 
 def test_what_is_ranked_seen_cold_and_popular(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks: dict[str, list[RankingTask]] = {"validation": [], "test": []}
-    real = trainer.rank_with_model
-    for module, name in ((trainer, "validation"), (testing, "test")):
+    tasks: dict[str, list[Any]] = {"validation": [], "test": []}
+    for module, name, where in ((trainer, "rank_with_model", "validation"), (testing, "rank_targets", "test")):
+        real = getattr(module, name)
 
-        def record(model: Any, features: Any, task: RankingTask, device: Any, name: str = name) -> np.ndarray:
-            tasks[name].append(task)
+        def record(model: Any, features: Any, task: Any, device: Any, where: str = where, real: Any = real) -> Any:
+            tasks[where].append(task)
             return real(model, features, task, device)
 
-        monkeypatch.setattr(module, "rank_with_model", record)
+        monkeypatch.setattr(module, name, record)
     windows = tiny.windows(4, users=30, each=13)
     settings = tiny.config(k_core=K_CORE, epochs=1, warmup_epochs=0)
     run = StreamingTrainer(tiny.model(), tiny.stream(4, users=30, each=13), settings)
@@ -81,7 +81,8 @@ def test_what_is_ranked_seen_cold_and_popular(monkeypatch: pytest.MonkeyPatch) -
         assert len(known) < len(earlier) + len(windows[number]), "the k-core must drop someone"
         if number:
             sequences = last_items(train + validation)
-            check_task(tasks["test"][number - 1], sequences, earlier, known)
+            # Last targets come first, and by themselves.
+            check_task(next(tasks["test"][number - 1].chunks()).task, sequences, earlier, known)
             line = lines[number - 1]
             cold = sum(items[-1] not in trained for items in sequences.values())
             assert line["cold"]["users"] == cold

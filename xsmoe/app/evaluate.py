@@ -4,16 +4,18 @@ from pathlib import Path
 
 from xsmoe.app.display import Display
 from xsmoe.app.runs import RunConfig
-from xsmoe.app.train import say_dropped, show_comparison
+from xsmoe.app.train import say_dropped, show_comparison, show_tests
 from xsmoe.app.trained import TrainedRun
 from xsmoe.data import read_interactions
 from xsmoe.report import results, tables
-from xsmoe.stream import Stream
+from xsmoe.stream import Stream, StreamConfig
 from xsmoe.stream.folder import read_metrics
 from xsmoe.stream.testing import evaluate_window
 
 
-def evaluate(folder: Path, interactions: Path | None, device: str | None, display: Display) -> None:
+def evaluate(
+    folder: Path, interactions: Path | None, device: str | None, display: Display, *, targets: str | None = None
+) -> None:
     """Tests a run's model on interactions, or shows the tests that training has recorded.
 
     Args:
@@ -21,16 +23,20 @@ def evaluate(folder: Path, interactions: Path | None, device: str | None, displa
         interactions: a .csv or .parquet file with the columns user, item and timestamp; None shows the recorded tests.
         device: where the model computes; default where it was trained.
         display: where to say what came of it.
+        targets: which items of a user's sequence are ranked, "all" or "last"; default as the run was started.
 
     Raises:
-        ValueError: no run, nothing to show, or a mistake in the file.
+        ValueError: no run, nothing to show, targets without interactions, or a mistake in the file.
     """
     if interactions is None:
+        if targets is not None:
+            raise ValueError("--targets needs --interactions: what training recorded was ranked with the run's own")
         _show_recorded(folder, display)
         return
     log = read_interactions(interactions)
     run = TrainedRun.load(folder, device)
     config = run.config
+    settings = StreamConfig.from_dict(run.stream.to_dict() | ({} if targets is None else {"targets": targets}))
     stream = Stream.next_window(
         log,
         run.store,
@@ -41,7 +47,7 @@ def evaluate(folder: Path, interactions: Path | None, device: str | None, displa
         protocol=config.stream.protocol,
     )
     say_dropped(stream, display)
-    splits = run.stream.split(stream.windows[0])
+    splits = settings.split(stream.windows[0])
     if not len(splits.test):
         raise ValueError(
             f"{interactions}: no user has {max(2, run.stream.k_core)} interactions or more that can be used (k_core is "
@@ -49,15 +55,13 @@ def evaluate(folder: Path, interactions: Path | None, device: str | None, displa
         )
     display.say(f"The model after window {len(run.windows) - 1}, tested on {len(stream.windows[0])} interactions:")
     with display.working("Ranking all items for every user"):
-        tested = evaluate_window(run.model, run.features(), splits, run.memory(), run.stream)
-    compared = results.compare([tested])
-    display.lines(tables.aligned(tables.comparison_rows(compared)))
+        tested = evaluate_window(run.model, run.features(), splits, run.memory(), settings)
     cold = tested["cold"]
     display.say(
-        f"{tested['all']['users']} users, {tested['candidates']} candidates, {cold['users']} targets never trained on "
-        f"(HR@10 {tables.percent(cold['HR@10'])} %, NDCG@10 {tables.percent(cold['NDCG@10'])} %)"
+        f"{tested['all']['users']} users, {tested['candidates']} candidates; {cold['users']} last items were never "
+        f"trained on (HR@10 {tables.percent(cold['HR@10'])} %, NDCG@10 {tables.percent(cold['NDCG@10'])} %)"
     )
-    display.say(results.verdict(compared), wrap=True)
+    show_tests([tested], display)
 
 
 def _show_recorded(folder: Path, display: Display) -> None:

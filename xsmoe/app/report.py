@@ -15,6 +15,7 @@ import torch
 from xsmoe.app.display import Display
 from xsmoe.app.runs import RunConfig
 from xsmoe.report import html, plots, results, tables
+from xsmoe.report.verdict import BASELINES, Verdict, judge
 from xsmoe.stream.checkpoints import write_atomically
 from xsmoe.stream.folder import read_metrics
 from xsmoe_kernels import __version__, info
@@ -33,14 +34,16 @@ def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
     """Writes report/*.png, report/summary.json and report/report.html, and returns the latter's path."""
     config = RunConfig.read(folder)
     windows = results.window_results(metrics)
-    compared = results.compare([line for line in metrics if line["kind"] == "test"])
+    tests = [line for line in metrics if line["kind"] == "test"]
+    compared, groups, verdict = results.compare(tests), results.groups(tests), judge(tests)
     pictures = plots.write_plots(windows, folder / "report")
     page = html.Page(
         title=f"XSMoE run {folder.resolve().name}",
         about=_about(config, windows),
-        verdict=results.verdict(compared),
-        clear=bool(compared) and all(found.clear for found in compared),
+        verdict=str(verdict),
+        clear=verdict.verdict == "above",
         sections=[
+            *_groups(groups),
             *_comparison(compared),
             _windows(config, windows),
             html.Section("Plots", pictures=[(path, plot.caption) for plot, path in pictures]),
@@ -51,21 +54,24 @@ def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
             html.Section("Versions", table=html.settings_table(_versions()), folded=True),
         ],
     )
-    write_atomically(folder / "report" / "summary.json", _summary(config, metrics, compared))
+    write_atomically(folder / "report" / "summary.json", _summary(config, metrics, verdict))
     path = folder / "report" / "report.html"
     write_atomically(path, html.render(page).encode())
     return path
 
 
-def _summary(config: RunConfig, metrics: Sequence[dict[str, Any]], compared: Sequence[results.Comparison]) -> bytes:
+def _summary(config: RunConfig, metrics: Sequence[dict[str, Any]], verdict: Verdict) -> bytes:
     """The run in numbers, with what it ran on, for machines to read."""
     spent = results.cost(metrics)
+    tests = [line for line in metrics if line["kind"] == "test"]
     content = {
         "date": date.today().isoformat(),
         "versions": _versions(),
         "devices": info()["devices"],
         "settings": {name: value for name, value in config.settings().items() if name not in ("dataset", "store")},
-        "quality": [asdict(found) for found in compared],
+        **asdict(verdict),
+        "groups": results.groups(tests),
+        "quality": [asdict(found) for found in results.compare(tests)],
         "cost": None if spent is None else asdict(spent),
         "experts": next((line["experts"] for line in reversed(metrics) if line["kind"] == "window"), None),
     }
@@ -75,19 +81,35 @@ def _summary(config: RunConfig, metrics: Sequence[dict[str, Any]], compared: Seq
 def _about(config: RunConfig, windows: Sequence[results.WindowResult]) -> str:
     done = [result for result in windows if result.trained is not None]
     interactions = sum(result.trained["interactions"] for result in done if result.trained is not None)
+    ranked = (
+        "all items but the first of a user's sequence there are"
+        if config.stream.targets == "all"
+        else "for every user the last item there is"
+    )
     return (
         f"{len(done)} windows trained, {interactions} interactions, modalities {', '.join(config.modalities)}, "
         f"protocol {config.stream.protocol}, seed {config.stream.seed}. A window's model is tested on the next window: "
-        "for every user the last item of that window is to be found among all items known so far."
+        f"{ranked} to be found among all items known so far."
     )
+
+
+def _groups(groups: results.Groups) -> list[html.Section]:
+    if not groups:
+        return []
+    heading, *rows = tables.group_rows(groups, names=BASELINES)
+    text = f"Means over targets, in percent. {tables.GROUPS_LEGEND[0].upper()}{tables.GROUPS_LEGEND[1:]}."
+    return [html.Section("Against baselines", [text], html.Table(heading, rows))]
 
 
 def _comparison(compared: Sequence[results.Comparison]) -> list[html.Section]:
     if not compared:
         return []
-    heading, *rows = tables.comparison_rows(compared, results.BASELINES)
-    text = f"All {compared[0].users} users of all tests, in percent, ± one standard error over users."
-    return [html.Section("Against popularity", [text], html.Table(heading, rows))]
+    heading, *rows = tables.comparison_rows(compared, results.POPULARITY)
+    text = (
+        f"The last items of all {compared[0].users} users of all tests, items of earlier windows left out: in percent, "
+        "± one standard error over users."
+    )
+    return [html.Section("Last items, against popularity", [text], html.Table(heading, rows))]
 
 
 def _windows(config: RunConfig, windows: Sequence[results.WindowResult]) -> html.Section:

@@ -73,6 +73,10 @@ class TensorBoard:
             for metric in ("HR@10", "NDCG@10")
             if summary[metric] is not None
         }
+        # Lines that earlier versions recorded have no groups.
+        for name, summary in line.get("groups", {}).get("masked", {}).get("new", {}).items():
+            if summary["HR@10"] is not None:
+                values[f"test_new_masked_HR@10/{name}"] = summary["HR@10"]
         self._add(values, line["tested_on"])
 
     def _add(self, values: Mapping[str, float], step: int) -> None:

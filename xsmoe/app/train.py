@@ -1,6 +1,6 @@
 """Training a run over a dataset's stream, from its beginning or from where it was left."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from xsmoe.app.training_display import TrainingDisplay
 from xsmoe.data import Dataset
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.report import results, tables
+from xsmoe.report.verdict import judge
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.config import MAY_CHANGE
 from xsmoe.stream.precision import autocast_dtype
@@ -107,19 +108,32 @@ def run_trainer(
 
 
 def show_comparison(metrics: list[dict[str, Any]], display: Display) -> None:
-    """What the model is worth beside popularity, over all tests, and what it cost."""
-    compared = results.compare([line for line in metrics if line["kind"] == "test"])
+    """Show what the model is worth beside the baselines, over all tests, and what the run cost."""
+    tests = [line for line in metrics if line["kind"] == "test"]
+    compared = results.compare(tests)
     if compared:
-        tests = sum(line["kind"] == "test" for line in metrics)
         display.say()
         display.heading(
-            f"All tests: {tests} windows, {compared[0].users} users tested, ± one standard error over users"
+            f"All tests: {len(tests)} windows, {compared[0].users} users tested; the last item of each, ± one standard "
+            "error over users"
         )
-        display.lines(tables.aligned(tables.comparison_rows(compared)))
-        clear = all(found.clear for found in compared)
-        display.say(results.verdict(compared), style="bold green" if clear else "bold yellow", wrap=True)
+        show_tests(tests, display)
     if (spent := results.cost(metrics)) is not None:
         display.say(f"Cost: {spent}.", wrap=True)
+
+
+def show_tests(tests: Sequence[Mapping[str, Any]], display: Display) -> None:
+    """Show tables of tests and the verdict; the tables only where somebody was tested."""
+    compared, groups, verdict = results.compare(tests), results.groups(tests), judge(tests)
+    if compared:
+        display.lines(tables.aligned(tables.comparison_rows(compared)))
+    if groups:
+        display.say()
+        display.heading("All targets: means by group, under both masks")
+        display.lines(tables.aligned(tables.group_rows(groups)))
+        display.say(tables.GROUPS_LEGEND, style="dim", wrap=True)
+    style = "bold green" if verdict.verdict == "above" else "bold yellow"
+    display.say(f"Verdict: {verdict.verdict}. {verdict}", style=style, wrap=True)
 
 
 def say_dropped(stream: Stream, display: Display) -> None:

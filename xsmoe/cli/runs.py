@@ -174,12 +174,16 @@ def evaluate(
     interactions: Annotated[
         Path | None, typer.Option(help=INTERACTIONS_HELP, show_default="the tests that training recorded")
     ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Items of a user's test sequence to rank: all, or the last.", show_default="the run's"),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Test a run's model on interactions without training on them, or show the tests that training recorded."""
     from xsmoe.app.evaluate import evaluate as run_evaluate
 
-    run_evaluate(run, interactions, device, display())
+    run_evaluate(run, interactions, device, display(), targets=targets)
 
 
 def recommend(

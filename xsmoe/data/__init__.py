@@ -4,7 +4,7 @@ from xsmoe.data.catalogue import write_catalogue
 from xsmoe.data.dataset import Dataset, Items, write_dataset
 from xsmoe.data.interactions import Interactions, read_interactions
 from xsmoe.data.movielens import prepare_movielens
-from xsmoe.data.sequences import History, Sequences, WindowSplits, item_share, split_window
+from xsmoe.data.sequences import History, Sequences, WindowSplits, item_share, split_window, whole_sequences
 from xsmoe.data.tables import DataError
 from xsmoe.data.windows import Window, make_windows
 
@@ -22,6 +22,7 @@ __all__ = [
     "prepare_movielens",
     "read_interactions",
     "split_window",
+    "whole_sequences",
     "write_catalogue",
     "write_dataset",
 ]

@@ -51,6 +51,7 @@ class WindowSplits:
         validation, test: sequences of each part, the last items of its users.
         train_pairs, validation_pairs, all_pairs: (users, items), each (N,) int64: all interactions of each part in
             time order, after the k-core filter and before any cut.
+        all_times: (N,) int64, when the interactions of `all_pairs` happened, in seconds.
     """
 
     train: Sequences
@@ -59,6 +60,7 @@ class WindowSplits:
     train_pairs: Pairs
     validation_pairs: Pairs
     all_pairs: Pairs
+    all_times: np.ndarray
 
 
 def split_window(
@@ -109,7 +111,18 @@ def split_window(
         train_pairs=train,
         validation_pairs=validation,
         all_pairs=(users, items),
+        all_times=window.timestamps[keep],
     )
+
+
+def whole_sequences(pairs: Pairs) -> Sequences:
+    """Return all items of every user with at least 2 of them, without a cut.
+
+    Args:
+        pairs: (users, items), each (N,) int64, in time order.
+    """
+    users, items = pairs
+    return _sequences(users, items, max(2, len(users)))
 
 
 def item_share(sequences: Sequences, num_items: int) -> np.ndarray:

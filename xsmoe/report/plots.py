@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from xsmoe.files import replace_file
-from xsmoe.report.results import BASELINES, WindowResult, expert_births
-from xsmoe.report.style import BLUE, CYCLE, DPI, GREEN, GREY, ORANGE, RED, SKY, STYLE
+from xsmoe.report.results import POPULARITY, WindowResult, expert_births
+from xsmoe.report.style import BLUE, CYCLE, DPI, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
+from xsmoe.report.verdict import BASELINES
+from xsmoe.stream.testing import JUDGED, MODEL
+
+Series = tuple[str, str, str, str, Sequence[Any]]
+"""A label, a colour, a marker, a kind of line, and a summary for each test."""
 
 
 @dataclass(frozen=True)
@@ -50,39 +55,65 @@ def draw_quality(results: Sequence[WindowResult]) -> Any:
     if not tests:
         return None
     figure, panels = _figure(2, width=10, height=4.2)
-    series: list[tuple[str, str, str, str, Sequence[Any]]] = [
+    series: list[Series] = [
         ("model", BLUE, "o", "-", [test["all"] for test in tests]),
         ("model, targets never trained on", SKY, "D", "--", [test["cold"] for test in tests]),
     ]
-    for (name, title), colour, marker in zip(BASELINES.items(), (ORANGE, RED), "s^", strict=True):
+    for (name, title), colour, marker in zip(POPULARITY.items(), (ORANGE, RED), "s^", strict=True):
         series.append((title, colour, marker, "-", [test["popularity"][name] for test in tests]))
     for panel, metric in zip(panels, ("HR@10", "NDCG@10"), strict=True):
-        for place, (label, colour, marker, line, summaries) in enumerate(series):
-            known = [
-                (test["tested_on"], found[metric], found["se"][metric] or 0.0)
-                for test, found in zip(tests, summaries, strict=True)
-                if found[metric] is not None
-            ]
-            if known:
-                # Neighbouring error bars stand beside each other, not on top of each other.
-                shift = 0.05 * (place - (len(series) - 1) / 2)
-                panel.errorbar(
-                    [x + shift for x, _, _ in known],
-                    [100 * value for _, value, _ in known],
-                    [100 * error for _, _, error in known],
-                    color=colour,
-                    marker=marker,
-                    linestyle=line,
-                    markersize=5,
-                    capsize=3,
-                    linewidth=1.6,
-                    label=label,
-                )
-        panel.set(title=f"{metric} on the next window", xlabel="window tested on", ylabel=f"{metric} (%)")
-        panel.set_ylim(bottom=0)
-        _whole_ticks(panel)
+        _with_errors(panel, tests, series, metric)
+        panel.set_title(f"{metric} on the next window")
     _legend_below(figure, panels[0])
     return figure
+
+
+def draw_baselines(results: Sequence[WindowResult]) -> Any:
+    """HR@10 of the model and of every baseline on targets new to the user, by window, under both scorings."""
+    tests = [result.test for result in results if result.test is not None and "groups" in result.test]
+    if not tests:
+        return None
+    figure, panels = _figure(2, width=10, height=4.2)
+    metric, group = JUDGED["metric"], JUDGED["group"]
+    looks = zip((BLUE, ORANGE, RED, GREEN, PURPLE), "os^Dv", ("-", "-", "-", "-", "--"), strict=True)
+    names = list(zip({MODEL: "model", **BASELINES}.items(), looks, strict=True))
+    titles = {"masked": "earlier items of the window masked", "seen": "not masked"}
+    for panel, (scoring, title) in zip(panels, titles.items(), strict=True):
+        series = [
+            (label, *look, [test["groups"][scoring][group][name] for test in tests]) for (name, label), look in names
+        ]
+        _with_errors(panel, tests, series, metric)
+        panel.set_title(f"{metric}, items new to the user, {title}")
+    _legend_below(figure, panels[0])
+    return figure
+
+
+def _with_errors(panel: Any, tests: Sequence[Any], series: Sequence[Series], metric: str) -> None:
+    """Draw a metric of each series of summaries, one a test, with its standard errors."""
+    for place, (label, colour, marker, line, summaries) in enumerate(series):
+        known = [
+            (test["tested_on"], found[metric], found["se"][metric] or 0.0)
+            for test, found in zip(tests, summaries, strict=True)
+            if found[metric] is not None
+        ]
+        if known:
+            # Neighbouring error bars stand beside each other, not on top of each other.
+            shift = 0.05 * (place - (len(series) - 1) / 2)
+            panel.errorbar(
+                [x + shift for x, _, _ in known],
+                [100 * value for _, value, _ in known],
+                [100 * error for _, _, error in known],
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=5,
+                capsize=3,
+                linewidth=1.6,
+                label=label,
+            )
+    panel.set(xlabel="window tested on", ylabel=f"{metric} (%)")
+    panel.set_ylim(bottom=0)
+    _whole_ticks(panel)
 
 
 def draw_experts(results: Sequence[WindowResult]) -> Any:
@@ -222,9 +253,15 @@ def draw_training(results: Sequence[WindowResult]) -> Any:
 PLOTS = (
     Plot(
         "quality",
-        "The model of each window, tested on the window after it, against the most popular items of all windows "
-        "so far and of the last one. Bars are standard errors over users.",
+        "Each user's last target: the model of each window, tested on the window after it, against the most popular "
+        "items of all windows so far and of the last one. Bars are standard errors over users.",
         draw_quality,
+    ),
+    Plot(
+        "baselines",
+        "Targets that are new to their user: the model and all baselines, with the user's earlier items of the tested "
+        "window masked, on which the verdict is, and without. Bars are standard errors clustered by user.",
+        draw_baselines,
     ),
     Plot("experts", "Experts at each level: one more a window, and little-used ones dropped.", draw_experts),
     Plot(

@@ -1,16 +1,16 @@
-"""What a run's metrics say: its windows one by one, the comparison with popularity, and the cost."""
+"""What a run's metrics say: its windows one by one, the comparison with baselines, and the cost."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from xsmoe.stream.metrics import pool
+from xsmoe.stream.testing import MODEL
 
 Line = Mapping[str, Any]
 
-BASELINES = {"all_time": "popular of all time", "last_window": "popular in the last window"}
+POPULARITY = {"all_time": "popular of all time", "last_window": "popular in the last window"}
 COMPARED = ("HR@10", "NDCG@10")
-ENOUGH_ERRORS = 2
 
 
 @dataclass
@@ -46,7 +46,7 @@ def window_results(metrics: Iterable[Line]) -> list[WindowResult]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The model against popularity in one metric, over the users of all tests.
+    """The model against popularity in one metric, over the last targets of all tests, with what was seen left out.
 
     Attributes:
         metric: its name.
@@ -66,18 +66,13 @@ class Comparison:
     lift: float
     lift_se: float
 
-    @property
-    def clear(self) -> bool:
-        """Whether the model is above the best baseline by more than two standard errors."""
-        return self.lift > ENOUGH_ERRORS * self.lift_se
-
 
 def compare(tests: Sequence[Line], metrics: Sequence[str] = COMPARED) -> list[Comparison]:
     """The model against popularity over the tests given; nothing where no user was tested."""
     model = pool(test["all"] for test in tests)
     if not model["users"]:
         return []
-    baselines = {name: pool(test["popularity"][name] for test in tests) for name in BASELINES}
+    baselines = {name: pool(test["popularity"][name] for test in tests) for name in POPULARITY}
     comparisons = []
     for metric in metrics:
         best = max(baselines, key=lambda name: baselines[name][metric])
@@ -97,22 +92,23 @@ def compare(tests: Sequence[Line], metrics: Sequence[str] = COMPARED) -> list[Co
     return comparisons
 
 
-def verdict(comparisons: Sequence[Comparison]) -> str:
-    """In one sentence, whether the model is better than popularity."""
-    if not comparisons:
-        return "No user was tested, so that nothing can be said about quality."
-    unclear = [c for c in comparisons if not c.clear]
-    if unclear:
-        found = ", ".join(f"{c.metric} {100 * c.lift:+.2f} ± {100 * c.lift_se:.2f}" for c in unclear)
-        return f"The model is NOT above popularity by more than two standard errors: {found} (difference, in %)."
-    found = ", ".join(f"{_errors(c)} in {c.metric}" for c in comparisons)
-    return f"The model is above popularity by more than two standard errors: {found}."
+Groups = dict[str, dict[str, dict[str, Any]]]
 
 
-def _errors(comparison: Comparison) -> str:
-    if comparison.lift_se == 0:
-        return f"{100 * comparison.lift:+.2f} % for every user"
-    return f"{comparison.lift / comparison.lift_se:.1f} standard errors"
+def groups(tests: Sequence[Line]) -> Groups:
+    """Pool tests by scoring and group: the number of "targets", and the means of "model" and of each baseline.
+
+    Every target counts alike. Tests that earlier versions recorded have no groups; without any other there are none.
+    """
+    found = [test["groups"] for test in tests if "groups" in test]
+    pooled: Groups = {}
+    for scoring, by_group in found[0].items() if found else ():
+        pooled[scoring] = {}
+        for group, by_name in by_group.items():
+            parts = {name: pool([test[scoring][group][name] for test in found], weight="targets") for name in by_name}
+            means = {name: {metric: part.get(metric) for metric in COMPARED} for name, part in parts.items()}
+            pooled[scoring][group] = {"targets": parts[MODEL]["targets"], **means}
+    return pooled
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xsmoe.report.results import Comparison, WindowResult
+from xsmoe.report.results import Comparison, Groups, WindowResult
 
 NOTHING = "-"
 QUALITY = ("HR@10", "NDCG@10")
 SHORT = {"all_time": "popular", "last_window": "pop. last"}
+MORE = {**SHORT, "decayed": "pop. decayed", "own_inputs": "own inputs"}
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,30 @@ def percent(value: float | None, error: float | None = None) -> str:
 
 
 def comparison_rows(comparisons: Sequence[Comparison], names: Mapping[str, str] = SHORT) -> list[list[str]]:
-    """The comparison with popularity, a heading and a row for every metric, in percent."""
+    """The comparison with popularity on last targets, a heading and a row for every metric, in percent."""
     rows = [["in %", "model", *names.values(), "model - better"]]
     for found in comparisons:
         baselines = [percent(*found.baselines[name]) for name in names]
         lift = f"{100 * found.lift:+.2f} ± {100 * found.lift_se:.2f}"
         rows.append([found.metric, percent(found.model, found.model_se), *baselines, lift])
+    return rows
+
+
+GROUPS_LEGEND = (
+    "new: the user has not taken the item before, repeats: the others; cold: never trained on; masked: a user's "
+    "earlier items of the test window are no candidates; pop. decayed: older interactions count less; own inputs: the "
+    "user's inputs again, latest first"
+)
+
+
+def group_rows(groups: Groups, metric: str = "HR@10", names: Mapping[str, str] = MORE) -> list[list[str]]:
+    """Model and baselines by group and scoring, a heading and a row for each, in percent."""
+    rows = [[f"{metric} %", "targets", "model", *names.values()]]
+    for scoring, by_group in groups.items():
+        for group, found in by_group.items():
+            label = f"{group}, masked" if scoring == "masked" else group
+            means = [percent(found[name][metric]) for name in ("model", *names)]
+            rows.append([label, str(found["targets"]), *means])
     return rows
 
 

@@ -1,5 +1,7 @@
 """Full ranking of next items: model and popularity baselines answer the same task through the same operator."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,6 +17,7 @@ from xsmoe.nn.item_ids import NO_ID
 from xsmoe.stream.config import Repeats
 from xsmoe.stream.feeding import feed
 from xsmoe.stream.hidden_states import HiddenStates
+from xsmoe.stream.ragged import Ragged, find
 from xsmoe.stream.resident import ResidentFeatures
 from xsmoe_kernels import rank_of_target
 
@@ -53,13 +56,13 @@ class RankingTask:
             history: what the users met before.
             repeats: "miss" makes a target that stands in the history a sure miss, "rank" ranks it.
         """
-        codes = _find(candidates, sequences.items)
+        codes = find(candidates, sequences.items)
         if (codes < 0).any():
             raise ValueError(f"candidates lack item {sequences.items[codes < 0][0]}, which a sequence holds")
         last = np.zeros(len(codes), dtype=bool)
         last[sequences.offsets[1:] - 1] = True
         values, bounds = history.of(sequences.users)
-        seen = _find(candidates, values)
+        seen = find(candidates, values)
         row = np.repeat(np.arange(len(sequences)), np.diff(bounds))[seen >= 0]
         seen = seen[seen >= 0]
         targets = codes[last]
@@ -113,44 +116,52 @@ def embed_items(model: Recommender, features: ItemFeatures, items: np.ndarray, d
     return torch.cat(parts) if parts else torch.empty(0, model.users.dim, device=device)
 
 
-@torch.no_grad()
 def rank_with_model(model: Recommender, features: ItemFeatures, task: RankingTask, device: torch.device) -> np.ndarray:
     """Each target's rank, (B,) float64; a sure miss is infinite. The model is put into evaluation mode and back.
 
     The host waits for the device once, at the end. Scores are computed in the model's own dtype, because half precision
     makes ties of close ones.
     """
+    ranks = []
+    with evaluating(model, device):
+        embeddings = embed_items(model, features, task.candidates, device)
+        for start in range(0, len(task), USERS_A_CHUNK):
+            part = task.chunk(start, min(start + USERS_A_CHUNK, len(task)))
+            queries = encode_users(model, embeddings, part, device)
+            ranks.append(rank(queries, embeddings, part.targets, (part.seen, part.seen_offsets), device))
+    return _missing_some(torch.cat(ranks), task) if ranks else np.empty(0)
+
+
+@contextmanager
+def evaluating(model: Recommender, device: torch.device) -> Iterator[None]:
+    """Put the model into evaluation mode, without gradients and autocast, and back into its mode afterwards."""
     training = model.training
     model.eval()
-    with torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
-            return _rank_in_chunks(model, features, task, device)
+            yield
         finally:
             model.train(training)
 
 
-def _rank_in_chunks(model: Recommender, features: ItemFeatures, task: RankingTask, device: torch.device) -> np.ndarray:
-    embeddings = embed_items(model, features, task.candidates, device)
-    ranks = []
-    for start in range(0, len(task), USERS_A_CHUNK):
-        part = task.chunk(start, min(start + USERS_A_CHUNK, len(task)))
-        inputs = functional.embedding(_tensor(part.inputs, device), embeddings)
-        lengths = np.diff(part.offsets).tolist()
-        queries = model.queries(inputs, _tensor(part.offsets, device), lengths=lengths)
-        ranks.append(_rank(queries, embeddings, part, device))
-    return _missing_some(torch.cat(ranks), task) if ranks else np.empty(0)
+def encode_users(model: Recommender, embeddings: Tensor, task: RankingTask, device: torch.device) -> Tensor:
+    """Return the queries (B, dim) of a task's users, from the candidates' embeddings (C, dim)."""
+    inputs = functional.embedding(_tensor(task.inputs, device), embeddings)
+    lengths = np.diff(task.offsets).tolist()
+    return model.queries(inputs, _tensor(task.offsets, device), lengths=lengths)
 
 
 def rank_with_popularity(popularity: np.ndarray, task: RankingTask) -> np.ndarray:
     """Each target's rank, (B,) float64, when the same scores (C,) serve every user."""
-    cpu = torch.device("cpu")
-    ranks = _rank(torch.ones(len(task), 1), torch.from_numpy(popularity).float()[:, None], task, cpu)
+    queries, items = torch.ones(len(task), 1), torch.from_numpy(popularity).float()[:, None]
+    ranks = rank(queries, items, task.targets, (task.seen, task.seen_offsets), torch.device("cpu"))
     return _missing_some(ranks, task)
 
 
-def _rank(queries: Tensor, items: Tensor, task: RankingTask, device: torch.device) -> Tensor:
-    seen = (_tensor(task.seen, device), _tensor(task.seen_offsets, device))
-    return rank_of_target(queries, items, _tensor(task.targets, device), seen)
+def rank(queries: Tensor, items: Tensor, targets: np.ndarray, seen: Ragged, device: torch.device) -> Tensor:
+    """Return each target's rank, (B,) int64 on the device: see `xsmoe_kernels.rank_of_target`."""
+    values, offsets = seen
+    return rank_of_target(queries, items, _tensor(targets, device), (_tensor(values, device), _tensor(offsets, device)))
 
 
 def _missing_some(ranks: Tensor, task: RankingTask) -> np.ndarray:
@@ -163,11 +174,3 @@ def _missing_some(ranks: Tensor, task: RankingTask) -> np.ndarray:
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-def _find(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Where each id stands among the ascending ones, -1 where it does not."""
-    place = np.searchsorted(sorted_ids, ids)
-    found = place < len(sorted_ids)
-    found[found] = sorted_ids[place[found]] == ids[found]
-    return np.where(found, place, -1)

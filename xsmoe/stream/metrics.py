@@ -1,4 +1,4 @@
-"""Ranking metrics with one target a user: HR, NDCG and MRR, and their standard errors over users."""
+"""Ranking metrics: HR, NDCG and MRR of each target, and their standard errors over users."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,17 +36,62 @@ def summarize(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def pool(summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_targets(values: Mapping[str, np.ndarray], users: np.ndarray) -> dict[str, Any]:
+    """Mean of each metric over targets, and its standard error clustered by user (`clustered_error`).
+
+    Args:
+        values: each (T,) float64.
+        users: (T,) int64, whose target it is.
+
+    Returns:
+        The numbers of "targets" and "users", the means, and "se"; no targets give None, fewer than 2 users no error.
+    """
+    distinct, user, counts = np.unique(users, return_inverse=True, return_counts=True)
+    sums = {name: np.bincount(user, weights=v, minlength=len(distinct)) for name, v in values.items()}
+    return {
+        "targets": len(users),
+        "users": len(distinct),
+        **{name: float(v.mean()) if len(users) else None for name, v in values.items()},
+        "se": {name: clustered_error(total, counts) for name, total in sums.items()},
+    }
+
+
+def clustered_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """Standard error of a mean over targets, clustered by user; None for fewer than 2 users.
+
+    With user u's sum s_u over n_u targets, S and N their totals and G users, the error is
+    `sqrt(G / (G - 1) * sum_u (s_u - n_u S / N)^2) / N`; with one target a user it is that of a plain mean. Residuals of
+    whole numbers are 0 exactly where all users have the same mean.
+
+    Source: Liang and Zeger, "Longitudinal data analysis using generalized linear models", Biometrika 73 (1986).
+
+    Args:
+        sums: (G,) each user's sum over its targets.
+        counts: (G,) each user's targets, at least 1.
+    """
+    users = len(sums)
+    if users < 2:
+        return None
+    total = counts.sum()
+    residuals = (sums * total - sums.sum() * counts) / total
+    return float(np.sqrt(users / (users - 1) * (residuals**2).sum()) / total)
+
+
+def pool(summaries: Iterable[Mapping[str, Any]], weight: str = "users") -> dict[str, Any]:
     """Summaries of several windows as one, every user of every window with equal weight.
 
     Windows are independent strata: the standard error is that of the users within them.
+
+    Args:
+        summaries: of `summarize`, or of `summarize_targets`.
+        weight: "users", or "targets" where a user has several.
     """
-    parts = [s for s in summaries if s["users"]]
-    users = sum(s["users"] for s in parts)
-    names = [name for name in parts[0] if name not in ("users", "se")] if parts else []
-    pooled: dict[str, Any] = {"users": users, "se": {}}
+    parts = [s for s in summaries if s[weight]]
+    users = sum(s[weight] for s in parts)
+    names = [name for name in parts[0] if name not in ("targets", "users", "se")] if parts else []
+    pooled: dict[str, Any] = {weight: users, "se": {}}
     for name in names:
-        pooled[name] = sum(s["users"] * s[name] for s in parts) / users
-        variances = [(s["users"] * (s["se"][name] or 0.0)) ** 2 for s in parts]
+        pooled[name] = sum(s[weight] * s[name] for s in parts) / users
+        variances = [(s[weight] * (s["se"][name] or 0.0)) ** 2 for s in parts]
         pooled["se"][name] = sum(variances) ** 0.5 / users
     return pooled

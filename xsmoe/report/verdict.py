@@ -1,0 +1,123 @@
+"""Whether a model is better than the strongest baseline on items that are new to their user."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from xsmoe.stream.metrics import clustered_error
+from xsmoe.stream.testing import JUDGED, MODEL
+
+Line = Mapping[str, Any]
+
+BASELINES = {
+    "all_time": "popular of all time",
+    "last_window": "popular in the last window",
+    "decayed": "popular, decayed with time",
+    "own_inputs": "the user's inputs again",
+}
+ENOUGH_ERRORS = 2
+ENOUGH_USERS = 6
+"""Users who must all agree where the standard error is 0: a two-sided sign test then has p = 2^-5 < 0.05."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The model against the strongest baseline, over all tests, on targets new to the user, masked.
+
+    Attributes:
+        verdict: "above" where the difference is more than two standard errors above 0, "not_above" where it is not,
+            "unknown" where nothing can be said. With a standard error of 0, as where all users have the same
+            difference, "above" needs a difference above 0 and six users.
+        metric: what is compared.
+        targets, users: how many there are.
+        baseline: the one with the highest mean, a key of `BASELINES`; None where unknown.
+        model_mean, baseline_mean: of the metric.
+        difference: the model's mean less the baseline's.
+        standard_error: of the difference, paired, clustered by user over all windows.
+        reason: why it is unknown, or what was left out; None where there is nothing to say.
+    """
+
+    verdict: Literal["above", "not_above", "unknown"]
+    metric: str = JUDGED["metric"]
+    targets: int = 0
+    users: int = 0
+    baseline: str | None = None
+    model_mean: float | None = None
+    baseline_mean: float | None = None
+    difference: float | None = None
+    standard_error: float | None = None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if self.verdict == "unknown":
+            return f"Nothing can be said about quality: {self.reason}."
+        word = "above" if self.verdict == "above" else "NOT above"
+        title = BASELINES[self.baseline or ""]
+        mine, best, error = (_percent(value) for value in (self.model_mean, self.baseline_mean, self.standard_error))
+        by, spread = "", " for each user"
+        if self.standard_error:
+            by, spread = " by more than two standard errors", f" ± {error}"
+        note = "" if self.reason is None else f" {self.reason[0].upper()}{self.reason[1:]}."
+        return (
+            f"The model is {word} the strongest baseline ({title}){by}: {self.metric} on items new to the user "
+            f"{mine} % against {best} %, difference {_percent(self.difference, '+')}{spread} "
+            f"({self.targets} targets of {self.users} users).{note}"
+        )
+
+
+def judge(tests: Sequence[Line]) -> Verdict:
+    """Compare the model with the strongest baseline over tests, lines of kind "test" of metrics.jsonl.
+
+    Lines of earlier versions lack what the verdict needs; they are left out, and the reason says so.
+    """
+    if not tests:
+        return Verdict("unknown", reason="no window was tested")
+    found = [test["by_user"] for test in tests if "by_user" in test]
+    if not found:
+        return Verdict("unknown", reason="the tests were recorded by a version that ranked last targets only")
+    left_out = len(tests) - len(found)
+    reason = f"{left_out} of {len(tests)} tests, recorded by an earlier version, are left out" if left_out else None
+    users, user = np.unique(np.concatenate([_array(part["users"]) for part in found]), return_inverse=True)
+    if not len(users):
+        return Verdict("unknown", reason="no user was tested on an item that was new to the user")
+
+    def total(parts: Sequence[Sequence[int]]) -> np.ndarray:
+        sums = np.zeros(len(users), np.int64)
+        np.add.at(sums, user, np.concatenate([_array(part) for part in parts]))
+        return sums
+
+    counts, mine = total([part["targets"] for part in found]), total([part["hits"][MODEL] for part in found])
+    hits = {name: total([part["hits"][name] for part in found]) for name in BASELINES}
+    baseline = max(hits, key=lambda name: hits[name].sum())
+    targets, gained = int(counts.sum()), mine - hits[baseline]
+    difference, error = float(gained.sum() / targets), clustered_error(gained, counts)
+    if error is None:
+        verdict: Literal["above", "not_above", "unknown"] = "unknown"
+        reason = "a single user was tested on items that were new to the user, and a standard error needs two"
+    elif error == 0:
+        verdict = "above" if difference > 0 and len(users) >= ENOUGH_USERS else "not_above"
+        if difference > 0 and verdict == "not_above":
+            reason = f"where all users have the same difference, {ENOUGH_USERS} of them are needed"
+    else:
+        verdict = "above" if difference > ENOUGH_ERRORS * error else "not_above"
+    return Verdict(
+        verdict=verdict,
+        targets=targets,
+        users=len(users),
+        baseline=baseline,
+        model_mean=float(mine.sum() / targets),
+        baseline_mean=float(hits[baseline].sum() / targets),
+        difference=difference,
+        standard_error=error,
+        reason=reason,
+    )
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.2f}"
+
+
+def _array(values: Sequence[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64)
