@@ -19,9 +19,11 @@ def csv_header(path: Path) -> list[str]:
     """The names of a CSV file's columns.
 
     Raises:
-        DataError: an empty file, or a header that cannot be read.
+        DataError: an empty file, or a header that cannot be read or spans lines.
     """
-    for _, names in _records(path):
+    for line, names in _records(path):
+        if any(newline in name for name in names for newline in "\r\n"):
+            raise DataError(f"{path}: line {line} opens a quoted column name that does not end in it; remove the quote")
         return names
     raise DataError(f"{path}: cannot be read as csv: it is empty")
 
@@ -52,24 +54,24 @@ def read_csv(
         notes.append(f"{path}: {lines.blank} blank lines are skipped")
     if lines.rows <= 1:
         return pa.table({name: pa.array([], pa.string()) for name in wanted}), notes
-    try:
-        table = _parse(path, wanted)
-    except pa.ArrowInvalid:
-        _refuse_lengths(path, len(names))
-        raise
+    table = _parse(path, names, wanted)
     if table.num_rows != lines.rows - 1:
         _refuse_lost(path, table, lines)
     return table, notes
 
 
-def _parse(path: Path, wanted: Sequence[str]) -> pa.Table:
+def _parse(path: Path, names: Sequence[str], wanted: Sequence[str]) -> pa.Table:
     convert = pa.csv.ConvertOptions(
         include_columns=list(wanted),
         column_types=dict.fromkeys(wanted, pa.string()),
         null_values=[""],
         strings_can_be_null=True,
     )
-    return pa.csv.read_csv(path, parse_options=_PARSE, convert_options=convert)
+    try:
+        return pa.csv.read_csv(path, parse_options=_PARSE, convert_options=convert)
+    except pa.ArrowInvalid:
+        _refuse_lengths(path, len(names))
+        raise
 
 
 def _check_spanning(
@@ -86,7 +88,6 @@ def _check_spanning(
         if names[place] in text or (names.count(names[place]) == 1 and names[place] not in wanted):
             allowed[place] = True
     refused = fields.malformed | ~allowed[np.minimum(fields.columns, len(names))]
-    refused[0] |= int(fields.lines[0]) <= _header_end(path)
     if refused.any():
         _refuse_spanning(path, names, lines, int(np.argmax(refused)))
     for place in np.flatnonzero(allowed).tolist():
@@ -104,11 +105,12 @@ def _check_spanning(
 
 def _check_unread(path: Path, names: Sequence[str], lines: CsvLines, place: int, digits: str | None) -> None:
     """Refuse fields that span lines in a column that is not read, unless they are text and hold no rows."""
-    values = _parse(path, [names[place]]).column(0).drop_null()
+    values = _parse(path, names, [names[place]]).column(0).drop_null()
     spanning = pc.match_substring_regex(values, r"[\r\n]")
     first = int(np.flatnonzero(lines.fields.columns == place)[0])
     single = values.filter(pc.invert(spanning))
-    if 2 * (pc.sum(pc.match_substring_regex(single, r"\p{L}")).as_py() or 0) <= len(single):
+    judged = single if len(single) else values
+    if 2 * pc.sum(pc.match_substring_regex(judged, r"\p{L}")).as_py() <= len(judged):
         _refuse_spanning(path, names, lines, first)
     if digits is None:
         return
@@ -141,10 +143,13 @@ def _rows_inside(num_columns: int, place: int, digits: int) -> str:
 def _refuse_spanning(path: Path, names: Sequence[str], lines: CsvLines, field: int) -> None:
     place, begin = int(lines.fields.columns[field]), int(lines.fields.lines[field])
     column = f"column '{names[place]}'" if place < len(names) else f"column {place + 1}, beyond the header's"
+    reason = "only texts may span lines, and not rows of the file"
+    if lines.fields.malformed[field]:
+        reason = "its closing quote is followed by neither a comma nor the end of the line"
     raise DataError(
         f"{path}: line {begin} opens a quoted field of {column} that ends in line "
-        f"{begin + int(lines.fields.newlines[field])}, and only texts may span lines; if the quote is a stray "
-        "one, remove it, or double it and put the field in quotes"
+        f"{begin + int(lines.fields.newlines[field])}, but {reason}; if the quote is a stray one, remove it, or double "
+        "it and put the field in quotes"
     )
 
 
@@ -170,16 +175,6 @@ def _refuse_lost(path: Path, table: pa.Table, lines: CsvLines) -> None:
         f"header, {lines.blank} blank lines and {lines.embedded} newlines inside fields; they differ from line "
         f"{next(differs, lines.lines)} on"
     )
-
-
-def _header_end(path: Path) -> int:
-    """The physical line that the header ends in."""
-    with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
-        reader = csv.reader(file)
-        for record in reader:
-            if record:
-                return reader.line_num
-    return 0
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -39,17 +39,18 @@ def summarize_log(log: Interactions) -> LogSummary:
     """Count what repeats itself in a log of at least one interaction."""
     users, items = factorize(log.users)[1], factorize(log.items)[1]
     kept = ~exact_duplicates(users, items, log.timestamps)
-    pairs, times = _pairs(users, items)[kept], log.timestamps[kept]
-    order = np.lexsort((users[kept], times))
-    same = (np.diff(users[kept][order]) == 0) & (np.diff(times[order]) == 0)
-    shared = np.concatenate([same, [False]]) | np.concatenate([[False], same])
+    pairs = np.sort(_pairs(users, items)[kept])
+    who, when = users[kept], log.timestamps[kept]
+    tied = _tied(when)
+    order = tied[np.lexsort((who[tied], when[tied]))]
+    shared = _beside((np.diff(who[order]) == 0) & (np.diff(when[order]) == 0))
     return LogSummary(
         rows=len(log),
         users=int(users.max()) + 1,
         items=int(items.max()) + 1,
         duplicates=int((~kept).sum()),
-        repeats=len(pairs) - len(np.unique(pairs)),
-        shared_time=float(shared.mean()),
+        repeats=int((pairs[1:] == pairs[:-1]).sum()),
+        shared_time=float(shared.sum() / len(when)),
         first=int(log.timestamps[0]),
         last=int(log.timestamps[-1]),
     )
@@ -62,8 +63,7 @@ def exact_duplicates(users: np.ndarray, items: np.ndarray, times: np.ndarray) ->
         users, items: (N,) int64, numbers from 0.
         times: (N,) integers, ascending.
     """
-    same = np.diff(times) == 0
-    tied = np.flatnonzero(np.concatenate([same, [False]]) | np.concatenate([[False], same]))
+    tied = _tied(times)
     found = np.zeros(len(times), bool)
     pairs = _pairs(users, items)[tied]
     order = np.lexsort((pairs, times[tied]))
@@ -103,6 +103,16 @@ def factorize(names: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The distinct names in the order in which they first appear, and for each name its place among them, int64."""
     encoded = pa.array(names, pa.string()).dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+
+
+def _tied(times: np.ndarray) -> np.ndarray:
+    """The places of times that are there more than once; the times ascend."""
+    return np.flatnonzero(_beside(np.diff(times) == 0))
+
+
+def _beside(same: np.ndarray) -> np.ndarray:
+    """Which of N values are on either side of one of the N - 1 steps."""
+    return np.concatenate([same, [False]]) | np.concatenate([[False], same])
 
 
 def _pairs(users: np.ndarray, items: np.ndarray) -> np.ndarray:
