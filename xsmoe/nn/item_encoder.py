@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned
+from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned, PruneRule
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
 from xsmoe.nn.side_network import Hidden, SideMoE, climb
@@ -129,7 +129,8 @@ class XSMoE(Pretrained):
         Args:
             optimizer: an optimizer, or several, that train this module: replaced parameters are swapped in their
                 groups, and the state of all that remains is carried over.
-            new_gate: "random" as published, or "mean", which disturbs the function less.
+            new_gate: "random" as published; "mean", which disturbs the function less; or "copy", a split of the expert
+                of most gate mass in every level, which leaves the function unchanged.
             generator: the source of the random gate rows.
 
         Returns:
@@ -146,8 +147,12 @@ class XSMoE(Pretrained):
             for name, side in self.ladders().items()
         }
 
-    def prune(self, threshold: float = 0.1, optimizer: Optimizers = None) -> dict[str, list[Pruned]]:
+    def prune(
+        self, threshold: float = 0.1, optimizer: Optimizers = None, *, rule: PruneRule = "drop"
+    ) -> dict[str, list[Pruned]]:
         """Drops, in every level, the least used expert if its utilization share is below `threshold`.
+
+        With `rule` "merge" the expert nearest to it takes it in first (see `ExpertBank.prune`).
 
         The shares are those counted since the last `reset_utilization`; `optimizer` and when to call it as in `expand`.
         Returns what was dropped, by modality.
@@ -158,7 +163,7 @@ class XSMoE(Pretrained):
         self._require_held(optimizer)
         for modality, level, bank in self.banks():
             bank.require_counted(f"sides.{modality}.banks.{level}")
-        return {name: side.prune(threshold, optimizer) for name, side in self.ladders().items()}
+        return {name: side.prune(threshold, optimizer, rule=rule) for name, side in self.ladders().items()}
 
     def _require_held(self, optimizer: Optimizers) -> None:
         for modality, level, bank in self.banks():
