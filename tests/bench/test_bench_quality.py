@@ -10,14 +10,15 @@ import pytest
 
 from bench import pictures
 from bench.__main__ import main
-from bench.quality import comparison, jobs
+from bench.quality import comparison, jobs, sources
 from bench.quality.presets import CATALOGUE, RETURNING
 from bench.quality.run import Job
 from bench.quality.variants import BASE, VARIANTS, chosen
 from xsmoe.app.demo import DemoSettings
 from xsmoe.stream import StreamConfig
 
-NAMES = ["base", "no-growth", "static", "copy-merge", "linear", "paper"]
+NAMES = ["base", "static", "copy-merge", "linear", "paper"]
+TINY = {"windows": 3, "users": 16, "items": 48, "new_items": 4, "epochs": 1}
 ARGUMENTS = ["quality", "--quick", "--seeds", "2", "--variants", ",".join(NAMES[1:]), "--matrix"]
 
 
@@ -39,7 +40,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("quality")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "processes", lambda count: Here())
-        patch.setattr(comparison, "QUICK", {"windows": 4, "users": 24, "items": 64, "new_items": 8, "epochs": 1})
+        patch.setattr(comparison, "QUICK", TINY)
+        patch.setattr(sources, "IMAGE_SIZE", 16)
         assert main([*ARGUMENTS, "--folder", str(folder), "--json", str(folder / "all.json")]) == 0
         yield folder, json.loads((folder / "all.json").read_text())
 
@@ -51,15 +53,12 @@ def record(folder: Path, variant: str, seed: int = 1) -> dict[str, Any]:
 
 def test_all_variants_are_compared_with_the_base(setting: Any) -> None:
     folder, found = setting
-    assert found["stream"] == {
-        **{"name": "returning-quick", "windows": 4, "users": 24, "items": 64, "new_items": 8, "epochs": 1},
-        "returning": 2,
-    }
+    assert found["stream"] == {"name": "returning-quick", **TINY, "returning": 2}
     assert list(found["variants"]) == NAMES
     for name, one in found["variants"].items():
         assert one["seeds"] == [1, 2]
         assert one["sentence"] == VARIANTS[name].sentence
-        assert list(one["windows"]) == ["1", "2", "3"]
+        assert list(one["windows"]) == ["1", "2"]
         ranks = [rank for test in record(folder, name)["tests"] for rank in test["ranks"]]
         hits = sum(0 < rank <= 10 for rank in ranks) / len(ranks)
         assert one["HR@10"]["values"][0] == pytest.approx(hits, rel=1e-3)
@@ -76,15 +75,14 @@ def test_all_variants_are_compared_with_the_base(setting: Any) -> None:
 def test_variants_are_what_they_say(setting: Any) -> None:
     folder, _ = setting
     base, static, linear = (record(folder, name) for name in ("base", "static", "linear"))
-    assert base["experts"] == {"image": [4, 4], "text": [4, 4]}
+    assert base["experts"] == {"image": [3, 3], "text": [3, 3]}
     assert static["experts"] == static["key"]["experts"] == base["experts"]
-    assert record(folder, "no-growth")["experts"] == {"image": [1, 1], "text": [1, 1]}
     assert linear["experts"] == {}
     assert record(folder, "copy-merge")["key"]["settings"]["new_gate"] == "copy"
     assert record(folder, "paper")["key"]["settings"]["protocol"] == "paper"
     ranks = {name: [test["ranks"] for test in record(folder, name)["tests"]] for name in NAMES}
-    # One window is all that a run without growth and one with share.
-    assert ranks["base"][0] == ranks["no-growth"][0]
+    # Runs share what comes before the first expansion.
+    assert ranks["base"][0] == ranks["copy-merge"][0]
     assert len({str(ranks[name]) for name in ("base", "static", "copy-merge", "linear")}) == 4
 
 
@@ -93,11 +91,11 @@ def test_a_matrix_has_the_test_of_the_next_window_beside_its_diagonal(setting: A
     for name in NAMES:
         run = record(folder, name)
         for metric, rows in run["matrix"].items():
-            assert [len(row) for row in rows] == [4] * 4
-            assert [rows[n - 1][n] for n in (1, 2, 3)] == [test[metric] for test in run["tests"]]
+            assert [len(row) for row in rows] == [3] * 3
+            assert [rows[n - 1][n] for n in (1, 2)] == [test[metric] for test in run["tests"]]
     own = [record(folder, BASE, seed)["matrix"]["HR@10"] for seed in (1, 2)]
     later = [
-        sum(rows[model][tested] - rows[tested][tested] for model in range(4) for tested in range(model)) / 6
+        sum(rows[model][tested] - rows[tested][tested] for model in range(3) for tested in range(model)) / 3
         for rows in own
     ]
     assert found["variants"][BASE]["matrix"]["HR@10"]["backward"]["values"] == pytest.approx(later, abs=1e-4)
@@ -116,7 +114,7 @@ def test_the_trainer_reports_the_ranks_that_are_recorded(setting: Any) -> None:
     assert (source.dataset, source.store) == (place / "catalogue", place / "store")
     job = Job(VARIANTS[BASE], 1, source, {}, False, None, folder / "unused.json")
     config, store = job.config(), HiddenStateStore.open(source.store)
-    stream = Stream.build(Dataset.load(source.dataset).interactions, store, 4, modalities=config.modalities)
+    stream = Stream.build(Dataset.load(source.dataset).interactions, store, 3, modalities=config.modalities)
     with StreamingTrainer(build(config, "side"), stream, config.stream) as trainer:
         tests = [line["all"] for line in trainer.fit() if line["kind"] == "test"]
     assert [test["HR@10"] for test in tests] == [test["HR@10"] for test in record(folder, BASE)["tests"]]
@@ -180,7 +178,7 @@ def test_runs_of_other_settings_are_refused(setting: Any, capsys: pytest.Capture
     folder, _ = setting
     assert main([*ARGUMENTS, "--folder", str(folder), "--epochs", "2"]) == 2
     assert "1.json holds a run of other settings or data; give another --folder" in capsys.readouterr().err
-    assert main([*ARGUMENTS, "--folder", str(folder), "--windows", "3"]) == 2
+    assert main([*ARGUMENTS, "--folder", str(folder), "--windows", "4"]) == 2
     assert "returning-quick-1 holds data of other parameters" in capsys.readouterr().err
 
 
