@@ -9,6 +9,7 @@ from bench import (
     compare_command,
     kernels_command,
     memory_command,
+    quality_command,
     roofline_command,
     step_command,
     stream_command,
@@ -21,6 +22,7 @@ COMMANDS = (
     step_command,
     memory_command,
     stream_command,
+    quality_command,
     roofline_command,
     compare_command,
 )

@@ -38,14 +38,20 @@ def write(draw: Callable[[], Any], path: Path) -> list[Path]:
     return [path]
 
 
-def figure(panels: int, *, width: float = 5.0, height: float = 4.2, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure that needs no display, and its panels, side by side."""
+def figure(
+    panels: int, *, rows: int = 1, width: float = 5.0, height: float = 4.2, **options: Any
+) -> tuple[Any, list[Any]]:
+    """A figure that needs no display, and its panels, side by side in so many rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = Figure(figsize=(width * panels, height), layout="constrained")
+    columns = -(-panels // rows)
+    found = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(found)
-    return found, list(found.subplots(1, panels, squeeze=False, **options)[0])
+    grid = list(found.subplots(rows, columns, squeeze=False, **options).flat)
+    for unused in grid[panels:]:
+        unused.remove()
+    return found, grid[:panels]
 
 
 def legend_below(found: Any, panel: Any) -> None:

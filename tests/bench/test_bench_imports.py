@@ -21,7 +21,7 @@ assert profiled.main(["side_moe", *sizes, "M=1", "--device", "cpu", "--dtype", "
 assert gpu_sanitize.main(["route_topk", "N=5", "E=3", "k=2", "--device", "cpu"]) == 0
 assert main(["roofline", "bench/results/routing-cpu-float32.json", "bench/results/step-cpu-float32.json"]) == 0
 assert main(["stream", "--windows", "1"]) == 2
-for command in ("all", "kernels", "step", "memory", "stream", "roofline", "compare"):
+for command in ("all", "kernels", "step", "memory", "stream", "quality", "roofline", "compare"):
     try:
         main([command, "--help"])
     except SystemExit as end:

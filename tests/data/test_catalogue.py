@@ -11,7 +11,8 @@ from PIL import Image
 from xsmoe.data import Dataset, History, Sequences, WindowSplits, make_windows, split_window, write_catalogue
 from xsmoe.data.catalogue.attributes import ATTRIBUTES
 from xsmoe.data.catalogue.drawing import draw
-from xsmoe.data.catalogue.generator import LEAST_TAKEN, MOST_TAKEN, Catalogue, generate
+from xsmoe.data.catalogue.generator import Catalogue, generate
+from xsmoe.data.catalogue.simulation import LEAST_TAKEN, MOST_TAKEN
 
 SMALL = {"num_windows": 3, "users": 40, "items": 80, "new_items": 12}
 NUM_VALUES = max(len(attribute.values) for attribute in ATTRIBUTES)

@@ -66,7 +66,7 @@ def test_expand_with_the_mean_gate(bank: ExpertBank) -> None:
     mean = bank.router[1:].mean(0)
     bank.expand(new_gate="mean")
     torch.testing.assert_close(bank.router[-1], mean)
-    with pytest.raises(ValueError, match="new_gate must be 'random' or 'mean', not 'zero'"):
+    with pytest.raises(ValueError, match="new_gate must be one of random, mean, copy, not 'zero'"):
         bank.expand(new_gate="zero")  # type: ignore[arg-type]
 
 

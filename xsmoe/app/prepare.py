@@ -26,10 +26,14 @@ def movielens(source: Path, out: Path, display: Display) -> None:
     _describe(prepare_movielens(source, out), display)
 
 
-def catalogue(out: Path, display: Display, *, seed: int, windows: int, users: int, items: int) -> None:
-    """The drifting catalogue as a dataset."""
+def catalogue(
+    out: Path, display: Display, *, seed: int, windows: int, users: int, items: int, returning: int = 0
+) -> None:
+    """The drifting catalogue as a dataset, or one of so many regimes that return."""
     with display.progress("Drawing the catalogue") as advance:
-        dataset = write_catalogue(out, seed=seed, num_windows=windows, users=users, items=items, progress=advance)
+        dataset = write_catalogue(
+            out, seed=seed, num_windows=windows, users=users, items=items, returning=returning, progress=advance
+        )
     _describe(dataset, display)
 
 

@@ -82,11 +82,14 @@ def prepare_catalogue(
     users: Annotated[int, typer.Option(help="Users that are active in a window.")] = 800,
     items: Annotated[int, typer.Option(help="Items at the start; more arrive with every window.")] = 600,
     seed: Annotated[int, typer.Option(help="The same seed draws the same catalogue.")] = 0,
+    returning: Annotated[
+        int, typer.Option(help="Regimes of tastes that alternate, a window each, and come back; 0: the world drifts.")
+    ] = 0,
 ) -> None:
     """Make a synthetic dataset with drawn images and captions, whose users follow what items look and read like."""
     from xsmoe.app.prepare import catalogue
 
-    catalogue(out, display(), seed=seed, windows=windows, users=users, items=items)
+    catalogue(out, display(), seed=seed, windows=windows, users=users, items=items, returning=returning)
 
 
 def encode(

@@ -2,28 +2,39 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from xsmoe.nn.optimizer import SECOND_MOMENTS, Carry, Optimizers, require_held, resize_parameter, swap_parameter
+from xsmoe.nn.expert_state import contradiction, resize
+from xsmoe.nn.gate_offset import widened, with_offset
+from xsmoe.nn.optimizer import SECOND_MOMENTS, Carry, Optimizers, require_held, swap_parameter
 from xsmoe.nn.top_k import top_k_mixture
 from xsmoe_kernels import FrozenExperts, Utilization, checks, side_moe
 
-NewGate = Literal["random", "mean"]
+NewGate = Literal["random", "mean", "copy"]
+PruneRule = Literal["drop", "merge"]
 EXPERT_STD = 0.01
-WEIGHTS = ("router", "frozen_down", "frozen_up", "down", "up")
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """An expert that was dropped: its index before the drop, its utilization share, and how many are left."""
+    """An expert that was dropped.
+
+    Attributes:
+        level: its side level.
+        expert: its index before the drop.
+        share: its utilization share.
+        num_experts: how many are left.
+        into: the expert that it was merged into, by its index before the drop; None where it was not merged.
+    """
 
     level: int
     expert: int
     share: float
     num_experts: int
+    into: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,10 @@ class ExpertBank(nn.Module):
 
     Frozen experts come first and are buffers (`frozen_down`, `frozen_up`), trainable ones are parameters (`down`,
     `up`), so that an optimizer never sees the former. `router` has a row for the backbone, then one for every expert.
-    A state dict carries the number of experts and the utilization, and loads into a bank of any other number, whose
-    parameters change their shape and stay the same objects, so that an optimizer goes on training them. If that has
-    taken steps, load its state too, with `optimizer.load_state_dict`; its next step raises RuntimeError otherwise.
+    `gate_offset` (E + 1,) is added to the gates' logits; it is None, and in no state dict, until a split or a merge
+    needs it. A state dict carries the number of experts and the utilization, and loads into a bank of any other number,
+    whose parameters change their shape and stay the same objects, so that an optimizer goes on training them. If that
+    has taken steps, load its state too, with `optimizer.load_state_dict`; its next step raises RuntimeError otherwise.
 
     Args:
         dim: width D of the rows.
@@ -56,6 +68,7 @@ class ExpertBank(nn.Module):
     up: nn.Parameter
     frozen_down: Tensor
     frozen_up: Tensor
+    gate_offset: Tensor | None
 
     def __init__(self, dim: int, rank: int, num_experts: int = 1, top_k: int | None = None) -> None:
         super().__init__()
@@ -69,8 +82,9 @@ class ExpertBank(nn.Module):
         self.up = nn.Parameter(torch.empty(num_experts, rank, dim))
         self.register_buffer("frozen_down", torch.empty(0, rank, dim))
         self.register_buffer("frozen_up", torch.empty(0, rank, dim))
+        self.register_buffer("gate_offset", None)
         self.utilization = Utilization(num_experts, device=self.router.device)
-        self._frozen: tuple[Tensor, Tensor, FrozenExperts] | None = None
+        self._frozen: tuple[Tensor, Tensor, tuple[int, int] | None, FrozenExperts] | None = None
         self.reset_parameters()
 
     @property
@@ -100,11 +114,14 @@ class ExpertBank(nn.Module):
         """
         if self.top_k is not None:
             return top_k_mixture(self, x, backbone, row_weight, self._counters())
-        return side_moe(**self.operands(x, backbone, row_weight))
+        return self.own_columns(side_moe(**self.operands(x, backbone, row_weight)))
 
     def operands(self, x: Tensor, backbone: Tensor, row_weight: Tensor | None = None) -> dict[str, Any]:
-        """The arguments of `side_moe` for this bank, for callers that launch several banks at once."""
-        return {
+        """The arguments of `side_moe` for this bank, for callers that launch several banks at once.
+
+        Of the result `own_columns` are the bank's.
+        """
+        operands = {
             "x": x,
             "backbone": backbone,
             "router": self.router,
@@ -114,6 +131,11 @@ class ExpertBank(nn.Module):
             "utilization": self._counters(),
             "row_weight": row_weight,
         }
+        return operands if self.gate_offset is None else with_offset(operands, self.gate_offset)
+
+    def own_columns(self, mixed: Tensor) -> Tensor:
+        """The bank's output (N, D) in a result of `side_moe`, which is wider where the gates have an offset."""
+        return mixed if self.gate_offset is None else mixed[:, : self.dim]
 
     def expand(
         self,
@@ -123,7 +145,7 @@ class ExpertBank(nn.Module):
         generator: torch.Generator | None = None,
         name: str = "bank",
     ) -> None:
-        """Freezes all experts, adds one trainable expert that is their mean, and adds its gate row.
+        """Freezes all experts, adds one trainable expert, by default their mean, and adds its gate row.
 
         Call it between optimizer steps: the parameters are replaced, and with them go their gradients, also those that
         are still being accumulated, and hooks that were registered on them.
@@ -132,41 +154,84 @@ class ExpertBank(nn.Module):
             optimizer: swapped in place where given (see `swap_parameter`); the router's state is carried over, and the
                 new row gets the mean second moment of the experts' rows where the optimizer is of Adam's kind.
             new_gate: "random" draws the row as `nn.Linear` does, so that the function jumps (as published); "mean"
-                takes the mean of the experts' rows, which disturbs it less.
+                takes the mean of the experts' rows, which disturbs it less; "copy" splits the expert of most gate mass:
+                the new expert is a copy of it, and both get half of its gate, so that the function stays the same.
             generator: the source of the random row.
             name: what to call this bank in an error.
+
+        Raises:
+            TypeError: `optimizer` is neither an optimizer nor a sequence of them.
+            ValueError: `new_gate` is unknown, or "copy" where `top_k` is set; or the optimizer cannot go on.
         """
+        if new_gate not in get_args(NewGate):
+            raise ValueError(f"new_gate must be one of {', '.join(get_args(NewGate))}, not {new_gate!r}")
+        if new_gate == "copy" and self.top_k is not None:
+            raise ValueError(
+                f"new_gate must be 'random' or 'mean' where top_k is set, not 'copy': an expert and its copy would "
+                f"take two of the {self.top_k} places, which changes the function"
+            )
         self.require_held(optimizer, name)
         with torch.no_grad():
             down, up = torch.cat([self.frozen_down, self.down]), torch.cat([self.frozen_up, self.up])
-            if new_gate == "mean":
-                row = self.router[1:].mean(0, keepdim=True)
-            elif new_gate == "random":
-                bound = 1 / math.sqrt(self.dim)
-                row = torch.empty(1, self.dim).uniform_(-bound, bound, generator=generator).to(self.router)
+            offset = self.gate_offset
+            if new_gate == "copy":
+                most = int(self.utilization.gate[1:].argmax())
+                new_down, new_up = down[most : most + 1].clone(), up[most : most + 1].clone()
+                row, offset = self.router[most + 1 : most + 2], self._offsets()
+                offset[most + 1] -= math.log(2)
+                new_offset = offset[most + 1 : most + 2]
             else:
-                raise ValueError(f"new_gate must be 'random' or 'mean', not {new_gate!r}")
+                new_down, new_up = down.mean(0, keepdim=True), up.mean(0, keepdim=True)
+                row, new_offset = self._new_row(new_gate, generator), self.router.new_zeros(1)
             self._replace(optimizer, "router", torch.cat([self.router, row]), _with_new_gate)
-            self._replace(optimizer, "down", down.mean(0, keepdim=True), None)
-            self._replace(optimizer, "up", up.mean(0, keepdim=True), None)
+            self._replace(optimizer, "down", new_down, None)
+            self._replace(optimizer, "up", new_up, None)
             self.frozen_down, self.frozen_up = down, up
+            self.gate_offset = None if offset is None else torch.cat([offset, new_offset])
         self._recount()
 
+    def _new_row(self, new_gate: NewGate, generator: torch.Generator | None) -> Tensor:
+        if new_gate == "mean":
+            return self.router[1:].mean(0, keepdim=True)
+        bound = 1 / math.sqrt(self.dim)
+        return torch.empty(1, self.dim).uniform_(-bound, bound, generator=generator).to(self.router)
+
+    def _offsets(self) -> Tensor:
+        """A copy of the gates' offsets, zeros where there are none."""
+        return self.router.new_zeros(self.num_experts + 1) if self.gate_offset is None else self.gate_offset.clone()
+
     def prune(
-        self, threshold: float = 0.1, optimizer: Optimizers = None, *, name: str = "bank"
-    ) -> tuple[int, float] | None:
+        self,
+        threshold: float = 0.1,
+        optimizer: Optimizers = None,
+        *,
+        rule: PruneRule = "drop",
+        name: str = "bank",
+    ) -> tuple[int, float, int | None] | None:
         """Drops the least used expert and its gate row if its share among the experts is below `threshold`.
 
         A bank of one expert, and one whose counters are empty, stays as it is. Call it between optimizer steps, as
         `expand`.
 
+        Args:
+            threshold: a share of the experts' utilization.
+            optimizer: as in `expand`.
+            rule: "drop" (as published) loses the expert; "merge" first replaces the expert whose weights are nearest to
+                its by the mean of both, weighted by their shares, with the mean of their gate rows and the sum of their
+                gates. Where the two are equal, the function stays the same.
+            name: what to call this bank in an error.
+
         Returns:
-            The dropped expert's index and its share, or None.
+            The dropped expert's index, its share, and the index of the expert that it was merged into (None: of none),
+            all of before the drop; None where no expert was dropped.
 
         Raises:
             TypeError: `optimizer` is neither an optimizer nor a sequence of them.
-            ValueError: the counters are not finite, the threshold is no share, or the optimizer cannot go on.
+            ValueError: the counters are not finite, the threshold is no share, the rule is unknown, or the optimizer
+                cannot go on.
         """
+        if rule not in get_args(PruneRule):
+            raise ValueError(f"rule must be one of {', '.join(get_args(PruneRule))}, not {rule!r}")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be a share between 0 and 1, not {threshold}")
         self.require_held(optimizer, name)
@@ -177,7 +242,12 @@ class ExpertBank(nn.Module):
         if self.num_experts == 1 or not share < threshold:
             return None
         trainable = expert - self.num_frozen
+        into = None
         with torch.no_grad():
+            if rule == "merge":
+                into = self._merge(expert, shares)
+            if self.gate_offset is not None:
+                self.gate_offset = _without(self.gate_offset, expert + 1)
             self._replace(optimizer, "router", _without(self.router, expert + 1), lambda _, s: _without(s, expert + 1))
             if trainable < 0:
                 self.frozen_down, self.frozen_up = _without(self.frozen_down, expert), _without(self.frozen_up, expert)
@@ -185,7 +255,30 @@ class ExpertBank(nn.Module):
                 self._replace(optimizer, "down", _without(self.down, trainable), lambda _, s: _without(s, trainable))
                 self._replace(optimizer, "up", _without(self.up, trainable), lambda _, s: _without(s, trainable))
         self._recount()
-        return expert, share
+        return expert, share, into
+
+    def _merge(self, expert: int, shares: Tensor) -> int:
+        """Replaces the expert nearest to `expert` by their weighted mean, in place, and returns its index."""
+        down, up = torch.cat([self.frozen_down, self.down]), torch.cat([self.frozen_up, self.up])
+        flat = torch.cat([down.flatten(1), up.flatten(1)], dim=1).double()
+        distances = (flat - flat[expert]).norm(dim=1)
+        distances[expert] = math.inf
+        into = int(distances.argmin())
+        used = float(shares[expert] + shares[into])
+        weight = float(shares[expert]) / used if used else 0.5
+        self.frozen_down, self.frozen_up = self.frozen_down.clone(), self.frozen_up.clone()
+        held, place = (
+            ((self.frozen_down, self.frozen_up), into)
+            if into < self.num_frozen
+            else ((self.down, self.up), into - self.num_frozen)
+        )
+        for weights, experts in zip(held, (down, up), strict=True):
+            weights[place] = torch.lerp(experts[into], experts[expert], weight)
+        self.router[into + 1] = torch.lerp(self.router[into + 1], self.router[expert + 1], weight)
+        offset = self._offsets()
+        offset[into + 1] = torch.logaddexp(offset[into + 1], offset[expert + 1])
+        self.gate_offset = offset
+        return into
 
     def counts_are_finite(self) -> bool:
         """Whether the experts' counters are finite, so that they say who is used least. Waits for the device."""
@@ -215,10 +308,15 @@ class ExpertBank(nn.Module):
         """The frozen experts as `side_moe` takes them, with what is derived from them once; None without any."""
         if self.num_frozen == 0:
             return None
+        down, up, wide = self.frozen_down, self.frozen_up, self.gate_offset is not None
+        versions = _versions(down, up) if wide else None
         # Moving the module replaces its buffers, and growth does too: what was built on the old ones is then stale.
-        if self._frozen is None or self._frozen[0] is not self.frozen_down or self._frozen[1] is not self.frozen_up:
-            self._frozen = self.frozen_down, self.frozen_up, FrozenExperts(self.frozen_down, self.frozen_up)
-        return self._frozen[2]
+        kept = self._frozen
+        replaced = kept is not None and (kept[0] is not down or kept[1] is not up)
+        # Wide ones are copies, which changes in place do not reach.
+        if kept is None or replaced or (wide and (versions is None or kept[2] != versions)):
+            self._frozen = kept = (down, up, versions, widened(down, up) if wide else FrozenExperts(down, up))
+        return kept[3]
 
     def extra_repr(self) -> str:
         experts = f"num_experts={self.num_experts}, num_frozen={self.num_frozen}, top_k={self.top_k}"
@@ -266,10 +364,10 @@ class ExpertBank(nn.Module):
         errors: list[str],
     ) -> None:
         counters = [f"{prefix}utilization.{part}" for part in ("norm", "gate")]
-        if (contradiction := self._contradiction(state_dict, prefix)) is not None:
-            errors.append(contradiction)
+        if (why := contradiction(self, state_dict, prefix)) is not None:
+            errors.append(why)
             return
-        self._resize(state_dict, prefix)
+        resize(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._frozen = None
         if self.utilization.num_experts != self.num_experts:
@@ -285,38 +383,6 @@ class ExpertBank(nn.Module):
             else:
                 counter.copy_(state_dict[key])
 
-    def _contradiction(self, state_dict: Any, prefix: str) -> str | None:
-        """Why the bank would not hold together with what a state dict brings; None if it would."""
-        given = _given(state_dict, prefix)
-        rows = {name: given.get(name, getattr(self, name)).shape[0] for name in WEIGHTS}
-        for down, up in (("down", "up"), ("frozen_down", "frozen_up")):
-            if rows[down] != rows[up]:
-                return f"{prefix}{down} holds {rows[down]} experts, but {prefix}{up} holds {rows[up]}"
-        frozen, trainable = rows["frozen_down"], rows["down"]
-        if rows["router"] != 1 + frozen + trainable or rows["router"] == 1:
-            held = f"{prefix}frozen_down and {prefix}down hold {frozen} and {trainable} experts"
-            wanted = "at least one is needed" if frozen + trainable == 0 else f"which need {1 + frozen + trainable}"
-            return f"{prefix}router has {rows['router']} rows, but {held}, {wanted}"
-        return None
-
-    def _resize(self, state_dict: Any, prefix: str) -> None:
-        given = _given(state_dict, prefix)
-        if any(value.shape[1:] != getattr(self, name).shape[1:] for name, value in given.items()):
-            # It is refused next, and the bank has to stay whole.
-            return
-        for name, value in given.items():
-            mine = getattr(self, name)
-            if value.shape != mine.shape and isinstance(mine, nn.Parameter):
-                resize_parameter(mine, value.shape)
-            elif value.shape != mine.shape:
-                setattr(self, name, mine.new_empty(value.shape))
-
-
-def _given(state_dict: Any, prefix: str) -> dict[str, Tensor]:
-    """A bank's weights in a state dict, less what torch refuses because it is none."""
-    found = {name: state_dict.get(prefix + name) for name in WEIGHTS}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.dim()}
-
 
 def _with_new_gate(name: str, state: Tensor) -> Tensor:
     """A router's state in an optimizer, with a row for one more expert."""
@@ -325,6 +391,13 @@ def _with_new_gate(name: str, state: Tensor) -> Tensor:
         # have always been tiny, and make the row's first steps several times the learning rate.
         return torch.cat([state, state[1:].mean(0, keepdim=True)])
     return torch.cat([state, torch.zeros_like(state[:1])])
+
+
+def _versions(down: Tensor, up: Tensor) -> tuple[int, int] | None:
+    """How often autograd saw each change in place; None where that is not counted."""
+    if torch.compiler.is_compiling() or down.is_inference() or up.is_inference():
+        return None
+    return down._version, up._version
 
 
 def _without(rows: Tensor, index: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from xsmoe.nn.conditioning import Condition, Conditioning, NotFinite, apply
-from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned
+from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned, PruneRule
 from xsmoe.nn.item_ids import ItemIds
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
@@ -213,7 +213,8 @@ class XSMoE(Pretrained):
         Args:
             optimizer: an optimizer, or several, that train this module: replaced parameters are swapped in their
                 groups, and the state of all that remains is carried over.
-            new_gate: "random" as published, or "mean", which disturbs the function less.
+            new_gate: "random" as published; "mean", which disturbs the function less; or "copy", a split of the expert
+                of most gate mass in every level, which leaves the function unchanged.
             generator: the source of the random gate rows.
 
         Returns:
@@ -230,8 +231,12 @@ class XSMoE(Pretrained):
             for name, side in self.ladders().items()
         }
 
-    def prune(self, threshold: float = 0.1, optimizer: Optimizers = None) -> dict[str, list[Pruned]]:
+    def prune(
+        self, threshold: float = 0.1, optimizer: Optimizers = None, *, rule: PruneRule = "drop"
+    ) -> dict[str, list[Pruned]]:
         """Drops, in every level, the least used expert if its utilization share is below `threshold`.
+
+        With `rule` "merge" the expert nearest to it takes it in first (see `ExpertBank.prune`).
 
         The shares are those counted since the last `reset_utilization`; `optimizer` and when to call it as in `expand`.
         Returns what was dropped, by modality.
@@ -242,7 +247,7 @@ class XSMoE(Pretrained):
         self._require_held(optimizer)
         for modality, level, bank in self.banks():
             bank.require_counted(f"sides.{modality}.banks.{level}")
-        return {name: side.prune(threshold, optimizer) for name, side in self.ladders().items()}
+        return {name: side.prune(threshold, optimizer, rule=rule) for name, side in self.ladders().items()}
 
     def _require_held(self, optimizer: Optimizers) -> None:
         for modality, level, bank in self.banks():

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned
+from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned, PruneRule
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
 from xsmoe_kernels import checks, side_moe_group
@@ -74,15 +74,16 @@ class SideMoE(Pretrained):
             done.append(Expanded(level, bank.num_experts, bank.num_frozen))
         return done
 
-    def prune(self, threshold: float = 0.1, optimizer: Optimizers = None) -> list[Pruned]:
+    def prune(self, threshold: float = 0.1, optimizer: Optimizers = None, *, rule: PruneRule = "drop") -> list[Pruned]:
         """Drops at most one little-used expert from every level (see `ExpertBank.prune`). Returns what was dropped."""
         self._require_held(optimizer)
         for level, bank in enumerate(self.levels()):
             bank.require_counted(f"banks.{level}")
         done = []
         for level, bank in enumerate(self.levels()):
-            if dropped := bank.prune(threshold, optimizer, name=f"banks.{level}"):
-                done.append(Pruned(level, *dropped, bank.num_experts))
+            if dropped := bank.prune(threshold, optimizer, rule=rule, name=f"banks.{level}"):
+                expert, share, into = dropped
+                done.append(Pruned(level, expert, share, bank.num_experts, into))
         return done
 
     def _require_held(self, optimizer: Optimizers) -> None:
@@ -160,7 +161,8 @@ def climb(ladders: Mapping[str, SideMoE], hidden: Mapping[str, Hidden], row_weig
         if any(bank.top_k is not None for bank in banks):
             results = [bank(x, backbone, row_weight) for bank, x, backbone in steps]
         else:
-            results = side_moe_group([bank.operands(x, backbone, row_weight) for bank, x, backbone in steps])
+            mixed = side_moe_group([bank.operands(x, backbone, row_weight) for bank, x, backbone in steps])
+            results = [bank.own_columns(result) for bank, result in zip(banks, mixed, strict=True)]
         outputs.update(zip(climbing, results, strict=True))
     return outputs
 

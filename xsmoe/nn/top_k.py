@@ -42,7 +42,8 @@ def top_k_mixture(
     x, backbone, router, down, up = operands[:5]
     precise = torch.promote_types(x.dtype, torch.float32)
     with library.without_autocast(x.device.type):
-        logits = functional.linear(x.to(precise), router.to(precise))
+        offset = None if bank.gate_offset is None else bank.gate_offset.to(precise)
+        logits = functional.linear(x.to(precise), router.to(precise), offset)
     routing = route_topk(logits[:, 1:], chosen)
     gates = torch.cat([logits[:, :1], logits[:, 1:].gather(1, routing.experts)], dim=1).softmax(dim=1)
 

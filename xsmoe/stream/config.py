@@ -18,7 +18,9 @@ Targets = Literal["last", "all"]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "protocol": ("default", "paper"),
-    "new_gate": ("random", "mean"),
+    "new_gate": ("random", "mean", "copy"),
+    "grow": ("every", "novelty"),
+    "prune_rule": ("drop", "merge"),
     "repeats": ("rank", "miss"),
     "validation_candidates": ("known", "split"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
@@ -99,7 +101,11 @@ class StreamConfig:
         max_inputs: a user's last items that are looked at, without the target.
         expand, prune: whether windows add an expert, and drop little-used ones.
         prune_threshold: the share of an expert's utilization below which it is dropped.
-        new_gate: how a new expert's gate row begins: "random" (published) or "mean" of the others.
+        grow: which windows change the experts: "every" one, or only those of "novelty", on which the test metric is
+            below the validation metric of the window before by more than the noise (see `xsmoe.stream.growth`).
+        prune_rule: what becomes of a little-used expert: "drop" (published), or "merge" into the nearest one.
+        new_gate: how a new expert and its gate row begin: "random" (published) or "mean" of the others' rows, with the
+            mean of the experts; or "copy", a split of the most used expert, which leaves the function unchanged.
         repeats: a target that the user met before is ranked ("rank") or a sure miss ("miss"); None follows protocol.
         validation_candidates: validation ranks all items "known" so far, or those of the "split"; None follows
             protocol.
@@ -138,7 +144,9 @@ class StreamConfig:
     expand: bool = True
     prune: bool = True
     prune_threshold: float = 0.1
-    new_gate: Literal["random", "mean"] = "random"
+    new_gate: Literal["random", "mean", "copy"] = "random"
+    grow: Literal["every", "novelty"] = "every"
+    prune_rule: Literal["drop", "merge"] = "drop"
     repeats: Repeats | None = None
     validation_candidates: ValidationCandidates | None = None
     seed: int = 0

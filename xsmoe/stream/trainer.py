@@ -22,7 +22,7 @@ from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.folder import RunFolder, window_digest
-from xsmoe.stream.growth import grow, grow_ids, shares
+from xsmoe.stream.growth import grow, grow_ids, novelty, shares
 from xsmoe.stream.identity import identity, require_same
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
@@ -94,6 +94,11 @@ class StreamingTrainer:
             )
         if missing := set(model.items.modalities) - set(stream.features.modalities):
             raise ValueError(f"stream.features lacks {', '.join(sorted(missing))}, which the model encodes")
+        if self.config.expand and self.config.new_gate == "copy" and model.items.top_k is not None:
+            raise ValueError(
+                "config.new_gate is 'copy', which needs a model that mixes all experts, but its top_k is "
+                f"{model.items.top_k}; use new_gate 'random' or 'mean', or top_k None"
+            )
         for _, _, bank in model.items.banks():
             bank.count_in_eval = self.config.protocol == "paper"
         self._identity = identity(self.config, self.model, stream.features)
@@ -214,13 +219,18 @@ class StreamingTrainer:
         """Tests the model of the window before on this one, then prunes and expands."""
         watch = Stopwatch(self.device)
         tested = evaluate_window(self.model, self.features, splits, self.memory, self.config)
+        found = {"novelty": novelty(tested["all"], self.metrics, number)} if self.config.grow == "novelty" else {}
+        novel = all(one["novel"] for one in found.values())
         self._record(
             {
                 "kind": "test",
                 "window": number - 1,
                 "tested_on": number,
                 **tested,
-                **grow(self.model.items, self.config, number, trains=len(splits.train) > 0, tell=self._warn),
+                **found,
+                **grow(
+                    self.model.items, self.config, number, trains=len(splits.train) > 0, novel=novel, tell=self._warn
+                ),
                 "time": watch.read(),
             }
         )

@@ -21,6 +21,7 @@ def write_catalogue(
     users: int = 1000,
     items: int = 600,
     new_items: int = 80,
+    returning: int = 0,
     image_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
@@ -37,6 +38,8 @@ def write_catalogue(
         users: active in each window, with 6 to 15 interactions each; 15 % leave after it and as many arrive.
         items: on sale at the start, at least 16 per window.
         new_items: arrive with each later window.
+        returning: regimes of tastes that alternate, a window each, so that each comes back after windows of absence; at
+            least 2 and fewer than the windows. 0: none, the world drifts. With it `users` are those of each regime.
         image_size: width and height in pixels, at least 16.
         progress: called with the number of images drawn and the number in all, after each one.
 
@@ -45,7 +48,9 @@ def write_catalogue(
     """
     if image_size < 16:
         raise ValueError(f"image_size must be at least 16, for a texture to be seen, not {image_size}")
-    catalogue = generate(seed=seed, num_windows=num_windows, users=users, items=items, new_items=new_items)
+    catalogue = generate(
+        seed=seed, num_windows=num_windows, users=users, items=items, new_items=new_items, returning=returning
+    )
     interactions = catalogue.interactions()
     ids = catalogue.item_ids()
 
