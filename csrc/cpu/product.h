@@ -82,12 +82,18 @@ struct Segment {
     int64_t panels;
 };
 
-// The right factor: what its segments hold, with rows `stride` words apart.
+// Words summed in one go. Sums of longer inner dimensions are sums of such sums, which keeps float32's rounding in
+// bounds.
+constexpr int64_t stretch = 256;
+
+// The right factor: what its segments hold, with rows `stride` words apart; `chain` words are summed in one go, but for
+// the processor's matrix tiles, which sum all words in order.
 template <class Value>
 struct Right {
     const Segment<Value>* segments;
     int64_t count;
     int64_t stride;
+    int64_t chain = stretch;
 };
 
 // Begins to read a panel's columns of a row.
@@ -145,10 +151,6 @@ XSMOE_INLINE void accumulate(
     }
 }
 
-// Words summed in one go. Sums of longer inner dimensions are sums of such sums, which keeps float32's rounding in
-// bounds.
-constexpr int64_t stretch = 256;
-
 template <int Rows, int Vecs>
 XSMOE_INLINE void clear(Vec (&sums)[Rows][Vecs]) {
 #pragma GCC unroll 16
@@ -182,14 +184,14 @@ __attribute__((noinline)) void vector_block(
     for (int64_t s = 0; s < right.count; ++s) {
         const Segment<Value> segment = right.segments[s];
         const typename Words<Value>::Word* words = segment.right + index * segment.panels;
-        for (int64_t first = 0; first < segment.words; first += stretch) {
-            if (summed >= stretch) {
+        for (int64_t first = 0; first < segment.words; first += right.chain) {
+            if (summed >= right.chain) {
                 leave(sums, added, block);
                 clear(sums);
                 added = true;
                 summed = 0;
             }
-            const int64_t count = least(segment.words - first, stretch);
+            const int64_t count = least(segment.words - first, right.chain);
             const int64_t step = transposed ? left.stride : int64_t{Words<Value>::values};
             accumulate<Rows, Vecs, transposed>(
                 left.at + segment.left + first * step, left.stride, words + first * right.stride, right.stride, count,

@@ -9,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from native_library import needs_library
 from native_side_moe import SELECTION, Call, check, native_results, oracle, results
-from side_level import ACTIVATIONS, Level, make_level
+from side_level import ACTIVATIONS, Level, make_level, to
 from torch import Tensor
 
 from xsmoe_kernels import FrozenExperts, Utilization, side_moe, use_backend
@@ -254,11 +254,13 @@ def test_hidden_states_that_are_huge_or_not_finite(activation: str, value: float
 @pytest.mark.parametrize("field", range(5))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_goes_as_far_as_in_the_reference(dtype: torch.dtype, field: int, value: float) -> None:
-    """One such number in one input: it reaches the same results, and no others."""
+    """One such number in one input reaches the same results as in the reference, and no others."""
     level = plain_level(145, 33, 3, 5, dtype=dtype)
     level[field].view(-1)[40] = value
+    # In float32: where torch multiplies bfloat16 on AMX, a NaN in a row of odd width also reaches the row before it.
+    wide = to(level, torch.float32)
     for call in (Call(num_frozen=1), Call(num_frozen=1, recompute=True, counted=False)):
-        actual, expected = (results(level, call, backend, dtype) for backend in ("native", "reference"))
+        actual, expected = results(level, call, "native", dtype), results(wide, call, "reference", dtype)
         for name, found in actual.items():
             assert torch.equal(found.isfinite(), expected[name].isfinite()), name
 
@@ -288,13 +290,13 @@ def test_no_rows_count_nothing_even_where_the_row_is_not_finite() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 20.0, 80.0])
 def test_logits_far_from_zero(dtype: torch.dtype, scale: float) -> None:
-    # So many rows because few of them, those with two large logits that are nearly equal, make most of the error.
+    # Few rows, those with two large logits that are nearly equal, make most of the error: so many rows and draws.
     level = plain_level(1000, 48, 5, 13, dtype=dtype)
     level = level._replace(router=(level.router.double() * scale).to(dtype))
     logits = level.x.double() @ level.router.double().T
     assert scale < 80 or logits.abs().max() > 150
     for call in (Call(), Call(counted=False, recompute=True)):
-        check(level, call)
+        check(level, call, draws=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

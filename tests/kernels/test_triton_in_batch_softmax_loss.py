@@ -14,15 +14,11 @@ from native_in_batch_softmax_loss import GRADIENTS, NAME, Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_gpu import DEVICE, DTYPES, ON_GPU, leave_memory_alone, needs_gpu, reverse_programs, spread
-from triton_in_batch_softmax_loss import MARKS, draw, outputs, replaced, same_as_reference, within_budget
+from triton_in_batch_softmax_loss import MARKS, check, draw, outputs, replaced, same_as_reference, within_budget
 
 from xsmoe_kernels import dispatch, in_batch_softmax_loss, triton_backend
 
 pytestmark = MARKS
-
-
-def check(case: Case) -> dict[str, Tensor]:
-    return within_budget(draw(case), case)
 
 
 @settings(deadline=None, derandomize=True, max_examples=300 if ON_GPU else 12)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from error_budget import assert_within_budget
+from error_budget import Compared, assert_draws_within_budget, assert_within_budget
 from native_in_batch_softmax_loss import GRADIENTS, NAME, Case
 from native_in_batch_softmax_loss import draw as draw_on_cpu
 from native_in_batch_softmax_loss import exact as exact_of
@@ -45,16 +45,31 @@ def exact(batch: Batch) -> dict[str, Tensor]:
         return exact_of(batch)
 
 
-def within_budget(batch: Batch, note: object = "") -> dict[str, Tensor]:
-    """Fails unless the results of a batch keep the error budget; returns them."""
+def compared(batch: Batch) -> dict[str, Compared]:
+    """Return the results of a batch beside those of the reference, in its dtype and in float64."""
     before = dispatch.calls.copy()
     actual = outputs(batch, "triton")
     called = {(NAME, "triton"): 1} | ({(f"{NAME}_backward", "triton"): 1} if len(actual) > 1 else {})
     assert dispatch.calls - before == called
     reference, truth = outputs(batch, "reference"), exact(batch)
-    for name, value in actual.items():
-        assert_within_budget(value, reference[name], truth[name], f"{name} {note}")
-    return actual
+    return {name: Compared(value, reference[name], truth[name]) for name, value in actual.items()}
+
+
+def within_budget(batch: Batch) -> dict[str, Tensor]:
+    """Fail unless the results of a batch keep the error budget; return them."""
+    found = compared(batch)
+    for name, values in found.items():
+        assert_within_budget(*values, name)
+    return {name: values.actual for name, values in found.items()}
+
+
+def check(case: Case) -> dict[str, Tensor]:
+    """Fail unless the results of a case keep the error budget; return those of its first draw."""
+
+    def judge(actual: Tensor, reference: Tensor, exact: Tensor, name: str) -> None:
+        assert_within_budget(actual, reference, exact, f"{name} of {case}")
+
+    return assert_draws_within_budget(lambda k: compared(draw(case._replace(seed=case.seed + k))), judge=judge)
 
 
 def replaced(batch: Batch, **values: Any) -> Batch:
