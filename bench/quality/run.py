@@ -1,7 +1,5 @@
 """One variant with one seed: trained over the stream, tested on every next window, and, for a matrix, on all others."""
 
-import importlib
-import importlib.util
 import json
 import time
 from collections.abc import Mapping
@@ -16,10 +14,12 @@ from bench.quality.encoders import Experts, build
 from bench.quality.sources import Source
 from bench.quality.variants import Variant
 from xsmoe.app.runs import RunConfig
+from xsmoe.app.train import cut_settings
 from xsmoe.data import Dataset, Window
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.nn import Recommender
 from xsmoe.report import results
+from xsmoe.report.verdict import judge
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.best_epoch import snapshot
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
@@ -77,8 +77,7 @@ def perform(job: Job) -> Record:
     Returns:
         "variant", "seed", "commit", "key"; "experts" of every level at the end; "tests", for each window but the first
         its number, the names of its users, the rank of each one's last item (0: a sure miss) and the means of
-        `METRICS`; "groups", the means over all targets by scoring and group, and "verdict", where the test lines have
-        them; "cost"; "seconds" of all of it; and "matrix", by metric, a row for each window's model and a column for
+        `METRICS`; "groups", the means over all targets by scoring and group, and "verdict"; "cost"; "seconds" of all of it; and "matrix", by metric, a row for each window's model and a column for
         each tested window, or None.
     """
     begin = time.monotonic()
@@ -90,7 +89,7 @@ def perform(job: Job) -> Record:
         config.windows,
         modalities=config.modalities,
         missing=config.missing,
-        protocol=config.stream.protocol,
+        **cut_settings(config),
     )
     tasks: list[RankingTask] = []
     tests: list[Record] = []
@@ -170,11 +169,9 @@ def _groups(tests: list[Record]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _verdict(tests: list[Record]) -> dict[str, Any] | None:
-    """Return the verdict over all tests, as report/summary.json has it; None where this version gives none."""
-    if importlib.util.find_spec("xsmoe.report.verdict") is None:
-        return None
-    found = asdict(importlib.import_module("xsmoe.report.verdict").judge(tests))
+def _verdict(tests: list[Record]) -> dict[str, Any]:
+    """Return the verdict over all tests, as report/summary.json has it."""
+    found = asdict(judge(tests))
     return {name: found[name] for name in ("verdict", "baseline", "difference", "standard_error")}
 
 

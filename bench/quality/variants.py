@@ -54,7 +54,7 @@ VARIANTS = {
         Variant("no-ids", "Items have no embedding beside their content.", {"ids": False}),
         Variant("history-last", "Only a user's last sequence of a window is trained on.", {"history": "last"}),
         Variant("keep-best", "The best epoch by validation is kept.", {"keep": "best"}),
-        Variant("keep-ema", "A moving average of the weights is kept.", {"keep": "ema"}),
+        Variant("keep-last", "The last epoch is kept, not the average of the epochs.", {"keep": "last"}),
         Variant(
             "linear",
             "A linear head on the conditioned last level, with IDs and history, without a side network.",

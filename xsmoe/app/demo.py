@@ -28,8 +28,6 @@ MARK = "demo.json"
 IMAGE_SIZE = 64
 TRAINING: dict[str, Any] = {
     "batch_size": 32,
-    "warmup_epochs": 5,
-    "patience": 5,
     "rank": 32,
     "out_dim": 64,
 }

@@ -93,13 +93,15 @@ def train(
     min_steps: Annotated[
         int | None, _setting(10, "Least steps of an epoch: batches of small windows shrink.", TRAINING)
     ] = None,
-    epochs: Annotated[int | None, _setting("25, with --keep best 100", "The most epochs a window.", TRAINING)] = None,
+    epochs: Annotated[int | None, _setting("12, with --keep best 100", "The most epochs a window.", TRAINING)] = None,
     warmup_epochs: Annotated[int | None, _setting(5, "First epochs without validation.", TRAINING)] = None,
     patience: Annotated[
         int | None,
         _setting("0, with --keep best 5", "Validations without a better one, then stop; 0 never stops.", TRAINING),
     ] = None,
-    keep: Annotated[str | None, _setting("last", "Weights of a window to keep: last, best or ema.", TRAINING)] = None,
+    keep: Annotated[
+        str | None, _setting("ema", "Weights of a window to keep: last, best or ema (their moving average).", TRAINING)
+    ] = None,
     id_dropout: Annotated[
         float | None, _setting(0.25, "Share of a batch's items whose ID is left out.", TRAINING)
     ] = None,

@@ -46,7 +46,7 @@ _BY_PROTOCOL: dict[str, tuple[Any, Any]] = {
     "ties": ("hash", "file"),
     "duplicates": ("drop", "keep"),
     "history": ("all", "last"),
-    "keep": ("last", "last"),
+    "keep": ("ema", "last"),
     "targets": ("all", "last"),
     "min_steps": (10, 1),
 }
@@ -85,13 +85,13 @@ class StreamConfig:
         batch_size: the most sequences a step.
         min_steps: least steps of an epoch: batches of small windows shrink to reach it, down to 32 sequences. None: 10;
             under "paper" 1.
-        epochs: the most epochs a window. None: 25; 100 under "paper" or where the best epoch is kept.
+        epochs: the most epochs a window. None: 12; 100 under "paper" or where the best epoch is kept.
         warmup_epochs: first epochs without validation.
         patience: validations without a better NDCG@10 before a window's training stops; 0 never stops it early, and
             validates the last epoch only. None: 0; 5 under "paper" or where the best epoch is kept.
         keep: the weights that a window ends with: those of the "last" epoch (also under "paper", where the published
             code means to keep the best and in effect keeps the last), of the "best" epoch by validation NDCG@10, or
-            "ema", an exponential moving average over the epochs. None: "last".
+            "ema", an exponential moving average over the epochs. None: "ema"; under "paper" "last".
         id_dropout: share of a batch's items whose ID embedding is left out, so that content is trained too.
         targets: which items of a user's sequence in a test window are ranked: "last" or "all" but the first. None:
             "all"; under "paper" "last".
@@ -159,7 +159,7 @@ class StreamConfig:
         paper = self.protocol == "paper"
         self._resolve({name: values[paper] for name, values in _BY_PROTOCOL.items()})
         validated = paper or self.keep == "best"
-        self._resolve({"epochs": 100 if validated else 25, "patience": 5 if validated else 0})
+        self._resolve({"epochs": 100 if validated else 12, "patience": 5 if validated else 0})
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
