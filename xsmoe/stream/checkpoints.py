@@ -12,6 +12,8 @@ from xsmoe.files import replace_file
 
 MAGIC = b"XSMOE-CHECKPOINT-1\n"
 DIGEST_SIZE = hashlib.sha256().digest_size
+START = len(MAGIC) + DIGEST_SIZE
+"""Where the payload begins."""
 KEPT = 2
 
 
@@ -39,12 +41,15 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk is full or cannot be written; the checkpoints before it are untouched.
         """
+        # Held once: a table of IDs can make it gigabytes.
         buffer = io.BytesIO()
+        buffer.write(MAGIC + bytes(DIGEST_SIZE))
         torch.save(payload, buffer)
-        content = buffer.getvalue()
+        content = buffer.getbuffer()
+        content[len(MAGIC) : START] = hashlib.sha256(content[START:]).digest()
         paths = self._paths()
         path = self.folder / f"{int(paths[-1].stem) + 1 if paths else 0:06d}.ckpt"
-        write_atomically(path, MAGIC + hashlib.sha256(content).digest() + content)
+        write_atomically(path, content)
         for old in [*paths, path][:-KEPT]:
             old.unlink(missing_ok=True)
         return path
@@ -77,7 +82,7 @@ class Checkpoints:
         return sorted(self.folder.glob("*.ckpt"))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replaces `path` in one step.
 
     Raises:
@@ -94,10 +99,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
-    start = len(MAGIC) + DIGEST_SIZE
     if not content.startswith(MAGIC):
         raise CheckpointError(f"{path} is no checkpoint of this version")
-    if hashlib.sha256(content[start:]).digest() != content[len(MAGIC) : start]:
+    if hashlib.sha256(content[START:]).digest() != content[len(MAGIC) : START]:
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
-    payload: dict[str, Any] = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
+    payload: dict[str, Any] = torch.load(io.BytesIO(content[START:]), map_location="cpu", weights_only=True)
     return payload
