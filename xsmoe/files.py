@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Writes `content` aside, syncs it, and renames it to `path`.
 
     Raises:

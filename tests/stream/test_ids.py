@@ -1,5 +1,6 @@
 """Item IDs in a run: which are left out, padding, captured steps, growth, resuming, and ranking."""
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from xsmoe.nn import LazyAdam, Recommender, XSMoE, lazy_adam
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream import epoch as epochs
 from xsmoe.stream.batches import StepInput
+from xsmoe.stream.checkpoints import Checkpoints
 from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_step
 from xsmoe.stream.evaluation import embed_items
 from xsmoe.stream.feeding import made_ahead
@@ -289,6 +291,18 @@ def test_the_state_of_every_row_goes_on_from_a_checkpoint() -> None:
         train_step(trained, given, optimizer, tiny.config())
     counts = optimizers[1].state[trained.items.ids.weight]["step"]  # type: ignore[union-attr]
     assert counts[[0, 4, 6]].tolist() == [2, 0, 2]
+
+
+def test_a_checkpoint_is_not_copied_in_memory(tmp_path: Path) -> None:
+    checkpoints, table = Checkpoints(tmp_path), torch.arange(1 << 20)
+    tracemalloc.start()
+    checkpoints.save({"table": table})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table.nbytes < peak < 1.5 * table.nbytes
+    found = checkpoints.load_newest(pytest.fail)
+    assert found is not None
+    assert torch.equal(found[1]["table"], table)
 
 
 def test_a_batch_of_another_kind_of_ids_needs_another_graph() -> None:

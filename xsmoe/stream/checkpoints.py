@@ -12,6 +12,8 @@ from xsmoe.files import replace_file
 
 MAGIC = b"XSMOE-CHECKPOINT-1\n"
 DIGEST_SIZE = hashlib.sha256().digest_size
+START = len(MAGIC) + DIGEST_SIZE
+"""Where the payload begins."""
 KEPT = 2
 
 
@@ -73,7 +75,7 @@ class Checkpoints:
         return sorted(self.folder.glob("*.ckpt"))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replaces `path` in one step.
 
     Raises:
@@ -94,10 +96,13 @@ def write_payload(payload: dict[str, Any], path: Path) -> Path:
     Raises:
         CheckpointError: the disk is full or cannot be written; what stood at `path` still stands there.
     """
+    # Held once: a table of IDs can make it gigabytes.
     buffer = io.BytesIO()
+    buffer.write(MAGIC + bytes(DIGEST_SIZE))
     torch.save(payload, buffer)
-    content = buffer.getvalue()
-    write_atomically(path, MAGIC + hashlib.sha256(content).digest() + content)
+    content = buffer.getbuffer()
+    content[len(MAGIC) : START] = hashlib.sha256(content[START:]).digest()
+    write_atomically(path, content)
     return path
 
 
@@ -109,10 +114,9 @@ def read_payload(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     content = path.read_bytes()
-    start = len(MAGIC) + DIGEST_SIZE
     if not content.startswith(MAGIC):
         raise CheckpointError(f"{path} is no checkpoint of this version")
-    if hashlib.sha256(content[start:]).digest() != content[len(MAGIC) : start]:
+    if hashlib.sha256(content[START:]).digest() != content[len(MAGIC) : START]:
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
-    payload: dict[str, Any] = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
+    payload: dict[str, Any] = torch.load(io.BytesIO(content[START:]), map_location="cpu", weights_only=True)
     return payload
