@@ -346,10 +346,10 @@ def test_a_modality_that_comes_later_is_fitted_when_two_items_have_it(tmp_path: 
     fit_conditions(expected, features, second)
     assert same_conditions(model.items, expected)
 
-    for place in ((0, 1), (1, 0), (1, 1), (2, 0)):
+    for moment in ((0, 1), (1, 0), (1, 1), (2, 0)):
 
-        def dying(event: str, fields: dict[str, Any], place: tuple[int, int] = place) -> None:
-            if event == "epoch" and (fields["window"], fields["epoch"]) == place:
+        def dying(event: str, fields: dict[str, Any], moment: tuple[int, int] = moment) -> None:
+            if event == "epoch" and (fields["window"], fields["epoch"]) == moment:
                 raise Killed
 
         with pytest.raises(Killed):

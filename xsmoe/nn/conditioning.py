@@ -58,10 +58,7 @@ class Transform:
             return rows
         whole = len(self.columns) == rows.shape[1]
         centred = (rows if whole else rows[:, self.columns]).float() - self.mean
-        if self.factor.dim() == 1:
-            changed = centred / self.factor
-        else:
-            changed = _in_blocks(centred, self.factor, places)
+        changed = centred / self.factor if self.factor.dim() == 1 else _in_blocks(centred, self.factor, places)
         if whole:
             return changed.to(rows.dtype)
         result = rows.clone()

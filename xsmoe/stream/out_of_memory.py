@@ -29,7 +29,8 @@ def placing_memory(config: StreamConfig) -> Iterator[None]:
         allowed = "its default" if config.store_gib is None else config.store_gib
         raise OutOfMemory(
             f"the items' hidden states do not fit into the memory of {config.device} ({said(error)}), although "
-            f"--store-gib (here {allowed}) allows what they take: --store-gib 0 leaves them {_elsewhere(config)}. {_KEPT}"
+            f"--store-gib (here {allowed}) allows what they take: --store-gib 0 leaves them {_elsewhere(config)}. "
+            f"{_KEPT}"
         ) from error
 
 
