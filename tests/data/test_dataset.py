@@ -55,6 +55,7 @@ def test_schema_on_disk(folder: Path) -> None:
         "user": pa.string(),
         "item": pa.string(),
         "timestamp": pa.int64(),
+        "row": pa.int64(),
     }
     schema = pa.parquet.read_schema(folder / "items.parquet")
     assert dict(zip(schema.names, schema.types, strict=True)) == dict.fromkeys(("item", "text", "image"), pa.string())

@@ -2,10 +2,11 @@
 
 from xsmoe.data.catalogue import write_catalogue
 from xsmoe.data.dataset import Dataset, Items, write_dataset
+from xsmoe.data.errors import DataError
 from xsmoe.data.interactions import Interactions, read_interactions
 from xsmoe.data.movielens import prepare_movielens
+from xsmoe.data.repeats import LogSummary, summarize_log
 from xsmoe.data.sequences import History, Sequences, WindowSplits, item_share, split_window
-from xsmoe.data.tables import DataError
 from xsmoe.data.windows import Window, make_windows
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "History",
     "Interactions",
     "Items",
+    "LogSummary",
     "Sequences",
     "Window",
     "WindowSplits",
@@ -22,6 +24,7 @@ __all__ = [
     "prepare_movielens",
     "read_interactions",
     "split_window",
+    "summarize_log",
     "write_catalogue",
     "write_dataset",
 ]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path, PurePath
 
@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from xsmoe.data.interactions import Interactions, parse_interactions, read_interactions
-from xsmoe.data.tables import DataError, id_strings, optional_strings, read_columns
+from xsmoe.data.errors import DataError
+from xsmoe.data.interactions import Interactions, parse_interactions
+from xsmoe.data.tables import Table, column_names, id_strings, optional_strings, read_table
 
 INTERACTIONS = "interactions.parquet"
 ITEMS = "items.parquet"
+ROW = "row"
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Items:
         ids: (N,) object array of str, distinct.
         texts: (N,) object array of str, None where an item has no text.
         images: (N,) object array of str, each the path of an image file relative to the dataset's folder, or None.
+        notes: sentences about what was unusual in the file that they came from.
 
     Raises:
         ValueError: arrays of different lengths.
@@ -33,6 +36,7 @@ class Items:
     ids: np.ndarray
     texts: np.ndarray
     images: np.ndarray
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.texts) == len(self.images):
@@ -58,10 +62,11 @@ class Dataset:
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> "Dataset":
-        """Reads a dataset's folder.
+        """Read a dataset's folder.
 
-        Its files are `interactions.parquet` (user, item, timestamp) and `items.parquet` (item, text, image), where
-        text and image may be null; an empty string counts as null.
+        Its files are `interactions.parquet` (user, item, timestamp, row) and `items.parquet` (item, text, image), where
+        text and image may be null; an empty string counts as null. `row` is an interaction's data row in the file that
+        it came from; without that column, rows are numbered as they are here.
 
         Raises:
             DataError: a missing file or column, a wrong type, a row without an id, an item that is listed twice, an
@@ -70,15 +75,20 @@ class Dataset:
         folder = Path(folder)
         path = folder / ITEMS
         advice = "A dataset's items have the columns item, text and image; text and image may hold nulls."
-        columns = read_columns(path, dict.fromkeys(("item", "text", "image"), advice))
-        items = _parse_items(path, columns)
-        interactions = read_interactions(folder / INTERACTIONS)
+        items = _parse_items(path, read_table(path, dict.fromkeys(("item", "text", "image"), advice)))
+        path = folder / INTERACTIONS
+        wanted = dict.fromkeys(
+            ("user", "item", "timestamp"), "A dataset's interactions are written by `xsmoe prepare`."
+        )
+        if ROW in column_names(path):
+            wanted[ROW] = "It holds the numbers of rows."
+        interactions = _parse_interactions(path, read_table(path, wanted))
         _check(folder, interactions, items)
         return cls(folder, interactions, items)
 
 
 def write_dataset(folder: str | PathLike[str], interactions: Interactions, items: Items) -> Dataset:
-    """Writes a dataset into a folder, which is made if need be; images are put there by the caller.
+    """Write a dataset into a folder, which is made if need be; images are put there by the caller.
 
     Each file is written under another name first and moved into place when complete, so that no reader ever sees half
     a file.
@@ -96,14 +106,23 @@ def write_dataset(folder: str | PathLike[str], interactions: Interactions, items
         ITEMS: _table(folder / ITEMS, {"item": items.ids, "text": items.texts, "image": items.images}),
         INTERACTIONS: _table(
             folder / INTERACTIONS,
-            {"user": interactions.users, "item": interactions.items, "timestamp": interactions.timestamps},
+            {
+                "user": interactions.users,
+                "item": interactions.items,
+                "timestamp": interactions.timestamps,
+                ROW: interactions.rows,
+            },
         ),
     }
-    columns = {name: dict(zip(table.column_names, table.columns, strict=True)) for name, table in tables.items()}
-    items = _parse_items(folder / ITEMS, columns[ITEMS])
-    interactions = parse_interactions(
-        folder / INTERACTIONS, columns[INTERACTIONS], user="user", item="item", timestamp="timestamp"
-    )
+    read = {
+        name: Table(dict(zip(table.column_names, table.columns, strict=True)), ()) for name, table in tables.items()
+    }
+    items = replace(_parse_items(folder / ITEMS, read[ITEMS]), notes=items.notes)
+    log = _parse_interactions(folder / INTERACTIONS, read[INTERACTIONS])
+    interactions = replace(log, notes=interactions.notes or log.notes)
+    table = tables[INTERACTIONS]
+    place = table.column_names.index("timestamp")
+    tables[INTERACTIONS] = table.set_column(place, "timestamp", pa.array(interactions.timestamps))
     _check(folder, interactions, items)
     folder.mkdir(parents=True, exist_ok=True)
     written = {folder / f".{name}.{os.getpid()}.tmp": folder / name for name in tables}
@@ -118,18 +137,35 @@ def write_dataset(folder: str | PathLike[str], interactions: Interactions, items
     return Dataset(folder, interactions, items)
 
 
-def _parse_items(path: Path, columns: Mapping[str, pa.ChunkedArray]) -> Items:
+def _parse_items(path: Path, table: Table) -> Items:
+    columns = table.columns
     return Items(
         ids=id_strings(path, "item", columns["item"]),
         texts=optional_strings(path, "text", columns["text"]),
         images=optional_strings(path, "image", columns["image"]),
+        notes=table.notes,
+    )
+
+
+def _parse_interactions(path: Path, table: Table) -> Interactions:
+    rows = None
+    if ROW in table.columns:
+        column = table.columns[ROW]
+        if column.type != pa.int64() or column.null_count:
+            raise DataError(
+                f"{path}: column '{ROW}' is {column.type} with {column.null_count} nulls; it must hold the numbers "
+                "of rows as int64: remove it, or run `xsmoe prepare` again"
+            )
+        rows = column.to_numpy()
+    return parse_interactions(
+        path, table.columns, user="user", item="item", timestamp="timestamp", rows=rows, notes=table.notes
     )
 
 
 def _table(path: Path, columns: Mapping[str, np.ndarray]) -> pa.Table:
     arrays = {}
     for name, values in columns.items():
-        kind = pa.int64() if name == "timestamp" else pa.string()
+        kind = pa.int64() if name in ("timestamp", ROW) else pa.string()
         try:
             arrays[name] = pa.array(values, kind)
         except (pa.ArrowException, UnicodeError) as error:

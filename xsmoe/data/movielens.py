@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from xsmoe.data.dataset import Dataset, Items, write_dataset
+from xsmoe.data.errors import DataError
 from xsmoe.data.interactions import read_interactions
-from xsmoe.data.tables import DataError, id_strings, optional_strings, read_columns
+from xsmoe.data.tables import id_strings, optional_strings, read_table
 
 _UNLABELLED = "(no genres listed)"
 
 
 def prepare_movielens(source_folder: str | PathLike[str], out_folder: str | PathLike[str]) -> Dataset:
-    """Makes a dataset of a MovieLens release in CSV form, such as ml-latest-small.
+    """Make a dataset of a MovieLens release in CSV form, such as ml-latest-small.
 
     Every rating is one interaction, whatever its number of stars. An item's text is its title and its genres, as in
     "Toy Story (1995): Adventure, Animation"; there are no images.
@@ -33,13 +34,16 @@ def prepare_movielens(source_folder: str | PathLike[str], out_folder: str | Path
                 f"{path}: there is no such file; unpack a release from https://grouplens.org/datasets/movielens/, for "
                 "instance ml-latest-small.zip, and give the folder that holds movies.csv and ratings.csv"
             )
-    columns = read_columns(movies, dict.fromkeys(("movieId", "title", "genres"), "Is this a MovieLens movies.csv?"))
+    wanted = dict.fromkeys(("movieId", "title", "genres"), "Is this a MovieLens movies.csv?")
+    table = read_table(movies, wanted, text=("title",))
+    columns = table.columns
     titles = optional_strings(movies, "title", columns["title"])
     genres = optional_strings(movies, "genres", columns["genres"])
     items = Items(
         ids=id_strings(movies, "movieId", columns["movieId"]),
         texts=np.array([_text(title, labels) for title, labels in zip(titles, genres, strict=True)], dtype=object),
         images=np.full(len(titles), None, dtype=object),
+        notes=table.notes,
     )
     return write_dataset(out_folder, read_interactions(ratings, user="userId", item="movieId"), items)
 

@@ -1,44 +1,74 @@
 """Columns out of CSV and Parquet files, with errors that say where in the file the trouble is."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 
+from xsmoe.data.csv_files import csv_header, read_csv
+from xsmoe.data.errors import DataError
 
-class DataError(ValueError):
-    """Data that cannot be used as it is. The message names the file, the place and what to do about it."""
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of a file, and sentences about what is unusual in it."""
+
+    columns: Mapping[str, pa.ChunkedArray]
+    notes: tuple[str, ...]
 
 
-def read_columns(path: Path, columns: Mapping[str, str]) -> dict[str, pa.ChunkedArray]:
-    """The named columns of a `.csv` or `.parquet` file; those of a CSV file as strings, where an empty field is null.
+def column_names(path: Path) -> list[str]:
+    """The names of the columns of a `.csv` or `.parquet` file.
+
+    Raises:
+        DataError: no such file, another suffix, or a file that cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".parquet"):
+        raise DataError(f"{path}: a table must end in .csv or .parquet; convert it, or rename it if it is one of these")
+    try:
+        return csv_header(path) if suffix == ".csv" else list(pa.parquet.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
+
+
+def read_table(
+    path: Path, columns: Mapping[str, str], *, text: Collection[str] = (), digits: str | None = None
+) -> Table:
+    """Read the named columns of a `.csv` or `.parquet` file; those of a CSV file as strings, null where empty.
 
     Args:
         path: the file.
         columns: each column's name, with the advice to give where the file lacks it.
+        text: of these, the columns of a CSV file whose quoted fields may span lines.
+        digits: of these, one that holds digits in every row.
 
     Raises:
         DataError: no such file, another suffix, a file that cannot be parsed, a column that is missing or there twice,
-            or no rows.
+            no rows, or rows that would be lost: see `csv_files.read_csv`.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path}: a table must end in .csv or .parquet; convert it, or rename it if it is one of these")
+    names = column_names(path)
+    _require(path, names, columns)
+    suffix = path.suffix.lower()
+    notes: list[str] = []
     try:
-        table = readers[path.suffix.lower()](path, columns)
+        if suffix == ".csv":
+            table, notes = read_csv(path, names, list(columns), text=text, digits=digits)
+        else:
+            table = _read_parquet(path, list(columns))
         # Parquet promises UTF-8, which reading does not check.
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
+        raise DataError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
     if table.num_rows == 0:
         raise DataError(f"{path}: has no rows")
-    return {name: table.column(name) for name in columns}
+    return Table({name: table.column(name) for name in columns}, tuple(notes))
 
 
 def id_strings(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
@@ -69,16 +99,17 @@ def optional_strings(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarr
     return values
 
 
-def seconds(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
-    """A column of timestamps, whole seconds since 1970, as int64 (rows,); a CSV file's digits are parsed.
+def whole_numbers(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
+    """A column of timestamps as int64 (rows,); a CSV file's digits are parsed.
 
     Raises:
         DataError: a value that is no whole number, or negative; the message names its row and shows it.
     """
     advice = "timestamps must be whole seconds since 1970, as integers"
     text = _text(path, name, column, advice)
-    # 18 digits always fit int64; longer ones are no dates.
-    bad = ~pc.fill_null(pc.match_substring_regex(text, r"^[0-9]{1,18}$"), False).to_numpy()
+    fits = pc.or_(pc.less(pc.binary_length(text), 19), pc.less_equal(text, str(np.iinfo(np.int64).max)))
+    digits = pc.and_(pc.match_substring_regex(text, r"^[0-9]{1,19}$"), fits)
+    bad = ~pc.fill_null(digits, False).to_numpy()
     if bad.any():
         value = text[int(np.argmax(bad))].as_py()
         found = "nothing" if value is None else repr(value)
@@ -101,23 +132,14 @@ def _row(bad: np.ndarray) -> str:
     return f"data row {int(np.argmax(bad)) + 1}"
 
 
-def _read_csv(path: Path, columns: Mapping[str, str]) -> pa.Table:
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    with pa.csv.open_csv(path, parse_options=parse) as reader:
-        _require(path, reader.schema.names, columns)
-    convert = pa.csv.ConvertOptions(
-        include_columns=list(columns),
-        column_types=dict.fromkeys(columns, pa.string()),
-        null_values=[""],
-        strings_can_be_null=True,
-    )
-    return pa.csv.read_csv(path, parse_options=parse, convert_options=convert)
-
-
-def _read_parquet(path: Path, columns: Mapping[str, str]) -> pa.Table:
+def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
     with pa.parquet.ParquetFile(path) as file:
-        _require(path, file.schema_arrow.names, columns)
-        return file.read(columns=list(columns))
+        table = file.read(columns=columns)
+        if table.num_rows != file.metadata.num_rows:
+            raise DataError(
+                f"{path}: {table.num_rows} rows were read of {file.metadata.num_rows}; write the file again"
+            )
+        return table
 
 
 def _require(path: Path, present: list[str], columns: Mapping[str, str]) -> None:

@@ -1,0 +1,191 @@
+"""Columns out of CSV files. No row is lost: pyarrow parses, and a scan of the file's lines says what it has to find."""
+
+import csv
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from xsmoe.data.csv_lines import CsvLines, scan_csv
+from xsmoe.data.errors import DataError
+
+_PARSE = pa.csv.ParseOptions(newlines_in_values=True)
+
+
+def csv_header(path: Path) -> list[str]:
+    """The names of a CSV file's columns.
+
+    Raises:
+        DataError: an empty file, or a header that cannot be read or spans lines.
+    """
+    for line, names in _records(path):
+        if any(newline in name for name in names for newline in "\r\n"):
+            raise DataError(f"{path}: line {line} opens a quoted column name that does not end in it; remove the quote")
+        return names
+    raise DataError(f"{path}: cannot be read as csv: it is empty")
+
+
+def read_csv(
+    path: Path, names: Sequence[str], wanted: Sequence[str], *, text: Collection[str], digits: str | None
+) -> tuple[pa.Table, list[str]]:
+    """Read columns of a CSV file as strings, with null for an empty field.
+
+    Args:
+        path: the file.
+        names: its columns, from `csv_header`.
+        wanted: the columns to read.
+        text: those whose fields may span lines.
+        digits: a column that holds digits in every row. By it rows are recognized that stray quotes turned into text.
+
+    Returns:
+        The columns, and sentences about what is unusual in the file.
+
+    Raises:
+        DataError: a quote without an end, a field outside of text that spans lines, a row of another length, or rows
+            that were not parsed; the message names the line.
+        pa.ArrowException, UnicodeError: the file cannot be parsed for another reason.
+    """
+    lines = scan_csv(path)
+    notes = _check_spanning(path, names, lines, wanted, text, digits)
+    if lines.blank:
+        notes.append(f"{path}: {lines.blank} blank lines are skipped")
+    if lines.rows <= 1:
+        return pa.table({name: pa.array([], pa.string()) for name in wanted}), notes
+    table = _parse(path, names, wanted)
+    if table.num_rows != lines.rows - 1:
+        _refuse_lost(path, table, lines)
+    return table, notes
+
+
+def _parse(path: Path, names: Sequence[str], wanted: Sequence[str]) -> pa.Table:
+    convert = pa.csv.ConvertOptions(
+        include_columns=list(wanted),
+        column_types=dict.fromkeys(wanted, pa.string()),
+        null_values=[""],
+        strings_can_be_null=True,
+    )
+    try:
+        return pa.csv.read_csv(path, parse_options=_PARSE, convert_options=convert)
+    except pa.ArrowInvalid:
+        _refuse_lengths(path, len(names))
+        raise
+
+
+def _check_spanning(
+    path: Path, names: Sequence[str], lines: CsvLines, wanted: Sequence[str], text: Collection[str], digits: str | None
+) -> list[str]:
+    """Refuse fields that span lines outside of text columns, and count those inside of them."""
+    fields = lines.fields
+    notes: list[str] = []
+    if not len(fields):
+        return notes
+    allowed = np.zeros(len(names) + 1, bool)
+    for place in np.unique(fields.columns[fields.columns < len(names)]).tolist():
+        # Where names are there twice, a column cannot be looked at by its name.
+        if names[place] in text or (names.count(names[place]) == 1 and names[place] not in wanted):
+            allowed[place] = True
+    refused = fields.malformed | ~allowed[np.minimum(fields.columns, len(names))]
+    if refused.any():
+        _refuse_spanning(path, names, lines, int(np.argmax(refused)))
+    for place in np.flatnonzero(allowed).tolist():
+        mine = np.flatnonzero(fields.columns == place)
+        if names[place] not in text:
+            _check_unread(path, names, lines, place, digits)
+        longest = mine[np.argmax(fields.newlines[mine])]
+        notes.append(
+            f"{path}: {len(mine)} fields of column '{names[place]}' span lines, with {fields.newlines[mine].sum()} "
+            f"newlines inside; the longest begins in line {fields.lines[longest]} and spans "
+            f"{fields.newlines[longest] + 1}"
+        )
+    return notes
+
+
+def _check_unread(path: Path, names: Sequence[str], lines: CsvLines, place: int, digits: str | None) -> None:
+    """Refuse fields that span lines in a column that is not read, unless they are text and hold no rows."""
+    values = _parse(path, names, [names[place]]).column(0).drop_null()
+    spanning = pc.match_substring_regex(values, r"[\r\n]")
+    first = int(np.flatnonzero(lines.fields.columns == place)[0])
+    single = values.filter(pc.invert(spanning))
+    judged = single if len(single) else values
+    if 2 * pc.sum(pc.match_substring_regex(judged, r"\p{L}")).as_py() <= len(judged):
+        _refuse_spanning(path, names, lines, first)
+    if digits is None:
+        return
+    rows = _rows_inside(len(names), place, list(names).index(digits))
+    swallowed = pc.match_substring_regex(values.filter(spanning), rows).to_numpy()
+    if swallowed.any():
+        found = np.flatnonzero(lines.fields.columns == place)[int(np.argmax(swallowed))]
+        _refuse_spanning(path, names, lines, int(found))
+
+
+def _rows_inside(num_columns: int, place: int, digits: int) -> str:
+    """A pattern of values that hold rows of the file: lines with as many fields, and digits where they belong.
+
+    Args:
+        num_columns: of the file.
+        place: the column of the value.
+        digits: the column that holds digits.
+    """
+    field, number, newline = r"[^,\r\n]*", r"\"?[0-9]+\"?", r"[\r\n]"
+
+    def fields(first: int, last: int) -> str:
+        return ",".join(number if column == digits else field for column in range(first, last))
+
+    whole = f"{newline}{fields(0, num_columns)}{newline}"
+    # The value begins in the middle of a row and ends in the middle of another one.
+    partial = f"{newline}{fields(0, place + 1)}$" if digits < place else f"^{fields(place, num_columns)}{newline}"
+    return f"{whole}|{partial}"
+
+
+def _refuse_spanning(path: Path, names: Sequence[str], lines: CsvLines, field: int) -> None:
+    place, begin = int(lines.fields.columns[field]), int(lines.fields.lines[field])
+    column = f"column '{names[place]}'" if place < len(names) else f"column {place + 1}, beyond the header's"
+    reason = "only texts may span lines, and not rows of the file"
+    if lines.fields.malformed[field]:
+        reason = "its closing quote is followed by neither a comma nor the end of the line"
+    raise DataError(
+        f"{path}: line {begin} opens a quoted field of {column} that ends in line "
+        f"{begin + int(lines.fields.newlines[field])}, but {reason}; if the quote is a stray one, remove it, or double "
+        "it and put the field in quotes"
+    )
+
+
+def _refuse_lengths(path: Path, num_columns: int) -> None:
+    """Raise DataError for the first row of another length, if there is one."""
+    for row, (line, record) in enumerate(_records(path)):
+        if len(record) != num_columns:
+            raise DataError(
+                f"{path}: cannot be read as csv: data row {row} (line {line}) has {len(record)} fields, but the header "
+                f"has {num_columns}: {','.join(record)[:80]!r}"
+            )
+
+
+def _refuse_lost(path: Path, table: pa.Table, lines: CsvLines) -> None:
+    """Raise DataError for rows that were parsed otherwise than the lines of the file say."""
+    records = _records(path)
+    _, names = next(records)
+    places = [names.index(name) for name in table.column_names]
+    parsed = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    differs = (line for line, record in records if tuple(record[at] or None for at in places) != next(parsed, None))
+    raise DataError(
+        f"{path}: {table.num_rows} rows were parsed, but {lines.lines} lines hold {lines.rows - 1} rows beside the "
+        f"header, {lines.blank} blank lines and {lines.embedded} newlines inside fields; they differ from line "
+        f"{next(differs, lines.lines)} on"
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV file that are not blank, with the physical lines that they begin in."""
+    with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
+        reader = csv.reader(file)
+        line = 1
+        try:
+            for record in reader:
+                if record:
+                    yield line, record
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}: cannot be read as csv: line {line}: {error}") from error

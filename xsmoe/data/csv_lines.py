@@ -1,0 +1,280 @@
+"""The physical lines of a CSV file: which end a row, which are blank, and which lie inside quoted fields.
+
+pyarrow.csv parses; this scan says how many rows it has to find. Both follow the same rules: a quote opens a field only
+at the field's start, two quotes inside a quoted field stand for one, and what follows the closing quote belongs to the
+field.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from xsmoe.data.errors import DataError
+
+CHUNK_BYTES = 1 << 20
+_QUOTE, _DELIMITER, _CR, _LF = b'",\r\n'
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class SpanningFields:
+    """The S quoted fields of a file that span lines, in the file's order.
+
+    Attributes:
+        lines: (S,) int64, the physical line that a field begins in, from 1.
+        columns: (S,) int64, its column, from 0.
+        newlines: (S,) int64, newlines inside it.
+        malformed: (S,) bool, whether its closing quote is followed by more of the field.
+    """
+
+    lines: np.ndarray
+    columns: np.ndarray
+    newlines: np.ndarray
+    malformed: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+@dataclass(frozen=True)
+class CsvLines:
+    """Counts of physical lines: `lines == rows + blank + embedded`.
+
+    Attributes:
+        lines: physical lines; LF, CR and CRLF each end one, and so does the end of the file.
+        rows: records, the header among them.
+        blank: lines without a character outside of quoted fields.
+        embedded: newlines inside quoted fields.
+        fields: the fields that hold them.
+    """
+
+    lines: int
+    rows: int
+    blank: int
+    embedded: int
+    fields: SpanningFields
+
+
+def scan_csv(path: Path, chunk_bytes: int = CHUNK_BYTES) -> CsvLines:
+    """Count the physical lines of a CSV file with commas as delimiters.
+
+    Args:
+        path: the file.
+        chunk_bytes: bytes to look at at once.
+
+    Raises:
+        DataError: a quote that is never closed, or a NUL byte; the message names the line.
+    """
+    scan = _Scan(path)
+    with open(path, "rb") as file:
+        rest = file.read(len(_BYTE_ORDER_MARK))
+        rest = b"" if rest == _BYTE_ORDER_MARK else rest
+        while chunk := file.read(chunk_bytes):
+            chunk = rest + chunk
+            # A run of quotes, or a CR and its LF, must not be torn apart.
+            whole = chunk.rfind(b"\n") + 1 or len(chunk.rstrip(b'"\r'))
+            rest = chunk[whole:]
+            scan.add(chunk[:whole])
+        scan.add(rest)
+    return scan.finish()
+
+
+class _Scan:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.newlines = self.blank = self.embedded = 0
+        self.last = _LF
+        self.row_delimiters = 0
+        """Delimiters of the record that goes on in the next chunk."""
+        self.quoted = False
+        self.open_line = self.open_column = self.open_newlines = 0
+        """Where the quoted field began that goes on in the next chunk, and how many newlines it held so far."""
+        self.fields: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, chunk: bytes) -> None:
+        if not chunk:
+            return
+        if (nul := chunk.find(b"\0")) >= 0:
+            line = self.newlines + _count(chunk[:nul]) + 1
+            raise DataError(
+                f"{self.path}: line {line} holds a NUL byte; the file is damaged, or is UTF-16: save it as UTF-8"
+            )
+        if not self.quoted and chunk.endswith(b"\n") and (count := _simple(chunk, self.last)) is not None:
+            self.newlines += count
+            self.row_delimiters = 0
+        else:
+            self._parse(np.frombuffer(chunk, np.uint8))
+        self.last = chunk[-1]
+
+    def _parse(self, chunk: np.ndarray) -> None:
+        runs = _Runs(chunk, self.last, self.quoted)
+        begins, ends = _newlines(chunk)
+        before = runs.before(ends)
+        inside = runs.quoted_after(before)
+        blank = begins == np.concatenate([[0 if self.last in (_CR, _LF) else -1], ends[:-1] + 1])
+        self.blank += int((blank & ~inside).sum())
+        self.embedded += int(inside.sum())
+        row_ends = ends[~inside]
+
+        opening, newlines = np.unique(before[inside], return_counts=True)
+        if self.quoted:
+            if len(opening) and opening[0] == -1:
+                self.open_newlines += int(newlines[0])
+                opening, newlines = opening[1:], newlines[1:]
+            if len(runs.begins) and self.open_newlines:
+                carried = (self.open_line, self.open_column, self.open_newlines, runs.malformed(np.array([0]))[0])
+                self.fields.append(tuple(np.array([value]) for value in carried))
+        closed = opening + 1 < len(runs.begins)
+        if closed.any():
+            places = opening[closed]
+            self.fields.append(
+                (
+                    self._lines(ends, runs.begins[places]),
+                    self._columns(chunk, runs, row_ends, runs.begins[places]),
+                    newlines[closed],
+                    runs.malformed(places + 1),
+                )
+            )
+        if runs.open_at_end and len(runs.begins):
+            last = runs.begins[-1:]
+            self.open_line = int(self._lines(ends, last)[0])
+            self.open_column = int(self._columns(chunk, runs, row_ends, last)[0])
+            self.open_newlines = int(newlines[~closed].sum())
+        tail = int(row_ends[-1]) + 1 if len(row_ends) else 0
+        delimiters = runs.unquoted(np.flatnonzero(chunk[tail:] == _DELIMITER) + tail)
+        self.row_delimiters = len(delimiters) + (0 if len(row_ends) else self.row_delimiters)
+        self.quoted = runs.open_at_end
+        self.newlines += len(ends)
+
+    def _lines(self, ends: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The physical lines that these places of the chunk are in."""
+        return self.newlines + np.searchsorted(ends, places) + 1
+
+    def _columns(self, chunk: np.ndarray, runs: "_Runs", row_ends: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The columns that these places of the chunk are in."""
+        first = int(np.searchsorted(row_ends, places[0])) - 1
+        start = int(row_ends[first]) if first >= 0 else 0
+        delimiters = runs.unquoted(np.flatnonzero(chunk[start : int(places[-1])] == _DELIMITER) + start)
+        row = np.searchsorted(row_ends, places) - 1
+        row_begins = np.where(row >= 0, row_ends[row], -1) if len(row_ends) else np.full(len(places), -1)
+        columns = np.searchsorted(delimiters, places) - np.searchsorted(delimiters, row_begins)
+        return columns + np.where(row >= 0, 0, self.row_delimiters)
+
+    def finish(self) -> CsvLines:
+        if self.quoted:
+            raise DataError(
+                f"{self.path}: line {self.open_line} opens a quoted field that no quote closes; close it, or double "
+                "the quote and put the field in quotes"
+            )
+        lines = self.newlines + (self.last not in (_CR, _LF))
+        columns = [np.concatenate(arrays) for arrays in zip(*self.fields, strict=True)]
+        where = columns or [np.empty(0, np.int64)] * 4
+        fields = SpanningFields(where[0], where[1], where[2], where[3].astype(bool))
+        return CsvLines(lines, lines - self.blank - self.embedded, self.blank, self.embedded, fields)
+
+
+class _Runs:
+    """Runs of quotes of odd length, which alone change whether what follows is quoted.
+
+    In a quoted field any such run ends it. Elsewhere it begins one at a field's start, and means nothing in other
+    places.
+    """
+
+    def __init__(self, chunk: np.ndarray, last: int, quoted: bool) -> None:
+        quotes = np.flatnonzero(chunk == _QUOTE)
+        first = np.flatnonzero(np.diff(quotes, prepend=-2) != 1)
+        lengths = np.diff(first, append=len(quotes))
+        odd = (lengths & 1).astype(bool)
+        self._chunk = chunk
+        self._at_start = quoted
+        self.begins = quotes[first[odd]]
+        self._ends = self.begins + lengths[odd] - 1
+        behind = np.where(self.begins > 0, chunk[self.begins - 1], last)
+        starts_field = (behind == _DELIMITER) | (behind == _LF) | (behind == _CR)
+        # A run at a field's start flips the state, any other one clears it.
+        flips = np.cumsum(starts_field) + quoted
+        self._state = ((flips - np.maximum.accumulate(np.where(starts_field, 0, flips))) & 1).astype(bool)
+
+    @property
+    def open_at_end(self) -> bool:
+        """Whether the end of the chunk is quoted."""
+        return bool(self._state[-1]) if len(self._state) else self._at_start
+
+    def before(self, places: np.ndarray) -> np.ndarray:
+        """The last run before each place, -1 for none."""
+        return np.searchsorted(self.begins, places) - 1
+
+    def quoted_after(self, runs: np.ndarray) -> np.ndarray:
+        """Whether what follows these runs is quoted; -1 stands for the chunk's start."""
+        return np.concatenate([self._state, [self._at_start]])[runs]
+
+    def unquoted(self, places: np.ndarray) -> np.ndarray:
+        """Those of the places that are not quoted."""
+        return places[~self.quoted_after(self.before(places))]
+
+    def malformed(self, closing: np.ndarray) -> np.ndarray:
+        """Whether the field goes on behind these runs, which close it."""
+        behind = self._ends[closing] + 1
+        inside = behind < len(self._chunk)
+        following = self._chunk[np.where(inside, behind, 0)]
+        return inside & (following != _DELIMITER) & (following != _LF) & (following != _CR)
+
+
+def _newlines(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last byte of every newline: LF, CR, or CR and LF."""
+    line_feeds = np.flatnonzero(chunk == _LF)
+    returns = np.flatnonzero(chunk == _CR)
+    if not len(returns):
+        return line_feeds, line_feeds
+    paired = np.zeros(len(returns), bool)
+    inside = returns + 1 < len(chunk)
+    paired[inside] = chunk[returns[inside] + 1] == _LF
+    ends = np.sort(np.concatenate([line_feeds, returns[~paired]]))
+    return ends - ((chunk[ends] == _LF) & (ends > 0) & (chunk[ends - 1] == _CR)), ends
+
+
+def _count(chunk: bytes) -> int:
+    return chunk.count(b"\n") + chunk.count(b"\r") - chunk.count(b"\r\n")
+
+
+def _simple(chunk: bytes, last: int) -> int | None:
+    """The newlines of a chunk whose rows are a line each, not quoted at either end; None where that is not plain."""
+    if last in (_CR, _LF) and chunk[0] in (_CR, _LF):
+        return None
+    count = chunk.count(b"\n")
+    if b"\r" not in chunk:
+        if b"\n\n" in chunk:
+            return None
+    elif not chunk.count(b"\r\n") == count == chunk.count(b"\r") or b"\n\r" in chunk:
+        return None
+    return count if b'"' not in chunk or _plainly_quoted(chunk, last) else None
+
+
+def _plainly_quoted(chunk: bytes, last: int) -> bool:
+    """Whether all quotes of a chunk come in pairs around fields within a line, or double another one.
+
+    It looks at 64 bytes at once, one bit each. The parity of the quotes so far then is whether a byte is quoted, unless
+    a quote that makes it odd stands elsewhere than at a field's start or behind another quote.
+    """
+    padded = np.zeros(-(-len(chunk) // 64) * 64, np.uint8)
+    padded[: len(chunk)] = np.frombuffer(chunk, np.uint8)
+    quotes = _bits(padded == _QUOTE)
+    newlines = _bits(padded == _LF)
+    starts = quotes | newlines | _bits(padded == _DELIMITER)
+    parity = quotes.copy()
+    for step in (1, 2, 4, 8, 16, 32):
+        parity ^= parity << np.uint64(step)
+    odd = np.bitwise_xor.accumulate(parity >> np.uint64(63))
+    # All bits of a word flip where the words before it hold an odd number of quotes.
+    parity[1:] ^= np.uint64(0) - odd[:-1]
+    if odd[-1] or (newlines & parity).any():
+        return False
+    behind = starts << np.uint64(1)
+    behind[1:] |= starts[:-1] >> np.uint64(63)
+    behind[0] |= np.uint64(last in (_DELIMITER, _CR, _LF))
+    return not (quotes & parity & ~behind).any()
+
+
+def _bits(mask: np.ndarray) -> np.ndarray:
+    return np.packbits(mask, bitorder="little").view("<u8")
