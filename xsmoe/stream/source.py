@@ -1,15 +1,17 @@
 """A stream as the trainer takes it: windows of integer ids, and the items' hidden states."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 
 from xsmoe.data import DataError, Interactions, Window, make_windows
+from xsmoe.data.repeats import exact_duplicates, factorize
+from xsmoe.data.ties import tie_keys
+from xsmoe.data.windows import time_order
 from xsmoe.encoders import HiddenStateStore, ItemFeatures
-from xsmoe.stream.config import Protocol
+from xsmoe.stream.config import Duplicates, Protocol, StreamConfig, Ties
 
 Missing = Literal["drop", "zero"]
 
@@ -20,6 +22,7 @@ class Dropped:
 
     not_encoded: int = 0
     lacking_modality: int = 0
+    duplicates: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,11 @@ class Stream:
         modalities: Sequence[str] | None = None,
         missing: Missing = "drop",
         protocol: Protocol = "default",
+        ties: Ties | None = None,
+        duplicates: Duplicates | None = None,
+        seed: int = 0,
     ) -> "Stream":
-        """Cuts interactions into windows of equal count.
+        """Cut interactions into windows of equal count.
 
         Args:
             interactions: the log.
@@ -60,14 +66,23 @@ class Stream:
             modalities: those that the model uses; default all of the store's.
             missing: "drop" leaves out items that lack one of them, "zero" gives them rows of zeros.
             protocol: "paper" sorts timestamps as strings, as the published code does.
+            ties: "hash" orders interactions of equal time by a seeded hash of user and item, so that neither their
+                order nor the users' numbers depend on the file's order; "file" keeps the log's order. None: "hash";
+                under "paper" "file".
+            duplicates: "drop" leaves out interactions that repeat another's user, item and time. None: "drop"; under
+                "paper" "keep".
+            seed: of the hash.
 
         Raises:
             DataError: nothing is left of the log.
-            ValueError: too few windows, or more than interactions.
+            ValueError: too few windows, more than interactions, or another value of a setting.
         """
-        users, items, times, user_ids, dropped = _encode(interactions, store, modalities, missing, np.empty(0, object))
-        windows = make_windows(users, items, times, num_windows, string_sort=protocol == "paper")
-        return cls(windows, store, user_ids, dropped, protocol)
+        settings = StreamConfig(protocol=protocol, ties=ties, duplicates=duplicates, seed=seed)
+        log = _resolve(interactions, store, modalities, missing, settings, np.empty(0, object))
+        windows = make_windows(
+            log.users, log.items, log.times, num_windows, string_sort=protocol == "paper", ties=log.ties
+        )
+        return cls(windows, store, log.user_ids, log.dropped, protocol)
 
     @classmethod
     def next_window(
@@ -80,33 +95,72 @@ class Stream:
         modalities: Sequence[str] | None = None,
         missing: Missing = "drop",
         protocol: Protocol = "default",
+        ties: Ties | None = None,
+        duplicates: Duplicates | None = None,
+        seed: int = 0,
     ) -> "Stream":
-        """One window of all the interactions, for a run that goes on.
+        """Make one window of all the interactions, for a run that goes on.
 
         Args:
             number: the window's place in the stream.
             user_ids: the users known to the run; new ones are put behind them.
-            interactions, store, modalities, missing, protocol: as for `build`.
+            interactions, store, modalities, missing, protocol, ties, duplicates, seed: as for `build`.
         """
-        users, items, times, user_ids, dropped = _encode(interactions, store, modalities, missing, user_ids)
-        order = np.argsort(times.astype(str)) if protocol == "paper" else np.argsort(times, kind="stable")
-        window = Window(number, users[order], items[order], times[order])
-        return cls([window], store, user_ids, dropped, protocol)
+        settings = StreamConfig(protocol=protocol, ties=ties, duplicates=duplicates, seed=seed)
+        log = _resolve(interactions, store, modalities, missing, settings, user_ids)
+        order = time_order(log.times, string_sort=protocol == "paper", ties=log.ties)
+        window = Window(number, log.users[order], log.items[order], log.times[order])
+        return cls([window], store, log.user_ids, log.dropped, protocol)
 
 
-def _encode(
+@dataclass(frozen=True)
+class _Log:
+    """The interactions that enter a stream, in numbers: (N,) arrays. `ties` are what equal times are ordered by."""
+
+    users: np.ndarray
+    items: np.ndarray
+    times: np.ndarray
+    ties: np.ndarray | None
+    user_ids: np.ndarray
+    dropped: Dropped
+
+
+def _resolve(
     interactions: Interactions,
     store: HiddenStateStore,
     modalities: Sequence[str] | None,
     missing: Missing,
+    settings: StreamConfig,
     user_ids: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Dropped]:
+) -> _Log:
+    """Leave out what cannot enter, resolve duplicates and ties, and number the users."""
+    rows, keep, dropped = _encode(interactions, store, modalities, missing)
+    users, items, times = interactions.users[keep], interactions.items[keep], interactions.timestamps[keep]
+    rows = rows[keep].astype(np.int64)
+    if settings.duplicates == "drop":
+        once = ~exact_duplicates(factorize(users)[1], rows, times)
+        dropped = replace(dropped, duplicates=int((~once).sum()))
+        users, items, times, rows = users[once], items[once], times[once], rows[once]
+    ties = None
+    if settings.ties == "hash":
+        ties = tie_keys(users, items, settings.seed)
+        order = time_order(times, ties=ties)
+        # Users are numbered in this order too, so that their numbers do not depend on the file's.
+        users, times, rows, ties = users[order], times[order], rows[order], ties[order]
+    numbers, names = _number_users(users, user_ids)
+    return _Log(numbers, rows, times, ties, names, dropped)
+
+
+def _encode(
+    interactions: Interactions, store: HiddenStateStore, modalities: Sequence[str] | None, missing: Missing
+) -> tuple[np.ndarray, np.ndarray, Dropped]:
+    """Each interaction's row of the store, whether it can be used, and how many cannot."""
     if missing not in ("drop", "zero"):
         raise ValueError(f"missing must be 'drop' or 'zero', not {missing!r}")
     used = store.modalities if modalities is None else modalities
     if unknown := set(used) - set(store.modalities):
         raise DataError(f"the store has no {', '.join(sorted(unknown))}, only {', '.join(store.modalities)}")
-    distinct, codes = _factorize(interactions.items)
+    distinct, codes = factorize(interactions.items)
     rows = store.index_of(distinct)[codes]
     present = np.stack([store.present(name) for name in used])
     usable = (np.logical_and if missing == "drop" else np.logical_or).reduce(present, axis=0)
@@ -120,21 +174,14 @@ def _encode(
             f"{dropped.lacking_modality} lack {' or '.join(used)}; encode the items first (`xsmoe update` takes new "
             "ones with --items), or start with missing='zero'"
         )
-    users, names = _number_users(interactions.users[keep], user_ids)
-    return users, rows[keep].astype(np.int64), interactions.timestamps[keep], names, dropped
+    return rows, keep, dropped
 
 
 def _number_users(users: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each user's number: known ones keep theirs, new ones follow in the order in which they first appear."""
-    distinct, codes = _factorize(users)
+    distinct, codes = factorize(users)
     numbers = {name: number for number, name in enumerate(known.tolist())}
     fresh = [name for name in distinct if name not in numbers]
     numbers |= {name: len(known) + place for place, name in enumerate(fresh)}
     renumbered = np.array([numbers[name] for name in distinct], dtype=np.int64)
     return renumbered[codes], np.array([*known.tolist(), *fresh], dtype=object)
-
-
-def _factorize(names: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The distinct names in the order in which they first appear, and for each name its place among them."""
-    encoded = pa.array(names, pa.string()).dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
