@@ -4,7 +4,7 @@ from pathlib import Path
 
 from xsmoe.app.display import Display
 from xsmoe.app.runs import RunConfig
-from xsmoe.app.train import say_dropped, show_comparison
+from xsmoe.app.train import cut_settings, say_dropped, say_notes, show_comparison
 from xsmoe.app.trained import TrainedRun
 from xsmoe.data import read_interactions
 from xsmoe.report import results, tables
@@ -38,8 +38,9 @@ def evaluate(folder: Path, interactions: Path | None, device: str | None, displa
         run.users,
         modalities=config.modalities,
         missing=config.missing,
-        protocol=config.stream.protocol,
+        **cut_settings(config),
     )
+    say_notes(log.notes, display)
     say_dropped(stream, display)
     splits = run.stream.split(stream.windows[0])
     if not len(splits.test):

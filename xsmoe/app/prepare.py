@@ -4,20 +4,21 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pyarrow.csv
-import pyarrow.parquet
 
 from xsmoe.app.display import Display
 from xsmoe.data import (
     DataError,
     Dataset,
     Items,
+    LogSummary,
     prepare_movielens,
     read_interactions,
+    summarize_log,
     write_catalogue,
     write_dataset,
 )
-from xsmoe.data.tables import id_strings, optional_strings, read_columns
+from xsmoe.data.tables import column_names, id_strings, optional_strings, read_table
+from xsmoe.data.times import iso_day
 
 
 def movielens(source: Path, out: Path, display: Display) -> None:
@@ -86,40 +87,53 @@ def read_items(
     Raises:
         DataError: the file cannot be read, lacks a column, or has neither texts nor images.
     """
-    wanted = {item_column: "Rename it, or name the right one with --item-column of `xsmoe prepare table`."}
-    ids = id_strings(path, item_column, read_columns(path, wanted)[item_column])
-    names = _column_names(path)
+    names = column_names(path)
     chosen = {
         "text": text_column or ("text" if "text" in names else None),
         "image": image_column or ("image" if "image" in names else None),
     }
-    if not any(chosen.values()):
+    wanted = {item_column: "Rename it, or name the right one with --item-column of `xsmoe prepare table`."}
+    if item_column in names and not any(chosen.values()):
         raise DataError(
             f"{path}: has neither texts nor images; its columns are {', '.join(names)}. Name one text or image, or "
             "use --text-column or --image-column of `xsmoe prepare table`"
         )
-    found = {kind: np.full(len(ids), None, dtype=object) for kind in chosen}
     for kind, name in chosen.items():
         if name is not None:
-            column = read_columns(path, {name: f"Name the right one with --{kind}-column."})[name]
-            found[kind] = optional_strings(path, name, column)
+            wanted.setdefault(name, f"Name the right one with --{kind}-column.")
+    # A path or an id is no text, whatever else the column is used for.
+    text = {chosen["text"]} - {None, chosen["image"], item_column}
+    table = read_table(path, wanted, text={name for name in text if name is not None})
+    ids = id_strings(path, item_column, table.columns[item_column])
+    found = {
+        kind: np.full(len(ids), None, dtype=object)
+        if name is None
+        else optional_strings(path, name, table.columns[name])
+        for kind, name in chosen.items()
+    }
     root, here = (images_root or path.parent).resolve(), folder.resolve()
     for place in np.flatnonzero(found["image"] != None):  # noqa: E711 - element by element
         found["image"][place] = os.path.relpath(root / found["image"][place], here)
-    return Items(ids, found["text"], found["image"])
-
-
-def _column_names(path: Path) -> list[str]:
-    if path.suffix.lower() == ".parquet":
-        return list(pyarrow.parquet.read_schema(path).names)
-    with pyarrow.csv.open_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)) as reader:
-        return list(reader.schema.names)
+    return Items(ids, found["text"], found["image"], table.notes)
 
 
 def _describe(dataset: Dataset, display: Display) -> None:
     log, items = dataset.interactions, dataset.items
+    for note in (*log.notes, *items.notes):
+        display.say(note)
+    counts = summarize_log(log)
     texts, images = (sum(value is not None for value in column) for column in (items.texts, items.images))
     display.say(
-        f"{dataset.folder}: {len(log)} interactions of {len(set(log.users))} users with {len(items)} items "
+        f"{dataset.folder}: {counts.rows} interactions of {counts.users} users with {len(items)} items "
         f"({texts} with a text, {images} with an image)"
+    )
+    display.say(log_line(counts))
+
+
+def log_line(counts: LogSummary) -> str:
+    """What is counted of a log, as one line."""
+    return (
+        f"The log: {counts.rows} rows from {iso_day(counts.first)} to {iso_day(counts.last)}, {counts.users} users, "
+        f"{counts.items} items, {counts.duplicates} exact duplicates, {counts.repeats} repeats of a user's item at "
+        f"another time; {100 * counts.shared_time:.1f} % share their time with another interaction of the same user"
     )

@@ -1,6 +1,6 @@
 """Training a run over a dataset's stream, from its beginning or from where it was left."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,9 @@ def train(folder: Path, given: Mapping[str, Any], display: Display, *, profile: 
         config.windows,
         modalities=config.modalities,
         missing=config.missing,
-        protocol=config.stream.protocol,
+        **cut_settings(config),
     )
+    say_notes(dataset.interactions.notes, display)
     say_dropped(stream, display)
     if (folder / CONFIG).exists():
         _require_same_users(folder, stream)
@@ -132,6 +133,28 @@ def say_dropped(stream: Stream, display: Display) -> None:
             f"{dropped.lacking_modality} interactions are left out: their items lack a modality (a run that is started "
             "with --missing zero keeps them)"
         )
+    if dropped.duplicates:
+        display.warn(
+            f"{dropped.duplicates} interactions are left out: they repeat another's user, item and time (a run that is "
+            "started with --duplicates keep keeps them)"
+        )
+
+
+def say_notes(notes: Sequence[str], display: Display) -> None:
+    """Show what was unusual in a file."""
+    for note in notes:
+        display.say(note)
+
+
+def cut_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run that `Stream.build` and `Stream.next_window` take beside its modalities."""
+    stream = config.stream
+    return {
+        "protocol": stream.protocol,
+        "ties": stream.ties,
+        "duplicates": stream.duplicates,
+        "seed": stream.seed,
+    }
 
 
 def _settle(folder: Path, given: Mapping[str, Any]) -> RunConfig:

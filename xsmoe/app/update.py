@@ -9,12 +9,16 @@ from xsmoe.app.display import Display
 from xsmoe.app.encode import encode_more
 from xsmoe.app.prepare import read_items
 from xsmoe.app.runs import RunConfig, check_device, read_users, write_users
-from xsmoe.app.train import run_trainer, say_dropped
-from xsmoe.data import Dataset, Items, Window, read_interactions, write_dataset
+from xsmoe.app.seen import read_seen, write_seen
+from xsmoe.app.train import cut_settings, run_trainer, say_dropped, say_notes
+from xsmoe.data import Dataset, Interactions, Items, Window, read_interactions, write_dataset
+from xsmoe.data.repeats import seen_before
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.folder import read_metrics, read_window, window_digest
 from xsmoe.stream.profiling import require_folder
+
+SHOWN_ROWS = 5
 
 
 def update(
@@ -27,14 +31,15 @@ def update(
     *,
     profile: Path | None = None,
 ) -> None:
-    """Takes new interactions as the run's next window: tests on them, grows and trains.
+    """Take new interactions as the run's next window: tests on them, grows and trains.
 
     New items are encoded and appended to the store and to the dataset first; new users are numbered behind those that
     are known. Every step is done once, however often the command is given.
 
     Args:
         folder: of the run, all windows of whose dataset are done.
-        interactions: a .csv or .parquet file with the columns user, item and timestamp.
+        interactions: a .csv or .parquet file with the columns user, item and timestamp. None of its rows may be among
+            those that the run was given before, in whatever unit of time.
         items: a .csv or .parquet file with the columns item, text and image, of items that may be new.
         images_root: what image paths are relative to; default the folder of `items`.
         encoders: where encoders lie, by modality, if not where they were.
@@ -67,8 +72,9 @@ def update(
         known,
         modalities=config.modalities,
         missing=config.missing,
-        protocol=config.stream.protocol,
+        **cut_settings(config),
     )
+    say_notes(log.notes, display)
     say_dropped(stream, display)
     window = stream.windows[0]
 
@@ -83,37 +89,47 @@ def update(
         if len(done) != number or read_users(folder, taken).tolist() != known.tolist():
             raise ValueError(f"{folder} has changed since the command began; give it again")
         trainer.check(window)
-        _require_new(interactions, config, window, taken, display)
+        seen = read_seen(folder, config, taken, known, store)
+        _require_new(interactions, config, log, window, seen, display)
         # Under the trainer's lock, and only for a window that it takes.
+        write_seen(folder, number, log)
         write_users(folder, stream.user_ids)
         trainer.step(window)
 
     run_trainer(folder, config, stream, display, take, of=number + 1, show_past=False, profile=profile)
 
 
-def _require_new(path: Path, config: RunConfig, window: Window, taken: Sequence[Window], display: Display) -> None:
-    """Refuses interactions that the run has been trained on, and those of which none can be trained on."""
-    repeated = int(np.isin(_rows(window), np.concatenate([_rows(before) for before in taken])).sum())
-    if repeated:
+def _require_new(
+    path: Path, config: RunConfig, log: Interactions, window: Window, seen: Sequence[Interactions], display: Display
+) -> None:
+    """Refuse interactions that the run was given before, and those of which none can be trained on.
+
+    Args:
+        path: of the file, for messages.
+        config: of the run.
+        log: what the file holds, also what does not enter the window.
+        window: what is to be trained on.
+        seen: what the run was given before.
+        display: where warnings are shown.
+    """
+    again = np.logical_or.reduce([seen_before(log, before) for before in seen])
+    if again.any():
+        rows = np.sort(log.rows[again])
+        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
         raise ValueError(
-            f"{path}: {repeated} of {len(window)} interactions are in the run's windows already; give only new ones"
+            f"{path}: {len(rows)} of {len(log)} interactions are in the run's windows already; give only new ones. "
+            f"They were given before, perhaps in another unit of time or left out of the windows: data rows {shown}"
         )
     if not len(config.stream.split(window).train):
         raise ValueError(
             f"{path}: nobody to train on, since no user has {config.stream.k_core} interactions (the run's k_core) "
             "with 2 of them in its first part; wait until more have come"
         )
-    latest = max(int(before.timestamps.max()) for before in taken)
+    latest = max(int(before.timestamps[-1]) for before in seen)
     if older := int((window.timestamps < latest).sum()):
         display.warn(
             f"{older} of {len(window)} interactions are older than the latest that the run has been trained on"
         )
-
-
-def _rows(window: Window) -> np.ndarray:
-    """A window's interactions, each as one value that can be compared."""
-    columns = np.stack([window.users, window.items, window.timestamps], axis=1)
-    return np.ascontiguousarray(columns).view([("user", "<i8"), ("item", "<i8"), ("timestamp", "<i8")])[:, 0]
 
 
 def _add_items(
@@ -126,6 +142,7 @@ def _add_items(
 ) -> None:
     dataset = Dataset.load(config.dataset)
     given = read_items(path, config.dataset, images_root=images_root)
+    say_notes(given.notes, display)
     rows = dict(zip(dataset.items.ids, range(len(dataset.items)), strict=True))
     known = np.array([item in rows for item in given.ids], dtype=bool)
     for place in np.flatnonzero(known):

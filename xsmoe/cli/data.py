@@ -16,7 +16,8 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The dataset's folder."
 def prepare_root(ctx: typer.Context) -> None:
     """Make a dataset: out of MovieLens, out of your own tables, or a synthetic one.
 
-    A dataset is a folder with interactions.parquet (user, item, timestamp) and items.parquet (item, text, image).
+    A dataset is a folder with interactions.parquet (user, item, timestamp, row) and items.parquet (item, text, image).
+    Every row of a log is kept with its row number, and repeats and ties are counted; training resolves them.
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
@@ -43,7 +44,7 @@ def prepare_table(
     items: Annotated[Path, typer.Option(help="The items: .csv or .parquet.", show_default=False)],
     user_column: Annotated[str, typer.Option(help="The users' ids in the log.")] = "user",
     item_column: Annotated[str, typer.Option(help="The items' ids in both files.")] = "item",
-    timestamp_column: Annotated[str, typer.Option(help="Whole seconds since 1970, in the log.")] = "timestamp",
+    timestamp_column: Annotated[str, typer.Option(help="Seconds since 1970, in the log.")] = "timestamp",
     text_column: Annotated[
         str | None, typer.Option(help="The items' texts.", show_default="text, if it is there")
     ] = None,
@@ -55,7 +56,11 @@ def prepare_table(
         typer.Option(help="What image paths are relative to.", show_default="the folder of the items' file"),
     ] = None,
 ) -> None:
-    """Make a dataset of your own tables. Images stay where they are."""
+    """Make a dataset of your own tables. Images stay where they are.
+
+    Timestamps in milliseconds, microseconds, nanoseconds or as yyyymmdd become seconds; mixed units are refused. Quoted
+    fields may span lines in the items' texts only: elsewhere a quote that hides rows is refused with its line.
+    """
     from xsmoe.app.prepare import table
 
     table(
