@@ -77,8 +77,8 @@ def perform(job: Job) -> Record:
     Returns:
         "variant", "seed", "commit", "key"; "experts" of every level at the end; "tests", for each window but the first
         its number, the names of its users, the rank of each one's last item (0: a sure miss) and the means of
-        `METRICS`; "groups", the means over all targets by scoring and group, and "verdict"; "cost"; "seconds" of all of it; and "matrix", by metric, a row for each window's model and a column for
-        each tested window, or None.
+        `METRICS`; "groups", the means over all targets by scoring and group, and "verdict"; "cost"; "seconds" of all
+        of it; and "matrix", by metric, a row for each window's model and a column for each tested window, or None.
     """
     begin = time.monotonic()
     config = job.config()

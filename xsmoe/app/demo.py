@@ -45,7 +45,7 @@ class DemoSettings:
     """
 
     windows: int = 6
-    epochs: int = 30
+    epochs: int = 12
     users: int = 800
     items: int = 600
     seed: int = 0

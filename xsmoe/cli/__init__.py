@@ -55,7 +55,7 @@ def root(
 def demo(
     folder: Annotated[Path, typer.Option(help="Where everything goes; also the run's folder.")] = Path("runs/demo"),
     windows: Annotated[int, typer.Option(help="Windows of the stream.")] = 6,
-    epochs: Annotated[int, typer.Option(help="The most epochs a window.")] = 30,
+    epochs: Annotated[int, typer.Option(help="The most epochs a window.")] = 12,
     users: Annotated[int, typer.Option(help="Users that are active in a window.")] = 800,
     items: Annotated[int, typer.Option(help="Items at the start; more arrive with every window.")] = 600,
     seed: Annotated[int, typer.Option(help="Of the catalogue, the encoders and the training.")] = 0,
