@@ -12,7 +12,7 @@ from cli_helpers import run, succeed
 
 import xsmoe
 import xsmoe_kernels
-from xsmoe.app.runs import DEFAULT_WINDOWS
+from xsmoe.app.runs import DEFAULT_WINDOWS, MODEL_DEFAULTS
 from xsmoe.cli import ORDER, app
 from xsmoe.nn import XSMoE
 from xsmoe.stream import StreamConfig
@@ -50,7 +50,11 @@ def test_training_options_state_the_true_defaults() -> None:
     true = {name: str(value) for name, value in config.to_dict().items()}
     true |= {"expand": "yes", "prune": "yes", "windows": str(DEFAULT_WINDOWS), "modalities": "all", "missing": "drop"}
     true |= {"rank": str(model["rank"].default), "out_dim": str(model["out_dim"].default), "top_k": "all"}
-    true |= {"graph": "no", "store_gib": "a quarter of what is free on a GPU"}
+    best = StreamConfig(keep="best")
+    true |= {name: f"{getattr(config, name)}, with --keep best {getattr(best, name)}" for name in ("epochs", "patience")}
+    true |= {"ids": "yes", "condition": MODEL_DEFAULTS["default"]["condition"]}
+    true |= {"graph": "no", "store_gib": "a quarter of what is free"}
+    assert MODEL_DEFAULTS["default"]["ids"]
     assert config.expand
     assert config.prune
     assert not config.graph

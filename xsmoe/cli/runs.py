@@ -131,8 +131,8 @@ def train(
     store_gib: Annotated[
         float | None,
         _setting(
-            "a quarter of what is free on a GPU",
-            "GiB of the device that hidden states may take; beyond, or with 0, each step copies its rows. May change.",
+            "a quarter of what is free",
+            "GiB of memory on the device that hidden states may take; beyond, or with 0, steps copy their rows. May change.",
             MACHINE,
         ),
     ] = None,

@@ -40,6 +40,7 @@ def columns(modalities: Sequence[str]) -> list[Column]:
         Column("", "users", 6, lambda result: _trained(result, "users"), rank=5),
         *(Column("experts", name, 7, _experts(name), rank=2) for name in modalities),
         Column("", "epochs", 6, lambda result: _trained(result, "epochs"), rank=4),
+        Column("", "batch", 5, lambda result: _trained(result, "batch_size"), rank=6),
         Column(f"{first} %", "model", 6, _quality("all", metric=first)),
         Column(f"{first} %", SHORT["all_time"], 7, _quality("popularity", "all_time", metric=first)),
         Column(f"{first} %", SHORT["last_window"], 9, _quality("popularity", "last_window", metric=first), rank=5),
@@ -53,7 +54,8 @@ def columns(modalities: Sequence[str]) -> list[Column]:
 
 LEGEND = (
     "quality: on the next window; popular: the items taken most often so far, pop. last: in the last window; "
-    "cold: targets that were never trained on; experts: at each level"
+    "cold: targets that were never trained on; experts: at each level; "
+    "batch: the most sequences of a step, fewer in small windows"
 )
 
 
@@ -137,7 +139,8 @@ def _width(column: Column) -> int:
 
 
 def _trained(result: WindowResult, name: str) -> str:
-    return NOTHING if result.trained is None else str(result.trained[name])
+    # Lines of earlier versions lack some fields.
+    return NOTHING if result.trained is None else str(result.trained.get(name, NOTHING))
 
 
 def _experts(modality: str) -> Callable[[WindowResult], str]:
