@@ -24,6 +24,7 @@ from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.best_epoch import snapshot
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.metrics import per_user
+from xsmoe.stream.saved_conditions import split_state
 
 METRICS = ("HR@10", "NDCG@10")
 Record = dict[str, Any]
@@ -148,8 +149,9 @@ def _matrix(
     """Rank the test of every window with the model of every window."""
     model = model.to(trainer.device)
     rows: dict[str, list[list[float | None]]] = {metric: [] for metric in METRICS}
+    _, conditions = split_state(trainer.model)
     for state in states:
-        model.load_state_dict(state)
+        model.load_state_dict({**state, **conditions})
         tested = [per_user(rank_with_model(model, trainer.features, task, trainer.device)) for task in tasks]
         for metric in METRICS:
             rows[metric].append([_mean(values[metric]) for values in tested])
