@@ -61,6 +61,8 @@ BEFORE: dict[str, Any] = {
     "targets": "last",
     "min_steps": 1,
     "id_dropout": 0.0,
+    "grow": "every",
+    "prune_rule": "drop",
 }
 """What runs did before a setting existed; it holds for runs whose files do not name the setting."""
 MODEL_BEFORE: dict[str, Any] = {"condition": "none", "ids": False}
