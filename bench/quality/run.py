@@ -145,7 +145,7 @@ def _uncounted(model: Recommender) -> Iterator[None]:
 def _task(trainer: StreamingTrainer, window: Window) -> tuple[RankingTask, np.ndarray]:
     """Return the test of the next window with what the stream has shown before it, and its users (B,)."""
     splits, memory = trainer.config.split(window), trainer.memory
-    task = RankingTask.build(splits.test, memory.known_with(splits), memory.history, trainer.config.repeats or "rank")
+    task = RankingTask.build(splits.test, memory.known_with(splits), memory.history, trainer.config.repeats)
     return task, splits.test.users
 
 
