@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def perform(job: Job) -> Record:
             task, users = _task(trainer, window)
             tasks.append(task)
             if number > 0:
-                ranks = rank_with_model(trainer.model, trainer.features, task, trainer.device)
+                with _uncounted(trainer.model):
+                    ranks = rank_with_model(trainer.model, trainer.features, task, trainer.device)
                 tests.append(_tested(number, stream.user_ids[users], ranks))
             trainer.step(window)
             if job.matrix:
@@ -126,10 +128,24 @@ def perform(job: Job) -> Record:
     }
 
 
+@contextmanager
+def _uncounted(model: Recommender) -> Iterator[None]:
+    """Leave the utilization alone, in which an evaluation counts under "paper": the trainer prunes by it."""
+    banks = [bank for _, _, bank in model.items.banks()]
+    before = [bank.count_in_eval for bank in banks]
+    try:
+        for bank in banks:
+            bank.count_in_eval = False
+        yield
+    finally:
+        for bank, counted in zip(banks, before, strict=True):
+            bank.count_in_eval = counted
+
+
 def _task(trainer: StreamingTrainer, window: Window) -> tuple[RankingTask, np.ndarray]:
     """Return the test of the next window with what the stream has shown before it, and its users (B,)."""
     splits, memory = trainer.config.split(window), trainer.memory
-    task = RankingTask.build(splits.test, memory.known_with(splits), memory.history, trainer.config.repeats or "rank")
+    task = RankingTask.build(splits.test, memory.known_with(splits), memory.history, trainer.config.repeats)
     return task, splits.test.users
 
 
@@ -160,15 +176,10 @@ def _matrix(
 
 def _groups(tests: list[Record]) -> dict[str, dict[str, float]]:
     """Return the model's HR@10 by scoring and group over all targets of all tests; {} where no test has groups."""
-    found: dict[str, dict[str, float]] = {}
-    for scoring, groups in (tests[0].get("groups") or {}).items() if tests else ():
-        for group in groups:
-            parts = [test["groups"][scoring][group]["model"] for test in tests]
-            parts = [part for part in parts if part["targets"]]
-            if total := sum(part["targets"] for part in parts):
-                mean = sum(part["targets"] * part["HR@10"] for part in parts) / total
-                found.setdefault(scoring, {})[group] = mean
-    return found
+    return {
+        scoring: {group: found["model"]["HR@10"] for group, found in groups.items() if found["targets"]}
+        for scoring, groups in results.groups(tests).items()
+    }
 
 
 def _verdict(tests: list[Record]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.quality.run import METRICS, Record
 from bench.quality.variants import BASE, VARIANTS
-from xsmoe.stream.metrics import per_user
+from xsmoe.stream.metrics import clustered_error, per_user
 
 KIND, SCHEMA = "quality", 1
 Found = dict[str, Any]
@@ -93,10 +93,7 @@ def over_seeds(values: Sequence[float | None]) -> Found:
 
 
 def user_error(pairs: Sequence[tuple[Record, Record]], metric: str, *, shared: bool) -> float | None:
-    """Return the standard error of a mean difference, clustered by user.
-
-    With user u's sum of differences s_u over n_u tests, S and N their totals and G users, it is
-    `sqrt(G / (G - 1) * sum_u (s_u - n_u S / N)^2) / N` (Liang and Zeger, Biometrika 73, 1986).
+    """Return the standard error of a mean difference, clustered by user (`clustered_error`).
 
     Args:
         pairs: a variant's run and the base's, for each seed.
@@ -117,11 +114,7 @@ def user_error(pairs: Sequence[tuple[Record, Record]], metric: str, *, shared: b
             unit = (0 if shared else place, user)
             sums[unit] = sums.get(unit, 0.0) + difference
             counts[unit] = counts.get(unit, 0) + 1
-    if len(sums) < 2:
-        return None
-    total, tests = math.fsum(sums.values()), sum(counts.values())
-    residuals = [sums[unit] - counts[unit] * total / tests for unit in sums]
-    return math.sqrt(len(sums) / (len(sums) - 1) * math.fsum(r * r for r in residuals)) / tests
+    return clustered_error(np.array(list(sums.values())), np.array(list(counts.values())))
 
 
 def matrix_summary(matrices: Sequence[Sequence[Sequence[float | None]]]) -> Found:

@@ -12,10 +12,13 @@ from bench import pictures
 from bench.__main__ import main
 from bench.quality import comparison, jobs, sources
 from bench.quality.presets import CATALOGUE, RETURNING
-from bench.quality.run import Job
+from bench.quality.run import Job, perform
 from bench.quality.variants import BASE, VARIANTS, chosen
 from xsmoe.app.demo import DemoSettings
+from xsmoe.app.train import cut_settings
+from xsmoe.nn import XSMoE
 from xsmoe.stream import StreamConfig
+from xsmoe.stream import trainer as trainer_module
 
 NAMES = ["base", "static", "copy-merge", "linear", "paper"]
 TINY = {"windows": 3, "users": 16, "items": 48, "new_items": 4, "epochs": 1}
@@ -101,8 +104,11 @@ def test_a_matrix_has_the_test_of_the_next_window_beside_its_diagonal(setting: A
     assert found["variants"][BASE]["matrix"]["HR@10"]["backward"]["values"] == pytest.approx(later, abs=1e-4)
 
 
-def test_the_trainer_reports_the_ranks_that_are_recorded(setting: Any) -> None:
-    """The same run through the trainer alone gives the same tests."""
+@pytest.mark.parametrize("variant", [BASE, "paper"])
+def test_the_trainer_reports_the_ranks_that_are_recorded(
+    setting: Any, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run through the trainer alone gives the same tests, and prunes by the same counts."""
     folder, _ = setting
     from bench.quality.encoders import build
     from xsmoe.data import Dataset
@@ -112,12 +118,27 @@ def test_the_trainer_reports_the_ranks_that_are_recorded(setting: Any) -> None:
     place = folder / "data" / "returning-quick-1"
     source = comparison.generated("returning-quick", comparison._preset(options(folder)), 1, folder / "data")
     assert (source.dataset, source.store) == (place / "catalogue", place / "store")
-    job = Job(VARIANTS[BASE], 1, source, {}, False, None, folder / "unused.json")
+    job = Job(VARIANTS[variant], 1, source, {}, False, None, folder / "unused.json")
     config, store = job.config(), HiddenStateStore.open(source.store)
-    stream = Stream.build(Dataset.load(source.dataset).interactions, store, 3, modalities=config.modalities)
+    stream = Stream.build(
+        Dataset.load(source.dataset).interactions, store, 3, modalities=config.modalities, **cut_settings(config)
+    )
+    counted: list[list[list[float]]] = []
+
+    def grow(items: XSMoE, *arguments: Any, **named: Any) -> dict[str, Any]:
+        counted.append([bank.utilization.gate.tolist() for _, _, bank in items.banks()])
+        return real_grow(items, *arguments, **named)
+
+    real_grow = trainer_module.grow
+    monkeypatch.setattr(trainer_module, "grow", grow)
     with StreamingTrainer(build(config, "side"), stream, config.stream) as trainer:
         tests = [line["all"] for line in trainer.fit() if line["kind"] == "test"]
-    assert [test["HR@10"] for test in tests] == [test["HR@10"] for test in record(folder, BASE)["tests"]]
+    alone, counted[:] = list(counted), []
+    recorded = perform(job)["tests"]
+    assert [test["HR@10"] for test in tests] == [test["HR@10"] for test in recorded]
+    assert counted == alone
+    if variant == BASE:
+        assert recorded == record(folder, BASE)["tests"]
 
 
 def options(folder: Path, *more: str) -> argparse.Namespace:

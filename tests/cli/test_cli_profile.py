@@ -37,7 +37,7 @@ def test_too_little_memory_is_one_line_and_the_same_command_goes_on_with_a_profi
         patch.setattr(epoch, "train_step", step)
         outcome = run(*train_arguments(place))
     assert outcome.code == 2
-    assert outcome.err.startswith("xsmoe: error: window 0, epoch 1: a training step of 8 users does not fit")
+    assert outcome.err.startswith("xsmoe: error: window 0, epoch 1: a training step of 8 sequences does not fit")
     assert outcome.err.count("\n") == 1
     assert "Try --batch-size 4" in outcome.err
     assert "Traceback" not in outcome.out + outcome.err

@@ -172,3 +172,18 @@ def test_expert_births_agree_with_the_counts_of_a_run(trained: Place) -> None:
         assert result.trained is not None
         counts = {name: [len(level[place]) for level in levels] for name, levels in births.items()}
         assert counts == result.trained["experts"]
+
+
+@pytest.mark.parametrize(
+    "kept, best_epoch, star", [("best", 1, (1, 30.0)), ("last", None, (2, 20.0)), ("ema", None, (2, 20.0))]
+)
+def test_a_star_marks_the_weights_that_were_kept(kept: str, best_epoch: int | None, star: tuple[int, float]) -> None:
+    validation = [None, {"NDCG@10": 0.3}, {"NDCG@10": 0.2} if kept == "last" else None]
+    epochs = [
+        {"kind": "epoch", "window": 0, "epoch": place, "loss": 1.0, "validation": found, "best": place == 1}
+        for place, found in enumerate(validation)
+    ]
+    line = {"kept": kept, "best_epoch": best_epoch, "validation": {"NDCG@10": star[1] / 100}}
+    figure = plots.draw_training([results.WindowResult(0, trained=line, epochs=epochs)])
+    stars = [drawn for drawn in figure.axes[1].lines if drawn.get_marker() == "*"]
+    assert [(x, pytest.approx(y)) for drawn in stars for x, y in drawn.get_xydata()] == [star]

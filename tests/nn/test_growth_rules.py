@@ -8,6 +8,7 @@ from test_experts import naive, randomise
 from torch.nn import functional
 
 from xsmoe.nn import ExpertBank, Recommender, SideMoE, XSMoE
+from xsmoe.nn.experts import PruneRule
 
 DIM, RANK = 6, 3
 
@@ -81,6 +82,20 @@ def test_a_split_shares_the_gate_mass(bank: ExpertBank) -> None:
     bank.top_k = bank.num_experts
     bank(x, backbone)
     torch.testing.assert_close(norms, bank.utilization.norm, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["drop", "merge"])
+def test_a_split_after_a_prune_takes_the_most_used_expert(bank: ExpertBank, rule: PruneRule) -> None:
+    used(bank, 0.1, 2.0, 9.0)
+    dropped = bank.prune(0.1, rule=rule)
+    assert dropped is not None
+    assert dropped[0] == 0
+    total = 11.1 if rule == "merge" else 11.0
+    assert float(bank.utilization.gate.sum()) == pytest.approx(total)
+    assert float(bank.utilization.norm.sum()) == pytest.approx(total)
+    most = torch.cat([bank.frozen_down, bank.down])[1].clone()
+    bank.expand(new_gate="copy")
+    assert torch.equal(bank.down[0], most)
 
 
 def test_other_starts_keep_the_offset_of_a_split(bank: ExpertBank) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from xsmoe.app.tensorboard import TensorBoard
 from xsmoe.stream import StreamConfig, StreamingTrainer
 from xsmoe.stream.average import DECAY, averaged
 
@@ -80,6 +82,14 @@ def test_the_first_epoch_is_its_own_average() -> None:
         assert average[name].data_ptr() != value.data_ptr()
 
 
+def test_an_average_from_a_checkpoint_follows_the_model_to_its_device() -> None:
+    average = averaged(None, tiny.model(condition="whiten", ids=True), 0)
+    assert "items.ids.weight" in average
+    assert all(not name.startswith("items.conditioning.") for name in average)
+    moved = averaged(average, tiny.model(condition="whiten", ids=True).to("meta"), 1)
+    assert {value.device.type for value in moved.values()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     "sequences, batch, min_steps, expected",
     [(10_000, 256, 10, 256), (1000, 256, 10, 100), (300, 256, 10, 32), (7, 256, 10, 32), (1000, 20, 10, 20)],
@@ -98,3 +108,11 @@ def test_an_epoch_takes_the_steps_that_the_window_line_says() -> None:
             sequences, batch = sizes[line["window"]]
             assert line["steps"] == -(-sequences // batch) >= 3
             assert 32 < batch < 256
+
+
+def test_the_validation_of_the_kept_weights_is_among_the_events(tmp_path: Path) -> None:
+    line = {"kind": "window", "window": 2, "experts": {}, "validation": {"HR@10": 0.5, "NDCG@10": 0.25}}
+    with TensorBoard(tmp_path / "events", [line, line | {"window": 3, "validation": None}]):
+        pass
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("validation_kept/NDCG@10")] == [(2, 0.25)]

@@ -44,8 +44,8 @@ def failing(real: Callable[..., Any], after: int, error: Exception) -> Callable[
 @pytest.mark.parametrize(
     ("module", "name", "after", "message"),
     [
-        (epoch, "train_step", 0, "window 0, epoch 0: a training step of 5 users does not fit into the memory of cpu"),
-        (epoch, "train_step", 7, "window 0, epoch 2: a training step of 5 users .* Try --batch-size 2 .*no estimate"),
+        (epoch, "train_step", 0, "window 0, epoch 0: a training step of 5 sequences does not fit into the memory"),
+        (epoch, "train_step", 7, "window 0, epoch 2: a training step of 5 sequences .*Try --batch-size 2 .*estimate"),
         (
             trainer,
             "rank_with_model",
@@ -110,7 +110,7 @@ def test_hidden_states_that_do_not_fit_are_explained_and_those_on_the_device_can
 
 
 def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
-    # 4 GiB held and 0.25 GiB a user: 128 users take 36 GiB, 64 take 20.
+    # 4 GiB held and 0.25 GiB a sequence: 128 of them take 36 GiB, 64 take 20.
     def fits(users: int, room: int) -> int:
         return fitting_batch(users, Taken(4 * GIB, 68 * GIB, room * GIB))
 
@@ -122,24 +122,24 @@ def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
 
 def test_the_advice_says_what_it_rests_on() -> None:
     config, taken = StreamConfig(device="cuda", precision="float32"), Taken(4 * GIB, 68 * GIB, 39 * GIB)
-    said = advice(config, taken, users=256, resident=False)
+    said = advice(config, taken, sequences=256, resident=False)
     assert said.startswith(
         "Try --batch-size 64, or --precision bfloat16, which halves activations (estimated, not tried"
     )
     assert "4.00 GiB of 39.00 GiB are taken before the first step, the step needed at least 68.00 GiB" in said
     assert "--store-gib" not in said
-    there = advice(StreamConfig(device="cuda"), taken, users=256, resident=True)
+    there = advice(StreamConfig(device="cuda"), taken, sequences=256, resident=True)
     assert there.startswith(
         "Try --batch-size 64, or --store-gib 0, which leaves the items' hidden states on the host ("
     )
     assert "--precision" not in there
-    # A window of fewer users than a batch has.
-    assert advice(config, taken, users=30, resident=False).startswith("Try --batch-size 7, ")
+    # A window of fewer sequences than a batch has.
+    assert advice(config, taken, sequences=30, resident=False).startswith("Try --batch-size 7, ")
     full = taken._replace(room=4 * GIB)
-    assert "Not even one user would fit" in advice(config, full, users=256, resident=False)
-    one = advice(StreamConfig(), None, users=1, resident=False)
+    assert "Not even one sequence would fit" in advice(config, full, sequences=256, resident=False)
+    one = advice(StreamConfig(), None, sequences=1, resident=False)
     assert one == "No smaller batch is left: use a device with more memory."
-    assert advice(StreamConfig(), None, users=256, resident=False).startswith("Try --batch-size 128 (half;")
+    assert advice(StreamConfig(), None, sequences=256, resident=False).startswith("Try --batch-size 128 (half;")
 
 
 def test_what_torch_says_of_the_tensors_there_were_is_read() -> None:
@@ -151,9 +151,9 @@ def test_what_torch_says_of_the_tensors_there_were_is_read() -> None:
     assert allocated(torch.OutOfMemoryError(SAID)) is None
 
 
-def test_a_small_window_is_told_of_its_own_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_window_is_told_of_its_own_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epoch, "train_step", failing(epoch.train_step, 0, torch.OutOfMemoryError(SAID)))
-    with pytest.raises(OutOfMemory, match=r"a training step of 14 users .* Try --batch-size 7 "):
+    with pytest.raises(OutOfMemory, match=r"a training step of 14 sequences .* Try --batch-size 7 "):
         fit(batch_size=256)
 
 
@@ -204,5 +204,5 @@ def test_on_a_gpu_the_estimate_has_numbers(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(epoch, "train_step", step)
     stream = Stream(tiny.windows()[:1], tiny.features())
-    with pytest.raises(OutOfMemory, match=r"Not even one user would fit by estimate|estimated, not tried"):
+    with pytest.raises(OutOfMemory, match=r"Not even one sequence would fit by estimate|estimated, not tried"):
         StreamingTrainer(tiny.model(), stream, tiny.config(device="cuda")).fit()

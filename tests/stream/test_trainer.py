@@ -430,7 +430,7 @@ def test_settings_follow_the_protocol_and_survive_json() -> None:
     assert (paper.keep, paper.epochs, paper.patience, paper.min_steps) == ("last", 100, 5, 1)
     ours = StreamConfig()
     assert (ours.ties, ours.duplicates, ours.history, ours.targets) == ("hash", "drop", "all", "all")
-    assert (ours.keep, ours.epochs, ours.patience) == ("last", 25, 0)
+    assert (ours.keep, ours.epochs, ours.patience, ours.min_steps) == ("ema", 12, 0, 10)
     best = StreamConfig(keep="best")
     assert (best.epochs, best.patience) == (100, 5)
     assert StreamConfig.from_dict(json.loads(json.dumps(paper.to_dict()))) == paper
@@ -440,11 +440,12 @@ def test_settings_follow_the_protocol_and_survive_json() -> None:
 
 def test_settings_of_earlier_versions_stay_what_they_were() -> None:
     saved = StreamConfig(keep="best", history="last").to_dict()
-    for name in ("ties", "duplicates", "history", "keep", "targets", "min_steps", "id_dropout"):
+    for name in ("ties", "duplicates", "history", "keep", "targets", "min_steps", "id_dropout", "grow", "prune_rule"):
         del saved[name]
     old = StreamConfig.from_saved(saved)
     assert (old.ties, old.duplicates, old.history, old.keep, old.targets) == ("file", "keep", "last", "best", "last")
     assert (old.min_steps, old.id_dropout, old.epochs, old.patience) == (1, 0.0, 100, 5)
+    assert (old.grow, old.prune_rule) == ("every", "drop")
 
 
 def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ class TensorBoard:
                 for expert, share in enumerate(line["shares"][modality][level]):
                     if share is not None:
                         values[f"utilization/{modality}_{level + 1}_expert_{expert}"] = share
+        # Of the weights that the window ends with, which need not be those of any epoch.
+        if (validation := line.get("validation")) is not None:
+            values |= {f"validation_kept/{name}": validation[name] for name in ("HR@10", "NDCG@10")}
         self._add(values, line["window"])
 
     def _test(self, line: Line) -> None:

@@ -210,8 +210,8 @@ class ExpertBank(nn.Module):
     ) -> tuple[int, float, int | None] | None:
         """Drops the least used expert and its gate row if its share among the experts is below `threshold`.
 
-        A bank of one expert, and one whose counters are empty, stays as it is. Call it between optimizer steps, as
-        `expand`.
+        A bank of one expert, and one whose counters are empty, stays as it is. The others keep their counters. Call it
+        between optimizer steps, as `expand`.
 
         Args:
             threshold: a share of the experts' utilization.
@@ -242,10 +242,12 @@ class ExpertBank(nn.Module):
         if self.num_experts == 1 or not share < threshold:
             return None
         trainable = expert - self.num_frozen
-        into = None
+        into, counts = None, [self.utilization.norm, self.utilization.gate]
         with torch.no_grad():
             if rule == "merge":
                 into = self._merge(expert, shares)
+                for count in counts:
+                    count[into + 1] += count[expert + 1]
             if self.gate_offset is not None:
                 self.gate_offset = _without(self.gate_offset, expert + 1)
             self._replace(optimizer, "router", _without(self.router, expert + 1), lambda _, s: _without(s, expert + 1))
@@ -255,6 +257,9 @@ class ExpertBank(nn.Module):
                 self._replace(optimizer, "down", _without(self.down, trainable), lambda _, s: _without(s, trainable))
                 self._replace(optimizer, "up", _without(self.up, trainable), lambda _, s: _without(s, trainable))
         self._recount()
+        # A split in the same window asks which expert is used most.
+        for mine, count in zip((self.utilization.norm, self.utilization.gate), counts, strict=True):
+            mine.copy_(_without(count, expert + 1))
         return expert, share, into
 
     def _merge(self, expert: int, shares: Tensor) -> int:

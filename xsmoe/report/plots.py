@@ -232,9 +232,9 @@ def draw_training(results: Sequence[WindowResult]) -> Any:
         scored = [(x, line) for x, line in zip(epochs, result.epochs, strict=True) if line["validation"] is not None]
         values = [100 * line["validation"]["NDCG@10"] for _, line in scored]
         panels[1].plot([x for x, _ in scored], values, ".-", color=colour, linewidth=1.2)
-        if best := [(x, line["validation"]["NDCG@10"]) for x, line in scored if line["best"]]:
-            x, value = best[-1]
-            panels[1].plot([x], [100 * value], "*", color="black", markersize=9, zorder=5, clip_on=False)
+        if (kept := _kept(result)) is not None:
+            epoch, value = kept
+            panels[1].plot([start + epoch], [100 * value], "*", color="black", markersize=9, zorder=5, clip_on=False)
         panels[0].annotate(
             str(result.number), (start, 1.0), xycoords=("data", "axes fraction"), va="bottom", fontsize=9, color=colour
         )
@@ -244,10 +244,25 @@ def draw_training(results: Sequence[WindowResult]) -> Any:
     panels[0].set_title("Training loss (numbers: the window)", pad=18)
     panels[0].set_ylabel("loss (nats)")
     panels[1].set(
-        title="Validation NDCG@10 (stars: the epoch kept)", xlabel="epoch, over all windows", ylabel="NDCG@10 (%)"
+        title="Validation NDCG@10 (stars: the weights kept)", xlabel="epoch, over all windows", ylabel="NDCG@10 (%)"
     )
     panels[1].set_ylim(bottom=0)
     return figure
+
+
+def _kept(result: WindowResult) -> tuple[int, float] | None:
+    """The epoch after which a window's weights were kept and their validation NDCG@10; None where nobody validated.
+
+    An average over epochs stands at the last one. For a window in training it is the best epoch so far.
+    """
+    trained = result.trained
+    if trained is None:
+        scored = [line for line in result.epochs if line["best"]]
+        return (scored[-1]["epoch"], scored[-1]["validation"]["NDCG@10"]) if scored else None
+    if trained["validation"] is None:
+        return None
+    last = trained["best_epoch"] if trained["kept"] == "best" else result.epochs[-1]["epoch"]
+    return last, trained["validation"]["NDCG@10"]
 
 
 PLOTS = (

@@ -17,7 +17,8 @@ def averaged(average: dict[str, Tensor] | None, model: Recommender, epoch: int) 
     value.
 
     Args:
-        average: of the epochs before, changed in place; None before the first one.
+        average: of the epochs before, changed in place; None before the first one. What a checkpoint brings lies on
+            the CPU, and is moved to where the model is.
         model: its trainable parameters are averaged.
         epoch: k, from 0.
     """
@@ -26,7 +27,7 @@ def averaged(average: dict[str, Tensor] | None, model: Recommender, epoch: int) 
         return {name: value.clone() for name, value in weights.items()}
     share = (1 - DECAY) / (1 - DECAY ** (epoch + 1))
     for name, value in weights.items():
-        average[name].lerp_(value, share)
+        average[name] = average[name].to(value.device).lerp_(value, share)
     return average
 
 

@@ -1,4 +1,4 @@
-"""How a stream is cut, trained and tested: every choice of the protocol, with the published values as defaults."""
+"""How a stream is cut, trained and tested: every choice of the protocol."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -51,6 +51,8 @@ _BY_PROTOCOL: dict[str, tuple[Any, Any]] = {
     "min_steps": (10, 1),
 }
 """What None stands for: under protocol "default" and under "paper"."""
+_RESOLVED: Any = None
+"""The default of fields whose None is replaced, so that no instance has it."""
 SMALLEST_BATCH = 32
 """Sequences below which no batch shrinks for the sake of `min_steps`."""
 BEFORE: dict[str, Any] = {
@@ -61,6 +63,8 @@ BEFORE: dict[str, Any] = {
     "targets": "last",
     "min_steps": 1,
     "id_dropout": 0.0,
+    "grow": "every",
+    "prune_rule": "drop",
 }
 """What runs did before a setting existed; it holds for runs whose files do not name the setting."""
 MODEL_BEFORE: dict[str, Any] = {"condition": "none", "ids": False}
@@ -69,13 +73,13 @@ MODEL_BEFORE: dict[str, Any] = {"condition": "none", "ids": False}
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Settings of a `StreamingTrainer`; the defaults are those of arXiv 2508.05993.
+    """Settings of a `StreamingTrainer`; those of arXiv 2508.05993 with `protocol="paper"`.
 
     Attributes:
         protocol: "paper" repeats the published code: targets that the user met before are sure misses, validation ranks
             only items of the validation split, counters also grow in evaluation and from padding, the log is used as
-            it is, and a user's last items are all that is trained on. "default" mends these. Settings that are None
-            follow the protocol.
+            it is, and a user's last items are all that is trained on. "default" mends these. It decides about settings
+            that are not given, or given as None: an instance holds their values.
         ties: order of interactions of equal time. "hash" sorts them by a seeded hash of user and item, "file" keeps
             the file's order. None: "hash"; under "paper" "file".
         duplicates: "drop" leaves out rows that repeat another's user, item and time, "keep" keeps them. None: "drop";
@@ -124,17 +128,17 @@ class StreamConfig:
     """
 
     protocol: Protocol = "default"
-    ties: Ties | None = None
-    duplicates: Duplicates | None = None
-    history: History | None = None
+    ties: Ties = _RESOLVED
+    duplicates: Duplicates = _RESOLVED
+    history: History = _RESOLVED
     batch_size: int = 256
-    min_steps: int | None = None
-    epochs: int | None = None
+    min_steps: int = _RESOLVED
+    epochs: int = _RESOLVED
     warmup_epochs: int = 5
-    patience: int | None = None
-    keep: Keep | None = None
+    patience: int = _RESOLVED
+    keep: Keep = _RESOLVED
     id_dropout: float = 0.25
-    targets: Targets | None = None
+    targets: Targets = _RESOLVED
     lr: float = 1e-3
     lr_decay: float = 0.95
     min_lr: float = 1e-4
@@ -147,8 +151,8 @@ class StreamConfig:
     new_gate: Literal["random", "mean", "copy"] = "random"
     grow: Literal["every", "novelty"] = "every"
     prune_rule: Literal["drop", "merge"] = "drop"
-    repeats: Repeats | None = None
-    validation_candidates: ValidationCandidates | None = None
+    repeats: Repeats = _RESOLVED
+    validation_candidates: ValidationCandidates = _RESOLVED
     seed: int = 0
     device: str = "cpu"
     precision: Precision = "auto"
@@ -198,12 +202,12 @@ class StreamConfig:
             k_core=self.k_core,
             train_fraction=self.train_fraction,
             max_items=self.max_inputs + 1,
-            history=self.history or "all",
+            history=self.history,
         )
 
     def batch_for(self, sequences: int) -> int:
         """Sequences a step, for a window of so many: at most `batch_size`, and fewer for the sake of `min_steps`."""
-        return min(self.batch_size, max(SMALLEST_BATCH, -(-sequences // (self.min_steps or 1))))
+        return min(self.batch_size, max(SMALLEST_BATCH, -(-sequences // self.min_steps)))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

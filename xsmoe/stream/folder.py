@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from xsmoe.data import Window
+from xsmoe.nn import Recommender
 from xsmoe.stream.checkpoints import CheckpointError, Checkpoints, write_atomically
 from xsmoe.stream.saved_conditions import SavedConditions
 
@@ -69,6 +70,18 @@ class RunFolder:
         if size < self.metrics_size():
             os.truncate(self._metrics, size)
         return read_metrics(self.path)
+
+    def export(self, model: Recommender) -> None:
+        """Replaces the exported model, which `Recommender.from_pretrained` loads.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written.
+        """
+        folder = self.path / "model"
+        try:
+            model.save_pretrained(folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {folder}: {error.strerror}; make room and run again") from error
 
     def save_window(self, window: Window) -> None:
         """Keeps a window's interactions, which later windows need to know what was seen."""

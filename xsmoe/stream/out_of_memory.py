@@ -49,13 +49,13 @@ class Taken(NamedTuple):
 
 
 @contextmanager
-def training_memory(config: StreamConfig, where: str, *, users: int, resident: bool) -> Iterator[None]:
+def training_memory(config: StreamConfig, where: str, *, sequences: int, resident: bool) -> Iterator[None]:
     """Turns what torch says where a training step does not fit into `OutOfMemory`.
 
     Args:
         config: of the run.
         where: the window and the epoch.
-        users: of the largest step.
+        sequences: of the largest step.
         resident: whether the items' hidden states lie on the device.
     """
     device = torch.device(config.device)
@@ -74,8 +74,8 @@ def training_memory(config: StreamConfig, where: str, *, users: int, resident: b
             room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
             taken = Taken(held, there + requested(error), room)
         raise OutOfMemory(
-            f"{where}: a training step of {users} users does not fit into the memory of {config.device} "
-            f"({said(error)}). {advice(config, taken, users=users, resident=resident)} {_KEPT}"
+            f"{where}: a training step of {sequences} sequences does not fit into the memory of {config.device} "
+            f"({said(error)}). {advice(config, taken, sequences=sequences, resident=resident)} {_KEPT}"
         ) from error
 
 
@@ -109,13 +109,13 @@ _KEPT = (
 )
 
 
-def advice(config: StreamConfig, taken: Taken | None, *, users: int, resident: bool) -> str:
+def advice(config: StreamConfig, taken: Taken | None, *, sequences: int, resident: bool) -> str:
     """Which batch size would fit, how that is known, and which switches to turn.
 
     Args:
         config: of the run.
         taken: None where the device does not tell.
-        users: of the largest step, which a small window has fewer of than a batch.
+        sequences: of the largest step, of which a small window has fewer than `batch_size`.
         resident: whether the items' hidden states lie on the device.
     """
     others = ""
@@ -123,31 +123,31 @@ def advice(config: StreamConfig, taken: Taken | None, *, users: int, resident: b
         others += ", or --precision bfloat16, which halves activations"
     if resident:
         others += f", or {_store(config)}"
-    if users <= 1:
+    if sequences <= 1:
         return f"No smaller batch is left: use a device with more memory{others}."
     if taken is None:
-        fits = users // 2
+        fits = sequences // 2
         return f"Try --batch-size {fits}{others} (half; the device does not tell what it has, so this is no estimate)."
-    fits = fitting_batch(users, taken)
+    fits = fitting_batch(sequences, taken)
     there = f"{taken.held / GIB:.2f} GiB of {taken.room / GIB:.2f} GiB are taken before the first step"
     if fits == 0:
-        return f"Not even one user would fit by estimate, since {there}: use a device with more memory{others}."
+        return f"Not even one sequence would fit by estimate, since {there}: use a device with more memory{others}."
     return (
         f"Try --batch-size {fits}{others} (estimated, not tried: {there}, the step needed at least "
-        f"{taken.reached / GIB:.2f} GiB, and what it added is taken to grow in proportion to the users; of those the "
-        f"first halving that leaves a tenth of the memory free)."
+        f"{taken.reached / GIB:.2f} GiB, and what it added is taken to grow in proportion to the sequences; of those "
+        f"the first halving that leaves a tenth of the memory free)."
     )
 
 
-def fitting_batch(users: int, taken: Taken) -> int:
-    """The largest of users/2, /4, .. that would fit if all but what was held grew in proportion to it; 0 if none would.
+def fitting_batch(sequences: int, taken: Taken) -> int:
+    """Half the sequences, a quarter, .., the first that fits if all but what was held grows with them; 0 if none does.
 
     Args:
-        users: of the step that did not fit.
+        sequences: of the step that did not fit.
         taken: what it needed.
     """
-    each = max(taken.reached - taken.held, 1) / users
-    fits = users // 2
+    each = max(taken.reached - taken.held, 1) / sequences
+    fits = sequences // 2
     while fits and taken.held + fits * each > SPARE * taken.room:
         fits //= 2
     return fits

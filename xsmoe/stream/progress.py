@@ -21,3 +21,8 @@ class Progress:
     best_epoch: int | None = None
     best_value: float | None = None
     stale: int = 0
+
+    @property
+    def windows_done(self) -> int:
+        """Windows that are trained to the end."""
+        return len(self.digests) - (self.epoch is not None)

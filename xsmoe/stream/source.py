@@ -77,7 +77,7 @@ class Stream:
             DataError: nothing is left of the log.
             ValueError: too few windows, more than interactions, or another value of a setting.
         """
-        settings = StreamConfig(protocol=protocol, ties=ties, duplicates=duplicates, seed=seed)
+        settings = StreamConfig.from_dict({"protocol": protocol, "ties": ties, "duplicates": duplicates, "seed": seed})
         log = _resolve(interactions, store, modalities, missing, settings, np.empty(0, object))
         windows = make_windows(
             log.users, log.items, log.times, num_windows, string_sort=protocol == "paper", ties=log.ties
@@ -106,7 +106,7 @@ class Stream:
             user_ids: the users known to the run; new ones are put behind them.
             interactions, store, modalities, missing, protocol, ties, duplicates, seed: as for `build`.
         """
-        settings = StreamConfig(protocol=protocol, ties=ties, duplicates=duplicates, seed=seed)
+        settings = StreamConfig.from_dict({"protocol": protocol, "ties": ties, "duplicates": duplicates, "seed": seed})
         log = _resolve(interactions, store, modalities, missing, settings, user_ids)
         order = time_order(log.times, string_sort=protocol == "paper", ties=log.ties)
         window = Window(number, log.users[order], log.items[order], log.times[order])

@@ -1,4 +1,4 @@
-"""Training over a stream of windows: test on the new one, prune, expand, train, keep the best epoch, checkpoint."""
+"""Training over a stream of windows: test on the new one, prune, expand, train, keep weights, checkpoint."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from xsmoe.data import Sequences, Window, WindowSplits, item_share
 from xsmoe.encoders import ItemFeatures
@@ -19,7 +18,7 @@ from xsmoe.stream.captured import WITHOUT, CapturedSteps, refusal, wanted
 from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.conditioned import fit_window
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_epoch
+from xsmoe.stream.epoch import train_epoch
 from xsmoe.stream.evaluation import RankingTask, rank_with_model
 from xsmoe.stream.folder import RunFolder, window_digest
 from xsmoe.stream.growth import grow, grow_ids, novelty, shares
@@ -30,15 +29,16 @@ from xsmoe.stream.out_of_memory import ranking_memory, training_memory
 from xsmoe.stream.placement import Placement
 from xsmoe.stream.precision import LossScaler, autocast_dtype, loss_scaler
 from xsmoe.stream.progress import Progress
+from xsmoe.stream.requirements import require_fitting, require_next
 from xsmoe.stream.resident import ResidentFeatures
 from xsmoe.stream.resources import Stopwatch
 from xsmoe.stream.saved_conditions import split_state
 from xsmoe.stream.source import Stream
 from xsmoe.stream.testing import evaluate_window
+from xsmoe.stream.window_state import WindowState
 
 Listener = Callable[[str, dict[str, Any]], None]
 SELECTED_BY = "NDCG@10"
-MAX_USERS = 1 << 31  # what a History can hold
 
 
 class StreamingTrainer:
@@ -79,26 +79,8 @@ class StreamingTrainer:
         self._unusable: str | None = None
         self._without_graphs = refusal(self.config)
         self._placement = Placement(self.config, None if folder is None else Path(folder) / "conditioned")
-        self._best: dict[str, Tensor] | None = None
-        self._average: dict[str, Tensor] | None = None
-        self._optimizer_state: dict[str, Any] | None = None
-        self._scaler_state: dict[str, Any] | None = None
-        if model.users.max_length < self.config.max_inputs:
-            raise ValueError(
-                f"max_inputs is {self.config.max_inputs}, but the user encoder takes {model.users.max_length} at most"
-            )
-        if stream.windows and stream.protocol != self.config.protocol:
-            raise ValueError(
-                f"stream was cut for protocol {stream.protocol!r}, but config.protocol is {self.config.protocol!r}; "
-                "build the stream with the same protocol"
-            )
-        if missing := set(model.items.modalities) - set(stream.features.modalities):
-            raise ValueError(f"stream.features lacks {', '.join(sorted(missing))}, which the model encodes")
-        if self.config.expand and self.config.new_gate == "copy" and model.items.top_k is not None:
-            raise ValueError(
-                "config.new_gate is 'copy', which needs a model that mixes all experts, but its top_k is "
-                f"{model.items.top_k}; use new_gate 'random' or 'mean', or top_k None"
-            )
+        self._window = WindowState()
+        require_fitting(model, stream, self.config)
         for _, _, bank in model.items.banks():
             bank.count_in_eval = self.config.protocol == "paper"
         self._identity = identity(self.config, self.model, stream.features)
@@ -128,7 +110,7 @@ class StreamingTrainer:
     @property
     def windows_done(self) -> int:
         """Windows that are trained to the end."""
-        return len(self.progress.digests) - (self.progress.epoch is not None)
+        return self.progress.windows_done
 
     @property
     def features(self) -> ItemFeatures:
@@ -191,7 +173,7 @@ class StreamingTrainer:
                 self._test_and_grow(number, splits)
             grow_ids(self.model.items, self.stream.features.num_items)
             self.progress = Progress([*self.progress.digests, digest], epoch=0, steps=self.progress.steps)
-            self._best = self._average = self._optimizer_state = self._scaler_state = None
+            self._window = WindowState()
             fit_window(self.model.items, self.stream.features, splits, number, self._warn)
             self._checkpoint()
         line = self._train(number, window, splits)
@@ -200,20 +182,7 @@ class StreamingTrainer:
 
     def check(self, window: Window) -> None:
         """Raises what `step` would raise of a window before it changes anything."""
-        resuming, digest = self.progress.epoch is not None, window_digest(window)
-        for name, ids, bound in (
-            ("users", window.users, MAX_USERS),
-            ("items", window.items, self.stream.features.num_items),
-        ):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < bound:
-                raise ValueError(f"window.{name} must lie in [0, {bound}), but goes from {ids.min()} to {ids.max()}")
-        # The published sort of timestamps as strings need not ascend.
-        if self.config.protocol != "paper" and (window.timestamps[1:] < window.timestamps[:-1]).any():
-            raise ValueError("window.timestamps must ascend; sort the window's interactions by time first")
-        if resuming and digest != self.progress.digests[-1]:
-            raise ValueError(f"the training of window {self.windows_done} was cut short; go on with that window first")
-        if not resuming and digest in self.progress.digests:
-            raise ValueError(f"the run has taken these interactions as window {self.progress.digests.index(digest)}")
+        require_next(window, self.progress, self.config, self.stream.features.num_items)
 
     def _test_and_grow(self, number: int, splits: WindowSplits) -> None:
         """Tests the model of the window before on this one, then prunes and expands."""
@@ -241,12 +210,8 @@ class StreamingTrainer:
         with np.errstate(divide="ignore"):
             log_share = np.log(item_share(splits.train, self.stream.features.num_items))
         task = self._validation_task(splits)
-        optimizer = make_optimizer(self.model, config)
-        if self._optimizer_state is not None:
-            load_optimizer(optimizer, self._optimizer_state)
         scaler = loss_scaler(config)
-        if scaler is not None and self._scaler_state is not None:
-            scaler.load_state_dict(self._scaler_state)
+        optimizer = self._window.make_optimizer(self.model, config, scaler)
         graphs = None
         if wanted(config):
             graphs = CapturedSteps(self.model, optimizer, scaler, self._warn, reason=self._without_graphs)
@@ -278,9 +243,9 @@ class StreamingTrainer:
         }
         self._record(line)
         self.progress = Progress(progress.digests, steps=progress.steps)
-        self._best = self._average = self._optimizer_state = self._scaler_state = None
+        self._window = WindowState()
         if self._folder is not None:
-            self._export()
+            self._folder.export(self.model)
         self._checkpoint()
         return line
 
@@ -288,14 +253,13 @@ class StreamingTrainer:
         """Whether the window in training has had all its epochs, or has not become better for too long."""
         config, progress = self.config, self.progress
         assert progress.epoch is not None
-        assert config.epochs is not None
         return progress.epoch >= config.epochs or bool(config.patience and progress.stale >= config.patience)
 
     def _validation_task(self, splits: WindowSplits) -> RankingTask:
         candidates = self.memory.known
         if self.config.validation_candidates == "split":
             candidates = np.unique(splits.validation.items)
-        return RankingTask.build(splits.validation, candidates, self.memory.history, self.config.repeats or "rank")
+        return RankingTask.build(splits.validation, candidates, self.memory.history, self.config.repeats)
 
     def _epoch(
         self,
@@ -312,8 +276,8 @@ class StreamingTrainer:
         features = self.features
         where, resident = f"window {number}, epoch {epoch}", isinstance(features, ResidentFeatures)
         progress, watch = self.progress, Stopwatch(self.device)
-        users = min(self.config.batch_for(len(sequences)), len(sequences))
-        with training_memory(self.config, where, users=users, resident=resident):
+        sequences_a_step = min(self.config.batch_for(len(sequences)), len(sequences))
+        with training_memory(self.config, where, sequences=sequences_a_step, resident=resident):
             trained = train_epoch(
                 self.model,
                 features,
@@ -336,11 +300,11 @@ class StreamingTrainer:
             if progress.best_value is None or validation[SELECTED_BY] > progress.best_value:
                 progress.best_epoch, progress.best_value, progress.stale = epoch, validation[SELECTED_BY], 0
                 if self.config.keep == "best":
-                    self._best = snapshot(self.model)
+                    self._window.best = snapshot(self.model)
             else:
                 progress.stale += 1
         if self.config.keep == "ema":
-            self._average = averaged(self._average, self.model, epoch)
+            self._window.average = averaged(self._window.average, self.model, epoch)
         progress.epoch = epoch + 1
         progress.steps += trained["steps"]
         self._record(
@@ -354,8 +318,7 @@ class StreamingTrainer:
                 "time": {**watch.read(), "step_ms": step_ms},
             }
         )
-        self._optimizer_state = optimizer.state_dict()
-        self._scaler_state = None if scaler is None else scaler.state_dict()
+        self._window.take(optimizer, scaler)
         self._checkpoint()
 
     def _validate(self, task: RankingTask, where: str, graphs: CapturedSteps | None = None) -> dict[str, Any]:
@@ -370,13 +333,13 @@ class StreamingTrainer:
 
     def _keep(self, number: int, train_sequences: int, task: RankingTask) -> dict[str, Any]:
         """Give the model the weights that the window ends with, and say which those are."""
-        if self._best is not None:
-            restore(self.model, self._best, counters=self.config.protocol != "paper")
+        if self._window.best is not None:
+            restore(self.model, self._window.best, counters=self.config.protocol != "paper")
             best = self.progress.best_epoch
             return {"kept": "best", "best_epoch": best, "validation": self._validation_of(best)}
         validation = self._validation_of((self.progress.epoch or 0) - 1)
-        if self._average is not None:
-            assign(self.model, self._average)
+        if self._window.average is not None:
+            assign(self.model, self._window.average)
             validation = None
         # Under "paper" an evaluation counts in the utilization, so that one more would change what is pruned.
         if validation is None and train_sequences and len(task) and self.config.protocol != "paper":
@@ -402,15 +365,6 @@ class StreamingTrainer:
             self._folder.append(line)
         self._tell(line["kind"], line)
 
-    def _export(self) -> None:
-        assert self._folder is not None
-        try:
-            self.model.save_pretrained(self._folder.path / "model")
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self._folder.path / 'model'}: {error.strerror}; make room and run again"
-            ) from error
-
     def _checkpoint(self) -> None:
         if self._folder is None:
             return
@@ -421,10 +375,7 @@ class StreamingTrainer:
                 "progress": asdict(self.progress),
                 "model": weights,
                 "conditions": self._folder.conditions.save(self.model),
-                "best": self._best,
-                "average": self._average,
-                "optimizer": self._optimizer_state,
-                "scaler": self._scaler_state,
+                **self._window.payload(),
                 "metrics_size": self._folder.metrics_size(),
             }
         )
@@ -438,10 +389,7 @@ class StreamingTrainer:
         path, state = found
         require_same(folder.path, state, self.config, self.model, self.stream.features)
         self.model.load_state_dict({**state["model"], **folder.conditions.load(state.get("conditions"))})
-        self.progress = Progress(**state["progress"])
-        self._best, self._optimizer_state = state["best"], state["optimizer"]
-        # Checkpoints of earlier versions have neither.
-        self._scaler_state, self._average = state.get("scaler"), state.get("average")
+        self.progress, self._window = Progress(**state["progress"]), WindowState.of(state)
         self.metrics = folder.rewind(state["metrics_size"])
         for number, digest in enumerate(self.progress.digests[: self.windows_done]):
             self.memory.add(self.config.split(folder.load_window(number, digest)))
