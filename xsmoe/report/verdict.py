@@ -21,8 +21,8 @@ ENOUGH_ERRORS = 2
 ENOUGH_USERS = 6
 """The fewest users for "above": where they all agree, a two-sided sign test has p = 2^-5 < 0.05.
 
-A standard error of fewer users is itself too uncertain: of two users, two standard errors are exceeded by chance in 15 %
-of cases on either side.
+A standard error of fewer users is itself too uncertain: of two users, two standard errors are exceeded by chance in
+15 % of cases on either side.
 """
 
 
