@@ -54,6 +54,12 @@ def to_seconds(path: Path, name: str, values: np.ndarray) -> tuple[np.ndarray, s
     raise _doubt(where, values, groups, counts)
 
 
+def differ_in_unit(first: int, second: int) -> bool:
+    """Return whether one of two times in seconds is from 1990 on and the other before 1971, as days or minutes are."""
+    low, high = sorted((first, second))
+    return low < _1971 and high >= _1990
+
+
 def iso_day(seconds: int) -> str:
     """The date of a time in seconds since 1970, or the number itself beyond the year 9999."""
     try:
