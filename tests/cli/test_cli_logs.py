@@ -94,6 +94,18 @@ def test_update_finds_what_was_given_before_in_any_unit(trained: Place, copy_of:
     assert "data rows 151, 152, 153" in outcome.err
 
 
+@pytest.mark.parametrize("unit", [60, 86_400])
+def test_update_refuses_minutes_and_days(trained: Place, copy_of: Copy, unit: int) -> None:
+    """They are too small to be recognized, and the rows that were given before would not be found among them."""
+    place = copy_of(trained)
+    rows = [(user, item, time // unit) for user, item, time in rows_of(place.root / "raw" / "log.csv")]
+    outcome = run("update", place.run, "--interactions", write(place.root / "coarse.csv", rows))
+    assert outcome.code == 2
+    assert f"goes up to {rows[-1][2]}, but that of the run's interactions up to 16000" in outcome.err
+    assert "convert the column to the run's" in outcome.err
+    assert [line["window"] for line in read_metrics(place.run) if line["kind"] == "window"] == [0, 1, 2]
+
+
 def test_update_in_another_unit_is_the_same_window(trained: Place, copy_of: Copy) -> None:
     place = copy_of(trained)
     succeed("update", place.run, "--interactions", place.more)

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_helpers import Place, succeed
+from cli_helpers import Place, run, succeed, write_log
 from PIL import Image
 
+from xsmoe.app.runs import RunConfig
 from xsmoe.report import plots, results
 from xsmoe.report.verdict import judge
-from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.folder import read_metrics, read_window
 from xsmoe.stream.metrics import per_user, summarize
 
 PLOTS = {"quality", "baselines", "experts", "utilization", "cost", "training"}
@@ -89,6 +91,36 @@ def test_the_summary_holds_what_the_metrics_say(trained: Place) -> None:
     assert str(trained.root) not in json.dumps(summary)
 
 
+def test_what_is_left_out_of_windows_is_counted_and_said(trained: Place) -> None:
+    config = RunConfig.read(trained.run)
+    k_core = config.stream.k_core
+    few = single = 0
+    for number in range(config.windows):
+        window = read_window(trained.run, number)
+        counts = Counter(window.users.tolist())
+        kept = [user for user in window.users.tolist() if counts[user] >= k_core]
+        few += len(window) - len(kept)
+        training = Counter(kept[: int(len(kept) * config.stream.train_fraction)])
+        single += sum(count == 1 for count in training.values())
+    assert few > 0
+    succeed("report", trained.run)
+    summary = json.loads((trained.run / "report" / "summary.json").read_text())
+    assert summary["left_out"] == {"interactions": 900, "k_core": few, "no_sequence": single}
+    said = f"Of the 900 interactions in windows, {few} are left out because their users have fewer than k_core"
+    assert said in (trained.run / "report" / "report.html").read_text()
+    assert said in " ".join(succeed("evaluate", trained.run).split())
+
+
+def test_evaluate_says_whose_interactions_are_left_out(trained: Place, tmp_path: Path) -> None:
+    users = np.array(["u1"] * 6 + ["u2"] * 2)
+    write_log(tmp_path / "log.csv", users, np.array([f"i{number}" for number in range(8)]), start=1_700_000_000)
+    outcome = run("evaluate", trained.run, "--interactions", tmp_path / "log.csv")
+    assert outcome.code == 0, outcome
+    assert (
+        "2 interactions are left out: their users have fewer than 5 in the file (k_core)" in outcome.out + outcome.err
+    )
+
+
 def test_plots_are_written_and_show_something(trained: Place) -> None:
     succeed("report", trained.run)
     paths = sorted((trained.run / "report").glob("*.png"))
@@ -138,7 +170,7 @@ def test_lines_of_an_earlier_version_are_shown_and_reported(trained: Place, copy
     place = copy_of(trained)
     file = place.run / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    later = ("targets", "half_life", "groups", "by_user")
+    later = ("targets", "half_life", "groups", "by_user", "left_out")
     file.write_text("".join(json.dumps({n: v for n, v in ln.items() if n not in later}) + "\n" for ln in lines))
     out = succeed("evaluate", place.run)
     assert "Verdict: unknown. Nothing can be said about quality: the tests were recorded by a version" in out
@@ -148,7 +180,7 @@ def test_lines_of_an_earlier_version_are_shown_and_reported(trained: Place, copy
     assert (summary["verdict"], summary["baseline"], summary["difference"]) == ("unknown", None, None)
     assert "version that ranked last targets only" in summary["reason"]
     assert summary["quality"][0]["users"] > 0
-    assert summary["groups"] == {}
+    assert (summary["groups"], summary["left_out"]) == ({}, None)
     assert "Against baselines" not in (place.run / "report" / "report.html").read_text()
     assert not (place.run / "report" / "baselines.png").exists()
 

@@ -160,6 +160,32 @@ def test_a_nul_byte_is_refused(tmp_path: Path) -> None:
         read_interactions(write(tmp_path, HEADER + "a,x,1\nb\0,y,2\n"))
 
 
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_field_longer_than_a_block_is_read(tmp_path: Path, quote: str) -> None:
+    """The csv module refuses fields of more than 131,072 characters, pyarrow rows longer than its block."""
+    limit = csv.field_size_limit()
+    long = "x" * 3_000_000
+    log = write(tmp_path, f"user,item,timestamp,note\nu,i,1600000000,{quote}{long}{quote}\nv,i,1600000001,b\n")
+    assert read_interactions(log).users.tolist() == ["u", "v"]
+    items = read_items(write(tmp_path, f"item,text\ni,{quote}{long}{quote}\n", "items.csv"), tmp_path)
+    assert items.texts.tolist() == [long]
+    with pytest.raises(DataError, match=r"data row 2 \(line 3\) has 2 fields, but the header has 4: 'v,i'"):
+        read_interactions(write(tmp_path, f"user,item,timestamp,note\nu,i,1600000000,{long}\nv,i\n"))
+    assert csv.field_size_limit() == limit
+
+
+def test_other_encodings_and_delimiters_are_named(tmp_path: Path) -> None:
+    for text in (HEADER + "\xe9,x,1600000000\n", HEADER + lines(0, 2) + "\xe9,x,1600000000\n"):
+        path = write(tmp_path, text.encode("latin-1"))
+        with pytest.raises(DataError, match=rf"line {len(text.splitlines())} is not UTF-8: .*; save the file as UTF-8"):
+            read_interactions(path)
+    with pytest.raises(DataError, match="line 1 holds a NUL byte; the file is damaged, or is UTF-16: save it as UTF-8"):
+        read_interactions(write(tmp_path, (HEADER + lines(0, 2)).encode("utf-16")))
+    for mark in ";\t|":
+        with pytest.raises(DataError, match="has no column 'user'; .*: separate fields with commas"):
+            read_interactions(write(tmp_path, (HEADER + lines(0, 2)).replace(",", mark)))
+
+
 def test_rows_that_the_parser_loses_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, HEADER + lines(0, 9))
     parse = csv_files._parse

@@ -1,6 +1,7 @@
 """Splits, sequences and histories, against loops over users that are written to be read."""
 
 from collections import Counter
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -83,6 +84,14 @@ def test_all_of_the_history_against_a_loop(rows: list[Pair], max_items: int) -> 
     assert as_dict(train.take(ends)) == as_dict(last.train)
     assert as_dict(split.test) == as_dict(last.test)
     assert as_dict(split.validation) == as_dict(last.validation)
+
+
+@pytest.mark.parametrize("history", ["all", "last"])
+def test_interactions_in_train_sequences_are_counted_once(history: Literal["all", "last"]) -> None:
+    rows = [(user, item) for item in range(12) for user in range(3) if item < (12, 4, 1)[user]]
+    split = split_window(window(rows), k_core=1, train_fraction=0.999, max_items=4, history=history)
+    # All but the validation split's one interaction, user 0's last, and but user 2's, which is alone.
+    assert split.in_train_sequences == (11 + 4 if history == "all" else 4 + 4)
 
 
 def test_an_unknown_history_is_named() -> None:

@@ -57,6 +57,14 @@ def test_counters_and_times_before_1990_are_kept_with_a_note(values: list[int]) 
     assert f"from {min(values)} to {max(values)}, before 1990" in note
 
 
+def test_seconds_most_of_which_lie_before_1990_are_kept_with_a_note() -> None:
+    old = [500_000_000, 550_000_000, 600_000_000, 700_000_000]
+    seconds, note = convert(old)
+    assert seconds == old
+    assert note is not None
+    assert "from 1985-11-05 to 1992-03-07, most of them before 1990; kept as it is" in note
+
+
 OUTLIERS = [
     (base, factor)
     for base in (1, 10**3, 10**6, 10**9)

@@ -54,6 +54,11 @@ def evaluate(
             f"{interactions}: no user has {max(2, run.stream.k_core)} interactions or more that can be used (k_core is "
             f"{run.stream.k_core}), so that there is nothing to test on"
         )
+    few = len(stream.windows[0]) - len(splits.all_pairs[0])
+    if few:
+        display.warn(
+            f"{few} interactions are left out: their users have fewer than {settings.k_core} in the file (k_core)"
+        )
     display.say(f"The model after window {len(run.windows) - 1}, tested on {len(stream.windows[0])} interactions:")
     with display.working("Ranking all items for every user"):
         tested = evaluate_window(run.model, run.features(), splits, run.memory(), settings)

@@ -45,7 +45,7 @@ def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
         sections=[
             *_groups(groups),
             *_comparison(compared),
-            _windows(config, windows),
+            _windows(config, windows, results.left_out(metrics)),
             html.Section("Plots", pictures=[(path, plot.caption) for plot, path in pictures]),
             _growth(windows),
             _cost(metrics),
@@ -62,7 +62,7 @@ def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
 
 def _summary(config: RunConfig, metrics: Sequence[dict[str, Any]], verdict: Verdict) -> bytes:
     """The run in numbers, with what it ran on, for machines to read."""
-    spent = results.cost(metrics)
+    spent, without = results.cost(metrics), results.left_out(metrics)
     tests = [line for line in metrics if line["kind"] == "test"]
     content = {
         "date": date.today().isoformat(),
@@ -72,6 +72,7 @@ def _summary(config: RunConfig, metrics: Sequence[dict[str, Any]], verdict: Verd
         **asdict(verdict),
         "groups": results.groups(tests),
         "quality": [asdict(found) for found in results.compare(tests)],
+        "left_out": None if without is None else asdict(without),
         "cost": None if spent is None else asdict(spent),
         "experts": next((line["experts"] for line in reversed(metrics) if line["kind"] == "window"), None),
     }
@@ -112,7 +113,9 @@ def _comparison(compared: Sequence[results.Comparison]) -> list[html.Section]:
     return [html.Section("Last items, against popularity", [text], html.Table(heading, rows))]
 
 
-def _windows(config: RunConfig, windows: Sequence[results.WindowResult]) -> html.Section:
+def _windows(
+    config: RunConfig, windows: Sequence[results.WindowResult], left_out: results.LeftOut | None
+) -> html.Section:
     columns = tables.columns(config.modalities)
     groups = [(group, len(list(members))) for group, members in groupby(column.group for column in columns)]
     table = html.Table(
@@ -120,7 +123,8 @@ def _windows(config: RunConfig, windows: Sequence[results.WindowResult]) -> html
         [[column.cell(result) for column in columns] for result in windows],
         groups=groups,
     )
-    return html.Section("Windows", [f"{tables.LEGEND[0].upper()}{tables.LEGEND[1:]}."], table)
+    counted = [] if left_out is None else [f"{left_out}."]
+    return html.Section("Windows", [f"{tables.LEGEND[0].upper()}{tables.LEGEND[1:]}.", *counted], table)
 
 
 def _growth(windows: Sequence[results.WindowResult]) -> html.Section:

@@ -119,6 +119,8 @@ def show_comparison(metrics: list[dict[str, Any]], display: Display) -> None:
             "error over users"
         )
         show_tests(tests, display)
+    if (without := results.left_out(metrics)) is not None:
+        display.say(f"{without}.", wrap=True)
     if (spent := results.cost(metrics)) is not None:
         display.say(f"Cost: {spent}.", wrap=True)
 

@@ -13,6 +13,7 @@ from xsmoe.app.seen import read_seen, write_seen
 from xsmoe.app.train import cut_settings, run_trainer, say_dropped, say_notes
 from xsmoe.data import Dataset, Interactions, Items, Window, read_interactions, write_dataset
 from xsmoe.data.repeats import seen_before
+from xsmoe.data.times import differ_in_unit
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.folder import read_metrics, read_window, window_digest
@@ -112,6 +113,12 @@ def _require_new(
         seen: what the run was given before.
         display: where warnings are shown.
     """
+    latest, newest = max(int(before.timestamps[-1]) for before in seen), int(log.timestamps[-1])
+    if differ_in_unit(latest, newest):
+        raise ValueError(
+            f"{path}: column 'timestamp' goes up to {newest}, but that of the run's interactions up to {latest}, which "
+            "is another unit; convert the column to the run's"
+        )
     again = np.logical_or.reduce([seen_before(log, before) for before in seen])
     if again.any():
         rows = np.sort(log.rows[again])
@@ -125,7 +132,6 @@ def _require_new(
             f"{path}: nobody to train on, since no user has {config.stream.k_core} interactions (the run's k_core) "
             "with 2 of them in its first part; wait until more have come"
         )
-    latest = max(int(before.timestamps[-1]) for before in seen)
     if older := int((window.timestamps < latest).sum()):
         display.warn(
             f"{older} of {len(window)} interactions are older than the latest that the run has been trained on"

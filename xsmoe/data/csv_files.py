@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from xsmoe.data.csv_lines import CsvLines, scan_csv
+from xsmoe.data.csv_lines import CsvLines, nul_byte, scan_csv
 from xsmoe.data.errors import DataError
 
 _PARSE = pa.csv.ParseOptions(newlines_in_values=True)
+_BLOCK_BYTES = 1 << 20
+_LONGEST = (1 << 31) - 1
 
 
 def csv_header(path: Path) -> list[str]:
@@ -22,6 +24,8 @@ def csv_header(path: Path) -> list[str]:
         DataError: an empty file, or a header that cannot be read or spans lines.
     """
     for line, names in _records(path):
+        if any("\0" in name for name in names):
+            raise DataError(nul_byte(path, line))
         if any(newline in name for name in names for newline in "\r\n"):
             raise DataError(f"{path}: line {line} opens a quoted column name that does not end in it; remove the quote")
         return names
@@ -67,11 +71,21 @@ def _parse(path: Path, names: Sequence[str], wanted: Sequence[str]) -> pa.Table:
         null_values=[""],
         strings_can_be_null=True,
     )
+
+    def read(block_bytes: int) -> pa.Table:
+        options = pa.csv.ReadOptions(block_size=block_bytes)
+        return pa.csv.read_csv(path, read_options=options, parse_options=_PARSE, convert_options=convert)
+
     try:
-        return pa.csv.read_csv(path, parse_options=_PARSE, convert_options=convert)
+        return read(_BLOCK_BYTES)
     except pa.ArrowInvalid:
         _refuse_lengths(path, len(names))
-        raise
+        _refuse_encoding(path)
+        size = path.stat().st_size
+        if not _BLOCK_BYTES < size < _LONGEST:
+            raise
+        # A row longer than a block is no mistake.
+        return read(size)
 
 
 def _check_spanning(
@@ -163,6 +177,16 @@ def _refuse_lengths(path: Path, num_columns: int) -> None:
             )
 
 
+def _refuse_encoding(path: Path) -> None:
+    """Raise DataError for the first line that is not UTF-8, if there is one."""
+    with open(path, "rb") as file:
+        for line, content in enumerate(file, start=1):
+            try:
+                content.decode()
+            except UnicodeDecodeError:
+                raise DataError(f"{path}: line {line} is not UTF-8: {content[:80]!r}; save the file as UTF-8") from None
+
+
 def _refuse_lost(path: Path, table: pa.Table, lines: CsvLines) -> None:
     """Raise DataError for rows that were parsed otherwise than the lines of the file say."""
     records = _records(path)
@@ -181,7 +205,7 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV file that are not blank, with the physical lines that they begin in."""
     with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         reader = csv.reader(file)
-        line = 1
+        line, limit = 1, csv.field_size_limit(_LONGEST)
         try:
             for record in reader:
                 if record:
@@ -189,3 +213,5 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"{path}: cannot be read as csv: line {line}: {error}") from error
+        finally:
+            csv.field_size_limit(limit)

@@ -80,6 +80,11 @@ def scan_csv(path: Path, chunk_bytes: int = CHUNK_BYTES) -> CsvLines:
     return scan.finish()
 
 
+def nul_byte(path: Path, line: int) -> str:
+    """The message for a line that holds a NUL byte."""
+    return f"{path}: line {line} holds a NUL byte; the file is damaged, or is UTF-16: save it as UTF-8"
+
+
 class _Scan:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,9 +102,7 @@ class _Scan:
             return
         if (nul := chunk.find(b"\0")) >= 0:
             line = self.newlines + _count(chunk[:nul]) + 1
-            raise DataError(
-                f"{self.path}: line {line} holds a NUL byte; the file is damaged, or is UTF-16: save it as UTF-8"
-            )
+            raise DataError(nul_byte(self.path, line))
         if not self.quoted and chunk.endswith(b"\n") and (count := _simple(chunk, self.last)) is not None:
             self.newlines += count
             self.row_delimiters = 0

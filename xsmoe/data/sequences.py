@@ -62,6 +62,11 @@ class WindowSplits:
     all_pairs: Pairs
     all_times: np.ndarray
 
+    @property
+    def in_train_sequences(self) -> int:
+        """Interactions of the training split that are in a sequence; one in two of them counts once."""
+        return len(self.train.items) - (len(self.train) - len(np.unique(self.train.users)))
+
 
 def split_window(
     window: Window,

@@ -145,6 +145,10 @@ def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
 def _require(path: Path, present: list[str], columns: Mapping[str, str]) -> None:
     for name, advice in columns.items():
         if name not in present:
-            raise DataError(f"{path}: has no column '{name}'; its columns are {', '.join(present)}. {advice}")
+            other = next((mark for mark in ";\t|" if len(present) == 1 and mark in present[0]), None)
+            raise DataError(
+                f"{path}: has no column '{name}'; its columns are {', '.join(present)}. "
+                + (advice if other is None else f"Its header holds {other!r}: separate fields with commas.")
+            )
         if present.count(name) > 1:
             raise DataError(f"{path}: has {present.count(name)} columns named '{name}'; rename all but one")

@@ -22,7 +22,8 @@ def to_seconds(path: Path, name: str, values: np.ndarray) -> tuple[np.ndarray, s
     """Convert a column of timestamps to whole seconds since 1970.
 
     Milliseconds, microseconds, nanoseconds and dates written as yyyymmdd are recognized where every value lies between
-    1971 and 2100 in that unit, and half of them after 1990. Smaller numbers, such as counters, stay as they are.
+    1971 and 2100 in that unit, and half of them after 1990. Smaller numbers, such as counters, and seconds most of
+    which lie before 1990 stay as they are.
 
     Args:
         path, name: the file and the column, for messages.
@@ -42,11 +43,21 @@ def to_seconds(path: Path, name: str, values: np.ndarray) -> tuple[np.ndarray, s
         return _small(where, values)
     for number, (unit, factor) in enumerate(UNITS.items()):
         before, after = counts[3 * number + 1], counts[3 * number + 2]
-        if before + after == len(values) and 2 * after >= len(values):
+        if before + after < len(values):
+            continue
+        if 2 * after >= len(values):
             _refuse_lookalikes(where, unit, values)
             seconds = values // factor
             return seconds, None if factor == 1 else f"{where} holds {unit}; converted to {_span(seconds)}"
+        if factor == 1:
+            return values, f"{where} holds {_span(values)}, most of them before 1990; kept as it is"
     raise _doubt(where, values, groups, counts)
+
+
+def differ_in_unit(first: int, second: int) -> bool:
+    """Return whether one of two times in seconds is from 1990 on and the other before 1971, as days or minutes are."""
+    low, high = sorted((first, second))
+    return low < _1971 and high >= _1990
 
 
 def iso_day(seconds: int) -> str:

@@ -112,6 +112,37 @@ def groups(tests: Sequence[Line]) -> Groups:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Interactions of windows that were not trained on, beside those of validation splits.
+
+    Attributes:
+        interactions: of all windows, each once.
+        k_core: of users with too few interactions in their window.
+        no_sequence: of training splits, in no sequence.
+    """
+
+    interactions: int
+    k_core: int
+    no_sequence: int
+
+    def __str__(self) -> str:
+        return (
+            f"Of the {self.interactions} interactions in windows, {self.k_core} are left out because their users have "
+            f"fewer than k_core in the window; {self.no_sequence} of the training splits are in no sequence, as a "
+            "user's only one there, or as earlier ones with history last"
+        )
+
+
+def left_out(metrics: Iterable[Line]) -> LeftOut | None:
+    """Count what windows left out; None where no window is done, or where earlier versions recorded all."""
+    done = [line for line in metrics if line["kind"] == "window" and "left_out" in line]
+    if not done:
+        return None
+    k_core, no_sequence = (sum(line["left_out"][name] for line in done) for name in ("k_core", "no_sequence"))
+    return LeftOut(sum(line["interactions"] for line in done), k_core, no_sequence)
+
+
+@dataclass(frozen=True)
 class Cost:
     """Time and memory of a run.
 

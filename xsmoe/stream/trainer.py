@@ -230,6 +230,10 @@ class StreamingTrainer:
             "sequences": len(splits.train),
             "batch_size": config.batch_for(len(splits.train)),
             "items": len(np.unique(splits.train.items)),
+            "left_out": {
+                "k_core": len(window) - len(splits.all_pairs[0]),
+                "no_sequence": len(splits.train_pairs[0]) - splits.in_train_sequences,
+            },
             "epochs": progress.epoch,
             **kept,
             "experts": {name: side.num_experts for name, side in self.model.items.ladders().items()},
