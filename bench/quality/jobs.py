@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import torch
 
 from bench.quality.run import Job, Record, perform
-from bench.quality.variants import BASE
+from bench.quality.variants import BASE, GROWTH
 from xsmoe.files import replace_file
 
 Say = Callable[[str], None]
@@ -33,21 +33,20 @@ class Jobs:
         self.failures = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Perform all runs: first those of the base variant, whose experts at the end static variants begin with.
+        """Perform all runs, first those of the base and those with growth, whose experts static ones begin with.
 
         Raises:
             ValueError: the file of a run holds one of other settings.
         """
-        first = [job for job in jobs if job.variant.name == BASE]
-        self._all(first)
-        ended = {record["seed"]: record["experts"] for record in self.records if record["variant"] == BASE}
+        self._all(job for job in jobs if job.variant.name in (BASE, GROWTH))
+        ended = {record["seed"]: record["experts"] for record in self.records if record["variant"] == GROWTH}
         rest = []
         for job in jobs:
             if job.variant.kind == "static" and job.seed in ended:
                 rest.append(replace(job, experts=ended[job.seed]))
             elif job.variant.kind == "static":
-                self._failed(job, "the base run of this seed, which says how many experts to take, failed")
-            elif job.variant.name != BASE:
+                self._failed(job, "the run of this seed with growth, which says how many experts to take, failed")
+            elif job.variant.name not in (BASE, GROWTH):
                 rest.append(job)
         self._all(rest)
 

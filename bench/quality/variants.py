@@ -16,8 +16,8 @@ class Variant:
         name: what tables and files call it.
         sentence: what it does, for people.
         settings: what it sets, by the names that `RunConfig.new` takes.
-        kind: the item encoder: "side", the side network; "static", one that begins with as many experts as the run of
-            the base variant ended with; "linear", a linear head on the last level.
+        kind: the item encoder: "side", the side network; "static", one that begins with as many experts as the run with
+            growth ended with; "linear", a linear head on the last level.
     """
 
     name: str
@@ -26,29 +26,31 @@ class Variant:
     kind: Kind = "side"
 
 
-_FIXED = {"expand": False, "prune": False}
+GROWTH = "growth"
+_GROWN = {"expand": True, "prune": True}
 
 VARIANTS = {
     one.name: one
     for one in (
         Variant(BASE, "The defaults."),
-        Variant("no-growth", "Experts are neither added nor dropped.", _FIXED),
+        Variant(GROWTH, "Every window adds an expert, and little-used ones are dropped, as published.", _GROWN),
         Variant(
             "static",
-            "No growth, with as many experts from the start as the base run of the same seed ended with.",
-            _FIXED,
-            "static",
+            "As many experts from the start as the run of the same seed with growth ended with.",
+            kind="static",
         ),
-        Variant("no-prune", "Experts are added and none is dropped.", {"prune": False}),
-        Variant("mean-gate", "A new expert's gate row is the mean of the others.", {"new_gate": "mean"}),
+        Variant("no-prune", "Experts are added and none is dropped.", {"expand": True}),
+        Variant("mean-gate", "A new expert's gate row is the mean of the others.", _GROWN | {"new_gate": "mean"}),
         Variant(
             "copy",
             "A new expert is a split of the most used one, which leaves the function unchanged.",
-            {"new_gate": "copy"},
+            _GROWN | {"new_gate": "copy"},
         ),
-        Variant("merge", "A little-used expert is merged into the nearest one.", {"prune_rule": "merge"}),
-        Variant("copy-merge", "Splits, and merges.", {"new_gate": "copy", "prune_rule": "merge"}),
-        Variant("novelty", "Experts change in windows only that the model does not serve yet.", {"grow": "novelty"}),
+        Variant("merge", "A little-used expert is merged into the nearest one.", _GROWN | {"prune_rule": "merge"}),
+        Variant("copy-merge", "Splits, and merges.", _GROWN | {"new_gate": "copy", "prune_rule": "merge"}),
+        Variant(
+            "novelty", "Experts change in windows only that the model does not serve yet.", _GROWN | {"grow": "novelty"}
+        ),
         Variant("condition-none", "Hidden states are not conditioned.", {"condition": "none"}),
         Variant("condition-standardize", "Hidden states are standardized.", {"condition": "standardize"}),
         Variant("no-ids", "Items have no embedding beside their content.", {"ids": False}),
@@ -58,8 +60,7 @@ VARIANTS = {
         Variant(
             "linear",
             "A linear head on the conditioned last level, with IDs and history, without a side network.",
-            _FIXED,
-            "linear",
+            kind="linear",
         ),
         Variant(
             "paper",
@@ -71,7 +72,7 @@ VARIANTS = {
 
 
 def chosen(names: str) -> list[Variant]:
-    """Return the variants of a list with commas, or of "all", the base first.
+    """Return the variants of a list with commas, or of "all", the base first, and growth with "static".
 
     Raises:
         ValueError: a name that there is not.
@@ -79,4 +80,5 @@ def chosen(names: str) -> list[Variant]:
     asked = list(VARIANTS) if names == "all" else names.split(",")
     if unknown := [name for name in asked if name not in VARIANTS]:
         raise ValueError(f"no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-    return [VARIANTS[name] for name in dict.fromkeys([BASE, *asked])]
+    grown = [GROWTH] if "static" in asked else []
+    return [VARIANTS[name] for name in dict.fromkeys([BASE, *grown, *asked])]

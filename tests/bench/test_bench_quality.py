@@ -20,7 +20,7 @@ from xsmoe.nn import XSMoE
 from xsmoe.stream import StreamConfig
 from xsmoe.stream import trainer as trainer_module
 
-NAMES = ["base", "static", "copy-merge", "linear", "paper"]
+NAMES = ["base", "growth", "static", "copy-merge", "linear", "paper"]
 TINY = {"windows": 3, "users": 16, "items": 48, "new_items": 4, "epochs": 1}
 ARGUMENTS = ["quality", "--quick", "--seeds", "2", "--variants", ",".join(NAMES[1:]), "--matrix"]
 
@@ -77,16 +77,17 @@ def test_all_variants_are_compared_with_the_base(setting: Any) -> None:
 
 def test_variants_are_what_they_say(setting: Any) -> None:
     folder, _ = setting
-    base, static, linear = (record(folder, name) for name in ("base", "static", "linear"))
-    assert base["experts"] == {"image": [3, 3], "text": [3, 3]}
-    assert static["experts"] == static["key"]["experts"] == base["experts"]
+    base, growth, static, linear = (record(folder, name) for name in ("base", "growth", "static", "linear"))
+    assert base["experts"] == {"image": [1, 1], "text": [1, 1]}
+    assert growth["experts"] == {"image": [3, 3], "text": [3, 3]}
+    assert static["experts"] == static["key"]["experts"] == growth["experts"]
     assert linear["experts"] == {}
     assert record(folder, "copy-merge")["key"]["settings"]["new_gate"] == "copy"
     assert record(folder, "paper")["key"]["settings"]["protocol"] == "paper"
     ranks = {name: [test["ranks"] for test in record(folder, name)["tests"]] for name in NAMES}
     # Runs share what comes before the first expansion.
-    assert ranks["base"][0] == ranks["copy-merge"][0]
-    assert len({str(ranks[name]) for name in ("base", "static", "copy-merge", "linear")}) == 4
+    assert ranks["base"][0] == ranks["growth"][0] == ranks["copy-merge"][0]
+    assert len({str(ranks[name]) for name in ("base", "growth", "static", "copy-merge", "linear")}) == 5
 
 
 def test_a_matrix_has_the_test_of_the_next_window_beside_its_diagonal(setting: Any) -> None:
@@ -191,7 +192,10 @@ def test_a_run_that_fails_stops_no_other_and_is_said(
     assert main([*ARGUMENTS, "--folder", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "base, seed 2: FAILED: ValueError: the loss is nan" in printed
-    assert "static, seed 2: FAILED: the base run of this seed, which says how many experts to take, failed" in printed
+    assert (
+        "static, seed 2: FAILED: the run of this seed with growth, which says how many experts to take, failed"
+        in printed
+    )
     assert "linear, seed 1: HR@10" in printed
 
 
@@ -223,7 +227,7 @@ def test_a_dataset_of_ones_own_and_pictures(setting: Any, tmp_path: Path, capsys
     [
         (["--seeds", "0"], "--seeds must be at least 1, not 0"),
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
-        (["--variants", "base,none"], "--variants: no variant is called 'none'; there are base, no-growth,"),
+        (["--variants", "base,none"], "--variants: no variant is called 'none'; there are base, growth,"),
         (["--dataset", "."], "--dataset and --store go together"),
         (["--dataset", ".", "--store", "nowhere"], "--store: nowhere is no folder; make it with `xsmoe prepare`"),
         (["--dataset", ".", "--store", ".", "--quick"], "--quick is for generated streams"),
@@ -239,9 +243,9 @@ def test_every_variant_can_be_set(capsys: pytest.CaptureFixture[str], tmp_path: 
         stream = {name: value for name, value in variant.settings.items() if name in StreamConfig.__dataclass_fields__}
         StreamConfig(**stream)
         assert set(variant.settings) - set(stream) <= {"condition", "ids"}
-    assert [variant.name for variant in chosen("linear,static,linear")] == ["base", "linear", "static"]
+    assert [variant.name for variant in chosen("linear,static,linear")] == ["base", "growth", "linear", "static"]
     assert main(["quality", "--list", "--folder", str(tmp_path)]) == 0
-    assert "static: No growth, with as many experts" in capsys.readouterr().out
+    assert "static: As many experts from the start" in capsys.readouterr().out
 
 
 def test_the_streams_are_those_that_were_fixed_beforehand() -> None:

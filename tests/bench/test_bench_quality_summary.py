@@ -27,15 +27,15 @@ def hit_rate(ranks: dict[str, int]) -> float:
 
 def test_means_pool_users_and_differences_are_paired_by_seed() -> None:
     records = [
-        record("no-growth", 2, {"a": 0, "b": 11}, {"a": 10}),
+        record("growth", 2, {"a": 0, "b": 11}, {"a": 10}),
         record("base", 1, {"a": 1, "b": 0}, {"a": 1}),
-        record("no-growth", 1, {"a": 1, "b": 1}, {"a": 1}),
+        record("growth", 1, {"a": 1, "b": 1}, {"a": 1}),
         record("base", 2, {"a": 1, "b": 0}, {"a": 0}),
-        record("no-growth", 3, {"a": 1}),
+        record("growth", 3, {"a": 1}),
     ]
     found = summarize(records, shared=True)
-    assert list(found) == ["base", "no-growth"]
-    base, other = found["base"], found["no-growth"]
+    assert list(found) == ["base", "growth"]
+    base, other = found["base"], found["growth"]
     assert base["HR@10"]["values"] == pytest.approx([2 / 3, 1 / 3])
     assert base["HR@10"]["mean"] == pytest.approx(0.5)
     assert base["HR@10"]["se"] == pytest.approx(1 / 6)

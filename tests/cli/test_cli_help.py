@@ -48,15 +48,16 @@ def test_training_options_state_the_true_defaults() -> None:
             stated[parameter.name] = match[1]
     config, model = StreamConfig(), inspect.signature(XSMoE).parameters
     true = {name: str(value) for name, value in config.to_dict().items()}
-    true |= {"expand": "yes", "prune": "yes", "windows": str(DEFAULT_WINDOWS), "modalities": "all", "missing": "drop"}
+    true |= {"expand": "no", "prune": "no", "windows": str(DEFAULT_WINDOWS), "modalities": "all", "missing": "drop"}
     true |= {"rank": str(model["rank"].default), "out_dim": str(model["out_dim"].default), "top_k": "all"}
     best = StreamConfig(keep="best")
-    true |= {name: f"{getattr(config, name)}, with --keep best {getattr(best, name)}" for name in ("epochs", "patience")}
+    for name in ("epochs", "patience"):
+        true[name] = f"{getattr(config, name)}, with --keep best {getattr(best, name)}"
     true |= {"ids": "yes", "condition": MODEL_DEFAULTS["default"]["condition"]}
     true |= {"graph": "no", "store_gib": "a quarter of what is free"}
     assert MODEL_DEFAULTS["default"]["ids"]
-    assert config.expand
-    assert config.prune
+    assert not config.expand
+    assert not config.prune
     assert not config.graph
     assert config.store_gib is None
     assert stated == true

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_targets import CPU, ITEMS, build, memory_of, window
+from test_targets import CPU, ITEMS, build, memory_of, rows, window
 
 from xsmoe.data import Window
 from xsmoe.stream import StreamConfig
 from xsmoe.stream.baselines import (
     HALF_LIVES,
     choose_half_life,
+    places,
     rank_baselines,
     rank_own_inputs,
     rank_with_scores,
@@ -56,10 +57,47 @@ def test_global_scores_are_ranked_as_by_the_operator(repeats: Any) -> None:
     targets, _, _ = build(config)
     scores = np.random.default_rng(0).integers(0, 4, ITEMS).astype(float)
     ranks = rank_with_scores({"a": scores, "b": -scores}, targets)
-    expected = [rank_with_popularity(scores, chunk.task) for chunk in targets.chunks()]
+    expected = [rank_with_popularity(places(scores, np.arange(ITEMS)), chunk.task) for chunk in targets.chunks()]
     assert ranks["a"]["seen"].tolist() == np.concatenate(expected).tolist()
     assert ranks["a"]["masked"].tolist() != ranks["a"]["seen"].tolist()
     assert ranks["a"]["seen"].tolist() != ranks["b"]["seen"].tolist()
+
+
+def test_places_ascend_with_the_scores_and_ties_are_in_no_order_of_ids() -> None:
+    rng = np.random.default_rng(0)
+    items = np.sort(rng.permutation(5000)[:2000])
+    scores = rng.integers(0, 3, 2000)
+    found = places(scores, items)
+    assert sorted(found.tolist()) == list(range(2000))
+    assert (np.diff(scores[np.argsort(found)]) >= 0).all()
+    for score in range(3):
+        # Some 670 items: the standard error is about 0.04.
+        assert abs(np.corrcoef(items[scores == score], found[scores == score])[0, 1]) < 0.15
+    # The order of items does not depend on which others are there.
+    few = places(np.zeros(50), items[:50])
+    assert (np.argsort(few) == [place for place in np.argsort(places(np.zeros(2000), items)) if place < 50]).all()
+
+
+@pytest.mark.parametrize("size", [40, 100])
+def test_popularity_without_differences_is_as_good_as_chance(size: int) -> None:
+    """Every item is taken equally often in every window, each of one moment: all scores tie."""
+    config = StreamConfig(k_core=2)
+    rng = np.random.default_rng(0)
+    windows = []
+    for number in range(2):
+        items, users = (rng.permutation(np.arange(12 * size) % bound) for bound in (size, 120))
+        windows.append(Window(0, users, items, np.full(len(items), 1000 * number)))
+    memory = memory_of(windows[0], config=config)
+    assert len(set(memory.popularity(np.arange(size))["all_time"].tolist())) == 1
+    splits = config.split(windows[1])
+    targets = RankedTargets.build(splits.all_pairs, memory.known_with(splits), memory.history, config)
+    ranks = rank_baselines(targets, memory, choose_half_life(memory, config).seconds)
+    left = [size - len(row["masked"]) for chunk in targets.chunks() for row in rows(chunk)]
+    chance = np.minimum(1, 10 / np.maximum(1, left))[~targets.repeated].mean()
+    for name in ("all_time", "last_window", "decayed"):
+        hits = (ranks[name]["masked"] <= 10)[~targets.repeated]
+        assert len(hits) > 250
+        assert hits.mean() == pytest.approx(chance, abs=0.1)
 
 
 def test_scores_too_close_for_float32_are_told_apart() -> None:
@@ -137,7 +175,7 @@ def test_the_half_life_is_the_best_on_validation(moving: bool) -> None:
     for multiple in HALF_LIVES:
         ages = (times.max() - times) / (multiple * (240 - 1) * 3)
         weights = np.bincount(taken, weights=0.5**ages, minlength=int(targets.candidates.max()) + 1)
-        quality.append(slow_hits(targets, weights[targets.candidates]))
+        quality.append(slow_hits(targets, places(weights[targets.candidates], targets.candidates)))
     best = max(range(len(HALF_LIVES)), key=lambda place: (*quality[place], place))
     assert chosen.windows == HALF_LIVES[best]
     assert chosen.seconds == HALF_LIVES[best] * (240 - 1) * 3

@@ -79,7 +79,9 @@ def judged(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Recommender(XSMoE(("text",), dim=8, rank=4, out_dim=16), UserEncoder(16, num_blocks=1, inner_dim=32))
-    config = tiny.config(batch_size=32, epochs=epochs, warmup_epochs=epochs, duplicates="keep", ties="file", seed=seed)
+    config = tiny.config(
+        batch_size=32, epochs=epochs, patience=0, keep="last", history="all", duplicates="keep", ties="file", seed=seed
+    )
     lines = [
         line for line in StreamingTrainer(model, Stream(windows, features), config).fit() if line["kind"] == "test"
     ]

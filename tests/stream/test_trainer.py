@@ -431,6 +431,7 @@ def test_settings_follow_the_protocol_and_survive_json() -> None:
     ours = StreamConfig()
     assert (ours.ties, ours.duplicates, ours.history, ours.targets) == ("hash", "drop", "all", "all")
     assert (ours.keep, ours.epochs, ours.patience, ours.min_steps) == ("ema", 12, 0, 10)
+    assert (ours.expand, ours.prune, paper.expand, paper.prune) == (False, False, True, True)
     best = StreamConfig(keep="best")
     assert (best.epochs, best.patience) == (100, 5)
     assert StreamConfig.from_dict(json.loads(json.dumps(paper.to_dict()))) == paper

@@ -83,7 +83,19 @@ def test_users_who_all_agree_need_to_be_six(users: int, share: int, verdict: str
     found = judge([line(list(range(users)), targets, model, all_time=baseline)])
     assert (found.verdict, found.difference, found.standard_error) == (verdict, share, 0)
     assert "standard errors" not in str(found)
-    assert ("6 of them are needed" in str(found)) == (users == 5)
+    assert ("5 users are too few to say more, 6 are needed" in str(found)) == (users == 5)
+
+
+@pytest.mark.parametrize(("users", "verdict"), [(2, "not_above"), (5, "not_above"), (6, "above")])
+def test_users_who_nearly_agree_need_to_be_six(users: int, verdict: str) -> None:
+    """Of two users, the difference is above two standard errors by chance in 15 % of cases."""
+    old: dict[str, Any] = {"all": {"users": 3}}
+    found = judge([old, line(list(range(users)), [100] * users, [50 + user for user in range(users)])])
+    assert found.verdict == verdict
+    assert found.difference > 10 * found.standard_error > 0
+    assert ("by more than two standard errors" in str(found)) == (verdict == "above")
+    assert (f"{users} users are too few to say more, 6 are needed" in str(found)) == (verdict != "above")
+    assert "1 of 2 tests, recorded by an earlier version, are left out" in str(found)
 
 
 def test_nobody_and_one_alone_are_unknown() -> None:
@@ -101,6 +113,6 @@ def test_lines_of_an_earlier_version_are_left_out_and_that_is_said() -> None:
     old: dict[str, Any] = {"all": {"users": 3}}
     assert judge([old]).verdict == "unknown"
     assert "version that ranked last targets only" in str(judge([old]))
-    mixed = judge([old, line([0, 1, 2], [2, 2, 2], [2, 1, 2])])
-    assert (mixed.verdict, mixed.users) == ("above", 3)
+    mixed = judge([old, line(list(range(6)), [2] * 6, [2, 1, 2, 2, 2, 2])])
+    assert (mixed.verdict, mixed.users) == ("above", 6)
     assert "1 of 2 tests, recorded by an earlier version, are left out" in str(mixed)

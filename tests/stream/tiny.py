@@ -45,7 +45,7 @@ def model(seed: int = 0, **options: Any) -> Recommender:
 
 def config(**options: Any) -> StreamConfig:
     settings = {"batch_size": 5, "epochs": 4, "warmup_epochs": 1, "patience": 2, "lr": 1e-2, "k_core": 2}
-    settings |= {"history": "last", "keep": "best"}
+    settings |= {"history": "last", "keep": "best", "expand": True, "prune": True}
     return StreamConfig(**{**settings, "graph": "cuda" in options.get("device", "cpu"), **options})
 
 

@@ -28,6 +28,9 @@ MARK = "demo.json"
 IMAGE_SIZE = 64
 TRAINING: dict[str, Any] = {
     "batch_size": 32,
+    # What it shows is how experts are added and dropped.
+    "expand": True,
+    "prune": True,
     "rank": 32,
     "out_dim": 64,
 }

@@ -26,6 +26,8 @@ MODEL = "model"
 DEFAULT_WINDOWS = 10
 MODEL_SETTINGS = ("rank", "out_dim", "top_k", "condition", "ids")
 MODEL_DEFAULTS = {"default": {"condition": "whiten", "ids": True}, "paper": {"condition": "none", "ids": False}}
+NEEDED = {"new_gate": "expand", "grow": "expand", "prune_rule": "prune", "prune_threshold": "prune"}
+"""Settings of growth, and what has to be on for them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class RunConfig:
         stream = StreamConfig.from_dict(
             {name: given[name] for name in StreamConfig.__dataclass_fields__ if name in given}
         )
+        for name, needed in NEEDED.items():
+            if name in given and not getattr(stream, needed):
+                raise ValueError(
+                    f"{name} has no effect, since {needed} is off; give --{needed} too, or leave {name} out"
+                )
         if (width := given.get("out_dim", 2)) < 2 or width % 2:
             raise ValueError(f"out_dim must be even and at least 2, since two attention heads share it, not {width}")
         modalities = tuple(given.get("modalities", store.modalities))

@@ -73,10 +73,10 @@ def train(
     ] = None,
     top_k: Annotated[int | None, _setting("all", "Experts that an item goes through.", MODEL)] = None,
     expand: Annotated[
-        bool | None, _setting("yes", "Whether every window adds an expert.", MODEL, "--expand/--no-expand")
+        bool | None, _setting("no", "Whether every window adds an expert.", MODEL, "--expand/--no-expand")
     ] = None,
     prune: Annotated[
-        bool | None, _setting("yes", "Whether little-used experts are dropped.", MODEL, "--prune/--no-prune")
+        bool | None, _setting("no", "Whether little-used experts are dropped.", MODEL, "--prune/--no-prune")
     ] = None,
     prune_threshold: Annotated[float | None, _setting(0.1, "Share of use below which one is.", MODEL)] = None,
     new_gate: Annotated[
@@ -132,7 +132,7 @@ def train(
         float | None,
         _setting(
             "a quarter of what is free",
-            "GiB of memory on the device that hidden states may take; beyond, or with 0, steps copy their rows. May change.",
+            "GiB of memory on the device that hidden states may take; beyond, or with 0, steps copy rows. May change.",
             MACHINE,
         ),
     ] = None,

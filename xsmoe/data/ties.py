@@ -25,7 +25,7 @@ def tie_keys(users: np.ndarray, items: np.ndarray, seed: int) -> np.ndarray:
     for names, purpose in ((users, b"user"), (items, b"item")):
         distinct, places = factorize(names)
         hashes.append(_hash_names(distinct, seed, purpose)[places])
-    return _mix(hashes[0] + _mix(hashes[1]))
+    return mix(hashes[0] + mix(hashes[1]))
 
 
 def _hash_names(names: Iterable[str], seed: int, purpose: bytes) -> np.ndarray:
@@ -40,8 +40,8 @@ def _hash_names(names: Iterable[str], seed: int, purpose: bytes) -> np.ndarray:
     return np.frombuffer(b"".join(map(digest, names)), "<u8").astype(np.uint64)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+def mix(values: np.ndarray) -> np.ndarray:
+    """Return the finalizer of SplitMix64 (Steele, Lea and Flood 2014) of values, uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -19,7 +19,11 @@ BASELINES = {
 }
 ENOUGH_ERRORS = 2
 ENOUGH_USERS = 6
-"""Users who must all agree where the standard error is 0: a two-sided sign test then has p = 2^-5 < 0.05."""
+"""The fewest users for "above": where they all agree, a two-sided sign test has p = 2^-5 < 0.05.
+
+A standard error of fewer users is itself too uncertain: of two users, two standard errors are exceeded by chance in
+15 % of cases on either side.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,9 @@ class Verdict:
     """The model against the strongest baseline, over all tests, on targets new to the user, masked.
 
     Attributes:
-        verdict: "above" where the difference is more than two standard errors above 0, "not_above" where it is not,
-            "unknown" where nothing can be said. With a standard error of 0, as where all users have the same
-            difference, "above" needs a difference above 0 and six users.
+        verdict: "above" where the difference is above 0 by more than two standard errors, which are 0 where all users
+            have the same difference, and there are six users; "not_above" where it is not; "unknown" where nothing can
+            be said.
         metric: what is compared.
         targets, users: how many there are.
         baseline: the one with the highest mean, a key of `BASELINES`; None where unknown.
@@ -58,7 +62,8 @@ class Verdict:
         mine, best, error = (_percent(value) for value in (self.model_mean, self.baseline_mean, self.standard_error))
         by, spread = "", " for each user"
         if self.standard_error:
-            by, spread = " by more than two standard errors", f" ± {error}"
+            by = " by more than two standard errors" if self.users >= ENOUGH_USERS else ""
+            spread = f" ± {error}"
         note = "" if self.reason is None else f" {self.reason[0].upper()}{self.reason[1:]}."
         return (
             f"The model is {word} the strongest baseline ({title}){by}: {self.metric} on items new to the user "
@@ -96,12 +101,12 @@ def judge(tests: Sequence[Line]) -> Verdict:
     if error is None:
         verdict: Literal["above", "not_above", "unknown"] = "unknown"
         reason = "a single user was tested on items that were new to the user, and a standard error needs two"
-    elif error == 0:
-        verdict = "above" if difference > 0 and len(users) >= ENOUGH_USERS else "not_above"
-        if difference > 0 and verdict == "not_above":
-            reason = f"where all users have the same difference, {ENOUGH_USERS} of them are needed"
     else:
         verdict = "above" if difference > ENOUGH_ERRORS * error else "not_above"
+        if verdict == "above" and len(users) < ENOUGH_USERS:
+            verdict = "not_above"
+            few = f"{len(users)} users are too few to say more, {ENOUGH_USERS} are needed"
+            reason = few if reason is None else f"{few}; {reason}"
     return Verdict(
         verdict=verdict,
         targets=targets,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from xsmoe.data.ties import mix
 from xsmoe.stream import ragged
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.evaluation import RankingTask, rank
@@ -17,6 +18,8 @@ from xsmoe.stream.targets import SCORINGS, RankedTargets, Ranks, with_misses
 BASELINES = ("all_time", "last_window", "decayed", "own_inputs")
 HALF_LIVES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, float("inf"))
 """Half-lives to choose from, in durations of the last window."""
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""The increment of SplitMix64, without which item 0 would always hash to 0."""
 
 
 class HalfLife(NamedTuple):
@@ -80,12 +83,15 @@ def rank_baselines(targets: RankedTargets, memory: StreamMemory, half_life: floa
 def rank_with_scores(
     scores: Mapping[str, np.ndarray], targets: RankedTargets, scorings: Sequence[str] = SCORINGS
 ) -> dict[str, Ranks]:
-    """Rank every target, through the operator that ranks for models, with scores (C,) that serve every user."""
+    """Rank every target, through the operator that ranks for models, with scores (C,) that serve every user.
+
+    Items of equal score stand in a fixed pseudorandom order. The operator would put each of them in the middle of all
+    of them, so that popularity without differences finds nothing, and is weaker than chance.
+    """
     cpu = torch.device("cpu")
     # float32 could not tell apart what is very old from what was never taken; the order of scores is all that counts.
     columns = {
-        name: torch.from_numpy(np.unique(values, return_inverse=True)[1].reshape(-1)).float()[:, None]
-        for name, values in scores.items()
+        name: torch.from_numpy(places(values, targets.candidates)).float()[:, None] for name, values in scores.items()
     }
     found: dict[str, dict[str, list[np.ndarray]]] = {name: {scoring: [] for scoring in scorings} for name in columns}
     for chunk in targets.chunks():
@@ -95,6 +101,13 @@ def rank_with_scores(
                 ranks = rank(queries, column, chunk.task.targets, chunk.left_out(scoring), cpu)
                 found[name][scoring].append(ranks.numpy())
     return {name: _joined(parts, targets) for name, parts in found.items()}
+
+
+def places(scores: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Return the places (C,) int64 of items, ids (C,), by ascending score (C,); ties follow a hash of the id."""
+    found = np.empty(len(items), np.int64)
+    found[np.lexsort((mix(items.astype(np.uint64) + _GOLDEN), scores))] = np.arange(len(items))
+    return found
 
 
 def rank_own_inputs(targets: RankedTargets) -> Ranks:

@@ -49,6 +49,8 @@ _BY_PROTOCOL: dict[str, tuple[Any, Any]] = {
     "keep": ("ema", "last"),
     "targets": ("all", "last"),
     "min_steps": (10, 1),
+    "expand": (False, True),
+    "prune": (False, True),
 }
 """What None stands for: under protocol "default" and under "paper"."""
 _RESOLVED: Any = None
@@ -103,7 +105,8 @@ class StreamConfig:
         k_core: interactions that a user needs in a window to be kept there.
         train_fraction: the share of a window, by count and in time order, that is trained on; the rest validates.
         max_inputs: a user's last items that are looked at, without the target.
-        expand, prune: whether windows add an expert, and drop little-used ones.
+        expand, prune: whether windows add an expert, and drop little-used ones. None: no, because no stream was found
+            where growth pays (docs/quality.md); under "paper" yes.
         prune_threshold: the share of an expert's utilization below which it is dropped.
         grow: which windows change the experts: "every" one, or only those of "novelty", on which the test metric is
             below the validation metric of the window before by more than the noise (see `xsmoe.stream.growth`).
@@ -145,8 +148,8 @@ class StreamConfig:
     k_core: int = 5
     train_fraction: float = 0.85
     max_inputs: int = 10
-    expand: bool = True
-    prune: bool = True
+    expand: bool | None = None
+    prune: bool | None = None
     prune_threshold: float = 0.1
     new_gate: Literal["random", "mean", "copy"] = "random"
     grow: Literal["every", "novelty"] = "every"
