@@ -20,7 +20,7 @@ class Jobs:
 
     Args:
         executor: where runs are performed.
-        say: is told of every record, and of every run that failed.
+        say: called with a line for every record, and for every run that failed.
 
     Attributes:
         records: those that are done, those of earlier calls of the command among them.

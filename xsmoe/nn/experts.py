@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from xsmoe.nn.expert_state import contradiction, resize
 from xsmoe.nn.gate_offset import widened, with_offset
+from xsmoe.nn.merging import merge_into_nearest
 from xsmoe.nn.optimizer import SECOND_MOMENTS, Carry, Optimizers, require_held, swap_parameter
 from xsmoe.nn.top_k import top_k_mixture
 from xsmoe_kernels import FrozenExperts, Utilization, checks, side_moe
@@ -177,7 +178,7 @@ class ExpertBank(nn.Module):
             if new_gate == "copy":
                 most = int(self.utilization.gate[1:].argmax())
                 new_down, new_up = down[most : most + 1].clone(), up[most : most + 1].clone()
-                row, offset = self.router[most + 1 : most + 2], self._offsets()
+                row, offset = self.router[most + 1 : most + 2], self.offsets()
                 offset[most + 1] -= math.log(2)
                 new_offset = offset[most + 1 : most + 2]
             else:
@@ -196,8 +197,8 @@ class ExpertBank(nn.Module):
         bound = 1 / math.sqrt(self.dim)
         return torch.empty(1, self.dim).uniform_(-bound, bound, generator=generator).to(self.router)
 
-    def _offsets(self) -> Tensor:
-        """A copy of the gates' offsets, zeros where there are none."""
+    def offsets(self) -> Tensor:
+        """Return a copy of the gates' offsets, (E + 1,), zeros where there are none."""
         return self.router.new_zeros(self.num_experts + 1) if self.gate_offset is None else self.gate_offset.clone()
 
     def prune(
@@ -245,7 +246,7 @@ class ExpertBank(nn.Module):
         into, counts = None, [self.utilization.norm, self.utilization.gate]
         with torch.no_grad():
             if rule == "merge":
-                into = self._merge(expert, shares)
+                into = merge_into_nearest(self, expert, shares)
                 for count in counts:
                     count[into + 1] += count[expert + 1]
             if self.gate_offset is not None:
@@ -261,29 +262,6 @@ class ExpertBank(nn.Module):
         for mine, count in zip((self.utilization.norm, self.utilization.gate), counts, strict=True):
             mine.copy_(_without(count, expert + 1))
         return expert, share, into
-
-    def _merge(self, expert: int, shares: Tensor) -> int:
-        """Replaces the expert nearest to `expert` by their weighted mean, in place, and returns its index."""
-        down, up = torch.cat([self.frozen_down, self.down]), torch.cat([self.frozen_up, self.up])
-        flat = torch.cat([down.flatten(1), up.flatten(1)], dim=1).double()
-        distances = (flat - flat[expert]).norm(dim=1)
-        distances[expert] = math.inf
-        into = int(distances.argmin())
-        used = float(shares[expert] + shares[into])
-        weight = float(shares[expert]) / used if used else 0.5
-        self.frozen_down, self.frozen_up = self.frozen_down.clone(), self.frozen_up.clone()
-        held, place = (
-            ((self.frozen_down, self.frozen_up), into)
-            if into < self.num_frozen
-            else ((self.down, self.up), into - self.num_frozen)
-        )
-        for weights, experts in zip(held, (down, up), strict=True):
-            weights[place] = torch.lerp(experts[into], experts[expert], weight)
-        self.router[into + 1] = torch.lerp(self.router[into + 1], self.router[expert + 1], weight)
-        offset = self._offsets()
-        offset[into + 1] = torch.logaddexp(offset[into + 1], offset[expert + 1])
-        self.gate_offset = offset
-        return into
 
     def counts_are_finite(self) -> bool:
         """Whether the experts' counters are finite, so that they say who is used least. Waits for the device."""

@@ -58,7 +58,7 @@ def fit_window(
         items, features: as for `fit_conditions`.
         splits: of the window that is about to be trained on.
         window: its place in the stream.
-        warn: told of modalities that fewer than two of the items have.
+        warn: called with a message where fewer than two of the items have a modality.
 
     Raises:
         ValueError: hidden states that are not finite.

@@ -148,8 +148,8 @@ class StreamConfig:
     k_core: int = 5
     train_fraction: float = 0.85
     max_inputs: int = 10
-    expand: bool | None = None
-    prune: bool | None = None
+    expand: bool = _RESOLVED
+    prune: bool = _RESOLVED
     prune_threshold: float = 0.1
     new_gate: Literal["random", "mean", "copy"] = "random"
     grow: Literal["every", "novelty"] = "every"
