@@ -93,5 +93,5 @@ def write_items(path: Path, numbers: range, rng: np.random.Generator) -> None:
 
 def train_arguments(place: Place) -> list[object]:
     """The command that trains the run."""
-    stream = ["--dataset", place.dataset, "--store", place.store, "--missing", "zero"]
+    stream = ["--dataset", place.dataset, "--store", place.store, "--missing", "zero", "--expand", "--prune"]
     return ["train", place.run, *stream, *(f"--{name}={value}" for name, value in TRAIN.items())]

@@ -193,6 +193,18 @@ def test_an_embedding_that_heads_cannot_share_is_refused(prepared: Place, tmp_pa
     assert f"out_dim must be even and at least 2, since two attention heads share it, not {width}" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("option", "needed"),
+    [("--new-gate=mean", "expand"), ("--grow=novelty", "expand"), ("--prune-rule=merge", "prune")],
+)
+def test_a_rule_of_growth_without_growth_is_refused(prepared: Place, tmp_path: Path, option: str, needed: str) -> None:
+    stream = ["--dataset", prepared.dataset, "--store", prepared.store]
+    outcome = run("train", tmp_path / "run", *stream, option)
+    assert outcome.code == 2
+    assert f"has no effect, since {needed} is off; give --{needed} too" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("mistake", ["--items=10", "--epochs=0", "--windows=1"])
 def test_a_mistaken_demo_claims_no_folder(tmp_path: Path, mistake: str) -> None:
     outcome = run("demo", "--folder", tmp_path / "demo", mistake)

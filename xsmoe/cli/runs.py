@@ -78,16 +78,21 @@ def train(
     prune: Annotated[
         bool | None, _setting("no", "Whether little-used experts are dropped.", MODEL, "--prune/--no-prune")
     ] = None,
-    prune_threshold: Annotated[float | None, _setting(0.1, "Share of use below which one is.", MODEL)] = None,
+    prune_threshold: Annotated[
+        float | None, _setting(0.1, "With --prune: share of use below which one is.", MODEL)
+    ] = None,
     new_gate: Annotated[
         str | None,
-        _setting("random", "A new expert's gate: random or mean, or copy: a split that changes nothing.", MODEL),
+        _setting(
+            "random", "With --expand, a new expert's gate: random, mean, or copy: a split that changes nothing.", MODEL
+        ),
     ] = None,
     grow: Annotated[
-        str | None, _setting("every", "Windows that change experts: every, or those of novelty.", MODEL)
+        str | None, _setting("every", "With --expand, windows that change experts: every, or those of novelty.", MODEL)
     ] = None,
     prune_rule: Annotated[
-        str | None, _setting("drop", "A little-used expert: drop it, or merge it into the nearest.", MODEL)
+        str | None,
+        _setting("drop", "With --prune, a little-used expert: drop it, or merge it into the nearest.", MODEL),
     ] = None,
     batch_size: Annotated[int | None, _setting(256, "The most sequences a step.", TRAINING)] = None,
     min_steps: Annotated[
