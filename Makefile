@@ -23,7 +23,10 @@ ONCE := not any_order and not order_of_blocks and not catalogue
 BESIDE := $(wildcard tests/kernels/test_triton_*.py tests/kernels/test_gpu_*.py) \
 	tests/kernels/test_cuda_build.py tests/bench tests/data tests/encoders tests/nn
 
-.PHONY: demo test test-all native sanitize bench bench-quick lint clean
+# What variants of `bench quality` train on MovieLens.
+LEVERS := growth,condition-none,no-ids,history-last,keep-last,keep-best,linear,condition-standardize,paper
+
+.PHONY: demo test test-all native sanitize bench bench-quality bench-quick lint clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -75,12 +78,26 @@ bench: native
 	$(BIN)/python -m bench step mean cls --seconds 24 --json bench/results/step-cpu-float32.json
 	$(BIN)/python -m bench step mean cls --dtype bfloat16 --variants published,plain,ours --seconds 20 \
 		--json bench/results/step-cpu-bfloat16.json
+	$(BIN)/python -m bench step mean --variants ours,ours-ids,ours-conditioned --against ours --seconds 24 \
+		--json bench/results/step-ids-cpu-float32.json
 	$(BIN)/python -m bench memory side_moe --variants naive,eager,compiled,ours,ours-recompute \
 		--json bench/results/memory-side_moe-cpu-float32.json
 	$(BIN)/python -m bench memory step --json bench/results/memory-step-cpu-float32.json
 	$(BIN)/python -m bench stream --top-k 2 --json bench/results/stream-cpu.json
 	$(BIN)/python -m bench.profiled mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
 	$(BIN)/python -m bench.losing --write
+
+# What docs/quality.md has its tables from; hours. XSMOE_MOVIELENS is the folder of ml-latest-small.
+bench-quality: native
+	$(BIN)/xsmoe prepare movielens "$(XSMOE_MOVIELENS)" runs/ml-latest-small
+	$(BIN)/xsmoe encode runs/ml-latest-small runs/ml-latest-small-minilm --text minilm
+	$(BIN)/python -m bench quality --dataset runs/ml-latest-small --store runs/ml-latest-small-minilm --windows 5 --seeds 5 \
+		--jobs 2 --variants $(LEVERS) --json bench/results/quality-ml-latest-small.json
+	$(BIN)/python -m bench quality --stream returning --folder runs/quality-returning --seeds 10 --jobs 2 --matrix \
+		--variants growth,static,mean-gate,copy --json bench/results/quality-returning.json
+	$(BIN)/python -m bench quality --stream catalogue --folder runs/quality-catalogue --seeds 5 --jobs 2 \
+		--variants growth,mean-gate,copy --json bench/results/quality-catalogue.json
+	$(BIN)/python -m bench.quality.page --write
 
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only
