@@ -83,6 +83,20 @@ def test_training_says_how_many_duplicates_it_dropped(prepared: Place, copy_of: 
     assert sum(len(read_window(place.run, number)) for number in range(3)) == len(rows)
 
 
+@pytest.mark.parametrize("ties", ["hash", "file"])
+def test_training_warns_where_the_files_order_can_be_learned(prepared: Place, copy_of: Copy, ties: str) -> None:
+    place = copy_of(prepared)
+    rows = rows_of(place.root / "raw" / "log.csv")
+    days = [(user, item, time // 86_400 * 86_400) for user, item, time in sorted(rows, key=lambda row: row[1])]
+    prepare(place, write(place.root / "log.csv", days))
+    shutil.rmtree(place.dataset)
+    (place.root / "again").rename(place.dataset)
+    outcome = run(*train_arguments(place), "--epochs", 1, "--warmup-epochs", 0, "--ties", ties)
+    assert outcome.code == 0, outcome
+    said = "100.0 % of interactions share their time with another of the same user and stand in the file's order"
+    assert (said in " ".join((outcome.out + outcome.err).split())) == (ties == "file")
+
+
 @pytest.mark.parametrize("factor", [1, 10**3, 10**6, 10**9])
 def test_update_finds_what_was_given_before_in_any_unit(trained: Place, copy_of: Copy, factor: int) -> None:
     place = copy_of(trained)

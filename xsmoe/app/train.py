@@ -11,7 +11,7 @@ from xsmoe.app.report import write_report
 from xsmoe.app.runs import CONFIG, USERS, RunConfig, check_device, read_users, write_users
 from xsmoe.app.tensorboard import TensorBoard
 from xsmoe.app.training_display import TrainingDisplay
-from xsmoe.data import Dataset
+from xsmoe.data import Dataset, Interactions, summarize_log
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.report import results, tables
 from xsmoe.report.verdict import judge
@@ -50,6 +50,7 @@ def train(folder: Path, given: Mapping[str, Any], display: Display, *, profile: 
     )
     say_notes(dataset.interactions.notes, display)
     say_dropped(stream, display)
+    say_ties(dataset.interactions, config, display)
     if (folder / CONFIG).exists():
         _require_same_users(folder, stream)
     else:
@@ -153,6 +154,19 @@ def say_dropped(stream: Stream, display: Display) -> None:
         display.warn(
             f"{dropped.duplicates} interactions are left out: they repeat another's user, item and time (a run that is "
             "started with --duplicates keep keeps them)"
+        )
+
+
+def say_ties(log: Interactions, config: RunConfig, display: Display) -> None:
+    """Warn where the file's order enters the windows, since a model can learn it."""
+    if config.stream.ties != "file":
+        return
+    share = summarize_log(log).shared_time
+    if share:
+        display.warn(
+            f"{100 * share:.1f} % of interactions share their time with another of the same user and stand in the "
+            "file's order (ties is file); if the file was sorted, by item for instance, that order can be learned and "
+            "quality looks better than it is: a run that is started with --ties hash does not use it"
         )
 
 

@@ -10,7 +10,7 @@ from xsmoe.app.encode import encode_more
 from xsmoe.app.prepare import read_items
 from xsmoe.app.runs import RunConfig, check_device, read_users, write_users
 from xsmoe.app.seen import read_seen, write_seen
-from xsmoe.app.train import cut_settings, run_trainer, say_dropped, say_notes
+from xsmoe.app.train import cut_settings, run_trainer, say_dropped, say_notes, say_ties
 from xsmoe.data import Dataset, Interactions, Items, Window, read_interactions, write_dataset
 from xsmoe.data.repeats import seen_before
 from xsmoe.data.times import differ_in_unit
@@ -77,6 +77,7 @@ def update(
     )
     say_notes(log.notes, display)
     say_dropped(stream, display)
+    say_ties(log, config, display)
     window = stream.windows[0]
 
     def take(trainer: StreamingTrainer) -> None:
