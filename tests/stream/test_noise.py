@@ -58,24 +58,24 @@ def sessions(rng: np.random.Generator) -> Log:
     return np.repeat(users[::6], 6), items
 
 
-def chains(rng: np.random.Generator) -> Log:
-    """No noise: every user goes through the items in one order that all users share, each from a place of its own."""
-    users, items = uniform(rng)
-    order, place = rng.permutation(ITEMS), rng.integers(0, ITEMS, USERS)
-    for row, user in enumerate(users):
-        items[row] = order[place[user] % ITEMS]
-        place[user] += 1
-    return users, items
+GROUPS, OF_EACH = 6, 50
+
+
+def tastes(rng: np.random.Generator) -> Log:
+    """No noise: every user takes items of one group, which their contents show, and all are equally popular."""
+    users, _ = uniform(rng)
+    return users, users % GROUPS + GROUPS * rng.integers(0, OF_EACH, ROWS)
 
 
 def judged(
-    arrange: Callable[[np.random.Generator], Log], seed: int, epochs: int = 3
+    arrange: Callable[[np.random.Generator], Log], seed: int, epochs: int = 3, contents: torch.Tensor | None = None
 ) -> tuple[Verdict, list[dict[str, Any]]]:
     rng = np.random.default_rng(seed)
     users, items = arrange(rng)
     windows = make_windows(users.astype(np.int64), items.astype(np.int64), np.arange(len(users)) * 60, WINDOWS)
     generator = torch.Generator().manual_seed(seed)
-    features = InMemoryFeatures({"text": torch.randn(ITEMS, 3, 8, generator=generator)})
+    drawn = torch.randn(ITEMS, 3, 8, generator=generator)
+    features = InMemoryFeatures({"text": drawn if contents is None else contents})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Recommender(XSMoE(("text",), dim=8, rank=4, out_dim=16), UserEncoder(16, num_blocks=1, inner_dim=32))
@@ -103,5 +103,10 @@ def test_noise_is_not_above(arrange: Callable[[np.random.Generator], Log]) -> No
 
 
 def test_what_can_be_learned_is_above() -> None:
-    verdict, _ = judged(chains, 0, epochs=12)
+    generator = torch.Generator().manual_seed(0)
+    groups, own = (torch.randn(count, 3, 8, generator=generator) for count in (GROUPS, GROUPS * OF_EACH))
+    verdict, _ = judged(tastes, 0, epochs=6, contents=2 * groups.repeat(OF_EACH, 1, 1) + own)
     assert verdict.verdict == "above", str(verdict)
+    assert verdict.difference is not None
+    assert verdict.standard_error is not None
+    assert verdict.difference > 4 * verdict.standard_error
