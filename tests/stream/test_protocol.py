@@ -1,6 +1,5 @@
 """The default protocol against loops: what is ranked, seen, cold and popular; schedule, stopping, fresh optimizers."""
 
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import tiny
 
 from xsmoe.data import Window
 from xsmoe.stream import StreamingTrainer, epoch, testing, trainer
+from xsmoe.stream.baselines import places
 from xsmoe.stream.evaluation import RankingTask
 from xsmoe.stream.seeds import derive
 
@@ -48,12 +48,15 @@ def popularity_hits(sequences: dict[int, list[int]], counted: list[Pair], seen: 
     counts = {item: 0 for _, item in known}
     for _, item in counted:
         counts[item] += 1
+    # Items of equal count stand in a fixed pseudorandom order.
+    ids = np.array(sorted(counts))
+    order = dict(zip(ids.tolist(), places(np.array([counts[item] for item in ids.tolist()]), ids), strict=True))
+    assert all((order[a] < order[b]) >= (counts[a] < counts[b]) for a in counts for b in counts)
     hits = 0
     for user, items in sequences.items():
         met = {item for who, item in seen if who == user}
-        others = [counts[item] for item in counts if item not in met and item != items[-1]]
-        mine = counts[items[-1]]
-        hits += 1 + sum(c > mine for c in others) + ceil(sum(c == mine for c in others) / 2) <= 10
+        others = [order[item] for item in counts if item not in met and item != items[-1]]
+        hits += 1 + sum(place > order[items[-1]] for place in others) <= 10
     return hits / len(sequences)
 
 
