@@ -18,6 +18,7 @@ from bench.stream.runs import GateRows, OurRun, Run
 from bench.stream.settings import Settings, names
 from bench.stream.streams import Drawn
 from xsmoe.data import Sequences, WindowSplits, item_share
+from xsmoe.stream.baselines import places
 from xsmoe.stream.evaluation import RankingTask, rank_with_popularity
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user, summarize
@@ -149,7 +150,7 @@ class Streaming:
                 less = {metric: mine[metric] - theirs for metric, theirs in scores["published"].items()}
                 found[name] = replace(found[name], difference=summarize(less))
         counts = self._memory.popularity(task.candidates)["all_time"]
-        return len(task.candidates), summarize(per_user(rank_with_popularity(counts, task)))
+        return len(task.candidates), summarize(per_user(rank_with_popularity(places(counts, task.candidates), task)))
 
     def _shuffled(self) -> list[Run]:
         runs = list(self.runs)
