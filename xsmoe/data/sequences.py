@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from xsmoe.data.ragged import gather
 from xsmoe.data.windows import Window
 
 Pairs = tuple[np.ndarray, np.ndarray]
@@ -38,7 +39,7 @@ class Sequences:
 
     def take(self, indices: np.ndarray) -> "Sequences":
         """The sequences at these places, (K,) integers, in this order; a place may be taken twice."""
-        values, offsets = _gather(self.items, self.offsets[:-1][indices], self.lengths[indices])
+        values, offsets = gather(self.items, self.offsets[:-1][indices], self.lengths[indices])
         return Sequences(self.users[indices], values, offsets)
 
 
@@ -189,7 +190,7 @@ class History:
         least = _checked("users", users, 1 << _USER_BITS) << _ITEM_BITS
         first = np.searchsorted(self._keys, least)
         last = np.searchsorted(self._keys, least | _ITEM_MASK, side="right")
-        keys, offsets = _gather(self._keys, first, last - first)
+        keys, offsets = gather(self._keys, first, last - first)
         return keys & _ITEM_MASK, offsets
 
     def pairs(self) -> Pairs:
@@ -220,20 +221,5 @@ def _sequences(users: np.ndarray, items: np.ndarray, max_items: int, *, every: b
     owner = np.repeat(np.arange(len(counts)), numbers)
     later = np.cumsum(numbers)[owner] - 1 - np.arange(len(owner))
     lengths = np.minimum(counts[owner] - later * inputs, max_items)
-    values, offsets = _gather(items[order], ends[owner] - later * inputs - lengths, lengths)
+    values, offsets = gather(items[order], ends[owner] - later * inputs - lengths, lengths)
     return Sequences(distinct[owner], values, offsets)
-
-
-def _gather(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Stretches of an array laid end to end.
-
-    Args:
-        values: (N,) of any dtype.
-        starts, lengths: (B,) int64; stretch b is `values[starts[b]:starts[b] + lengths[b]]`.
-
-    Returns:
-        The stretches, (M,), and their offsets, (B+1,) int64.
-    """
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return values[places], offsets

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from xsmoe.data.repeats import factorize
+from xsmoe.data.splitmix import mix
 
 
 def tie_keys(users: np.ndarray, items: np.ndarray, seed: int) -> np.ndarray:
@@ -38,10 +39,3 @@ def _hash_names(names: Iterable[str], seed: int, purpose: bytes) -> np.ndarray:
         return state.digest()
 
     return np.frombuffer(b"".join(map(digest, names)), "<u8").astype(np.uint64)
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """Return the finalizer of SplitMix64 (Steele, Lea and Flood 2014) of values, uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

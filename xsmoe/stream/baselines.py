@@ -6,20 +6,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from xsmoe.data.ties import mix
-from xsmoe.stream import ragged
+from xsmoe.data import ragged
+from xsmoe.data.ragged import Ragged
+from xsmoe.data.splitmix import GOLDEN, mix
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.evaluation import RankingTask, rank
 from xsmoe.stream.memory import StreamMemory
 from xsmoe.stream.metrics import per_user
-from xsmoe.stream.ragged import Ragged
 from xsmoe.stream.targets import SCORINGS, RankedTargets, Ranks, with_misses
 
 BASELINES = ("all_time", "last_window", "decayed", "own_inputs")
 HALF_LIVES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, float("inf"))
 """Half-lives to choose from, in durations of the last window."""
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""The increment of SplitMix64, without which item 0 would always hash to 0."""
 
 
 class HalfLife(NamedTuple):
@@ -106,7 +104,8 @@ def rank_with_scores(
 def places(scores: np.ndarray, items: np.ndarray) -> np.ndarray:
     """Return the places (C,) int64 of items, ids (C,), by ascending score (C,); ties follow a hash of the id."""
     found = np.empty(len(items), np.int64)
-    found[np.lexsort((mix(items.astype(np.uint64) + _GOLDEN), scores))] = np.arange(len(items))
+    # Without the increment item 0 would always hash to 0.
+    found[np.lexsort((mix(items.astype(np.uint64) + GOLDEN), scores))] = np.arange(len(items))
     return found
 
 

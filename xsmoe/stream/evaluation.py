@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from xsmoe.data import History, Sequences
+from xsmoe.data.ragged import Ragged, find
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
 from xsmoe.nn.item_ids import NO_ID
 from xsmoe.stream.config import Repeats
 from xsmoe.stream.feeding import feed
 from xsmoe.stream.hidden_states import HiddenStates
-from xsmoe.stream.ragged import Ragged, find
 from xsmoe.stream.resident import ResidentFeatures
 from xsmoe_kernels import rank_of_target
 

@@ -4,11 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xsmoe.data.splitmix import GOLDEN, mix
 from xsmoe.nn.item_ids import NO_ID
 from xsmoe.stream.seeds import derive
-
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""The increment of splitmix64."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class IdDropout:
             (C,) int64: the items, -1 where the ID is left out.
         """
         key = np.uint64(derive(self.seed, self.window, self.epoch, "ids"))
-        stream = _mixed(key + _counter(np.array([step])))
-        words = _mixed(stream + _counter(items))
+        stream = mix(key + _counter(np.array([step])))
+        words = mix(stream + _counter(items))
         # 53 bits, as many as a double holds.
         return np.where((words >> np.uint64(11)) * 2.0**-53 < self.share, NO_ID, items)
 
@@ -50,10 +48,3 @@ class IdDropout:
 def _counter(numbers: np.ndarray) -> np.ndarray:
     """The states of splitmix64 that lie so many steps, and one, behind zero."""
     return (numbers.astype(np.uint64) + np.uint64(1)) * GOLDEN
-
-
-def _mixed(words: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64, (n,) uint64."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -7,14 +7,13 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from xsmoe.data import History, whole_sequences
+from xsmoe.data import History, ragged, whole_sequences
+from xsmoe.data.ragged import Ragged
 from xsmoe.data.sequences import Pairs
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
-from xsmoe.stream import ragged
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.evaluation import USERS_A_CHUNK, RankingTask, embed_items, encode_users, evaluating, rank
-from xsmoe.stream.ragged import Ragged
 
 SCORINGS = ("seen", "masked")
 """Items that are no candidates: those "seen" in earlier windows; "masked", also the user's earlier ones of this one."""
