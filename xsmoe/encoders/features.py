@@ -178,6 +178,46 @@ class InMemoryFeatures:
         return digest.hexdigest()
 
 
+class FeatureView:
+    """What `ItemFeatures` of some modalities share with the features that they give out in another form.
+
+    Args:
+        features: where hidden states come from.
+        modalities: those that are wanted.
+    """
+
+    def __init__(self, features: ItemFeatures, modalities: Sequence[str]) -> None:
+        self._features = features
+        self._modalities = select_modalities(modalities, features.modalities)
+
+    @property
+    def num_items(self) -> int:
+        return self._features.num_items
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self._modalities
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {name: self._features.dims[name] for name in self._modalities}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: self._features.dtypes[name] for name in self._modalities}
+
+    @property
+    def num_levels(self) -> int:
+        return self._features.num_levels
+
+    def present(self, modality: str) -> np.ndarray:
+        select_modalities([modality], self._modalities)
+        return self._features.present(modality)
+
+    def fingerprint(self, num_items: int | None = None) -> str:
+        return self._features.fingerprint(num_items)
+
+
 def row_indices(items: np.ndarray | Tensor, num_items: int) -> np.ndarray:
     """`items` as (N,) int64 on the host, each checked to lie in [0, num_items).
 

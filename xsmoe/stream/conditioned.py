@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xsmoe.data import WindowSplits
 from xsmoe.encoders import HiddenStateStore, ItemFeatures
-from xsmoe.encoders.features import row_indices, select_modalities
+from xsmoe.encoders.features import FeatureView, row_indices, select_modalities
 from xsmoe.nn import XSMoE
 from xsmoe.nn.conditioning import BLOCK, NotFinite, Transform, finish
 
@@ -84,7 +84,7 @@ def conditioned(features: ItemFeatures, items: XSMoE) -> ItemFeatures:
     return ConditionedFeatures(features, items) if items.conditioned() else features
 
 
-class ConditionedFeatures:
+class ConditionedFeatures(FeatureView):
     """`ItemFeatures` whose rows are conditioned when they are asked for.
 
     A row has the same bits whichever rows it is asked for with, and on whatever device the model lies: the product is
@@ -99,9 +99,8 @@ class ConditionedFeatures:
     """
 
     def __init__(self, features: ItemFeatures, items: XSMoE) -> None:
-        self._features = features
-        self._modalities = select_modalities(items.modalities, features.modalities)
-        widths = {name: features.dims[name] for name in self._modalities}
+        super().__init__(features, items.modalities)
+        widths = self.dims
         if widths != items.dims or features.num_levels != items.num_levels + 1:
             raise ValueError(
                 f"features have widths {widths} and {features.num_levels} levels, but the item encoder takes "
@@ -117,29 +116,8 @@ class ConditionedFeatures:
         return self._features
 
     @property
-    def num_items(self) -> int:
-        return self._features.num_items
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return self._modalities
-
-    @property
-    def dims(self) -> dict[str, int]:
-        return {name: self._features.dims[name] for name in self._modalities}
-
-    @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        given = {name: self._features.dtypes[name] for name in self._modalities}
-        return {name: dtype if dtype in ROUNDED else torch.float32 for name, dtype in given.items()}
-
-    @property
-    def num_levels(self) -> int:
-        return self._features.num_levels
-
-    def present(self, modality: str) -> np.ndarray:
-        select_modalities([modality], self._modalities)
-        return self._features.present(modality)
+        return {name: dtype if dtype in ROUNDED else torch.float32 for name, dtype in super().dtypes.items()}
 
     def hidden(
         self, items: np.ndarray | Tensor, modalities: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32

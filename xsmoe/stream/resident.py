@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xsmoe.encoders import ItemFeatures
-from xsmoe.encoders.features import row_indices, select_modalities
+from xsmoe.encoders.features import FeatureView, row_indices, select_modalities
 from xsmoe.stream.conditioned import ConditionedFeatures
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.resources import available_memory
@@ -19,7 +19,7 @@ SHARE_OF_FREE = 0.25
 conditioned hidden states only: others are in the memory of the host already, as far as they are used."""
 
 
-class ResidentFeatures:
+class ResidentFeatures(FeatureView):
     """`ItemFeatures` of some modalities whose hidden states were copied to a device and are gathered there.
 
     They are the same numbers, to the bit, as those of the features that they were copied from.
@@ -31,8 +31,8 @@ class ResidentFeatures:
     """
 
     def __init__(self, features: ItemFeatures, modalities: Sequence[str], device: torch.device) -> None:
-        self._features, self._device = features, device
-        self._modalities = select_modalities(modalities, features.modalities)
+        super().__init__(features, modalities)
+        self._device = device
         self._num_items = features.num_items
         self._constant = {name: constant_levels(features, name) for name in self._modalities}
         self._complete = {name: bool(features.present(name).all()) for name in self._modalities}
@@ -62,29 +62,6 @@ class ResidentFeatures:
     @property
     def num_items(self) -> int:
         return self._num_items
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return self._modalities
-
-    @property
-    def dims(self) -> dict[str, int]:
-        return {name: self._features.dims[name] for name in self._modalities}
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        return {name: self._features.dtypes[name] for name in self._modalities}
-
-    @property
-    def num_levels(self) -> int:
-        return self._features.num_levels
-
-    def present(self, modality: str) -> np.ndarray:
-        select_modalities([modality], self._modalities)
-        return self._features.present(modality)
-
-    def fingerprint(self, num_items: int | None = None) -> str:
-        return self._features.fingerprint(num_items)
 
     def hidden(
         self, items: np.ndarray | Tensor, modalities: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
