@@ -118,4 +118,4 @@ sanitize: $(STAMP)
 	cat build/sanitize-cuda.log; exit $$((native | code))
 
 clean:
-	rm -rf $(VENV) build xsmoe_kernels/*.so xsmoe_kernels/_*build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build xsmoe_kernels/*.so xsmoe_kernels/libxsmoe_cpu.json xsmoe_kernels/_*build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

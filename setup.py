@@ -2,9 +2,9 @@
 
     python setup.py build_ext --inplace
 
-compiles csrc/ with ninja into files of xsmoe_kernels: libxsmoe_cpu.so, the operators for CPUs, _build_facts, a module
-that tells how they were built, and libxsmoe_cuda.so, CUDA kernels for GPUs, if torch has CUDA. Where something is
-missing that compiling takes (a C++ compiler, ninja, torch, nvcc) the package still installs, and the reason is kept in
+compiles csrc/ with ninja into files of xsmoe_kernels: libxsmoe_cpu.so, the operators for CPUs, libxsmoe_cpu.json, the
+facts of that build, and libxsmoe_cuda.so, CUDA kernels for GPUs, if torch has CUDA. The libraries use LibTorch's stable
+ABI and nothing of Python, so that one wheel serves every Python and torch 2.11 and newer. Where something is missing that compiling takes (a C++ compiler, ninja, torch, nvcc) the package still installs, and the reason is kept in
 xsmoe_kernels/_build_failure.txt or _cuda_build_failure.txt for `xsmoe_kernels.info()`. Errors in the sources fail the
 build.
 
@@ -29,12 +29,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -42,10 +42,9 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda  # noqa: E402
 import build_plan  # noqa: E402
-from build_plan import LIBRARY, Toolchain  # noqa: E402
+from build_plan import FACTS, LIBRARY, Toolchain  # noqa: E402
 
 PACKAGE = "xsmoe_kernels"
-FACTS = "_build_facts"
 FAILURE = "_build_failure.txt"
 ASIDE = {
     "sanitize": "XSMOE_SANITIZE",
@@ -92,8 +91,6 @@ def toolchain() -> Toolchain:
     version = str(about["__version__"])
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
         raise Missing(f"torch {version} was installed when this package was built; it takes 2.11 or newer")
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        raise Missing("Python's C headers were not found when this package was built; install python3-dev or its like")
     return Toolchain(cxx, compiler, ninja, folder, version, about["cuda"])
 
 
@@ -142,8 +139,8 @@ class BuildNative(build_ext):
         except Missing as missing:
             if aside or build_cuda.forced():
                 raise CompileError(str(missing)) from missing
-            reason, products = f"{missing}, then run {again} again", (target / LIBRARY, *target.glob(f"{FACTS}.*.so"))
-            _leave_out("the native kernels", reason, target / FAILURE, *products)
+            reason = f"{missing}, then run {again} again"
+            _leave_out("the native kernels", reason, target / FAILURE, target / LIBRARY, target / FACTS)
             _leave_out("the CUDA kernels", reason, target / build_cuda.FAILURE, target / build_cuda.LIBRARY)
             return
         if not CUDA_ALONE.intersection(aside):
@@ -151,14 +148,11 @@ class BuildNative(build_ext):
         self._build_cuda(tools, target, aside, again)
 
     def _build_native(self, tools: Toolchain, target: Path, aside: list[str]) -> None:
-        facts = FACTS + sysconfig.get_config_var("EXT_SUFFIX")
         with _folder(tools, "-".join(aside) or "native") as folder:
-            plan = build_plan.Plan(tools, folder, facts, aside)
-            _write(ROOT / folder / "facts.h", plan.facts_header())
+            plan = build_plan.Plan(tools, folder, aside)
             _run_ninja(tools, folder, plan.ninja())
-            for stale in set(target.glob(f"{FACTS}.*.so")) - {target / facts}:
-                stale.unlink()  # of a library that is replaced now
-            for product in (LIBRARY, facts):
+            _write(ROOT / folder / FACTS, plan.facts())
+            for product in (LIBRARY, FACTS):
                 _replace(ROOT / folder / product, target / product)
         (target / FAILURE).unlink(missing_ok=True)
 
@@ -193,8 +187,7 @@ class BuildNative(build_ext):
     def get_outputs(self) -> list[str]:
         if self.inplace or self.editable_mode:
             return []
-        facts = FACTS + sysconfig.get_config_var("EXT_SUFFIX")
-        names = (LIBRARY, facts, FAILURE, build_cuda.LIBRARY, build_cuda.FAILURE)
+        names = (LIBRARY, FACTS, FAILURE, build_cuda.LIBRARY, build_cuda.FAILURE)
         paths = [Path(self.build_lib, PACKAGE, name) for name in names]
         return [str(path) for path in paths if path.exists()]
 
@@ -204,11 +197,14 @@ class BuildNative(build_ext):
 
 @contextmanager
 def _folder(tools: Toolchain, kind: str) -> Iterator[Path]:
-    """The folder of a kind of build, of its own for each Python and torch, so that going from one to the other and back
-    compiles nothing anew. Waits until no other build works in it: two at once would spoil each other's files."""
+    """Yield the folder of a kind of build, with a lock on it.
+
+    Each torch has a folder of its own, so that changing the torch and changing back compiles nothing again. Two builds
+    at once would damage each other's files, so that the second one waits for the lock.
+    """
     import fcntl  # Linux has it, and elsewhere no build comes this far
 
-    folder = Path("build", f"{kind}-{sys.implementation.cache_tag}-torch-{tools.torch_version}")
+    folder = Path("build", f"{kind}-torch-{tools.torch_version}")
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     with (ROOT / folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -245,7 +241,15 @@ def _replace(source: Path, target: Path) -> None:
     aside.replace(target)
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python 3 on one platform: the libraries in it are native, and none uses Python's C API."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    ext_modules=[Extension(f"{PACKAGE}.{FACTS}", ["csrc/build_facts.cpp"])],
-    cmdclass={"build_ext": BuildNative},
+    # setuptools runs build_ext, and calls the wheel platform-specific, if there is an extension.
+    ext_modules=[Extension(f"{PACKAGE}.{Path(LIBRARY).stem}", [])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )
