@@ -2,11 +2,16 @@
 
     python setup.py build_ext --inplace
 
-compiles csrc/ with ninja into files of xsmoe_kernels: libxsmoe_cpu.so, the operators for CPUs, libxsmoe_cpu.json, the
-facts of that build, and libxsmoe_cuda.so, CUDA kernels for GPUs, if torch has CUDA. The libraries use LibTorch's stable
-ABI and nothing of Python, so that one wheel serves every Python and torch 2.11 and newer. Where something is missing that compiling takes (a C++ compiler, ninja, torch, nvcc) the package still installs, and the reason is kept in
-xsmoe_kernels/_build_failure.txt or _cuda_build_failure.txt for `xsmoe_kernels.info()`. Errors in the sources fail the
-build.
+compiles csrc/ with ninja into files of xsmoe_kernels:
+
+    libxsmoe_cpu.so      the operators for CPUs
+    libxsmoe_cpu.json    the facts of that build
+    libxsmoe_cuda.so     CUDA kernels for GPUs, if torch has CUDA
+
+The libraries use LibTorch's stable ABI and nothing of Python, so that one wheel serves every Python, and every torch
+from 2.11 on. If a C++ compiler, ninja, torch or nvcc is missing, the package still installs, and the reason is written
+to xsmoe_kernels/_build_failure.txt or _cuda_build_failure.txt for `xsmoe_kernels.info()`. Errors in the sources fail
+the build.
 
 Variables: CXX, CXXFLAGS and LDFLAGS as ever; MAX_JOBS bounds the compilers that run at once; XSMOE_NO_NATIVE=1 leaves
 native code out. For CUDA, which a GPU need not be there for: CUDA_HOME names the toolkit; TORCH_CUDA_ARCH_LIST, such as
