@@ -54,7 +54,7 @@ test-all: native lint
 
 # A source distribution and a CPU wheel in dist/, installed and tried in a fresh environment without a compiler.
 wheel: $(STAMP)
-	$(BIN)/python tools/wheel.py
+	$(BIN)/python tools/build_wheel.py
 
 # What bench/results/ holds of the kernels; about an hour, and nothing else may run meanwhile.
 bench: native

@@ -34,7 +34,7 @@ def main() -> None:
     assert "unavailable" not in native, native["unavailable"]
     assert Path(native["library"]).parent == package, native["library"]
     for found, expected in zip(step("native"), step("reference"), strict=True):
-        torch.testing.assert_close(found, expected)
+        assert (found - expected).norm() < 1e-5 * expected.norm(), (found, expected)
     with use_backend("native"):
         model = XSMoE(modalities=("text",), dim=64, num_levels=2, rank=16, out_dim=32)
         model({"text": torch.randn(8, 3, 64)}).square().mean().backward()

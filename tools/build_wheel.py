@@ -1,6 +1,6 @@
 """Build a source distribution and a CPU wheel, and try the wheel where there is no compiler: `make wheel`.
 
-    python tools/wheel.py [--out dist]
+    python tools/build_wheel.py [--out dist]
 
 The wheel is built from the source distribution. Its tag is py3-none-<platform>: one wheel serves every Python from 3.11
 on, because the library in it uses LibTorch's stable ABI and nothing of Python. The platform comes from the versions of
