@@ -1,8 +1,8 @@
 """Grow and prune a bank of experts in your own training loop, with the optimizer that you have.
 
-For each new window of data, `prune` drops the least used expert if its share is small. Then `expand` freezes all experts
-and adds a trainable one. Both take the optimizer: it forgets what was frozen and keeps the state of what stays. Call
-them between two optimizer steps.
+For each new window of data, `prune` drops the least used expert if its share is small. Then `expand` freezes all
+experts and adds a trainable one. Give both the optimizer: they remove from it what is frozen, and keep the state of
+what stays. Call them between two optimizer steps.
 
     python examples/grow_and_prune.py --windows 5 --threshold 0.2
 """

@@ -25,9 +25,9 @@ def check(queries: Tensor, items: Tensor, targets: Tensor, seen: tuple[Tensor, T
     """Raise AssertionError if the operators differ from a ranking of all scores."""
     values, offsets = seen
     scores = queries @ items.T
-    for user, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for user in range(len(queries)):
         target = scores[user, targets[user]].clone()
-        scores[user, values[first:last]] = -torch.inf
+        scores[user, values[offsets[user] : offsets[user + 1]]] = -torch.inf
         scores[user, targets[user]] = target
     own = scores.gather(1, targets[:, None])
     assert torch.equal(rank_of_target(queries, items, targets, seen), 1 + (scores > own).sum(1))

@@ -1,7 +1,7 @@
 """Train on a stream with `StreamingTrainer`, from a generated catalogue: needs `pip install 'xsmoe[train]'`.
 
-The steps are those of the command line: write a dataset, encode the items' texts with a frozen encoder, cut the log into
-windows, and train on each window after a test on it.
+The steps are those of the command line: write a dataset, encode the items' texts with a frozen encoder, cut the log
+into windows, and train on each window after a test on it.
 
     python examples/stream_catalogue.py --folder runs/example --windows 6 --users 400
 """
