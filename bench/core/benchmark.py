@@ -4,6 +4,7 @@ A `Benchmark` is an operator at one size. It creates inputs, computes the exact 
 variant is a typed record; its `build` returns the `Implementation` that runs.
 """
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -194,12 +195,16 @@ class Benchmark(ABC):
         """Return the products whose best rate is the matrix rate of the speed-of-light bound."""
         return ()
 
+    def select(self, names: Sequence[str]) -> list[Variant]:
+        """Return the variants of these names."""
+        known = {variant.name: variant for variant in self.variants()}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{self.operator} has no variant {unknown[0]!r}; it has {', '.join(known)}")
+        return [known[name] for name in names]
+
     def variant(self, name: str) -> Variant:
         """Return the variant of that name."""
-        found = next((one for one in self.variants() if one.name == name), None)
-        if found is None:
-            raise ValueError(f"{self.operator} has no variant {name!r}")
-        return found
+        return self.select([name])[0]
 
     def require(self, backend: str, *operators: str) -> None:
         """Check that a backend serves these operators on this device.
@@ -245,6 +250,13 @@ class InputSets:
                 {name: _cast(t, dtype) for name, t in inputs.items()} for inputs in self._sets[self._dtype]
             ]
         return self._sets[dtype][turn % len(self._sets[dtype])]
+
+
+def load_benchmark(registry: Mapping[str, str], name: str) -> type[Benchmark]:
+    """Import the benchmark `name` of a registry, whose values are "module:Class"."""
+    module, _, attribute = registry[name].partition(":")
+    kind: type[Benchmark] = getattr(importlib.import_module(module), attribute)
+    return kind
 
 
 def gradients(implementation: Implementation, inputs: Tensors, results: Tensors) -> Tensors:

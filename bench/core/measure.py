@@ -28,10 +28,11 @@ def without_inputs(
     sizes: Mapping[str, int],
     dtype: torch.dtype,
     device: torch.device,
-    variants: Sequence[Variant],
+    names: Sequence[str],
     reason: str,
 ) -> Case:
     """Return the case of a benchmark whose weights do not fit into memory; all its rows are skipped."""
+    variants = kind.smallest(dtype, device).select(names)
     rows = [skipped(variant, f"the inputs: {reason}").row for variant in variants]
     return Case(
         kind.operator, "inputs that do not fit into memory", dict(sizes), dtype_name(dtype), device.type,
@@ -49,7 +50,7 @@ def untimed(benchmark: Benchmark, rows: list[Row]) -> Case:
 
 def measure(
     benchmark: Benchmark,
-    variants: Sequence[Variant],
+    names: Sequence[str],
     against: Sequence[str],
     *,
     seconds: float,
@@ -59,7 +60,7 @@ def measure(
 
     Args:
         benchmark: the operator at one size.
-        variants: in the order of their rows.
+        names: variants, in the order of their rows.
         against: names of the baselines among them.
         seconds: for the timed rounds.
         say: called with what happens next.
@@ -67,7 +68,7 @@ def measure(
     torch._dynamo.reset()
     if benchmark.on_cuda:
         torch.cuda.empty_cache()
-    inputs, checked = check_all(benchmark, variants, say=say)
+    inputs, checked = check_all(benchmark, names, say=say)
     running = {name: one for name, one in checked.items() if one.row.status == "measured"}
     work, rates, samples = benchmark.work(), bound.Rates(0.0, 0.0), Samples()
     if inputs and running:
@@ -91,7 +92,9 @@ def measure(
             # A compiled variant or a graph executes the products of another variant.
             like = checked.get(one.variant.flop_like)
             flop = one.flop or (like.flop if like else None)
-            baselines = [other for other in against if other in running and checked[other].row.problem == one.row.problem]
+            baselines = [
+                other for other in against if other in running and checked[other].row.problem == one.row.problem
+            ]
             passes = _timings(samples, name, baselines, benchmark, rates, flop)
         rows.append(replace(one.row, passes=passes))
     return replace(
@@ -105,13 +108,13 @@ def measure(
 
 
 def check_all(
-    benchmark: Benchmark, variants: Sequence[Variant], sets: int | None = None, say: Say = lambda _: None
+    benchmark: Benchmark, names: Sequence[str], sets: int | None = None, say: Say = lambda _: None
 ) -> tuple[InputSets | None, dict[str, Checked]]:
     """Return the inputs, and each variant after its correctness check; all are skipped if the inputs do not fit."""
     say("inputs and exact result")
     drawn, reason = try_run(lambda: inputs_and_truth(benchmark, sets), benchmark.device)
     checked = {}
-    for variant in variants:
+    for variant in benchmark.select(names):
         say(f"{'compiling and ' if variant.compiled else ''}checking {variant.name}")
         exact = f"the exact result: {reason}"
         checked[variant.name] = check(benchmark, variant, *drawn) if drawn else skipped(variant, exact)
