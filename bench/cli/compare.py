@@ -60,7 +60,12 @@ def run(options: argparse.Namespace) -> int:
     lost = sum(len(gap.lost) for gap in found.gaps)
     text = "The two files have none of our rows in common"
     if counts:
-        words = {"slower": "slower", "faster": "faster", "same": "the same", "few rounds": "with too few rounds"}
+        words = {
+            "slower": "slower",
+            "faster": "faster",
+            "same": "the same",
+            "few rounds": "with too few rounds to tell",
+        }
         text = ", ".join(f"{counts[verdict]} {word}" for verdict, word in words.items())
     print(f"\n**{text}; {lost} lost.**")
     return 1 if counts["slower"] or lost or not found.changes else 0

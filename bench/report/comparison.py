@@ -219,8 +219,11 @@ def _change(
     verdict = "slower" if low > 0 and moved[0] > limit else "faster" if high < 0 and moved[0] < -limit else "same"
     if min(len(timing.samples) for timing in mine) < FEW_ROUNDS:
         verdict = "few rounds"
-    factors = (math.exp(value) for value in (machine[0], moved[0], low, high))
-    return Change(_label(before), row.variant, one_pass, mine[0].median, mine[1].median, *factors, verdict=verdict)
+    return Change(
+        _label(before), row.variant, one_pass, mine[0].median, mine[1].median,
+        machine=math.exp(machine[0]), change=math.exp(moved[0]), low=math.exp(low), high=math.exp(high),
+        verdict=verdict,
+    )  # fmt: skip
 
 
 def _slower_by_rates(before: Case, after: Case) -> float:
