@@ -13,7 +13,7 @@ COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 SANITIZED := sanitize-emulate-amx
 SANITIZED_TIERS := baseline avx512 amx
 NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/test_native_*.py)) \
-	tests/kernels/test_route_topk.py tests/kernels/test_grouped_mm.py
+	tests/kernels/route_topk/test_route_topk.py tests/kernels/grouped_mm/test_grouped_mm.py
 # Those of side_moe as a whole are left out, which are mostly Triton's interpreter; those of its CUDA kernels are not.
 CUDA_TESTS := $(filter-out %_build.py %_cuda_side_moe.py,$(wildcard tests/kernels/test_cuda_*.py))
 # Tests that run the same again in another order show sanitizers nothing new.
@@ -21,7 +21,7 @@ ONCE := not any_order and not order_of_blocks and not catalogue
 
 # About half of what the tests take.
 BESIDE := $(wildcard tests/kernels/test_triton_*.py tests/kernels/test_gpu_*.py) \
-	tests/kernels/test_cuda_build.py tests/bench tests/data tests/encoders tests/nn
+	tests/kernels/backends/test_cuda_build.py tests/bench tests/data tests/encoders tests/nn
 
 # What variants of `bench quality` train on MovieLens.
 LEVERS := growth,condition-none,no-ids,history-last,keep-last,keep-best,linear,condition-standardize,paper

@@ -17,8 +17,8 @@ from bench.rows import Rows
 from bench.saved import count_saved
 from bench.shortage import first_line, fitting, release
 from bench.workload import Absent, Tensors, Variant, Workload, both_passes, gradients
-from xsmoe.shortage import is_shortage
-from xsmoe_kernels import dispatch
+from xsmoe.out_of_memory import is_shortage
+from xsmoe_kernels.runtime import dispatch
 
 MEMORY_SHARE = 0.8
 """Of what memory is free, what a variant may take."""

@@ -141,23 +141,23 @@ build() {
     reason=$("$PYTHON" -m bench.gpu_summary --no-cuda-kernels) && absent cuda_kernels "$reason"
 }
 
+# Arguments: the part's name, what pytest's -k selects, and the files or folders.
 pytest() {
-    local name=$1 selected=$2 tests=${3:-tests/kernels}
-    part "$name" "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" "$tests" \
-        -k "$selected" "--junitxml=$state/$name.xml"
+    local name=$1 selected=$2
+    shift 2
+    part "$name" "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" "$@" \
+        ${selected:+-k "$selected"} "--junitxml=$state/$name.xml"
 }
 
 test_gpu() {
-    pytest test_side_moe "test_triton_side_moe"
-    pytest test_routing "test_gpu_route_topk or test_triton_route_topk or test_triton_grouped_mm"
-    pytest test_loss "test_triton_in_batch_softmax_loss"
-    pytest test_ranking "test_triton_rank_of_target or test_triton_topk_items"
-    pytest test_cuda "test_cuda_ and not test_cuda_build"
+    local tests=tests/kernels
+    pytest test_side_moe "" $tests/side_moe/test_triton.py
+    pytest test_routing "" $tests/route_topk/test_gpu.py $tests/route_topk/test_triton.py $tests/grouped_mm/test_triton.py
+    pytest test_loss "" $tests/in_batch_softmax_loss/test_triton*.py
+    pytest test_ranking "" $tests/rank_of_target/test_triton.py $tests/topk_items/test_triton.py
+    pytest test_cuda "" $tests/*/test_cuda.py $tests/side_moe/test_cuda_rows.py $tests/backends/test_cuda_emulation.py
     pytest test_step "on_a_gpu" tests/stream
-    # What is left of Triton's, but for two files that compile for GPUs which need not be there: tests of any machine.
-    local elsewhere="test_gpu_route_topk or test_triton_side_moe or test_triton_route_topk or test_triton_grouped_mm"
-    elsewhere+=" or test_triton_in_batch_softmax_loss or test_triton_rank_of_target or test_triton_topk_items"
-    pytest test_rest "(triton or xformers) and not ($elsewhere or test_triton_budget or test_triton_compiles_once)"
+    pytest test_rest "" $tests/side_moe/test_triton_group.py $tests/packed_attention/test_xformers.py
 }
 
 kernels() {

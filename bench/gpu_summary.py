@@ -15,7 +15,7 @@ from bench.memory.tables import slopes
 from bench.results import Row, Run
 from bench.stream import records
 from bench.stream.records import StreamRun
-from xsmoe_kernels import cuda_backend
+from xsmoe_kernels.backends import cuda as cuda_backend
 
 _STATE = ".gpu_suite"
 _MARKS = {"passed": "passed in ", "failed": "FAILED: ", "absent": "left out: "}

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from xsmoe.nn import Recommender
 from xsmoe.nn.experts import ExpertBank
-from xsmoe.stream.batches import StepInput
+from xsmoe.stream.batches.builder import StepInput
 
 NEAR = 1e-5
 """Relative to the values' size; some ten times what float32 makes of them."""

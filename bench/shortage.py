@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from bench.measure import Task
-from xsmoe.shortage import is_shortage
+from xsmoe.out_of_memory import is_shortage
 
 T = TypeVar("T")
 

@@ -8,7 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from xsmoe_kernels import BackendUnavailable, dispatch
+from xsmoe_kernels import BackendUnavailable
+from xsmoe_kernels.runtime import dispatch
 
 Tensors = dict[str, Tensor]
 PASSES = ("forward", "backward")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from xsmoe.stream import capture
-from xsmoe.stream.capture import CannotCapture
+from xsmoe.stream.cuda import graph_capture
+from xsmoe.stream.cuda.graph_capture import CannotCapture
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ class StandIn:
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.captures += 1
-        for _ in range(capture.WARM_UP):
+        for _ in range(graph_capture.WARM_UP):
             step()
         loss = step()
 

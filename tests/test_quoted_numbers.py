@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from quoted import MEASURED, RESULTS, ROOT, problems, times
 
 from bench import losing, results, standing
 from bench.compare import FEWEST_ROUNDS
 from bench.kernels.side_moe import LEVELS
 from bench.results import Case, Row, Run
+from tests.quoted import MEASURED, RESULTS, ROOT, problems, times
 from xsmoe_kernels import FrozenExperts
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

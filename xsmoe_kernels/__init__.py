@@ -3,16 +3,19 @@
 Each operator is a function of tensors, and is registered with `torch.library` as `xsmoe::<name>`.
 """
 
-from xsmoe_kernels import cuda_backend, native, triton_backend, xformers_backend
-from xsmoe_kernels.dispatch import BackendUnavailable, use_backend
-from xsmoe_kernels.environment import __version__, info
-from xsmoe_kernels.grouped_mm import grouped_mm
-from xsmoe_kernels.in_batch_softmax_loss import in_batch_softmax_loss
-from xsmoe_kernels.packed_attention import packed_attention
-from xsmoe_kernels.rank_of_target import rank_of_target
-from xsmoe_kernels.route_topk import Routing, route_topk
-from xsmoe_kernels.side_moe import FrozenExperts, Utilization, side_moe, side_moe_group
-from xsmoe_kernels.topk_items import topk_items
+from xsmoe_kernels.backends import cpu as cpu_backend
+from xsmoe_kernels.backends import cuda as cuda_backend
+from xsmoe_kernels.backends import triton as triton_backend
+from xsmoe_kernels.backends import xformers as xformers_backend
+from xsmoe_kernels.ops.grouped_mm import grouped_mm
+from xsmoe_kernels.ops.in_batch_softmax_loss import in_batch_softmax_loss
+from xsmoe_kernels.ops.packed_attention import packed_attention
+from xsmoe_kernels.ops.rank_of_target import rank_of_target
+from xsmoe_kernels.ops.route_topk import Routing, route_topk
+from xsmoe_kernels.ops.side_moe import FrozenExperts, Utilization, side_moe, side_moe_group
+from xsmoe_kernels.ops.topk_items import topk_items
+from xsmoe_kernels.runtime.dispatch import BackendUnavailable, use_backend
+from xsmoe_kernels.runtime.environment import __version__, info
 
 __all__ = [
     "BackendUnavailable",
@@ -32,7 +35,7 @@ __all__ = [
     "use_backend",
 ]
 
-native.load()
+cpu_backend.load()
 triton_backend.load()
 cuda_backend.load()
 xformers_backend.load()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from bench.graph import on_cuda, replayed_like
 from bench.kernels import grouped_mm_rivals
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
-from xsmoe.shortage import is_shortage
+from xsmoe.out_of_memory import is_shortage
 from xsmoe_kernels import grouped_mm, use_backend
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from bench.graph import on_cuda, replayed
 from bench.kernels import softmax_loss_rivals
 from bench.workload import Product, Tensors, Variant, Work, Workload
-from xsmoe_kernels import dispatch, in_batch_softmax_loss, use_backend
+from xsmoe_kernels import in_batch_softmax_loss, use_backend
+from xsmoe_kernels.runtime import dispatch
 
 PLACES = 11
 """Items of a user; every one but the first is a target."""

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from bench.graph import on_cuda, replayed_like
 from bench.kernels import rivals
 from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
-from xsmoe_kernels import dispatch, packed_attention, use_backend
+from xsmoe_kernels import packed_attention, use_backend
+from xsmoe_kernels.runtime import dispatch
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

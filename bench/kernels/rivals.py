@@ -8,7 +8,7 @@ import torch
 
 from bench.shortage import first_line
 from bench.workload import Absent
-from xsmoe.shortage import is_shortage
+from xsmoe.out_of_memory import is_shortage
 
 DEVICES = ("cuda",)
 """Where these libraries' kernels run."""

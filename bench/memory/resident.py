@@ -21,7 +21,7 @@ from bench.memory.step import step_of, warm_up
 from bench.rows import Rows
 from bench.shortage import first_line
 from bench.workload import Workload
-from xsmoe.shortage import is_shortage
+from xsmoe.out_of_memory import is_shortage
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # What makes the kernel set the largest resident size back to the present one.

@@ -13,7 +13,7 @@ from bench.quality.run import Job
 from bench.quality.sources import Source, generated
 from bench.quality.summary import KIND, SCHEMA, summarize
 from bench.quality.variants import Variant
-from xsmoe.app.runs import DEFAULT_WINDOWS
+from xsmoe.cli.run_config import DEFAULT_WINDOWS
 
 __all__ = ["compare", "processes"]
 

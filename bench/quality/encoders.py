@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bench.quality.variants import Kind
-from xsmoe.app.runs import RunConfig
+from xsmoe.cli.run_config import RunConfig
 from xsmoe.nn import ExpertBank, Recommender
-from xsmoe.stream.seeds import derive, seeded
+from xsmoe.stream.state.seeds import derive, seeded
 
 Experts = Mapping[str, Sequence[int]]
 

@@ -10,7 +10,7 @@ import torch
 
 from bench.quality.run import Job, Record, perform
 from bench.quality.variants import BASE, GROWTH
-from xsmoe.files import replace_file
+from xsmoe.atomic_files import replace_file
 
 Say = Callable[[str], None]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from xsmoe.app.demo import DemoSettings
+from xsmoe.cli.commands.demo import DemoSettings
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,18 @@ import torch
 from bench.quality.encoders import Experts, build
 from bench.quality.sources import Source
 from bench.quality.variants import Variant
-from xsmoe.app.runs import RunConfig
-from xsmoe.app.train import cut_settings
+from xsmoe.cli.commands.train import cut_settings
+from xsmoe.cli.run_config import RunConfig
 from xsmoe.data import Dataset, Window
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.nn import Recommender
 from xsmoe.report import results
 from xsmoe.report.verdict import judge
 from xsmoe.stream import Stream, StreamingTrainer
-from xsmoe.stream.best_epoch import snapshot
-from xsmoe.stream.evaluation import RankingTask, rank_with_model
-from xsmoe.stream.metrics import per_user
-from xsmoe.stream.saved_conditions import split_state
+from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
+from xsmoe.stream.evaluation.metrics import per_user
+from xsmoe.stream.state.best_epoch import snapshot
+from xsmoe.stream.state.saved_conditions import split_state
 
 METRICS = ("HR@10", "NDCG@10")
 Record = dict[str, Any]

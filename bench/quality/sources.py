@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality.presets import Preset
-from xsmoe.app.demo import IMAGE_SIZE, TRAINING
-from xsmoe.app.display import Display
-from xsmoe.app.encode import EncodeSettings, encode
+from xsmoe.atomic_files import replace_file
+from xsmoe.cli.commands.demo import IMAGE_SIZE, TRAINING
+from xsmoe.cli.commands.encode import EncodeSettings, encode
+from xsmoe.cli.display import Display
 from xsmoe.data import Dataset, write_catalogue
 from xsmoe.encoders import build_small_image_encoder, build_small_text_encoder
-from xsmoe.files import replace_file
 
 MARK = "made.json"
 

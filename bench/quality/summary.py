@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.quality.run import METRICS, Record
 from bench.quality.variants import BASE, VARIANTS
-from xsmoe.stream.metrics import clustered_error, per_user
+from xsmoe.stream.evaluation.metrics import clustered_error, per_user
 
 KIND, SCHEMA = "quality", 1
 Found = dict[str, Any]

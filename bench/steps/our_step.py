@@ -12,13 +12,13 @@ from bench.workload import Tensors
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
-from xsmoe.stream.batches import StepInput
+from xsmoe.stream.batches.builder import StepInput
+from xsmoe.stream.batches.id_dropout import IdDropout
+from xsmoe.stream.batches.padding import Capacity
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import make_optimizer, train_step
-from xsmoe.stream.id_dropout import IdDropout
-from xsmoe.stream.padding import Capacity
+from xsmoe.stream.hidden_states.device_cache import place
 from xsmoe.stream.precision import hidden_dtype
-from xsmoe.stream.resident import place
 
 ID_TABLE = "items.ids.weight"
 

@@ -28,11 +28,11 @@ from bench.workload import Absent, Product, Tensors, Variant, Work, Workload
 from xsmoe.encoders import HiddenStateStore, ItemFeatures, ModalitySpec
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.nn.conditioning import Condition
-from xsmoe.stream.batches import StepInput
-from xsmoe.stream.captured import CapturedSteps
-from xsmoe.stream.conditioned import ConditionedFeatures
+from xsmoe.stream.batches.builder import StepInput
+from xsmoe.stream.batches.padding import Capacity
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.padding import Capacity
+from xsmoe.stream.cuda.graph_steps import CapturedSteps
+from xsmoe.stream.hidden_states.conditioned import ConditionedFeatures
 from xsmoe.stream.precision import autocast
 from xsmoe_kernels import use_backend
 

@@ -25,10 +25,10 @@ from bench.stream.settings import Settings
 from bench.stream.streams import Drawn
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender
-from xsmoe.stream.batches import StepInput
+from xsmoe.stream.batches.builder import StepInput
 from xsmoe.stream.growth import count_padding
 from xsmoe.stream.precision import autocast, hidden_dtype
-from xsmoe.stream.seeds import seeded
+from xsmoe.stream.state.seeds import seeded
 from xsmoe_kernels import use_backend
 
 USERS = 64

@@ -15,9 +15,9 @@ from bench.stream.runs import GateRows, Run, byte_size
 from bench.stream.settings import Settings
 from bench.stream.streams import Drawn
 from xsmoe.data import Sequences
-from xsmoe.stream.evaluation import RankingTask
+from xsmoe.stream.evaluation.full_ranking import RankingTask
 from xsmoe.stream.precision import autocast
-from xsmoe.stream.seeds import derive, seeded
+from xsmoe.stream.state.seeds import derive, seeded
 
 ROWS_A_CHUNK = 2816
 """Items encoded at once for a test: the rows of a training step."""

@@ -14,12 +14,12 @@ from bench.stream.settings import Settings
 from bench.stream.streams import Drawn
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
-from xsmoe.stream.captured import CapturedSteps
+from xsmoe.stream.cuda.graph_steps import CapturedSteps
 from xsmoe.stream.epoch import make_optimizer, train_epoch
-from xsmoe.stream.evaluation import RankingTask, rank_with_model
+from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
 from xsmoe.stream.growth import grow
-from xsmoe.stream.resident import place
-from xsmoe.stream.seeds import seeded
+from xsmoe.stream.hidden_states.device_cache import place
+from xsmoe.stream.state.seeds import seeded
 
 GateRows = Mapping[str, Sequence[Tensor]]
 

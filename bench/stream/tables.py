@@ -33,7 +33,7 @@ def setting(run: StreamRun) -> str:
 def headline(run: StreamRun) -> list[str]:
     """How much faster, how much less memory, at what quality, on which machine."""
     # Only here: it needs what `xsmoe` depends on, and the bench's other commands import this file too.
-    from xsmoe.stream.metrics import pool
+    from xsmoe.stream.evaluation.metrics import pool
 
     lines = [f"- machine: {machine.line(run.machine)}"]
     if len(run.windows) < run.settings["windows"]:

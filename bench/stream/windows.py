@@ -18,11 +18,11 @@ from bench.stream.runs import GateRows, OurRun, Run
 from bench.stream.settings import Settings, names
 from bench.stream.streams import Drawn
 from xsmoe.data import Sequences, WindowSplits, item_share
-from xsmoe.stream.baselines import places
-from xsmoe.stream.evaluation import RankingTask, rank_with_popularity
-from xsmoe.stream.memory import StreamMemory
-from xsmoe.stream.metrics import per_user, summarize
-from xsmoe.stream.seeds import derive
+from xsmoe.stream.evaluation.baselines import places
+from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_popularity
+from xsmoe.stream.evaluation.metrics import per_user, summarize
+from xsmoe.stream.evaluation.seen_items import StreamMemory
+from xsmoe.stream.state.seeds import derive
 
 Say = Callable[[str], None]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up import case, row, run, timing
 
 from bench import all_command, kernels_command, results, step_command, stream_command, summary
 from bench.__main__ import main
@@ -14,6 +13,7 @@ from bench.all_command import Part
 from bench.results import Row
 from bench.stream import records
 from bench.workload import Workload
+from tests.bench.made_up import case, row, run, timing
 
 ROUTING = ("route_topk", "--sizes", "N=5", "E=3,4", "--variants", "eager,ours", "--seconds", "0.01")
 GROUPED = (

@@ -17,7 +17,8 @@ from bench.kernels.side_moe import SideMoE
 from bench.results import table
 from bench.rows import Rows
 from bench.workload import Absent, Tensors, Variant, Workload
-from xsmoe_kernels import BackendUnavailable, dispatch
+from xsmoe_kernels import BackendUnavailable
+from xsmoe_kernels.runtime import dispatch
 
 CUDA = torch.device("cuda")
 

@@ -14,8 +14,8 @@ from bench.quality import comparison, jobs, sources
 from bench.quality.presets import CATALOGUE, RETURNING
 from bench.quality.run import Job, perform
 from bench.quality.variants import BASE, VARIANTS, chosen
-from xsmoe.app.demo import DemoSettings
-from xsmoe.app.train import cut_settings
+from xsmoe.cli.commands.demo import DemoSettings
+from xsmoe.cli.commands.train import cut_settings
 from xsmoe.nn import XSMoE
 from xsmoe.stream import StreamConfig
 from xsmoe.stream import trainer as trainer_module

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import made_up
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from bench import pictures, results, roofline
 from bench.__main__ import main
 from bench.results import Case, Row, Run, Timing
 from bench.workload import Product
+from tests.bench import made_up
 
 
 def timing(seconds: float, floor: float) -> Timing:

@@ -16,7 +16,7 @@ from bench.kernels.side_moe import SideMoE
 from bench.kernels_command import combinations, plan
 from bench.rows import Rows
 from bench.workload import Variant, Workload
-from xsmoe_kernels import dispatch
+from xsmoe_kernels.runtime import dispatch
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -14,7 +14,7 @@ from bench.kernels.side_moe import SideMoE
 from bench.memory.resident import NotResident, Point, resident_growth
 from bench.results import Row, table
 from bench.workload import Tensors, Variant
-from xsmoe.shortage import is_shortage
+from xsmoe.out_of_memory import is_shortage
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB."
 REASON = f"out of memory: {SAID}"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_up import case, row, run, timing
 
 from bench import kernels, losing, standing, steps
 from bench.results import Run
+from tests.bench.made_up import case, row, run, timing
 
 
 def test_every_variant_of_every_room_has_a_role() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stand_ins import Cannot, StandIn
 
 from bench import pictures, published, results
 from bench.__main__ import main
@@ -22,7 +21,9 @@ from bench.stream.runs import OurRun
 from bench.stream.settings import POOLINGS, Settings
 from bench.stream.streams import draw
 from bench.stream.windows import Streaming
-from xsmoe.stream import Stream, StreamingTrainer, captured
+from tests.stand_ins import Cannot, StandIn
+from xsmoe.stream import Stream, StreamingTrainer
+from xsmoe.stream.cuda import graph_steps
 
 TINY = Settings(users=24, items=120, new_items=12, windows=3, batch=8, dim=24, rank=4)
 ARGUMENTS = [
@@ -58,7 +59,7 @@ def test_without_dropout_both_train_and_rank_alike(pooling: str, monkeypatch: py
 
 
 def test_graphs_have_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "CudaCapture", StandIn)
+    monkeypatch.setattr(graph_steps, "CudaCapture", StandIn)
     settings = replace(TINY, windows=2, top_k=1, graph=True)
     found = list(Streaming(settings, draw(settings)).windows())
     for window in found:
@@ -71,7 +72,7 @@ def test_graphs_have_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_captured_is_refused_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "CudaCapture", Cannot)
+    monkeypatch.setattr(graph_steps, "CudaCapture", Cannot)
     settings = replace(TINY, windows=2, graph=True)
     (window,) = Streaming(settings, draw(settings)).windows()
     assert "operation not permitted" in (window.runs["ours"].refused or "")

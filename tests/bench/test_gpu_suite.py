@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_what_has_passed_is_not_run_again(suite: Suite) -> None:
 
 
 def test_a_part_that_fails_is_shown_and_run_again(suite: Suite) -> None:
-    ended = suite.run("test", str(suite.results), FAIL="-k test_gpu_route_topk")
+    ended = suite.run("test", str(suite.results), FAIL="route_topk/test_gpu.py")
     assert ended.returncode == 1
     assert "this went wrong" in ended.stdout
     assert "test_routing: FAILED (3)" in ended.stdout
@@ -272,13 +273,17 @@ def selects(expression: str, name: str) -> bool:
 
 def test_every_test_of_kernels_for_gpus_is_in_one_part(suite: Suite) -> None:
     suite.run("test", str(suite.results))
-    asked = [call.partition(" -k ")[2].partition(" --junitxml")[0] for call in suite.called()]
-    for path in [
-        one for kind in ("triton", "cuda", "gpu") for one in (ROOT / "tests/kernels").glob(f"test_{kind}_*.py")
-    ]:
-        taken = [one for one in asked if selects(one, path.stem)]
-        offline = path.stem in ("test_triton_budget", "test_triton_compiles_once", "test_cuda_build")
-        assert len(taken) == (0 if offline else 1), path.name
+    asked = Counter(word for call in suite.called() for word in call.split() if word.endswith(".py"))
+    offline = {"test_triton_budget.py", "test_triton_compiles_once.py", "test_cuda_build.py"}
+    kernels = ROOT / "tests/kernels"
+    expected = {
+        str(path.relative_to(ROOT))
+        for kind in ("triton", "cuda", "gpu", "xformers")
+        for path in kernels.glob(f"*/test_{kind}*.py")
+        if path.name not in offline
+    }
+    assert len(expected) > 10
+    assert asked == dict.fromkeys(expected, 1)
 
 
 def test_every_test_of_the_stream_that_needs_a_gpu_is_in_one_part(suite: Suite) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import toy_memory
-from toy_memory import COLUMNS, Toy
 
 from bench import memory_command, pictures, results
 from bench.__main__ import main
@@ -22,7 +20,9 @@ from bench.memory.sweeps import SWEPT, plan
 from bench.results import Case, Row
 from bench.steps import room
 from bench.workload import Tensors, Workload
-from xsmoe_kernels import dispatch
+from tests.bench import toy_memory
+from tests.bench.toy_memory import COLUMNS, Toy
+from xsmoe_kernels.runtime import dispatch
 
 TINY = {"N": 67, "E": 3, "D": 24, "R": 6, "M": 1}
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a peak anew")

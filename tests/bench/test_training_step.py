@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins import Cannot, StandIn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bench.case import measure
@@ -13,8 +12,9 @@ from bench.rows import Rows
 from bench.steps import ROOMS, room, training_step
 from bench.steps.training_step import TrainingStep
 from bench.workload import Absent
+from tests.stand_ins import Cannot, StandIn
 from xsmoe.nn import Recommender
-from xsmoe.stream import captured
+from xsmoe.stream.cuda import graph_steps
 from xsmoe_kernels import Utilization
 
 
@@ -62,7 +62,7 @@ def test_plain_trains_with_the_optimizer_of_ours_and_the_published_step_with_tor
 
 
 def test_a_captured_step_passes_the_gate_and_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "CudaCapture", StandIn)
+    monkeypatch.setattr(graph_steps, "CudaCapture", StandIn)
     monkeypatch.setattr(TrainingStep, "dropout", 0.0)
     workload = tiny("mean")
     rows = Rows(workload)
@@ -83,7 +83,7 @@ def test_a_captured_step_passes_the_gate_and_trains_alike(monkeypatch: pytest.Mo
 
 
 def test_a_step_that_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "CudaCapture", Cannot)
+    monkeypatch.setattr(graph_steps, "CudaCapture", Cannot)
     workload = tiny("mean")
     monkeypatch.setattr(workload, "build", workload._ours_captured)
     rows = Rows(workload)
@@ -170,7 +170,7 @@ def test_a_step_that_counts_nothing_is_held_to_all_else(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_step_with_ids_is_held_to_all_else_and_trains_them(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "CudaCapture", StandIn)
+    monkeypatch.setattr(graph_steps, "CudaCapture", StandIn)
     monkeypatch.setattr(TrainingStep, "id_rows", 60)
     if graphs:
         monkeypatch.setattr(TrainingStep, "_ours", lambda step, name, backend: step._ours_captured(name))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import (
+
+from tests.cli.cli_helpers import (
     NUM_INTERACTIONS,
     NUM_ITEMS,
     NUM_USERS,
@@ -17,7 +18,6 @@ from cli_helpers import (
     write_items,
     write_log,
 )
-
 from xsmoe.encoders import build_small_image_encoder, build_small_text_encoder
 from xsmoe.report import plots
 

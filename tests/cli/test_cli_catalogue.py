@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from cli_helpers import succeed
 
+from tests.cli.cli_helpers import succeed
 from xsmoe.data import Dataset
 from xsmoe.data.catalogue.generator import generate
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_helpers import run, succeed
 
-from xsmoe.app import demo
-from xsmoe.stream.folder import read_metrics
+from tests.cli.cli_helpers import run, succeed
+from xsmoe.cli.commands import demo
+from xsmoe.stream.state.run_folder import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_plot")
 

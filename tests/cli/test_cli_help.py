@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import typer.main
-from cli_helpers import run, succeed
 
 import xsmoe
 import xsmoe_kernels
-from xsmoe.app.runs import DEFAULT_WINDOWS, MODEL_DEFAULTS
+from tests.cli.cli_helpers import run, succeed
 from xsmoe.cli import ORDER, app
+from xsmoe.cli.run_config import DEFAULT_WINDOWS, MODEL_DEFAULTS
 from xsmoe.nn import XSMoE
 from xsmoe.stream import StreamConfig
 

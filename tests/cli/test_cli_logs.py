@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from cli_helpers import Place, run, succeed, train_arguments
 
-from xsmoe.app.runs import RunConfig, read_users
-from xsmoe.app.seen import read_seen
+from tests.cli.cli_helpers import Place, run, succeed, train_arguments
+from xsmoe.cli.run_config import RunConfig, read_users
+from xsmoe.cli.seen_interactions import read_seen
 from xsmoe.data import DataError
 from xsmoe.encoders import HiddenStateStore
-from xsmoe.stream.folder import read_metrics, read_window
+from xsmoe.stream.state.run_folder import read_metrics, read_window
 
 pytestmark = pytest.mark.usefixtures("one_plot")
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_helpers import Place, run, train_arguments
 
+from tests.cli.cli_helpers import Place, run, train_arguments
 from xsmoe.encoders import build_small_text_encoder
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -153,7 +153,7 @@ def test_a_bug_keeps_its_traceback(trained: Place, monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("xsmoe.app.report.write_report", broken)
+    monkeypatch.setattr("xsmoe.cli.commands.report.write_report", broken)
     with pytest.raises(KeyError, match="a bug"):
         run("report", trained.run)
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-from cli_helpers import Place, run, succeed, train_arguments
 
-from xsmoe.app.trained import TrainedRun
+from tests.cli.cli_helpers import Place, run, succeed, train_arguments
+from xsmoe.cli.trained_run import TrainedRun
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.report.verdict import judge
 from xsmoe.stream import StreamingTrainer
-from xsmoe.stream.conditioned import ConditionedFeatures
-from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.hidden_states.conditioned import ConditionedFeatures
+from xsmoe.stream.state.run_folder import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_plot")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import Place, run, succeed, train_arguments
 
+from tests.cli.cli_helpers import Place, run, succeed, train_arguments
 from xsmoe.stream import epoch
-from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.state.run_folder import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_plot")
 

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from cli_helpers import Place, succeed, train_arguments
-from movielens import movielens_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from xsmoe.stream.folder import read_metrics
+from tests.cli.cli_helpers import Place, succeed, train_arguments
+from tests.movielens import movielens_folder
+from xsmoe.stream.state.run_folder import read_metrics
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import succeed
 
-from xsmoe.app.display import Display, Ticker
+from tests.cli.cli_helpers import succeed
+from xsmoe.cli.display import Display, Ticker
 from xsmoe.report import tables
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_helpers import Place, run, succeed, write_log
 from PIL import Image
 
-from xsmoe.app.runs import RunConfig
+from tests.cli.cli_helpers import Place, run, succeed, write_log
+from xsmoe.cli.run_config import RunConfig
 from xsmoe.report import plots, results
 from xsmoe.report.verdict import judge
-from xsmoe.stream.folder import read_metrics, read_window
-from xsmoe.stream.metrics import per_user, summarize
+from xsmoe.stream.evaluation.metrics import per_user, summarize
+from xsmoe.stream.state.run_folder import read_metrics, read_window
 
 PLOTS = {"quality", "baselines", "experts", "utilization", "cost", "training"}
 VOID = {"meta", "img", "br", "link"}

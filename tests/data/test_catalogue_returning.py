@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_catalogue import SMALL, hit_rate, lifts, windows_of
 
+from tests.data.test_catalogue import SMALL, hit_rate, lifts, windows_of
 from xsmoe.data import History, make_windows, write_catalogue
 from xsmoe.data.catalogue.attributes import ATTRIBUTES
 from xsmoe.data.catalogue.generator import generate

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xsmoe.app.prepare import read_items
+from xsmoe.cli.commands.prepare import read_items
 from xsmoe.data import DataError, csv_files, prepare_movielens, read_interactions
 from xsmoe.data.csv_files import read_csv
 

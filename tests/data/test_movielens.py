@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from movielens import movielens_folder
 
+from tests.movielens import movielens_folder
 from xsmoe.data import DataError, Dataset, prepare_movielens
 
 MOVIES = """movieId,title,genres

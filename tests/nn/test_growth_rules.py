@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_experts import naive, randomise
 from torch.nn import functional
 
+from tests.nn.test_experts import naive, randomise
 from xsmoe.nn import ExpertBank, Recommender, SideMoE, XSMoE
 from xsmoe.nn.experts import PruneRule
 

@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+from tests.stream import tiny
 from xsmoe.data import item_share
 from xsmoe.encoders import ItemFeatures
 from xsmoe.stream import StreamingTrainer
-from xsmoe.stream.capture import Capture
-from xsmoe.stream.captured import CapturedSteps
+from xsmoe.stream.cuda.graph_capture import Capture
+from xsmoe.stream.cuda.graph_steps import CapturedSteps
 from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.precision import LossScaler
 

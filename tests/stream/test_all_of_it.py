@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+from tests.stream import tiny
 from xsmoe.encoders import HiddenStateStore, InMemoryFeatures, ItemFeatures, ModalitySpec
 from xsmoe.nn import Recommender
 from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, growth
-from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.state.run_folder import read_metrics
 
 WINDOWS = tiny.windows(3, users=10)
 KNOWN = int(max(window.items.max() for window in WINDOWS[:2])) + 1

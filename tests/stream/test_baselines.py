@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_targets import CPU, ITEMS, build, memory_of, rows, window
 
+from tests.stream.test_targets import CPU, ITEMS, build, memory_of, rows, window
 from xsmoe.data import Window
 from xsmoe.stream import StreamConfig
-from xsmoe.stream.baselines import (
+from xsmoe.stream.evaluation.baselines import (
     HALF_LIVES,
     choose_half_life,
     places,
@@ -17,9 +17,9 @@ from xsmoe.stream.baselines import (
     rank_own_inputs,
     rank_with_scores,
 )
-from xsmoe.stream.evaluation import rank, rank_with_popularity
-from xsmoe.stream.memory import StreamMemory
-from xsmoe.stream.targets import SCORINGS, RankedTargets
+from xsmoe.stream.evaluation.full_ranking import rank, rank_with_popularity
+from xsmoe.stream.evaluation.seen_items import StreamMemory
+from xsmoe.stream.evaluation.targets import SCORINGS, RankedTargets
 
 INF = float("inf")
 
@@ -113,7 +113,7 @@ def test_scores_too_close_for_float32_are_told_apart() -> None:
 def test_own_inputs_are_ranked_as_by_the_operator_on_one_hot_vectors(
     max_inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xsmoe.stream.targets.USERS_A_CHUNK", 5)
+    monkeypatch.setattr("xsmoe.stream.evaluation.targets.USERS_A_CHUNK", 5)
     targets, _, _ = build(StreamConfig(k_core=2, max_inputs=max_inputs))
     found = rank_own_inputs(targets)
     for scoring in SCORINGS:

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+from tests.stream import tiny
 from xsmoe.nn import Batch
-from xsmoe.stream.padding import Capacity
+from xsmoe.stream.batches.padding import Capacity
 from xsmoe.stream.precision import hidden_dtype
 
 CPU = torch.device("cpu")

@@ -7,19 +7,19 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from capturing import SHORT, Window, assert_same
-from stand_ins import CPU, Cannot, StandIn
 from torch import Tensor
 
+from tests.stand_ins import CPU, Cannot, StandIn
+from tests.stream import tiny
+from tests.stream.capturing import SHORT, Window, assert_same
 from xsmoe.nn import Recommender
 from xsmoe.stream import StreamConfig, epoch
-from xsmoe.stream.batches import StepInput
-from xsmoe.stream.captured import CapturedSteps, refusal, wanted
+from xsmoe.stream.batches.builder import StepInput
+from xsmoe.stream.cuda.graph_steps import CapturedSteps, refusal, wanted
+from xsmoe.stream.hidden_states.device_cache import ResidentFeatures
 from xsmoe.stream.precision import LossScaler
-from xsmoe.stream.resident import ResidentFeatures
-from xsmoe_kernels.ranges import opening_ranges
+from xsmoe_kernels.runtime.profiler_ranges import opening_ranges
 
 
 def test_replayed_steps_end_where_others_do() -> None:
@@ -33,7 +33,7 @@ def test_replayed_steps_end_where_others_do() -> None:
 
 
 def test_a_step_is_captured_once_for_each_kind_of_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xsmoe.stream.padding.ITEMS", 4)
+    monkeypatch.setattr("xsmoe.stream.batches.padding.ITEMS", 4)
     stand_in = StandIn()
     window, kinds = Window(stand_in), set()
     run = CapturedSteps.__call__
@@ -112,7 +112,7 @@ def test_what_cannot_be_captured_runs_all_the_same_and_says_so_once() -> None:
 def test_memory_that_is_short_in_a_later_capture_costs_all_graphs_and_no_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("xsmoe.stream.padding.ITEMS", 4)
+    monkeypatch.setattr("xsmoe.stream.batches.padding.ITEMS", 4)
 
     class Short(StandIn):
         def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from capturing import Window, fit, kill_and_resume, weights
-from stand_ins import Cannot
-from tiny import needs_gpu
 from torch import Tensor
 
+from tests.stand_ins import Cannot
+from tests.stream import tiny
+from tests.stream.capturing import Window, fit, kill_and_resume, weights
+from tests.stream.tiny import needs_gpu
 from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, epoch
-from xsmoe.stream.batches import StepInput
-from xsmoe.stream.evaluation import RankingTask, rank_with_model
-from xsmoe.stream.memory import StreamMemory
+from xsmoe.stream.batches.builder import StepInput
+from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
+from xsmoe.stream.evaluation.seen_items import StreamMemory
 from xsmoe.stream.precision import loss_scaler
 
 GPU: dict[str, Any] = {"device": "cuda", "precision": "float32"}

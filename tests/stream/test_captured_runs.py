@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from capturing import SHORT, Window, fit, kill_and_resume
-from stand_ins import Cannot, StandIn
 
-from xsmoe.stream import StreamConfig, captured, epoch, trainer
-from xsmoe.stream.captured import refusal
+from tests.stand_ins import Cannot, StandIn
+from tests.stream.capturing import SHORT, Window, fit, kill_and_resume
+from xsmoe.stream import StreamConfig, epoch, trainer
+from xsmoe.stream.cuda import graph_steps
+from xsmoe.stream.cuda.graph_steps import refusal
 from xsmoe.stream.epoch import load_optimizer
 
 
@@ -23,7 +24,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
         made.append(StandIn(device))
         return made[-1]
 
-    monkeypatch.setattr(captured, "CudaCapture", make)
+    monkeypatch.setattr(graph_steps, "CudaCapture", make)
     for module in (trainer, epoch):
         monkeypatch.setattr(module, "wanted", lambda config: config.graph)
     monkeypatch.setattr(
@@ -105,7 +106,7 @@ def test_a_run_that_cannot_capture_tries_once_and_says_so_once(
             self.error = error
             made.append(self)
 
-    monkeypatch.setattr(captured, "CudaCapture", Failing)
+    monkeypatch.setattr(graph_steps, "CudaCapture", Failing)
     lines: list[dict[str, Any]] = []
     (message,) = warnings_of(lambda **options: lines.extend(fit(**options)), graph=True)
     assert message.endswith(reason)

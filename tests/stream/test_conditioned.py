@@ -5,19 +5,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+from tests.stream import tiny
 from xsmoe.encoders import HiddenStateStore, InMemoryFeatures, ItemFeatures, ModalitySpec, StoreError
 from xsmoe.nn import Recommender, XSMoE
 from xsmoe.nn.conditioning import BLOCK
-from xsmoe.stream import CheckpointError, Stream, StreamingTrainer, companion, conditioned, resident
-from xsmoe.stream.best_epoch import restore, snapshot
-from xsmoe.stream.companion import Companion
-from xsmoe.stream.conditioned import ConditionedFeatures, fit_conditions
+from xsmoe.stream import CheckpointError, Stream, StreamingTrainer
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.resident import ResidentFeatures, place
+from xsmoe.stream.hidden_states import conditioned, conditioned_store, device_cache
+from xsmoe.stream.hidden_states.conditioned import ConditionedFeatures, fit_conditions
+from xsmoe.stream.hidden_states.conditioned_store import Companion
+from xsmoe.stream.hidden_states.device_cache import ResidentFeatures, place
+from xsmoe.stream.state.best_epoch import restore, snapshot
 
 CPU = torch.device("cpu")
 NAMES = tuple(tiny.DIMS)
@@ -79,7 +80,7 @@ def same(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> b
 def test_the_same_bits_lazily_in_memory_and_on_disk(
     condition: str, kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (resident, companion, conditioned):
+    for module in (device_cache, conditioned_store, conditioned):
         monkeypatch.setattr(module, "ITEMS_A_CHUNK", 7)
     features = in_memory(dtype) if kind == "memory" else store_of(tmp_path / "store", in_memory(dtype))
     items = encoder(features, condition)
@@ -166,7 +167,7 @@ def same_conditions(first: XSMoE, second: XSMoE) -> bool:
 
 
 def test_the_companion_goes_on_grows_and_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(companion, "ITEMS_A_CHUNK", 7)
+    monkeypatch.setattr(conditioned_store, "ITEMS_A_CHUNK", 7)
     features, folder = in_memory(), tmp_path / "companion"
     store = store_of(tmp_path / "store", in_memory(num_items=22))
     items = encoder(store)
@@ -243,7 +244,7 @@ def test_where_conditioned_rows_lie_by_default(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(placed, ResidentFeatures)
     assert message is None
     assert place(lazy, NAMES, StreamConfig(store_gib=0)) == (lazy, None)
-    monkeypatch.setattr(resident, "available_memory", lambda: 4 * resident.resident_bytes(lazy, NAMES) - 4)
+    monkeypatch.setattr(device_cache, "available_memory", lambda: 4 * device_cache.resident_bytes(lazy, NAMES) - 4)
     placed, message = place(lazy, NAMES, StreamConfig())
     assert placed is lazy
     assert message is not None
@@ -389,7 +390,7 @@ def test_items_that_an_update_appends_are_conditioned_like_those_of_before(tmp_p
 
 def test_without_a_folder_the_companion_goes_with_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
-        companion.Companion, "open", classmethod(lambda cls, folder, view: (opened.append(folder), view)[1])
+        conditioned_store.Companion, "open", classmethod(lambda cls, folder, view: (opened.append(folder), view)[1])
     )
     opened: list[Path] = []
     with StreamingTrainer(tiny.model(condition="whiten"), tiny.stream(), tiny.config(store_gib=0)) as trainer:

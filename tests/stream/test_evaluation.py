@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from bench.paper.protocol import hit_ratio, ndcg, target_rank
+from tests.stream import tiny
 from xsmoe.data import History, Sequences, split_window
-from xsmoe.stream.evaluation import RankingTask, rank_with_model, rank_with_popularity
-from xsmoe.stream.metrics import clustered_error, per_user, pool, summarize, summarize_targets
+from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model, rank_with_popularity
+from xsmoe.stream.evaluation.metrics import clustered_error, per_user, pool, summarize, summarize_targets
 
 
 def setting() -> tuple[Sequences, np.ndarray, History]:
@@ -47,8 +47,8 @@ def test_a_sequence_outside_the_candidates_is_refused() -> None:
 
 @pytest.mark.parametrize("repeats", ["rank", "miss"])
 def test_model_ranks_as_the_published_evaluation(repeats: str, monkeypatch) -> None:
-    monkeypatch.setattr("xsmoe.stream.evaluation.USERS_A_CHUNK", 3)
-    monkeypatch.setattr("xsmoe.stream.evaluation.ITEMS_A_CHUNK", 7)
+    monkeypatch.setattr("xsmoe.stream.evaluation.full_ranking.USERS_A_CHUNK", 3)
+    monkeypatch.setattr("xsmoe.stream.evaluation.full_ranking.ITEMS_A_CHUNK", 7)
     sequences, candidates, history = setting()
     features, model = tiny.features(), tiny.model()
     task = RankingTask.build(sequences, candidates, history, repeats)

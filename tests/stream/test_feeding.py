@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny import needs_gpu
 
-from xsmoe.stream import feeding, streams
-from xsmoe.stream.batches import StepInput
-from xsmoe.stream.feeding import feed, made_ahead
-from xsmoe.stream.hidden_states import HiddenStates
-from xsmoe.stream.padding import Capacity
+from tests.stream import tiny
+from tests.stream.tiny import needs_gpu
+from xsmoe.stream.batches import prefetch
+from xsmoe.stream.batches.builder import StepInput
+from xsmoe.stream.batches.padding import Capacity
+from xsmoe.stream.batches.prefetch import feed, made_ahead
+from xsmoe.stream.cuda import streams
+from xsmoe.stream.hidden_states.transfer import HiddenStates
 
 CPU = torch.device("cpu")
 
@@ -56,7 +57,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_step_it_was_for() -> Non
 
 
 def test_on_the_cpu_a_batch_is_built_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeding, "made_ahead", None)
+    monkeypatch.setattr(prefetch, "made_ahead", None)
     built = []
 
     def note(users: np.ndarray) -> StepInput:
@@ -89,7 +90,7 @@ class StandIn:
 
 
 def test_for_cuda_inputs_are_sent_by_the_thread_and_received_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeding, "CopyStream", StandIn)
+    monkeypatch.setattr(prefetch, "CopyStream", StandIn)
     chosen = [np.array([place]) for place in (2, 0, 1, 2)]
     found = [given.batch.targets.tolist() for given in feed(tiny.step_input, chosen, torch.device("cuda"))]
     assert found == [tiny.step_input(users).batch.targets.tolist() for users in chosen]
@@ -128,7 +129,7 @@ def test_on_a_gpu_the_host_does_not_run_far_ahead() -> None:
         torch.cuda._sleep(10_000_000)
     torch.cuda.synchronize()
     held = (torch.cuda.max_memory_allocated() - before) / size
-    assert held < feeding.IN_FLIGHT + 2 * feeding.AHEAD + 3
+    assert held < prefetch.IN_FLIGHT + 2 * prefetch.AHEAD + 3
 
 
 @pytest.fixture

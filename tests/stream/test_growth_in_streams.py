@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+from tests.stream import tiny
 from xsmoe.nn import Recommender
 from xsmoe.stream import StreamConfig, StreamingTrainer
 from xsmoe.stream.growth import NOVELTY_ERRORS, novelty

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+from tests.stream import tiny
 from xsmoe.stream import StreamConfig
 from xsmoe.stream.config import decisive
-from xsmoe.stream.identity import identity, require_same
+from xsmoe.stream.state.compatibility import identity, require_same
 
 
 def served(saved: dict[str, Any], **options: Any) -> None:

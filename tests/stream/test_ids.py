@@ -7,26 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from capturing import Window, assert_same
-from stand_ins import CPU, Cannot, StandIn
 from torch import Tensor
 
 from bench.peak import allocations
+from tests.stand_ins import CPU, Cannot, StandIn
+from tests.stream import tiny
+from tests.stream.capturing import Window, assert_same
 from xsmoe.nn import LazyAdam, Recommender, XSMoE, lazy_adam
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream import epoch as epochs
-from xsmoe.stream.batches import StepInput
-from xsmoe.stream.checkpoints import Checkpoints
+from xsmoe.stream.batches.builder import StepInput
+from xsmoe.stream.batches.id_dropout import IdDropout
+from xsmoe.stream.batches.padding import Capacity
+from xsmoe.stream.batches.prefetch import made_ahead
 from xsmoe.stream.epoch import load_optimizer, make_optimizer, train_step
-from xsmoe.stream.evaluation import embed_items
-from xsmoe.stream.feeding import made_ahead
-from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.evaluation.full_ranking import embed_items
 from xsmoe.stream.growth import grow_ids
-from xsmoe.stream.id_dropout import IdDropout
-from xsmoe.stream.padding import Capacity
 from xsmoe.stream.precision import LossScaler, steps_taken
+from xsmoe.stream.state.checkpoints import Checkpoints
+from xsmoe.stream.state.run_folder import read_metrics
 
 ITEMS = np.arange(4000)
 
@@ -190,7 +190,7 @@ def test_chunks_of_items_keep_their_ids(monkeypatch: pytest.MonkeyPatch) -> None
     trained, items = model(), np.arange(0, 40, 3)
     torch.nn.init.normal_(trained.items.ids.weight)  # type: ignore[union-attr]
     expected = embed_items(trained, tiny.features(), items, CPU)
-    monkeypatch.setattr("xsmoe.stream.evaluation.ITEMS_A_CHUNK", 4)
+    monkeypatch.setattr("xsmoe.stream.evaluation.full_ranking.ITEMS_A_CHUNK", 4)
     torch.testing.assert_close(embed_items(trained, tiny.features(), items, CPU), expected)
 
 

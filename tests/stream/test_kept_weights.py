@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from xsmoe.app.tensorboard import TensorBoard
+from tests.stream import tiny
+from xsmoe.cli.tensorboard import TensorBoard
 from xsmoe.stream import StreamConfig, StreamingTrainer
-from xsmoe.stream.average import DECAY, averaged
+from xsmoe.stream.state.weight_average import DECAY, averaged
 
 
 class Killed(BaseException):

@@ -6,9 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+from tests.stream import tiny
 from xsmoe.stream import Stream, StreamingTrainer, epoch
 
 WINDOWS, EPOCHS = 4, 4

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+from tests.stream import tiny
 from xsmoe.data import Window, make_windows
 from xsmoe.data.ties import tie_keys
 from xsmoe.encoders import InMemoryFeatures

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
-from xsmoe.shortage import allocated, is_shortage, requested
-from xsmoe.stream import OutOfMemory, Stream, StreamConfig, StreamingTrainer, epoch, placement, testing, trainer
-from xsmoe.stream.folder import read_metrics
-from xsmoe.stream.out_of_memory import GIB, Taken, advice, fitting_batch
+from tests.stream import tiny
+from xsmoe.out_of_memory import allocated, is_shortage, requested
+from xsmoe.stream import OutOfMemory, Stream, StreamConfig, StreamingTrainer, epoch, trainer
+from xsmoe.stream.cuda.out_of_memory import GIB, Taken, advice, fitting_batch
+from xsmoe.stream.evaluation import window_evaluation
+from xsmoe.stream.hidden_states import placement
+from xsmoe.stream.state.run_folder import read_metrics
 
 SAID = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.06 GiB is "
@@ -52,7 +54,7 @@ def failing(real: Callable[..., Any], after: int, error: Exception) -> Callable[
             1,
             "window 0, epoch 2: the validation does not fit .* nor --precision .* --device",
         ),
-        (testing, "rank_targets", 0, r"the test on a window does not fit .*--batch-size \(here 5\)"),
+        (window_evaluation, "rank_targets", 0, r"the test on a window does not fit .*--batch-size \(here 5\)"),
     ],
 )
 def test_it_is_explained_and_the_run_goes_on(
@@ -77,7 +79,7 @@ def test_it_is_explained_and_the_run_goes_on(
     assert fit(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("module", [epoch, testing])
+@pytest.mark.parametrize("module", [epoch, window_evaluation])
 def test_a_cpu_has_an_error_of_its_own(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "train_step" if module is epoch else "rank_targets"
     with pytest.raises(RuntimeError) as short:
@@ -162,7 +164,7 @@ def test_a_ranking_beside_hidden_states_on_the_device_can_have_their_room(
 ) -> None:
     for module, name, place in (
         (trainer, "rank_with_model", "validation"),
-        (testing, "rank_targets", "the test on a window"),
+        (window_evaluation, "rank_targets", "the test on a window"),
     ):
         folder = tmp_path / place
         with monkeypatch.context() as patch:

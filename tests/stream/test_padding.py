@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+from tests.stream import tiny
 from xsmoe.data import Sequences
 from xsmoe.nn import Batch, Recommender, UserEncoder, XSMoE
-from xsmoe.stream.padding import ITEMS, Capacity
-from xsmoe_kernels import dispatch, in_batch_softmax_loss, use_backend
+from xsmoe.stream.batches.padding import ITEMS, Capacity
+from xsmoe_kernels import in_batch_softmax_loss, use_backend
+from xsmoe_kernels.runtime import dispatch
 
 ROOM = Capacity(9, 10)
 CATALOGUE = 400

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from bench.paper import model as paper
 from bench.paper.parameter_names import user_encoder_name
 from bench.paper.protocol import Interaction, cut_windows, split_window
+from tests.stream import tiny
 from xsmoe.data import make_windows
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
-from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, epoch, testing, trainer
+from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, epoch, trainer
+from xsmoe.stream.evaluation import window_evaluation
 
 K_CORE, THRESHOLD = 3, 0.45
 
@@ -168,7 +169,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         (epoch, "train_step", step),
         (trainer, "train_epoch", train_epoch),
         (trainer, "rank_with_model", partial(compared, trainer.rank_with_model)),
-        (testing, "rank_targets", partial(compared, testing.rank_targets)),
+        (window_evaluation, "rank_targets", partial(compared, window_evaluation.rank_targets)),
         (trainer, "grow", grow),
     ]
     for module, name, function in replacements:

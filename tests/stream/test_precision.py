@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from xsmoe.app.tensorboard import TensorBoard
+from tests.stream import tiny
+from xsmoe.cli.tensorboard import TensorBoard
 from xsmoe.data import item_share
 from xsmoe.nn import Recommender
 from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, TrainingDiverged, epoch, precision, trainer
-from xsmoe.stream.batches import StepInput
-from xsmoe.stream.checkpoints import Checkpoints
-from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.batches.builder import StepInput
 from xsmoe.stream.precision import LossScaler, autocast, autocast_dtype, hidden_dtype, steps_taken
+from xsmoe.stream.state.checkpoints import Checkpoints
+from xsmoe.stream.state.run_folder import read_metrics
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
-from xsmoe.app.profile import rows
+from tests.stream import tiny
+from xsmoe.cli.commands.profile import rows
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.profiling import STEPS, WAIT, WARM_UP, StepProfiler, require_folder
-from xsmoe_kernels.ranges import each, named_range, opening_ranges, ranges_open
+from xsmoe_kernels.runtime.profiler_ranges import each, named_range, opening_ranges, ranges_open
 
 PARTS = ["data", "encode", "attend", "loss", "backward", "optimizer"]
 CPU = torch.device("cpu")

@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 
+from tests.stream import tiny
 from xsmoe.data import Window
-from xsmoe.stream import StreamingTrainer, epoch, testing, trainer
-from xsmoe.stream.baselines import places
-from xsmoe.stream.evaluation import RankingTask
-from xsmoe.stream.seeds import derive
+from xsmoe.stream import StreamingTrainer, epoch, trainer
+from xsmoe.stream.evaluation import window_evaluation
+from xsmoe.stream.evaluation.baselines import places
+from xsmoe.stream.evaluation.full_ranking import RankingTask
+from xsmoe.stream.state.seeds import derive
 
 K_CORE = 4
 Pair = tuple[int, int]
@@ -62,7 +63,10 @@ def popularity_hits(sequences: dict[int, list[int]], counted: list[Pair], seen: 
 
 def test_what_is_ranked_seen_cold_and_popular(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks: dict[str, list[Any]] = {"validation": [], "test": []}
-    for module, name, where in ((trainer, "rank_with_model", "validation"), (testing, "rank_targets", "test")):
+    for module, name, where in (
+        (trainer, "rank_with_model", "validation"),
+        (window_evaluation, "rank_targets", "test"),
+    ):
         real = getattr(module, name)
 
         def record(model: Any, features: Any, task: Any, device: Any, where: str = where, real: Any = real) -> Any:

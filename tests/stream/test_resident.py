@@ -4,14 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny import needs_gpu
 
+from tests.stream import tiny
+from tests.stream.tiny import needs_gpu
 from xsmoe.encoders import HiddenStateStore, InMemoryFeatures, ItemFeatures, ModalitySpec
-from xsmoe.stream import Stream, StreamConfig, StreamingTrainer, resident
-from xsmoe.stream.padding import Capacity
-from xsmoe.stream.resident import ResidentFeatures, place, resident_bytes
+from xsmoe.stream import Stream, StreamConfig, StreamingTrainer
+from xsmoe.stream.batches.padding import Capacity
+from xsmoe.stream.hidden_states import device_cache
+from xsmoe.stream.hidden_states.device_cache import ResidentFeatures, place, resident_bytes
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +49,7 @@ def stored(folder: Path, dtype: torch.dtype) -> HiddenStateStore:
 def test_they_are_the_bits_of_the_host(
     kind: str, dtype: torch.dtype, wanted: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resident, "ITEMS_A_CHUNK", 7)
+    monkeypatch.setattr(device_cache, "ITEMS_A_CHUNK", 7)
     features: ItemFeatures = in_memory(dtype) if kind == "memory" else stored(tmp_path, dtype)
     placed = ResidentFeatures(features, tuple(tiny.DIMS), DEVICE)
     assert placed.dtypes == dict.fromkeys(tiny.DIMS, dtype)

@@ -4,15 +4,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+from tests.stream import tiny
 from xsmoe.data import History, Window, WindowSplits
 from xsmoe.stream import StreamConfig
-from xsmoe.stream.evaluation import RankingTask, rank_with_model
-from xsmoe.stream.memory import StreamMemory
-from xsmoe.stream.targets import Chunk, RankedTargets, rank_targets
-from xsmoe.stream.testing import evaluate_window
+from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
+from xsmoe.stream.evaluation.seen_items import StreamMemory
+from xsmoe.stream.evaluation.targets import Chunk, RankedTargets, rank_targets
+from xsmoe.stream.evaluation.window_evaluation import evaluate_window
 
 CPU = torch.device("cpu")
 ITEMS = 9
@@ -85,8 +85,8 @@ def test_targets_are_what_loops_find(
     targets: Any, max_inputs: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
-        monkeypatch.setattr("xsmoe.stream.targets.USERS_A_CHUNK", chunk)
-        monkeypatch.setattr("xsmoe.stream.targets.SEEN_A_CHUNK", chunk)
+        monkeypatch.setattr("xsmoe.stream.evaluation.targets.USERS_A_CHUNK", chunk)
+        monkeypatch.setattr("xsmoe.stream.evaluation.targets.SEEN_A_CHUNK", chunk)
     config = StreamConfig(k_core=2, max_inputs=max_inputs, targets=targets, protocol="paper")
     found, splits, history = build(config)
     loop = expected(splits, history, config)
@@ -125,8 +125,8 @@ def test_items_outside_the_candidates_are_refused() -> None:
 
 @pytest.mark.parametrize("repeats", ["rank", "miss"])
 def test_last_targets_have_the_ranks_of_a_task_of_their_own(repeats: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xsmoe.stream.targets.USERS_A_CHUNK", 3)
-    monkeypatch.setattr("xsmoe.stream.evaluation.USERS_A_CHUNK", 3)
+    monkeypatch.setattr("xsmoe.stream.evaluation.targets.USERS_A_CHUNK", 3)
+    monkeypatch.setattr("xsmoe.stream.evaluation.full_ranking.USERS_A_CHUNK", 3)
     config = StreamConfig(k_core=2, targets="all", repeats=repeats)
     targets, splits, history = build(config)
     task = RankingTask.build(splits.test, np.arange(ITEMS), history, repeats)

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+from tests.stream import tiny
 from xsmoe.data import Window
 from xsmoe.nn import Recommender
 from xsmoe.stream import CheckpointError, Stream, StreamConfig, StreamingTrainer, TrainingDiverged
-from xsmoe.stream.checkpoints import Checkpoints
-from xsmoe.stream.folder import read_metrics
+from xsmoe.stream.state.checkpoints import Checkpoints
+from xsmoe.stream.state.run_folder import read_metrics
 
 
 class Killed(BaseException):

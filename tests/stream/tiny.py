@@ -10,8 +10,8 @@ from xsmoe.data import Sequences, Window, make_windows
 from xsmoe.encoders import InMemoryFeatures, ItemFeatures
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream import Stream, StreamConfig
-from xsmoe.stream.batches import StepInput
-from xsmoe.stream.padding import Capacity
+from xsmoe.stream.batches.builder import StepInput
+from xsmoe.stream.batches.padding import Capacity
 
 DIMS = {"image": 6, "text": 4}
 NUM_ITEMS = 40

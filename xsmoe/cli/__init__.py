@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from xsmoe.cli.common import ORDER, Commands, display
-from xsmoe.cli.data import encode, prepare
-from xsmoe.cli.runs import evaluate, recommend, report, train, update
+from xsmoe.cli.data_commands import encode, prepare
+from xsmoe.cli.run_commands import evaluate, recommend, report, train, update
+from xsmoe.cli.typer_group import ORDER, Commands, make_display
 
 __all__ = ["ORDER", "app", "main"]
 
@@ -65,18 +65,18 @@ def demo(
 
     Stages that are done are not done again; a demo that was interrupted goes on, a finished one shows its results.
     """
-    from xsmoe.app.demo import DemoSettings
-    from xsmoe.app.demo import demo as run_demo
+    from xsmoe.cli.commands.demo import DemoSettings
+    from xsmoe.cli.commands.demo import demo as run_demo
 
     settings = DemoSettings(windows=windows, epochs=epochs, users=users, items=items, seed=seed)
-    run_demo(folder, settings, display(), fresh=fresh)
+    run_demo(folder, settings, make_display(), fresh=fresh)
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Show versions, devices, and which backend serves each operator and why the others do not."""
-    from xsmoe.app.info import info as show_info
+    from xsmoe.cli.commands.info import info as show_info
 
-    show_info(display(), as_json=as_json)
+    show_info(make_display(), as_json=as_json)
 
 
 for panel, commands in (

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xsmoe.atomic_files import sync_folder
 from xsmoe.encoders.manifest import (
     INDEX,
     Chunk,
@@ -27,7 +28,6 @@ from xsmoe.encoders.manifest import (
     Part,
     StoreError,
 )
-from xsmoe.files import sync_folder
 
 if sys.platform != "win32":
     import fcntl

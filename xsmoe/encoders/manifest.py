@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xsmoe.files import replace_file
+from xsmoe.atomic_files import replace_file
 
 MANIFEST = "manifest.json"
 INDEX = "items.jsonl"

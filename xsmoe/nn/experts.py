@@ -12,7 +12,8 @@ from xsmoe.nn.gate_offset import widened, with_offset
 from xsmoe.nn.merging import merge_into_nearest
 from xsmoe.nn.optimizer import SECOND_MOMENTS, Carry, Optimizers, require_held, swap_parameter
 from xsmoe.nn.top_k import top_k_mixture
-from xsmoe_kernels import FrozenExperts, Utilization, checks, side_moe
+from xsmoe_kernels import FrozenExperts, Utilization, side_moe
+from xsmoe_kernels.runtime import checks
 
 NewGate = Literal["random", "mean", "copy"]
 PruneRule = Literal["drop", "merge"]

@@ -12,7 +12,7 @@ from xsmoe.nn.item_ids import ItemIds
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
 from xsmoe.nn.side_network import Hidden, SideMoE, climb
-from xsmoe_kernels import checks
+from xsmoe_kernels.runtime import checks
 
 
 class XSMoE(Pretrained):
@@ -115,7 +115,7 @@ class XSMoE(Pretrained):
         """Condition hidden states, as `forward` takes them.
 
         Computes in float32 and rounds once. Rows pass unchanged where `condition` is "none", and until the modality is
-        fitted (`xsmoe.stream.conditioned.fit_conditions`). On a GPU this synchronizes.
+        fitted (`xsmoe.stream.hidden_states.conditioned.fit_conditions`). On a GPU this synchronizes.
 
         Args:
             modality: whose hidden states they are.

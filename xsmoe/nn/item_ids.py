@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xsmoe.nn.optimizer import Optimizers, require_held, resize_parameter, swap_parameter
-from xsmoe_kernels import checks
+from xsmoe_kernels.runtime import checks
 
 NO_ID = -1
 """Stands for the ID of an item that has none, or whose ID is left out."""

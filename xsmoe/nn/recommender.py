@@ -12,7 +12,7 @@ from xsmoe.nn.pretrained import Pretrained
 from xsmoe.nn.side_network import Hidden
 from xsmoe.nn.user_encoder import UserEncoder
 from xsmoe_kernels import in_batch_softmax_loss
-from xsmoe_kernels.ranges import named_range
+from xsmoe_kernels.runtime.profiler_ranges import named_range
 
 
 class Recommender(Pretrained):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned, PruneRule
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
-from xsmoe_kernels import checks, side_moe_group
+from xsmoe_kernels import side_moe_group
+from xsmoe_kernels.runtime import checks
 
 Hidden = Tensor | Sequence[Tensor]
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xsmoe_kernels import Utilization, grouped_mm, library, route_topk
-from xsmoe_kernels.side_moe import op
+from xsmoe_kernels import Utilization, grouped_mm, route_topk
+from xsmoe_kernels.ops.side_moe import op
+from xsmoe_kernels.runtime import registration
 
 if TYPE_CHECKING:
     from xsmoe.nn.experts import ExpertBank
@@ -41,7 +42,7 @@ def top_k_mixture(
     op.check(*operands[:-1])
     x, backbone, router, down, up = operands[:5]
     precise = torch.promote_types(x.dtype, torch.float32)
-    with library.without_autocast(x.device.type):
+    with registration.without_autocast(x.device.type):
         offset = None if bank.gate_offset is None else bank.gate_offset.to(precise)
         logits = functional.linear(x.to(precise), router.to(precise), offset)
     routing = route_topk(logits[:, 1:], chosen)

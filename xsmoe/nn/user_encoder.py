@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from xsmoe.nn.dropout import Dropout
 from xsmoe.nn.pretrained import Pretrained
-from xsmoe_kernels import checks, packed_attention
+from xsmoe_kernels import packed_attention
+from xsmoe_kernels.runtime import checks
 
 NORM_EPS = 1e-6
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xsmoe.files import replace_file
+from xsmoe.atomic_files import replace_file
 from xsmoe.report.results import POPULARITY, WindowResult, expert_births
 from xsmoe.report.style import BLUE, CYCLE, DPI, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
 from xsmoe.report.verdict import BASELINES
-from xsmoe.stream.testing import JUDGED, MODEL
+from xsmoe.stream.evaluation.window_evaluation import JUDGED, MODEL
 
 Series = tuple[str, str, str, str, Sequence[Any]]
 """A label, a colour, a marker, a kind of line, and a summary for each test."""

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xsmoe.stream.metrics import pool
-from xsmoe.stream.testing import MODEL
+from xsmoe.stream.evaluation.metrics import pool
+from xsmoe.stream.evaluation.window_evaluation import MODEL
 
 Line = Mapping[str, Any]
 

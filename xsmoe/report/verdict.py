@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from xsmoe.stream.metrics import clustered_error
-from xsmoe.stream.testing import JUDGED, MODEL
+from xsmoe.stream.evaluation.metrics import clustered_error
+from xsmoe.stream.evaluation.window_evaluation import JUDGED, MODEL
 
 Line = Mapping[str, Any]
 

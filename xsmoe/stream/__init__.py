@@ -1,10 +1,10 @@
 """Training on a stream: windows in, growth and per-window results out."""
 
-from xsmoe.stream.checkpoints import CheckpointError
 from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.cuda.out_of_memory import OutOfMemory
 from xsmoe.stream.epoch import TrainingDiverged
-from xsmoe.stream.out_of_memory import OutOfMemory
 from xsmoe.stream.source import Stream
+from xsmoe.stream.state.checkpoints import CheckpointError
 from xsmoe.stream.trainer import StreamingTrainer
 
 __all__ = ["CheckpointError", "OutOfMemory", "Stream", "StreamConfig", "StreamingTrainer", "TrainingDiverged"]

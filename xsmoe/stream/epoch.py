@@ -11,16 +11,16 @@ from torch import Tensor
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import LazyAdam, Recommender
-from xsmoe.stream.batches import StepInput
-from xsmoe.stream.captured import CapturedSteps, wanted
+from xsmoe.stream.batches.builder import StepInput
+from xsmoe.stream.batches.id_dropout import IdDropout
+from xsmoe.stream.batches.padding import Capacity
+from xsmoe.stream.batches.prefetch import feed
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.feeding import feed
+from xsmoe.stream.cuda.graph_steps import CapturedSteps, wanted
 from xsmoe.stream.growth import count_padding
-from xsmoe.stream.id_dropout import IdDropout
-from xsmoe.stream.padding import Capacity
 from xsmoe.stream.precision import LossScaler, autocast, divergence, hidden_dtype, steps_taken
-from xsmoe.stream.seeds import derive, seeded
-from xsmoe_kernels.ranges import each, named_range
+from xsmoe.stream.state.seeds import derive, seeded
+from xsmoe_kernels.runtime.profiler_ranges import each, named_range
 
 
 class TrainingDiverged(ValueError):

@@ -9,7 +9,7 @@ import torch
 
 from xsmoe.nn import XSMoE
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.seeds import derive
+from xsmoe.stream.state.seeds import derive
 
 NOVELTY_METRIC = "NDCG@10"
 NOVELTY_ERRORS = 2.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xsmoe.nn import Recommender
 from xsmoe.stream.config import StreamConfig
-from xsmoe_kernels.ranges import named_range
+from xsmoe_kernels.runtime.profiler_ranges import named_range
 
 
 def autocast_dtype(config: StreamConfig) -> torch.dtype | None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
 
-from xsmoe_kernels.ranges import opening_ranges
+from xsmoe_kernels.runtime.profiler_ranges import opening_ranges
 
 WAIT, WARM_UP, STEPS = 5, 3, 10
 """Steps that are left alone, that warm the profiler up, and that are profiled."""

@@ -3,9 +3,9 @@
 from xsmoe.data import Window
 from xsmoe.nn import Recommender
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.folder import window_digest
-from xsmoe.stream.progress import Progress
 from xsmoe.stream.source import Stream
+from xsmoe.stream.state.progress import Progress
+from xsmoe.stream.state.run_folder import window_digest
 
 MAX_USERS = 1 << 31
 """What a `History` can hold."""

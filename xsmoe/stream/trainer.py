@@ -12,30 +12,30 @@ import torch
 from xsmoe.data import Sequences, Window, WindowSplits, item_share
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
-from xsmoe.stream.average import assign, averaged
-from xsmoe.stream.best_epoch import restore, snapshot, why_last
-from xsmoe.stream.captured import WITHOUT, CapturedSteps, refusal, wanted
-from xsmoe.stream.checkpoints import CheckpointError
-from xsmoe.stream.conditioned import fit_window
 from xsmoe.stream.config import StreamConfig
+from xsmoe.stream.cuda.graph_steps import WITHOUT, CapturedSteps, refusal, wanted
+from xsmoe.stream.cuda.out_of_memory import ranking_memory, training_memory
 from xsmoe.stream.epoch import train_epoch
-from xsmoe.stream.evaluation import RankingTask, rank_with_model
-from xsmoe.stream.folder import RunFolder, window_digest
+from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
+from xsmoe.stream.evaluation.metrics import per_user, summarize
+from xsmoe.stream.evaluation.seen_items import StreamMemory
+from xsmoe.stream.evaluation.window_evaluation import evaluate_window
 from xsmoe.stream.growth import grow, grow_ids, novelty, shares
-from xsmoe.stream.identity import identity, require_same
-from xsmoe.stream.memory import StreamMemory
-from xsmoe.stream.metrics import per_user, summarize
-from xsmoe.stream.out_of_memory import ranking_memory, training_memory
-from xsmoe.stream.placement import Placement
+from xsmoe.stream.hidden_states.conditioned import fit_window
+from xsmoe.stream.hidden_states.device_cache import ResidentFeatures
+from xsmoe.stream.hidden_states.placement import Placement
 from xsmoe.stream.precision import LossScaler, autocast_dtype, loss_scaler
-from xsmoe.stream.progress import Progress
 from xsmoe.stream.requirements import require_fitting, require_next
-from xsmoe.stream.resident import ResidentFeatures
 from xsmoe.stream.resources import Stopwatch
-from xsmoe.stream.saved_conditions import split_state
 from xsmoe.stream.source import Stream
-from xsmoe.stream.testing import evaluate_window
-from xsmoe.stream.window_state import WindowState
+from xsmoe.stream.state.best_epoch import restore, snapshot, why_last
+from xsmoe.stream.state.checkpoints import CheckpointError
+from xsmoe.stream.state.compatibility import identity, require_same
+from xsmoe.stream.state.progress import Progress
+from xsmoe.stream.state.run_folder import RunFolder, window_digest
+from xsmoe.stream.state.saved_conditions import split_state
+from xsmoe.stream.state.weight_average import assign, averaged
+from xsmoe.stream.state.window_state import WindowState
 
 Listener = Callable[[str, dict[str, Any]], None]
 SELECTED_BY = "NDCG@10"

@@ -1,0 +1,112 @@
+"""Where tests of Triton kernels run: on a GPU if there is one, else in Triton's interpreter."""
+
+import dataclasses
+import functools
+import mmap
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from xsmoe_kernels.runtime import dispatch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_reason = dispatch.unavailable("side_moe", "triton", DEVICE, torch.float32)
+needs_triton = pytest.mark.skipif(_reason is not None, reason=_reason or "")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+def spread(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The same numbers, as far apart as the strides say, in memory of which only the pages that hold them are there."""
+    length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
+    if ON_GPU:
+        far = torch.empty(0, dtype=tensor.dtype, device=DEVICE).new_zeros(length)
+    else:
+        pages = mmap.mmap(-1, length * tensor.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        far = torch.frombuffer(pages, dtype=tensor.dtype)
+    return far.as_strided(tensor.shape, stride).copy_(tensor)
+
+
+def reverse_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the interpreter run a kernel's programs from the last to the first; on a GPU they run in any order."""
+    if ON_GPU:
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        columns, rows, _ = interpreter_builder.grid_dim
+        interpreter_builder.grid_idx = (columns - 1 - x, rows - 1 - y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+
+
+def leave_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the interpreter from copying arguments back, which are on the CPU already and here too large."""
+    if not ON_GPU:
+        monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: None)
+
+
+def _patch_once() -> None:
+    """Lets Triton's interpreter patch its language once a launch, instead of once for every function called in it.
+
+    Later patches find nothing left to patch, but look for it in half of the time that these tests take.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_if_needed(function: Any) -> Any:
+        used = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        return patch(function) if any(tl.core.is_builtin(language.load) for language in used) else None
+
+    interpreter._patch_lang = patch_if_needed
+
+
+def _xor_at_once() -> None:
+    """Lets Triton's interpreter reduce by exclusive or as by sums, instead of number by number: all sorting does it."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import ReduceOps
+
+    reduce = ReduceOps.generic_reduce
+
+    def reduce_faster(self: Any, values: Any) -> Any:
+        if self.combine_fn != tl.standard._xor_combine or self.axis is None:
+            return reduce(self, values)
+        (value,) = values
+        reduced = np.bitwise_xor.reduce(value.handle.data, self.axis, keepdims=self.keep_dims)
+        return [self.to_tensor(reduced, value.dtype)]
+
+    ReduceOps.generic_reduce = reduce_faster
+
+
+def _look_up_once() -> None:
+    """Lets Triton's interpreter look up NumPy's type of one of its own, instead of listing all of them each time."""
+    from triton.runtime import interpreter
+
+    list_all = interpreter._get_np_dtype
+    known = functools.cache(list_all)
+    interpreter._get_np_dtype = lambda of: list_all(of) if of.scalar.is_ptr() else known(of.scalar)
+
+
+def _leave_out_sanitizer() -> None:
+    """Spares Triton's interpreter from computing sums and products anew for an assertion that it then leaves out.
+
+    It asserts nothing unless its option `debug` is set, which nothing sets.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    assert not interpreter_builder.options.debug
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+if _reason is None and not ON_GPU:
+    _patch_once()
+    _xor_at_once()
+    _look_up_once()
+    _leave_out_sanitizer()

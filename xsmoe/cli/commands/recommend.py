@@ -1,0 +1,106 @@
+"""What a run recommends to a user."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from xsmoe.cli.display import Display
+from xsmoe.cli.trained_run import TrainedRun
+from xsmoe.data import Dataset
+from xsmoe.report import tables
+from xsmoe.stream.evaluation.full_ranking import embed_items
+from xsmoe_kernels import topk_items
+
+SHOWN_USERS = 5
+NO_TITLE = "(no text)"
+LONGEST_TITLE = 100
+
+
+def recommend(folder: Path, user: str, count: int, device: str | None, display: Display) -> None:
+    """Shows what a user took last, and the items that score highest among those that the user has not met.
+
+    Args:
+        folder: of the run.
+        user: the id, as in the dataset.
+        count: how many items to recommend.
+        device: where the model computes; default where it was trained.
+        display: where to show it.
+
+    Raises:
+        ValueError: no trained run, a count below 1, or a user that no window of the run has seen.
+    """
+    if count < 1:
+        raise ValueError(f"the number of items (-k) must be at least 1, not {count}")
+    run = TrainedRun.load(folder, device)
+    users, items, times = (
+        np.concatenate([getattr(window, name) for window in run.windows]) for name in ("users", "items", "timestamps")
+    )
+    found = np.flatnonzero(run.users == user)
+    mine = np.flatnonzero(users == found[0]) if len(found) else found
+    if not len(mine):
+        raise ValueError(f"user {user!r} is in no window of {folder}; {_examples(run, users)}")
+    last = mine[np.argsort(times[mine], kind="stable")][-run.stream.max_inputs :]
+    candidates = np.unique(items)
+    scores, chosen = _best(run, candidates, items[last], np.unique(items[mine]), count)
+
+    titles = _Titles(run)
+    display.heading(f"User {user}: {len(mine)} items taken, the last of them:")
+    rows = [[_day(times[place]), *titles.of(items[place])] for place in last]
+    display.lines(_table(["when", "item", "title"], rows))
+    display.say()
+    display.heading(f"Recommended, out of {len(candidates)} items:")
+    places = zip(scores, chosen, strict=True)
+    rows = [
+        [f"{rank}", f"{score:.3f}", *titles.of(candidates[place])]
+        for rank, (score, place) in enumerate(places, start=1)
+        if place >= 0
+    ]
+    display.lines(_table(["rank", "score", "item", "title"], rows) if rows else ["nothing: the user has met them all"])
+
+
+@torch.no_grad()
+def _best(
+    run: TrainedRun, candidates: np.ndarray, inputs: np.ndarray, seen: np.ndarray, count: int
+) -> tuple[list[float], list[int]]:
+    """Scores and places among the candidates of the items that score highest; place -1 where there are too few."""
+    device = torch.device(run.stream.device)
+    embeddings = embed_items(run.model, run.features(), candidates, device)
+    places = torch.from_numpy(np.searchsorted(candidates, inputs)).to(device)
+    met = torch.from_numpy(np.searchsorted(candidates, seen)).to(device)
+    bounds = [torch.tensor([0, len(values)], device=device) for values in (places, met)]
+    query = run.model.queries(functional.embedding(places, embeddings), bounds[0])
+    scores, ids = topk_items(query, embeddings, count, (met, bounds[1]))
+    return scores[0].tolist(), ids[0].tolist()
+
+
+class _Titles:
+    def __init__(self, run: TrainedRun) -> None:
+        items = Dataset.load(run.config.dataset).items
+        self._texts = dict(zip(items.ids, items.texts, strict=True))
+        self._ids = run.store.item_ids
+
+    def of(self, item: int) -> list[str]:
+        """An item's id and its title."""
+        name = self._ids[item]
+        title = " ".join((self._texts.get(name) or NO_TITLE).split())
+        return [name, title if len(title) <= LONGEST_TITLE else f"{title[: LONGEST_TITLE - 3]}..."]
+
+
+def _table(heading: list[str], rows: list[list[str]]) -> list[str]:
+    lines = tables.aligned([row[:-1] for row in [heading, *rows]])
+    return [f"  {line}  {row[-1]}" for line, row in zip(lines, [heading, *rows], strict=True)]
+
+
+def _day(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(int(seconds), UTC).date().isoformat()
+    except (OverflowError, ValueError, OSError):
+        return str(seconds)
+
+
+def _examples(run: TrainedRun, users: np.ndarray) -> str:
+    known = run.users[np.unique(users)]
+    return f"it knows {len(known)} users, such as {', '.join(known[:SHOWN_USERS])}"

@@ -1,3 +1,0 @@
-from xsmoe_kernels.grouped_mm.op import grouped_mm
-
-__all__ = ["grouped_mm"]

@@ -1,3 +1,0 @@
-from xsmoe_kernels.in_batch_softmax_loss.op import in_batch_softmax_loss
-
-__all__ = ["in_batch_softmax_loss"]

@@ -1,0 +1,96 @@
+"""Matrix products of consecutive groups of rows, each with its own expert's weight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels.ops.grouped_mm import reference
+from xsmoe_kernels.runtime import checks, dispatch, registration
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, num_frozen: int = 0) -> Tensor:
+    """Multiplies the rows `offsets[e]:offsets[e+1]` of x by `weight[e]`, for every expert e.
+
+    Accumulates in float32. Autocast casts x and weight. Both are differentiable; the leading num_frozen experts get a
+    weight gradient of zeros, for which nothing is computed.
+
+    Args:
+        x: (M, K), float32, bfloat16, float16 or float64; M may be 0.
+        weight: (E, K, P), of x's dtype; E may be 0.
+        offsets: (E+1,) int32 or int64 on x's device, ascending within [0, M]. Groups may be empty.
+        num_frozen: how many leading experts take no weight gradient, at most E.
+
+    Returns:
+        (M, P) in x's dtype, after autocast; rows outside the offsets are zeros.
+
+    Raises:
+        TypeError: an argument is no Tensor, of a wrong dtype, or num_frozen is no int.
+        ValueError: shapes that do not fit, several devices, num_frozen out of range, or offsets that descend or leave
+            [0, M] (their values are read on a CPU, elsewhere with XSMOE_DEBUG=1).
+    """
+    if not torch.compiler.is_compiling():
+        checks.tensor("x", x, "M", "K")
+        checks.tensor("weight", weight, "E", "K", "P")
+        checks.tensor("offsets", offsets, "E+1")
+        num_frozen = checks.integer("num_frozen", num_frozen)
+    x, weight = registration.autocast(x, weight)
+    return _operator(x, weight, offsets, num_frozen, dispatch.requested())
+
+
+def _check(x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int) -> None:
+    _, inner = checks.floating("x", x, "M", "K").shape
+    num_experts, _, _ = checks.floating("weight", weight, "E", inner, "P").shape
+    checks.index("offsets", offsets, num_experts + 1, dtypes=checks.INDEX)
+    checks.together({"x": x, "weight": weight, "offsets": offsets})
+    checks.same_dtype({"x": x, "weight": weight})
+    checks.integer("num_frozen", num_frozen, 0, num_experts, bound="the number of experts")
+    if checks.values_visible(offsets):
+        checks.ragged("offsets", offsets, x.shape[0])
+
+
+def _fake(x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, offsets, ctx.num_frozen, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, offsets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    x, weight, offsets = ctx.saved_tensors
+    need_x, need_weight, *_ = ctx.needs_input_grad
+    grad_x, grad_weight = _backward_operator(grad, x, weight, offsets, ctx.num_frozen, need_x, need_weight, ctx.backend)
+    return grad_x if need_x else None, grad_weight if need_weight else None, None, None, None
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    num_frozen: int,
+    need_x: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+
+
+_operator = registration.define(
+    "grouped_mm",
+    "(Tensor x, Tensor weight, Tensor offsets, SymInt num_frozen, str backend) -> Tensor",
+    reference=reference.forward,
+    fake=_fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_backward_operator = registration.define_backward(
+    "grouped_mm",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor offsets, SymInt num_frozen, bool need_x, bool need_weight,"
+    " str backend) -> (Tensor, Tensor)",
+    reference=reference.backward,
+    fake=_backward_fake,
+)

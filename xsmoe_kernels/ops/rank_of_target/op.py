@@ -1,0 +1,67 @@
+"""The rank of one item among all items."""
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels.ops.rank_of_target import reference
+from xsmoe_kernels.ops.scoring import item_scores
+from xsmoe_kernels.runtime import checks, dispatch, registration
+
+
+def rank_of_target(queries: Tensor, items: Tensor, targets: Tensor, seen: item_scores.Seen | None) -> Tensor:
+    """Ranks each query's target among all items by dot product, without sorting.
+
+    The rank is 1 + (items that score higher) + ceil((items that score equal) / 2), over the items that are neither in
+    seen nor the target itself, which is left out by index. The target's own score comes from the same product as the
+    others', and it is ranked even if it stands in seen. A target whose score is not finite ranks last, behind all of
+    those items; another item whose score is NaN is neither higher nor equal. Scores accumulate in float32. Autocast
+    casts queries and items. Not differentiable. At no time do all (M, C) scores exist, unless they are few.
+
+    Args:
+        queries: (M, d), float32, bfloat16, float16 or float64; M may be 0.
+        items: (C, d), of queries' dtype.
+        targets: (M,) int64, in [0, C).
+        seen: None, or (values, offsets): values (S,) int64 in [0, C), offsets (M+1,) int32 or int64 ascending within
+            [0, S]; query m has seen `values[offsets[m]:offsets[m+1]]`. An item that is listed twice is left out once.
+
+    Returns:
+        (M,) int64, from 1 to C.
+
+    Raises:
+        TypeError: an argument is no Tensor, of a wrong dtype, or seen is no pair.
+        ValueError: shapes that do not fit, several devices, or targets, seen values or offsets out of range (values
+            are read on a CPU, elsewhere with XSMOE_DEBUG=1).
+    """
+    if not torch.compiler.is_compiling():
+        item_scores.check_types(queries, items, seen)
+        checks.tensor("targets", targets, "M")
+    queries, items = registration.autocast(queries.detach(), items.detach())
+    values, offsets = (None, None) if seen is None else seen
+    return torch.ops.xsmoe.rank_of_target(queries, items, targets, values, offsets, dispatch.requested())
+
+
+def _check(queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
+    item_scores.check(queries, items, seen, seen_offsets)
+    checks.index("targets", targets, queries.shape[0])
+    if queries.shape[0] and not items.shape[0]:
+        raise ValueError(
+            f"items has no rows, and so no target for the {queries.shape[0]} rows of queries; give it items"
+        )
+    checks.together({"queries": queries, "targets": targets})
+    if checks.values_visible(targets):
+        checks.in_range("targets", targets, 0, items.shape[0])
+
+
+def _fake(
+    queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, seen_offsets: Tensor | None, backend: str
+) -> Tensor:
+    return targets.new_empty(targets.shape)
+
+
+registration.define(
+    "rank_of_target",
+    "(Tensor queries, Tensor items, Tensor targets, Tensor? seen, Tensor? seen_offsets, str backend) -> Tensor",
+    reference=reference.forward,
+    fake=_fake,
+    check=_check,
+)

@@ -1,0 +1,95 @@
+"""Top-k routing of rows to experts."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels.ops.route_topk import reference
+from xsmoe_kernels.runtime import checks, dispatch, registration
+
+
+class Routing(NamedTuple):
+    """Which experts serve which rows, N rows with k experts each.
+
+    Attributes:
+        gates: (N, k), the weight of each chosen expert, largest first, in the logits' dtype; differentiable.
+        experts: (N, k) int64, the chosen experts, in the order of their gates.
+        order: (N*k,) int64, the flat indices n*k + j sorted by expert, stably.
+        offsets: (E+1,) int64; `order[offsets[e]:offsets[e+1]]` are the places that chose expert e.
+    """
+
+    gates: Tensor
+    experts: Tensor
+    order: Tensor
+    offsets: Tensor
+
+
+def route_topk(logits: Tensor, k: int, *, renormalize: bool = True) -> Routing:
+    """Chooses the k experts with the largest logits for each row, and sorts the choices by expert.
+
+    The gates are those of a softmax over all E experts; with `renormalize` the gates of a row's k chosen experts are
+    divided by their sum. Computed in float32 (float64 for float64). Autocast leaves the logits as they are.
+
+    Args:
+        logits: (N, E) floating; N may be 0. Of equal logits the lower expert goes first.
+        k: how many experts a row gets, from 1 to E.
+        renormalize: whether a row's gates sum to 1.
+
+    Returns:
+        gates, experts, order and offsets; `order // k` are the rows that `grouped_mm` wants, with `offsets`.
+
+    Raises:
+        TypeError: logits is no floating Tensor, k no int, or renormalize no bool.
+        ValueError: logits is not (N, E), or k is out of range.
+    """
+    if not torch.compiler.is_compiling():
+        checks.tensor("logits", logits, "N", "E")
+        k = checks.integer("k", k)
+        checks.flag("renormalize", renormalize)
+    return Routing(*_operator(logits, k, renormalize, dispatch.requested()))
+
+
+def _check(logits: Tensor, k: int, renormalize: bool) -> None:
+    _, num_experts = checks.floating("logits", logits, "N", "E").shape
+    checks.integer("k", k, 1, num_experts, bound="the number of experts")
+
+
+def _fake(logits: Tensor, k: int, renormalize: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_experts = logits.shape
+    indices = logits.new_empty((num_rows, k), dtype=torch.int64)
+    order, offsets = indices.new_empty(num_rows * k), indices.new_empty(num_experts + 1)
+    return logits.new_empty((num_rows, k)), indices, order, offsets
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, ctx.renormalize, ctx.backend = inputs
+    ctx.save_for_backward(logits, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+    logits, experts = ctx.saved_tensors
+    grad_logits = _backward_operator(grad, logits, experts, ctx.renormalize, ctx.backend)
+    return grad_logits, None, None, None
+
+
+def _backward_fake(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: bool, backend: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+_operator = registration.define(
+    "route_topk",
+    "(Tensor logits, SymInt k, bool renormalize, str backend)"
+    " -> (Tensor gates, Tensor experts, Tensor order, Tensor offsets)",
+    reference=reference.forward,
+    fake=_fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_backward_operator = registration.define_backward(
+    "route_topk",
+    "(Tensor grad, Tensor logits, Tensor experts, bool renormalize, str backend) -> Tensor",
+    reference=reference.backward,
+    fake=_backward_fake,
+)

@@ -1,0 +1,313 @@
+"""`side_moe`: the public function, its checks, schema, shapes and autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels.ops.side_moe import reference
+from xsmoe_kernels.ops.side_moe.frozen_experts import FrozenExperts
+from xsmoe_kernels.ops.side_moe.utilization import Utilization
+from xsmoe_kernels.runtime import checks, dispatch, registration
+from xsmoe_kernels.runtime.precision import wide_dtype
+
+
+def side_moe(
+    x: Tensor,
+    backbone: Tensor,
+    router: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    num_frozen: int = 0,
+    frozen: FrozenExperts | None = None,
+    activation: str = "gelu",
+    utilization: Utilization | None = None,
+    row_weight: Tensor | None = None,
+    recompute: bool | None = None,
+) -> Tensor:
+    """One level of a side network: a softmax mixture of the backbone's row and of E residual experts of rank R.
+
+        g = softmax(x router^T)                          # gates of the backbone and of experts 1 .. E
+        f_e(x) = x + activation(x down_e^T) up_e
+        y = g_0 backbone + sum_e g_e f_e(x)
+
+    (arXiv 2508.05993), without a tensor of N * E * D elements, forward or backward. Differentiable once, with respect
+    to x, backbone, router, down and up; only the gradients that are needed are computed. Under `torch.autocast` these
+    and the frozen weights are cast, `row_weight` is not. Nothing here synchronises with the host.
+
+    Args:
+        x: (N, D), the side network's state; or (1, D), one state for all N rows, which costs one row of expert work.
+        backbone: (N, D), hidden states of the frozen encoder.
+        router: (E+1, D), row 0 gates the backbone, row e expert e.
+        down: (E, R, D), the experts' down projections.
+        up: (E, R, D), their up projections.
+        num_frozen: the leading experts that take no weight gradient: the gradients of `down` and `up` keep their full
+            shape, and are zero there. Gradients flow through all experts to `x` and `router`.
+        frozen: frozen experts that come before those of `down` and `up`, which then hold trainable experts only,
+            perhaps none; E counts both. Not together with `num_frozen`.
+        activation: "gelu" (exact), "gelu_tanh" (its tanh approximation) or "relu".
+        utilization: counters that grow in place by this call's rows, once even if activation checkpointing runs the
+            forward again; None counts nothing.
+        row_weight: (N,), floating: how much each row counts in `utilization`; 1 if None. Has no gradient.
+        recompute: True saves nothing of E*R columns for backward, which computes `x down^T` again; False saves it; None
+            saves it where it is at most twice as wide as x.
+
+    All tensors share one device, and all but `row_weight` one dtype: float32, bfloat16, float16 or float64. Any number
+    of rows and any strides are accepted.
+
+    Returns:
+        y, (N, D), of the inputs' dtype.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: shapes or devices that do not match, an unknown activation, `num_frozen` above E or together with
+            `frozen`, or a `utilization` of another number of experts.
+        BackendUnavailable: the backend asked for with `use_backend` cannot serve the call.
+    """
+    operands = prepare(
+        x, backbone, router, down, up, num_frozen, frozen, activation, utilization, row_weight, recompute
+    )
+    return apply(operands, utilization)
+
+
+def prepare(
+    x: Tensor,
+    backbone: Tensor,
+    router: Tensor,
+    down: Tensor,
+    up: Tensor,
+    num_frozen: int,
+    frozen: FrozenExperts | None,
+    activation: str,
+    utilization: Utilization | None,
+    row_weight: Tensor | None,
+    recompute: bool | None,
+) -> tuple[Any, ...]:
+    """The operator's arguments from those of `side_moe`, whose types it checks in eager mode."""
+    if not torch.compiler.is_compiling():
+        checks.tensor("x", x, "N", "D")
+        checks.tensor("backbone", backbone, "N", "D")
+        checks.tensor("router", router, "E+1", "D")
+        checks.tensor("down", down, "E", "R", "D")
+        checks.tensor("up", up, "E", "R", "D")
+        num_frozen = checks.integer("num_frozen", num_frozen)
+        if frozen is not None and not isinstance(frozen, FrozenExperts):
+            raise TypeError(f"frozen must be a FrozenExperts or None, not {type(frozen).__name__}")
+        if not isinstance(activation, str):
+            raise TypeError(f"activation must be a str, not {type(activation).__name__}")
+        if utilization is not None:
+            if not isinstance(utilization, Utilization):
+                raise TypeError(f"utilization must be a Utilization or None, not {type(utilization).__name__}")
+            counted, gated = utilization.num_experts, router.shape[0] - 1
+            if counted != gated:
+                raise ValueError(f"utilization counts {counted} experts, but router has rows for {gated}")
+            checks.together({"x": x, "utilization": utilization.norm})
+        if row_weight is not None:
+            checks.tensor("row_weight", row_weight, "N")
+        if recompute is not None:
+            checks.flag("recompute", recompute)
+    x, backbone, router, down, up = registration.autocast(x, backbone, router, down, up)
+    frozen_down = frozen_up = frozen_pack = None
+    if frozen is not None:
+        frozen = frozen.to(registration.autocast_dtype(frozen.down))
+        frozen_down, frozen_up, frozen_pack = frozen.down, frozen.up, frozen.pack()
+    if recompute is None:
+        saved_columns, dim = (router.shape[0] - 1) * down.shape[1], x.shape[1]
+        recompute = not torch.is_grad_enabled() or saved_columns > 2 * dim
+    return (
+        x,
+        backbone,
+        router,
+        down,
+        up,
+        frozen_down,
+        frozen_up,
+        frozen_pack,
+        None if row_weight is None else row_weight.detach(),
+        num_frozen,
+        recompute,
+        utilization is not None,
+        activation,
+        dispatch.requested(),
+    )
+
+
+def apply(operands: tuple[Any, ...], utilization: Utilization | None) -> Tensor:
+    """`side_moe` from what `prepare` gave."""
+    y, _, _, norm, gate = _operator(*operands)
+    if utilization is not None:
+        utilization.add_(norm, gate)
+    return y
+
+
+def check(
+    x: Tensor,
+    backbone: Tensor,
+    router: Tensor,
+    down: Tensor,
+    up: Tensor,
+    frozen_down: Tensor | None,
+    frozen_up: Tensor | None,
+    frozen_pack: Tensor | None,
+    row_weight: Tensor | None,
+    num_frozen: int,
+    recompute: bool,
+    count: bool,
+    activation: str,
+) -> None:
+    """Raises what `side_moe` promises to raise of dtypes, shapes, devices and numbers, after autocast."""
+    rows, dim = checks.floating("backbone", backbone, "N", "D").shape
+    checks.floating("x", x, "N", dim)
+    if x.shape[0] not in (1, rows):
+        raise ValueError(f"x must have the {rows} rows of backbone, or a single row for all of them, not {x.shape[0]}")
+    checks.floating("router", router, "E+1", dim)
+    experts, rank, _ = checks.floating("down", down, "E", "R", dim).shape
+    checks.floating("up", up, experts, rank, dim)
+    held = f"{experts} experts"
+    if frozen_down is not None:
+        ahead, _, _ = checks.floating("frozen.down", frozen_down, "F", rank, dim).shape
+        checks.floating("frozen.up", frozen_up, ahead, rank, dim)
+        experts += ahead
+        held = f"{experts} experts ({ahead} of them frozen)"
+    if experts == 0:
+        raise ValueError("down and up hold no expert, and frozen none either; give at least one")
+    if router.shape[0] != experts + 1:
+        raise ValueError(
+            f"router must have {experts + 1} rows, one for the backbone and one for each of the {held}, "
+            f"not {router.shape[0]}"
+        )
+    if frozen_down is not None and num_frozen != 0:
+        raise ValueError(
+            f"num_frozen must be 0 where frozen is given, not {num_frozen}: frozen holds the frozen experts"
+        )
+    checks.integer("num_frozen", num_frozen, 0, experts, bound="the number of experts")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
+    if row_weight is not None:
+        checks.floating("row_weight", row_weight, rows)
+    operands = {
+        "x": x,
+        "backbone": backbone,
+        "router": router,
+        "down": down,
+        "up": up,
+        "frozen.down": frozen_down,
+        "frozen.up": frozen_up,
+    }
+    checks.together(operands | {"row_weight": row_weight})
+    checks.same_dtype(operands)
+
+
+def fake(
+    x: Tensor,
+    backbone: Tensor,
+    router: Tensor,
+    down: Tensor,
+    up: Tensor,
+    frozen_down: Tensor | None,
+    frozen_up: Tensor | None,
+    frozen_pack: Tensor | None,
+    row_weight: Tensor | None,
+    num_frozen: int,
+    recompute: bool,
+    count: bool,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the operator's results."""
+    gated = router.shape[0]
+    gates = x.new_empty((x.shape[0], gated), dtype=wide_dtype(x.dtype))
+    hidden_shape = (0,) if recompute else (x.shape[0], (gated - 1) * down.shape[1])
+    counted = (gated,) if count else (0,)
+    return (
+        backbone.new_empty(backbone.shape),
+        gates,
+        x.new_empty(hidden_shape),
+        gates.new_empty(counted),
+        gates.new_empty(counted),
+    )
+
+
+def backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    backbone: Tensor,
+    router: Tensor,
+    down: Tensor,
+    up: Tensor,
+    frozen_down: Tensor | None,
+    frozen_up: Tensor | None,
+    frozen_pack: Tensor | None,
+    gates: Tensor,
+    hidden: Tensor,
+    num_frozen: int,
+    recompute: bool,
+    activation: str,
+    need_x: bool,
+    need_backbone: bool,
+    need_router: bool,
+    need_down: bool,
+    need_up: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Shapes and dtypes of the gradients."""
+    inputs = (x, backbone, router, down, up)
+    needed = (need_x, need_backbone, need_router, need_down, need_up)
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs, needed, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (
+        x,
+        backbone,
+        router,
+        down,
+        up,
+        frozen_down,
+        frozen_up,
+        frozen_pack,
+        _,
+        num_frozen,
+        recompute,
+        _,
+        activation,
+        backend,
+    ) = inputs
+    _, gates, hidden, norm, gate = output
+    # Only y has a gradient; zeros for the others would be tensors of E*R columns.
+    ctx.mark_non_differentiable(gates, hidden, norm, gate)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, backbone, router, down, up, frozen_down, frozen_up, frozen_pack, gates, hidden)
+    ctx.settings = num_frozen, recompute, activation
+    ctx.backend = backend
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 14
+    needed = ctx.needs_input_grad[:5]
+    gradients = _backward_operator(grad, *ctx.saved_tensors, *ctx.settings, *needed, ctx.backend)
+    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 9
+
+
+_operator = registration.define(
+    "side_moe",
+    "(Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, Tensor? frozen_up, "
+    "Tensor? frozen_pack, Tensor? row_weight, SymInt num_frozen, bool recompute, bool count, str activation, "
+    "str backend) -> (Tensor y, Tensor gates, Tensor hidden, Tensor norm, Tensor gate)",
+    reference=reference.forward,
+    fake=fake,
+    check=check,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_backward_operator = registration.define_backward(
+    "side_moe",
+    "(Tensor grad, Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, "
+    "Tensor? frozen_up, Tensor? frozen_pack, Tensor gates, Tensor hidden, SymInt num_frozen, bool recompute, "
+    "str activation, bool need_x, bool need_backbone, bool need_router, bool need_down, bool need_up, str backend) "
+    "-> (Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up)",
+    reference=reference.backward,
+    fake=backward_fake,
+)

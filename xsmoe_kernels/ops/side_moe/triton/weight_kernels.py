@@ -1,0 +1,181 @@
+"""The gradients of a side level's weights in Triton: sums over slices of rows, then over the slices."""
+
+import triton
+import triton.language as tl
+
+from xsmoe_kernels.ops.side_moe.triton.device_functions import padded
+from xsmoe_kernels.triton_utils.kernel_helpers import narrow, pick, product, variable
+
+
+@triton.jit
+def weight_gradient_kernel(
+    x,
+    grad,
+    grad_hidden,
+    gated,
+    grad_logits,
+    parts,
+    x_strides,
+    grad_strides,
+    hidden_offsets,
+    hidden_columns,
+    gated_columns,
+    logit_columns,
+    rows,
+    slices,
+    dims,
+    RANK_UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE_PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """parts (slices, columns, D): of each slice of rows grad_hidden^T x, gated^T grad and grad_logits^T x, stacked.
+
+    Of grad_hidden's rows the columns behind `hidden_offsets` are taken. Columns of hidden states are counted in units
+    of RANK_UNIT, which divides R.
+    """
+    level = tl.program_id(1)
+    count, dim, num_slices = variable(pick(rows, level)), pick(dims, level), variable(pick(slices, level))
+    down_columns = variable(pick(hidden_columns, level)) * RANK_UNIT
+    up_columns = variable(pick(gated_columns, level)) * RANK_UNIT
+    router_columns = variable(pick(logit_columns, level))
+    blocks = tl.cdiv(dim, BLOCK_D)
+    down_tiles, up_tiles = tl.cdiv(down_columns, BLOCK_C), tl.cdiv(up_columns, BLOCK_C)
+    tiles = down_tiles + up_tiles + tl.cdiv(router_columns, BLOCK_C)
+    column_block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    if rest >= tiles * num_slices:
+        return
+    tile, part = rest % tiles, rest // tiles
+    is_down, is_up = tile < down_tiles, (tile >= down_tiles) & (tile < down_tiles + up_tiles)
+    skipped = variable(pick(hidden_offsets, level)) * RANK_UNIT
+    own_columns = tl.where(is_down, down_columns, tl.where(is_up, up_columns, router_columns))
+    own_tile = tile - tl.where(is_down, 0, down_tiles) - tl.where(is_down | is_up, 0, up_tiles)
+    stacked = tl.where(is_down, 0, down_columns) + tl.where(is_down | is_up, 0, up_columns)
+    index = own_tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Slices are whole blocks of rows, as equal as these allow.
+    slice_rows = tl.cdiv(tl.cdiv(count, BLOCK_K), num_slices) * BLOCK_K
+    begin = part * slice_rows
+    end = min(begin + slice_rows, count)
+    if is_down | is_up:
+        total = _transposed_times(
+            tl.where(is_down, pick(grad_hidden, level) + skipped, pick(gated, level)),
+            tl.where(is_down, skipped + down_columns, up_columns),
+            index,
+            own_columns,
+            tl.where(is_up, pick(grad, level), pick(x, level)),
+            tl.where(is_up, pick(grad_strides, level), pick(x_strides, level)),
+            column,
+            dim,
+            begin,
+            end,
+            EVEN,
+            PRECISION,
+            BLOCK_C,
+            BLOCK_D,
+            BLOCK_K,
+        )
+    else:
+        # What pads the columns is read with them, for it spoils only rows that are not stored.
+        total = _transposed_times(
+            pick(grad_logits, level),
+            padded(router_columns),
+            index,
+            padded(router_columns),
+            pick(x, level),
+            pick(x_strides, level),
+            column,
+            dim,
+            begin,
+            end,
+            EVEN,
+            WIDE_PRECISION,
+            BLOCK_C,
+            BLOCK_D,
+            BLOCK_K,
+        )
+    height = down_columns + up_columns + router_columns
+    place = (part.to(tl.int64) * height + stacked + index)[:, None] * dim + column[None, :]
+    tl.store(pick(parts, level) + place, total, mask=(index < own_columns)[:, None] & (column < dim)[None, :])
+
+
+@triton.jit
+def _transposed_times(
+    left,
+    left_stride,
+    index,
+    left_columns,
+    right,
+    right_stride,
+    column,
+    dim,
+    begin,
+    end,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """left^T right over the rows from `begin` to `end`, in the dtype of left."""
+    total = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        row = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        inside = row < end
+        right_mask = inside[:, None]
+        if not EVEN:
+            right_mask = right_mask & (column < dim)[None, :]
+        states = tl.load(
+            left + index[:, None] + row[None, :] * left_stride,
+            mask=inside[None, :] & (index < left_columns)[:, None],
+            other=0.0,
+        )
+        values = tl.load(right + row[:, None] * right_stride + column[None, :], mask=right_mask, other=0.0)
+        total = product(states, values.to(states.dtype), total, PRECISION)
+    return total
+
+
+@triton.jit
+def weight_sum_kernel(
+    parts,
+    grad_down,
+    grad_up,
+    grad_router,
+    frozen_columns,
+    hidden_columns,
+    gated_columns,
+    logit_columns,
+    slices,
+    dims,
+    RANK_UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The sums over slices, as gradients of down, up and router; zeros for `frozen_columns` leading columns of the
+    former two. A program makes one row of D numbers."""
+    level = tl.program_id(1)
+    dim, num_slices = pick(dims, level), variable(pick(slices, level))
+    down_columns = variable(pick(hidden_columns, level)) * RANK_UNIT
+    up_columns = variable(pick(gated_columns, level)) * RANK_UNIT
+    router_columns, zeros = variable(pick(logit_columns, level)), variable(pick(frozen_columns, level))
+    down_rows = tl.where(down_columns > 0, down_columns + zeros, 0)
+    up_rows = tl.where(up_columns > 0, up_columns + zeros, 0)
+    number = tl.program_id(0)
+    if number >= down_rows + up_rows + router_columns:
+        return
+    is_down, is_up = number < down_rows, (number >= down_rows) & (number < down_rows + up_rows)
+    own = number - tl.where(is_down, 0, down_rows) - tl.where(is_down | is_up, 0, up_rows)
+    target = tl.where(is_down, pick(grad_down, level), tl.where(is_up, pick(grad_up, level), pick(grad_router, level)))
+    own_zeros = tl.where(is_down | is_up, zeros, 0)
+    stacked = tl.where(is_down, 0, down_columns) + tl.where(is_down | is_up, 0, up_columns) + own - own_zeros
+    height = (down_columns + up_columns + router_columns).to(tl.int64) * dim
+    for first in range(0, dim, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        inside = column < dim
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for part in range(num_slices):
+            place = part * height + stacked.to(tl.int64) * dim + column
+            total += tl.load(pick(parts, level) + place, mask=inside & (own >= own_zeros), other=0.0)
+        tl.store(target + own.to(tl.int64) * dim + column, narrow(total, grad_router[0]), mask=inside)

@@ -1,0 +1,62 @@
+"""The items that score highest for each query."""
+
+import torch
+from torch import Tensor
+
+from xsmoe_kernels.ops.scoring import item_scores
+from xsmoe_kernels.ops.topk_items import reference
+from xsmoe_kernels.runtime import checks, dispatch, precision, registration
+
+
+def topk_items(queries: Tensor, items: Tensor, k: int, seen: item_scores.Seen | None) -> tuple[Tensor, Tensor]:
+    """Finds for each query the k items with the largest dot product that it has not seen.
+
+    Of equal scores the lower id goes first. Items whose score is NaN or -inf are never returned. Where fewer than k
+    items are left, the missing places hold id -1 and score -inf. Scores accumulate in float32. Autocast casts queries
+    and items. Not differentiable. At no time do all (M, C) scores exist, unless they are few.
+
+    Args:
+        queries: (M, d), float32, bfloat16, float16 or float64; M may be 0.
+        items: (C, d), of queries' dtype.
+        k: how many places a query gets, at least 1; may exceed C.
+        seen: None, or (values, offsets): values (S,) int64 in [0, C), offsets (M+1,) int32 or int64 ascending within
+            [0, S]; query m has seen `values[offsets[m]:offsets[m+1]]`.
+
+    Returns:
+        scores (M, k) float32 (float64 for float64), descending, and ids (M, k) int64.
+
+    Raises:
+        TypeError: an argument is no Tensor, of a wrong dtype, k is no int, or seen is no pair.
+        ValueError: shapes that do not fit, several devices, k below 1, or seen values or offsets out of range (values
+            are read on a CPU, elsewhere with XSMOE_DEBUG=1).
+    """
+    if not torch.compiler.is_compiling():
+        item_scores.check_types(queries, items, seen)
+        k = checks.integer("k", k)
+    queries, items = registration.autocast(queries.detach(), items.detach())
+    values, offsets = (None, None) if seen is None else seen
+    return torch.ops.xsmoe.topk_items(queries, items, k, values, offsets, dispatch.requested())
+
+
+def _check(queries: Tensor, items: Tensor, k: int, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
+    item_scores.check(queries, items, seen, seen_offsets)
+    checks.integer("k", k, 1)
+
+
+def _fake(
+    queries: Tensor, items: Tensor, k: int, seen: Tensor | None, seen_offsets: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=precision.wide_dtype(queries.dtype)), queries.new_empty(
+        shape, dtype=torch.int64
+    )
+
+
+registration.define(
+    "topk_items",
+    "(Tensor queries, Tensor items, SymInt k, Tensor? seen, Tensor? seen_offsets, str backend)"
+    " -> (Tensor scores, Tensor ids)",
+    reference=reference.forward,
+    fake=_fake,
+    check=_check,
+)

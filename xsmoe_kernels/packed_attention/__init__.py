@@ -1,3 +1,0 @@
-from xsmoe_kernels.packed_attention.op import packed_attention
-
-__all__ = ["packed_attention"]

@@ -1,3 +1,0 @@
-from xsmoe_kernels.route_topk.op import Routing, route_topk
-
-__all__ = ["Routing", "route_topk"]

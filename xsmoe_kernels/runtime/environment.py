@@ -1,0 +1,91 @@
+"""What runs here: versions, devices, and which backend serves which operator."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from xsmoe_kernels.backends import cpu as cpu_backend
+from xsmoe_kernels.backends import cuda as cuda_backend
+from xsmoe_kernels.runtime import dispatch
+
+__version__ = "0.1.0"
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices and backends, as a dict that JSON can hold; what to attach to a report of a problem.
+
+    Returns:
+        "versions": of xsmoe_kernels, python, torch and the CUDA it was built for, triton and xformers; None where
+            absent. Triton is not imported, and xformers only to ask what it serves on a CUDA device that is there.
+        "devices": "cpu" (architecture, vector instructions torch uses, threads) and "cuda" (for each GPU its name,
+            compute capability and bytes of memory).
+        "native": what `cpu_backend.describe` returns: "tier", the instructions in use, "tiers", all
+            that run here, "compiler", "flags", "torch" and more of the build; or "unavailable", why there are none.
+        "cuda_kernels": what `cuda_backend.describe` tells of the CUDA kernels: "architectures", "compiler", "torch" and
+            more of the build; or "unavailable", why there are none.
+        "requested": what `use_backend` asks for, else "auto".
+        "operators": for each operator, backward ones included, and each type of device: "backend", the one that serves
+            float32 under "auto"; "unavailable", the reason why each other one that cannot serve does not; "by_name",
+            why each that could serves only where `use_backend` names it.
+    """
+    return {
+        "versions": {
+            "xsmoe_kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": _installed("triton"),
+            "xformers": _installed("xformers"),
+        },
+        "devices": {"cpu": _cpu(), "cuda": [_gpu(index) for index in range(torch.cuda.device_count())]},
+        "native": cpu_backend.describe(),
+        "cuda_kernels": cuda_backend.describe(),
+        "requested": dispatch.requested(),
+        "operators": {
+            operator: {device: _service(operator, device) for device in dispatch.PREFERENCE}
+            for operator in dispatch.operators()
+        },
+    }
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    return {
+        "architecture": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "memory": properties.total_memory,
+    }
+
+
+def _service(operator: str, device: str) -> dict[str, Any]:
+    if device == "cuda" and (absent := dispatch.no_gpu()) is not None:
+        return {"backend": None, "unavailable": dict.fromkeys(dispatch.BACKENDS, absent), "by_name": {}}
+    reasons = {backend: dispatch.unavailable(operator, backend, device, torch.float32) for backend in dispatch.BACKENDS}
+    return {
+        "backend": dispatch.select(operator, "auto", torch.device(device), torch.float32),
+        "unavailable": {backend: reason for backend, reason in reasons.items() if reason is not None},
+        "by_name": {
+            backend: why
+            for backend, reason in reasons.items()
+            if reason is None and (why := dispatch.by_name_only(operator, backend)) is not None
+        },
+    }

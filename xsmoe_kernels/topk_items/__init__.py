@@ -1,3 +1,0 @@
-from xsmoe_kernels.topk_items.op import topk_items
-
-__all__ = ["topk_items"]
