@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from xsmoe.shortage import is_shortage as is_out_of_memory
+from xsmoe.out_of_memory import is_shortage as is_out_of_memory
 
 T = TypeVar("T")
 Task = Callable[[int], tuple[float, ...]]

@@ -147,7 +147,9 @@ class ItemEncoder(nn.Module):
 
     def __init__(self, dims: Mapping[str, int], num_levels: int, rank: int, out_dim: int, num_experts: int = 1) -> None:
         super().__init__()
-        self.sides = nn.ModuleDict({name: SideNetwork(dim, rank, num_levels, num_experts) for name, dim in dims.items()})
+        self.sides = nn.ModuleDict(
+            {name: SideNetwork(dim, rank, num_levels, num_experts) for name, dim in dims.items()}
+        )
         self.projection = nn.Linear(sum(dims.values()), out_dim)
 
     def forward(self, hidden: Mapping[str, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from xsmoe.files import replace_file
+from xsmoe.atomic_files import replace_file
 from xsmoe.report.style import DPI, STYLE
 
 
