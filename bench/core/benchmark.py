@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.core.results import Role, Row
-from xsmoe_kernels import BackendUnavailable, dispatch
+from xsmoe_kernels import BackendUnavailable
+from xsmoe_kernels.runtime import dispatch
 
 Tensors = dict[str, Tensor]
 

@@ -28,7 +28,7 @@ from bench.core.benchmark import (
 from bench.core.memory import count_saved, measure_peak
 from bench.core.out_of_memory import first_line, is_out_of_memory, release, try_run
 from bench.core.results import Role, Row
-from xsmoe_kernels import dispatch
+from xsmoe_kernels.runtime import dispatch
 
 MEMORY_SHARE = 0.8
 """The share of free memory that a variant may use."""

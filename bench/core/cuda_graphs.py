@@ -77,13 +77,14 @@ def replayed(implementation: Implementation, device: torch.device, recorder: Rec
     return replace(implementation, prepare=prepare, step=step)
 
 
-def with_graph(variant: Variant, device: torch.device) -> Variant:
-    """Return the variant "some-graph" of the variant "some"."""
+def with_graph(variant: Variant, device: torch.device, *, baseline: bool = False) -> Variant:
+    """Return the variant "some-graph" of the variant "some"; `baseline` as in `Variant`."""
     return replace(
         variant,
         name=f"{variant.name}-graph",
         build=lambda: replayed(variant.build(), device),
         cuda_graph=True,
+        baseline=baseline,
         flop_like=variant.name,
         expected_saved_bytes=None,
     )

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from xsmoe.nn import Recommender
 from xsmoe.nn.experts import ExpertBank
-from xsmoe.stream.batches import StepInput
+from xsmoe.stream.batches.builder import StepInput
 
 NEAR = 1e-5
 """Relative to the RMS of the values; about ten times the error of float32."""
