@@ -86,7 +86,7 @@ def _matrix_table(found: Mapping[str, Found]) -> str:
     text = (
         "HR@10 % of every window's model on every window, as means over windows. own: the model on its own window. "
         "next: on the next window. later minus own: later models on a window minus the window's own model; a negative "
-        "value means forgetting. last minus own: the same of the last model only. after next: on windows after the next."
+        "value means forgetting. last minus own: the same of the last model only. after next: on all windows after that."
     )
     return "\n".join([text, "", *markdown_table(["variant", *MATRIX_COLUMNS.values()], rows)])
 

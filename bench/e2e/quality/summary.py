@@ -126,7 +126,7 @@ def matrix_summary(matrices: Sequence[Sequence[Sequence[float | None]]]) -> Foun
 
     Returns:
         "mean": the mean matrix over seeds. Means over windows, for each seed: "own", a model on its own window; "next",
-        on the next window; "backward", later models on a window minus the window's own model, negative if models forget;
+        on the next window; "backward", later models on a window minus its own model, negative if models forget;
         "last", the same of the last model only; "forward", models on windows after the next.
     """
     values = np.array(matrices, dtype=float)
