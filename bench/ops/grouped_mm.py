@@ -1,5 +1,6 @@
 """`grouped_mm`: rows sorted by expert, each group times its expert's weight, all experts but the last one frozen."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -50,7 +51,7 @@ class GroupedMM(Benchmark):
         ends[-1] = self.sizes["M"]
         bounds = [0, *ends.tolist()]
         self.starts, self.offsets = bounds[:-1], torch.tensor(bounds, device=self.device)
-        self.counts = [last - first for first, last in zip(bounds, bounds[1:], strict=False)]
+        self.counts = [last - first for first, last in itertools.pairwise(bounds)]
 
     @classmethod
     def realistic(cls, sizes: Mapping[str, int]) -> bool:

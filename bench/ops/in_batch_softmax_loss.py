@@ -130,14 +130,12 @@ class InBatchSoftmaxLoss(Benchmark):
         """
         module = load_library(name, LIBRARIES[name], self.device)
 
-        def loss(queries: Tensor, items: Tensor, targets: Tensor) -> Tensor:
-            if name == "liger":
-                found: Tensor = criterion(items, queries, targets)
-            else:
-                found = module.linear_cross_entropy(queries, items, targets)
-            return found
+        liger = module.LigerFusedLinearCrossEntropyLoss() if name == "liger" else None
 
-        criterion = module.LigerFusedLinearCrossEntropyLoss() if name == "liger" else None
+        def loss(queries: Tensor, items: Tensor, targets: Tensor) -> Tensor:
+            run = module.linear_cross_entropy if liger is None else liger
+            found: Tensor = run(queries, items, targets) if liger is None else run(items, queries, targets)
+            return found
 
         def trial() -> None:
             queries, items = (
