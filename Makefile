@@ -97,7 +97,7 @@ bench-quality: native
 		--variants growth,static,mean-gate,copy --json bench/results/quality-returning.json
 	$(BIN)/python -m bench quality --stream catalogue --folder runs/quality-catalogue --seeds 5 --jobs 2 \
 		--variants growth,mean-gate,copy --json bench/results/quality-catalogue.json
-	$(BIN)/python -m bench.quality.page --write
+	$(BIN)/python -m bench.report.docs_tables --write
 
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only

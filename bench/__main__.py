@@ -9,11 +9,11 @@ from bench import (
     compare_command,
     kernels_command,
     memory_command,
-    quality_command,
     roofline_command,
     step_command,
     stream_command,
 )
+from bench.cli import quality
 from bench.leaving import leave
 
 COMMANDS = (
@@ -22,7 +22,7 @@ COMMANDS = (
     step_command,
     memory_command,
     stream_command,
-    quality_command,
+    quality,
     roofline_command,
     compare_command,
 )

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from bench import losing, results, standing
-from bench.quality import page
+from bench.report import docs_tables
 from bench.results import Case, Row
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ def _blocks(text: str, history: Sequence[str]) -> Iterator[str]:
     """Paragraphs, tables and list items, without code, without history, and without what has a test of its own."""
     if losing.BEGIN in text:
         text = text.replace(losing.found(text), "")
-    text = page.PART.sub("", text)
+    text = docs_tables.TABLE.sub("", text)
     text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     kept = True
     for block in re.split(r"\n\s*\n", text):

@@ -1,4 +1,4 @@
-"""What the records of all runs say: means, standard errors, and differences to the base variant."""
+"""Summaries of run records: means, standard errors, and paired differences to the base variant."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.quality.run import METRICS, Record
-from bench.quality.variants import BASE, VARIANTS
+from bench.e2e.quality.run import METRICS, Record
+from bench.e2e.quality.variants import BASE, VARIANTS
 from xsmoe.stream.evaluation.metrics import clustered_error, per_user
 
 KIND, SCHEMA = "quality", 1
@@ -18,14 +18,14 @@ def summarize(records: Sequence[Record], *, shared: bool) -> dict[str, Found]:
     """Summarize every variant.
 
     Args:
-        records: of all variants and seeds, see `bench.quality.run.perform`.
-        shared: whether a user's name means the same user in all seeds.
+        records: of all variants and seeds, from `train_and_test`.
+        shared: whether a user name means the same user in all seeds.
 
     Returns:
-        By variant "sentence"; "seeds"; by metric "values", one for each seed, "mean" and "se" over seeds; "windows",
-        the mean HR@10 of each tested window over seeds; by metric "difference" to the base variant; "groups" of the
-        model's HR@10 over all targets, likewise; "verdicts", how many seeds have each; "experts", "train_seconds" and
-        "peak_rss_mib", means over seeds; and "matrix", see `matrix_summary`.
+        By variant: "sentence"; "seeds"; for each metric the "values" of the seeds, their "mean" and its standard error
+        "se"; "windows", the same of HR@10 for each tested window; "difference", the same of each metric minus the base
+        variant, paired by seed; "groups", the same of HR@10 over all targets; "verdicts", the number of seeds with each
+        verdict; "experts", "train_seconds" and "peak_rss_mib", means over seeds; "matrix", see `matrix_summary`.
     """
     by_variant: dict[str, dict[int, Record]] = {}
     for record in records:
@@ -81,13 +81,13 @@ def _variant(name: str, runs: Mapping[int, Record], base: Mapping[int, Record], 
 
 
 def pooled_values(record: Record) -> dict[str, float | None]:
-    """Return each metric over all users of all tests of a run, every user of every test with equal weight."""
+    """Return the mean of each metric over all users of all tests of a run."""
     values = _values(record)
     return {metric: float(values[metric].mean()) if len(values[metric]) else None for metric in METRICS}
 
 
 def over_seeds(values: Sequence[float | None]) -> Found:
-    """Return "values", their "mean" and its standard error "se" over seeds; None where there are too few."""
+    """Return "values", their "mean" and its standard error "se" over seeds, each None if there are too few values."""
     known = [value for value in values if value is not None]
     error = float(np.std(known, ddof=1) / math.sqrt(len(known))) if len(known) > 1 else None
     return {"values": list(values), "mean": _mean(known), "se": error}
@@ -97,12 +97,12 @@ def user_error(pairs: Sequence[tuple[Record, Record]], metric: str, *, shared: b
     """Return the standard error of a mean difference, clustered by user (`clustered_error`).
 
     Args:
-        pairs: a variant's run and the base's, for each seed.
+        pairs: the runs of a variant and of the base, for each seed.
         metric: one of `METRICS`.
-        shared: whether a user's name means the same user in all seeds.
+        shared: whether a user name means the same user in all seeds.
 
     Returns:
-        None where the two tested other users, or fewer than two.
+        None if the runs of a pair tested different users, or fewer than two.
     """
     sums: dict[tuple[int, str], float] = {}
     counts: dict[tuple[int, str], int] = {}
@@ -125,9 +125,9 @@ def matrix_summary(matrices: Sequence[Sequence[Sequence[float | None]]]) -> Foun
         matrices: for each seed a row for each model and a column for each tested window.
 
     Returns:
-        "mean" over seeds, of that shape; and, over seeds, the means over windows of "own", a model on its own window;
-        "next", on the window after it; "backward", later models on a window less its own model, which is negative where
-        models forget; "last", the same of the last model only; and "forward", models on windows after the next.
+        "mean": the mean matrix over seeds. Means over windows, for each seed: "own", a model on its own window; "next",
+        on the next window; "backward", later models on a window minus its own model, negative if models forget;
+        "last", the same of the last model only; "forward", models on windows after the next.
     """
     values = np.array(matrices, dtype=float)
     windows = values.shape[1]

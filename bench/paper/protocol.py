@@ -1,6 +1,6 @@
-"""How XSMoE's paper (arXiv 2508.05993) evaluates, as its code does: windows, splits, ranks and what they sum to.
+"""The evaluation of the XSMoE paper (arXiv 2508.05993) as its code implements it: windows, splits, ranks, metrics.
 
-It shares no code with the library, and is an oracle for tests; the bench ranks the published model with it.
+It shares no code with the library. `python -m bench stream` ranks the paper's model with it.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch import Tensor
 Interaction = tuple[object, int, int]  # user, item, timestamp
 
 
-def published_rank(scores: Tensor, target: int, history: Sequence[int]) -> float:
-    """1-based place of `target` among scores (num_items,), ties by index; inf for a target in the history."""
+def target_rank(scores: Tensor, target: int, history: Sequence[int]) -> float:
+    """Return the 1-based rank of `target` among scores (num_items,), ties by index; inf for a target in the history."""
     if target in history:
         return math.inf
     masked = scores.clone()
@@ -26,12 +26,12 @@ def published_rank(scores: Tensor, target: int, history: Sequence[int]) -> float
 
 
 def hit_ratio(ranks: Sequence[float], k: int) -> float:
-    """HR@k, between 0 and 1."""
+    """Return HR@k, between 0 and 1."""
     return sum(rank <= k for rank in ranks) / len(ranks)
 
 
 def ndcg(ranks: Sequence[float], k: int) -> float:
-    """NDCG@k with one relevant item per rank, between 0 and 1."""
+    """Return NDCG@k with one relevant item per rank, between 0 and 1."""
     return sum(1 / math.log2(rank + 1) for rank in ranks if rank <= k) / len(ranks)
 
 
@@ -41,18 +41,19 @@ class Split(NamedTuple):
     test: dict[object, list[int]]
 
 
-def published_windows(interactions: Sequence[Interaction], num_windows: int) -> list[list[Interaction]]:
-    """Windows of equal count, of (user, item, timestamp) sorted by the timestamp's text; bounds are i * n // T."""
+def cut_windows(interactions: Sequence[Interaction], num_windows: int) -> list[list[Interaction]]:
+    """Cut (user, item, timestamp) into T windows with bounds i * n // T, sorted by the timestamp as text."""
     ordered = sorted(interactions, key=lambda row: str(row[2]))
     n, t = len(ordered), num_windows
     return [ordered[i * n // t : (i + 1) * n // t] for i in range(t)]
 
 
-def published_split(window_interactions: Sequence[Interaction], k_core: int, max_items: int = 11) -> Split:
-    """Cut one window, (user, item, timestamp) in time order, into user -> items for train, validation and test.
+def split_window(window_interactions: Sequence[Interaction], k_core: int, max_items: int = 11) -> Split:
+    """Split one window, (user, item, timestamp) in time order, into items by user for train, validation and test.
 
-    Users need k_core interactions of the window. Train is the first 85 % of what is left, validation the rest, test
-    all of it; a user keeps the last max_items in each, and is in it with at least 2.
+    Users with fewer than k_core interactions in the window are dropped. Train is the first 85 % of the other
+    interactions, validation the rest, and test all of them. Each part keeps the last max_items of a user, and drops
+    users with fewer than 2.
     """
     counts = Counter(user for user, _, _ in window_interactions)
     kept = [row for row in window_interactions if counts[row[0]] >= k_core]

@@ -1,7 +1,7 @@
-"""XSMoE as its paper describes it (arXiv 2508.05993): one module per expert, Python loops, nothing clever.
+"""XSMoE as its paper describes it (arXiv 2508.05993): one module per expert, Python loops, no optimization.
 
-It is an oracle for tests and a rival of the bench. It shares no code with the library, and works as the published code
-does: an expert at a time, the loss's mask a user at a time, written where the logits lie.
+It shares no code with the library. Like the published code it computes one expert after the other, and it masks the
+logits of one user after the other, in place.
 """
 
 import copy
@@ -17,7 +17,7 @@ PADDING = 0
 
 
 class Expert(nn.Module):
-    """A bottleneck adapter with a residual."""
+    """A bottleneck adapter with a residual connection."""
 
     def __init__(self, dim: int, rank: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Expert(nn.Module):
 
 
 class Router(nn.Module):
-    """Softmax gates; row 0 gates the backbone, row e the expert number e, counted from 1."""
+    """Softmax gates. Row 0 is the gate of the backbone, row e that of expert e, counted from 1."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Router(nn.Module):
         self._replace(torch.cat([old[:row], old[row + 1 :]]))
 
     def grow(self, row: Tensor | None = None) -> None:
-        """Append one gate row: `row` (dim,), or what a fresh nn.Linear starts with."""
+        """Append one gate row: `row` (dim,), or the initial weights of a new nn.Linear."""
         old = self.linear.weight.detach()
         fresh = nn.Linear(old.shape[1], 1, bias=False).weight.detach()[0]
         self._replace(torch.cat([old, (fresh if row is None else row).to(old)[None]]))
@@ -57,7 +57,7 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """The experts of one level, and how much each branch (the backbone is branch 0) has been used."""
+    """The experts of one level, and the utilization of each branch; branch 0 is the backbone."""
 
     def __init__(self, dim: int, rank: int, num_experts: int = 1) -> None:
         super().__init__()
@@ -65,24 +65,24 @@ class MoE(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Set the counters, which are float64 and not part of the state dict, to zero."""
+        """Set the counters to zero. They are float64 and not part of the state dict."""
         self.norm_mass = torch.zeros(len(self.experts) + 1, dtype=torch.float64)
         self.gate_mass = torch.zeros(len(self.experts) + 1, dtype=torch.float64)
 
     def shares(self) -> Tensor:
-        """The experts' shares of the norms (E,), which leave the backbone out."""
+        """Return each expert's share of the norms (E,), without the backbone."""
         return self.norm_mass[1:] / self.norm_mass[1:].sum()
 
     def forward(self, x: Tensor, backbone: Tensor, gates: Tensor) -> Tensor:
         outputs = torch.stack([backbone] + [expert(x) for expert in self.experts], dim=1)
         gated = gates.unsqueeze(-1) * outputs
-        # In evaluation too: the published counters do not ask for the mode.
+        # The published code also counts in evaluation.
         self.norm_mass += gated.detach().norm(dim=-1).sum(dim=0).double().cpu()
         self.gate_mass += gates.detach().sum(dim=0).double().cpu()
         return gated.sum(dim=1)
 
     def least_used(self, tau: float) -> int | None:
-        """The expert to prune, counted from 0, if its share is below tau."""
+        """Return the least used expert, counted from 0, if its share is below tau."""
         shares = self.shares().tolist()
         least = min(range(len(shares)), key=lambda e: shares[e])
         return least if shares[least] < tau else None
@@ -95,7 +95,7 @@ class MoE(nn.Module):
         self.norm_mass, self.gate_mass = self.norm_mass[branches], self.gate_mass[branches]
 
     def grow(self) -> None:
-        """Freeze all experts and append their mean as a trainable one, with counters at zero."""
+        """Freeze all experts and append a trainable one, their mean, whose counters are zero."""
         self.experts.requires_grad_(False)
         new = copy.deepcopy(self.experts[0]).requires_grad_(True)
         with torch.no_grad():
@@ -106,7 +106,7 @@ class MoE(nn.Module):
         self.norm_mass, self.gate_mass = torch.cat([self.norm_mass, zero]), torch.cat([self.gate_mass, zero])
 
 
-class Ladder(nn.Module):
+class SideNetwork(nn.Module):
     """The side network of one modality: hidden (N, num_levels + 1, dim) -> (N, dim)."""
 
     def __init__(self, dim: int, rank: int, num_levels: int, num_experts: int = 1) -> None:
@@ -127,7 +127,7 @@ class Ladder(nn.Module):
             moe.reset()
 
     def prune(self, tau: float = 0.1) -> list[int | None]:
-        """Drop at most one expert per level; returns which one, counted from 0, for every level."""
+        """Drop at most one expert per level; return the dropped expert of each level, counted from 0, or None."""
         dropped = [moe.least_used(tau) for moe in self.moes]
         for moe, router, expert in zip(self.moes, self.routers, dropped, strict=True):
             if expert is not None:
@@ -136,37 +136,39 @@ class Ladder(nn.Module):
         return dropped
 
     def expand(self, rows: Sequence[Tensor | None] | None = None) -> None:
-        """Add one expert per level; `rows` gives every level's new gate row."""
+        """Add one expert per level; `rows` holds the new gate row of each level."""
         for moe, router, row in zip(self.moes, self.routers, rows or [None] * len(self.moes), strict=True):
             moe.grow()
             router.grow(row)
 
 
 class ItemEncoder(nn.Module):
-    """One ladder per modality, in the order given; their last x side by side, projected to (N, out_dim)."""
+    """One side network per modality, in the given order. Their outputs are concatenated and projected to (N, out_dim)."""
 
     def __init__(self, dims: Mapping[str, int], num_levels: int, rank: int, out_dim: int, num_experts: int = 1) -> None:
         super().__init__()
-        self.ladders = nn.ModuleDict({name: Ladder(dim, rank, num_levels, num_experts) for name, dim in dims.items()})
+        self.sides = nn.ModuleDict(
+            {name: SideNetwork(dim, rank, num_levels, num_experts) for name, dim in dims.items()}
+        )
         self.projection = nn.Linear(sum(dims.values()), out_dim)
 
     def forward(self, hidden: Mapping[str, Tensor]) -> Tensor:
-        return self.projection(torch.cat([ladder(hidden[name]) for name, ladder in self.ladders.items()], dim=-1))
+        return self.projection(torch.cat([side(hidden[name]) for name, side in self.sides.items()], dim=-1))
 
     def reset(self) -> None:
-        for ladder in self.ladders.values():
-            ladder.reset()
+        for side in self.sides.values():
+            side.reset()
 
     def prune(self, tau: float = 0.1) -> dict[str, list[int | None]]:
-        return {name: ladder.prune(tau) for name, ladder in self.ladders.items()}
+        return {name: side.prune(tau) for name, side in self.sides.items()}
 
     def expand(self, rows: Mapping[str, Sequence[Tensor | None]] | None = None) -> None:
-        for name, ladder in self.ladders.items():
-            ladder.expand(rows[name] if rows else None)
+        for name, side in self.sides.items():
+            side.expand(rows[name] if rows else None)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, residual, LayerNorm; `bias` is added to the attention logits."""
+    """Multi-head self-attention, residual connection, LayerNorm. `bias` is added to the attention logits."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -190,7 +192,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers with ReLU, dropout, residual, LayerNorm."""
+    """Two linear layers with ReLU, dropout, residual connection, LayerNorm."""
 
     def __init__(self, dim: int, inner: int, dropout: float) -> None:
         super().__init__()
@@ -204,7 +206,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A post-norm Transformer block."""
+    """A Transformer block with LayerNorm after each sublayer."""
 
     def __init__(self, dim: int, heads: int, inner: int, dropout: float) -> None:
         super().__init__()
@@ -216,7 +218,7 @@ class Block(nn.Module):
 
 
 class UserEncoder(nn.Module):
-    """A causal Transformer over left-padded sequences; the last input stands at position max_length - 1."""
+    """A causal Transformer over left-padded sequences. The last input has position max_length - 1."""
 
     def __init__(
         self,
@@ -239,13 +241,13 @@ class UserEncoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, log_mask: Tensor) -> Tensor:
-        """x (B, max_length, dim), log_mask (B, max_length) true at real items -> (B, max_length, dim)."""
+        """Encode x (B, max_length, dim); log_mask (B, max_length) is true at real items."""
         length = x.shape[1]
         if length != self.position_embedding.num_embeddings or log_mask.shape != x.shape[:2]:
             raise ValueError(f"sequences must be padded to max_length, got {tuple(x.shape)}, {tuple(log_mask.shape)}")
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         allowed = causal & log_mask.bool()[:, None, None, :]
-        # Finite, so that a padding query, which may see nothing, comes out finite too.
+        # A padding query may attend to nothing. A finite bias keeps its result finite.
         least = max(-1e9, torch.finfo(x.dtype).min)
         bias = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill(~allowed, least)
         x = self.dropout(self.layer_norm(x + self.position_embedding(torch.arange(length, device=x.device))))
@@ -255,19 +257,19 @@ class UserEncoder(nn.Module):
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]], max_items: int = 11) -> Tensor:
-    """Item ids (B, max_items), padded at the front."""
+    """Return item ids (B, max_items), padded at the front."""
     rows = [list(items)[-max_items:] for items in sequences]
     return torch.tensor([[PADDING] * (max_items - len(row)) + row for row in rows], dtype=torch.long)
 
 
 def gather_hidden(table: Mapping[str, Tensor], item_ids: Tensor) -> dict[str, Tensor]:
-    """Rows of the tables (num_items + 1, levels, dim) for every place of the batch; those of padding are zeros."""
+    """Gather rows of the tables (num_items + 1, levels, dim) for all places of a batch; rows of padding are zeros."""
     ids = item_ids.reshape(-1)
     return {name: rows[ids].masked_fill((ids == PADDING)[:, None, None], 0) for name, rows in table.items()}
 
 
-def published_popularity(train: Mapping[object, Sequence[int]], num_items: int) -> Tensor:
-    """Each item's share of the training interactions (num_items + 1,), float64; padding gets 1."""
+def item_popularity(train: Mapping[object, Sequence[int]], num_items: int) -> Tensor:
+    """Return each item's share of the training interactions (num_items + 1,), float64; padding has 1."""
     counts = torch.zeros(num_items + 1, dtype=torch.float64)
     for items in train.values():
         for item in items:
@@ -277,11 +279,11 @@ def published_popularity(train: Mapping[object, Sequence[int]], num_items: int) 
     return popularity
 
 
-def published_logits(queries: Tensor, embeddings: Tensor, item_ids: Tensor, popularity: Tensor) -> Tensor:
-    """Masked, corrected logits (B, S - 1, B * S) of queries (B, S - 1, d) against all places of the batch.
+def masked_logits(queries: Tensor, embeddings: Tensor, item_ids: Tensor, popularity: Tensor) -> Tensor:
+    """Return masked, logQ-corrected logits (B, S - 1, B * S) of queries (B, S - 1, d) with all places of the batch.
 
     embeddings (B, S, d), item_ids (B, S), popularity (num_items + 1,). The target of position j of user b is column
-    b * S + j + 1, the only column of the user's own items that stays open.
+    b * S + j + 1. All other columns with items of this user are masked.
     """
     batch, length = item_ids.shape
     columns = item_ids.reshape(-1)
@@ -296,25 +298,25 @@ def published_logits(queries: Tensor, embeddings: Tensor, item_ids: Tensor, popu
     return logits
 
 
-def published_cross_entropy(queries: Tensor, embeddings: Tensor, item_ids: Tensor, popularity: Tensor) -> Tensor:
-    """Mean over all positions whose input is a real item; arguments as in `published_logits`."""
-    logits = published_logits(queries, embeddings, item_ids, popularity)
+def in_batch_cross_entropy(queries: Tensor, embeddings: Tensor, item_ids: Tensor, popularity: Tensor) -> Tensor:
+    """Return the mean over all positions whose input is a real item; for the arguments see `masked_logits`."""
+    logits = masked_logits(queries, embeddings, item_ids, popularity)
     real = item_ids[:, :-1] != PADDING
     targets = torch.arange(item_ids.numel(), device=logits.device).view(item_ids.shape)[:, 1:]
     return F.cross_entropy(logits[real], targets[real])
 
 
-def published_loss(
+def training_loss(
     item_encoder: nn.Module,
     user_encoder: nn.Module,
     hidden: Mapping[str, Tensor],
     item_ids: Tensor,
     popularity: Tensor,
 ) -> Tensor:
-    """The training loss of item_ids (B, S); hidden holds (B * S, levels, dim) per modality, zeros where padded."""
+    """Return the loss of item_ids (B, S); hidden holds (B * S, levels, dim) per modality, zeros for padding."""
     embeddings = item_encoder(hidden).view(*item_ids.shape, -1)
     queries = user_encoder(embeddings[:, :-1], item_ids[:, :-1] != PADDING)
-    return published_cross_entropy(queries, embeddings, item_ids, popularity)
+    return in_batch_cross_entropy(queries, embeddings, item_ids, popularity)
 
 
 class Batch(NamedTuple):
@@ -324,7 +326,7 @@ class Batch(NamedTuple):
 
 
 class Recommender(nn.Module):
-    """Both encoders; forward is the loss."""
+    """Both encoders; forward returns the loss."""
 
     def __init__(self, item_encoder: ItemEncoder, user_encoder: UserEncoder) -> None:
         super().__init__()
@@ -332,11 +334,11 @@ class Recommender(nn.Module):
         self.user_encoder = user_encoder
 
     def forward(self, batch: Batch) -> Tensor:
-        return published_loss(self.item_encoder, self.user_encoder, *batch)
+        return training_loss(self.item_encoder, self.user_encoder, *batch)
 
 
 def train_step(model: Recommender, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
-    """One optimizer step; returns the loss before it."""
+    """Take one optimizer step; return the loss before it."""
     model.train()
     optimizer.zero_grad()
     loss = model(batch)
