@@ -136,9 +136,7 @@ def begin(device: torch.device, threads: int | None, *, timed: bool) -> dict[str
     facts = machine.describe(device)
     print(machine.line(facts), flush=True)
     if timed and machine.busy(facts):
-        print(
-            "\n**Other programs use this machine: ratios are more reliable than times, and neither much.**", flush=True
-        )
+        print(f"\n{machine.BUSY}", flush=True)
     return facts
 
 

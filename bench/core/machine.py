@@ -41,6 +41,7 @@ _GPU_FIELDS = (
     "power.limit",
     "temperature.gpu",
 )
+BUSY = "**Other programs use this machine: ratios are more reliable than times, and neither much.**"
 _ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Builds, tests, measures and sanitizes on a machine with a GPU, in parts that take eight minutes at most.
+# Build, test, measure and sanitize on a machine with a GPU, in parts of at most eight minutes.
 #
-#   bench/gpu_suite.sh [--fresh] [build|test|bench|sanitize|all] [FOLDER]
+#   bench/gpu/suite.sh [--fresh] [build|test|bench|sanitize|all] [FOLDER]
 #
-# Results go to FOLDER, by default bench/results. A part that has passed is not run again for the same commit, so that
-# the same command goes on after an interruption; --fresh runs all. Logs are in FOLDER/.gpu_suite. The exit code is 1 if
-# a part failed, 2 if there is no GPU or the command line is wrong. docs/benchmarking.md says more.
+# Results are written to FOLDER, by default bench/results. A part that has passed is not run again for the same commit,
+# so the same command continues after an interruption; --fresh runs all parts. Logs are in FOLDER/.gpu_suite. The exit
+# code is 1 if a part failed, 2 if there is no GPU or the command line is wrong. See docs/benchmarking.md.
 set -uo pipefail
 caller=$PWD
-cd "$(dirname "$0")/.." || exit 2
+cd "$(dirname "$0")/../.." || exit 2
 
 PYTHON=${PYTHON:-python3}
 PART_SECONDS=${GPU_SUITE_PART_SECONDS:-480}
 
 usage() {
-    sed -n '2,8s/^# \{0,1\}//p' bench/gpu_suite.sh >&2
+    sed -n '2,8s/^# \{0,1\}//p' bench/gpu/suite.sh >&2
     exit 2
 }
 
@@ -39,8 +39,8 @@ case $stage in
     *) usage ;;
 esac
 
-if ! gpu=$("$PYTHON" -m bench.gpu_name); then
-    echo "bench/gpu_suite.sh: torch finds no GPU here, or $PYTHON has no torch (PYTHON names another)" >&2
+if ! gpu=$("$PYTHON" -m bench.gpu.name); then
+    echo "bench/gpu/suite.sh: torch finds no GPU here, or $PYTHON has no torch (PYTHON names another)" >&2
     exit 2
 fi
 mkdir -p "$folder/.gpu_suite" || exit 2
@@ -48,7 +48,7 @@ folder=$(cd "$folder" && pwd)
 state=$folder/.gpu_suite
 [ "$fresh" = no ] || rm -f "$state"/*
 
-# What the parts depend on: the commit, and the sources themselves where they differ from it or nobody knows it.
+# The parts depend on the commit, and on the sources if they differ from it or the commit is unknown.
 sources() {
     find xsmoe_kernels xsmoe bench tests/kernels tests/stream tests/conftest.py tests/stand_ins.py csrc setup.py \
         pyproject.toml -type f \
@@ -62,25 +62,25 @@ if [ -z "$commit" ]; then
         2>/dev/null || echo yes)
     [ -z "$changed" ] || commit=$commit-$(sources)
 fi
-# The results name the same commit as the markers.
+# The results have the same commit as the markers.
 export GPU_SUITE_COMMIT=$commit
 
 failures=0
 running=
 
-# Ctrl-C stops the running part, whose marker says by now that it failed.
+# Ctrl-C stops the running part. Its marker is already "failed".
 interrupted() {
     trap '' INT TERM
     if [ -n "$running" ]; then
         kill -TERM "$running" 2>/dev/null
         wait "$running"
     fi
-    echo "bench/gpu_suite.sh: interrupted" >&2
+    echo "bench/gpu/suite.sh: interrupted" >&2
     exit 130
 }
 trap interrupted INT TERM
 
-# A marker is NAME.passed, NAME.failed or NAME.absent, and holds the commit and what there is to say.
+# A marker is NAME.passed, NAME.failed or NAME.absent. It contains the commit and a message.
 mark() {
     forget "$1"
     echo "$commit $3" >"$state/$1.$2"
@@ -94,7 +94,7 @@ marked() {
     [ "$(cut -d' ' -f1 "$state/$1.$2" 2>/dev/null)" = "$commit" ]
 }
 
-# part NAME COMMAND...: runs it once for this commit; its last lines are shown if it fails.
+# part NAME COMMAND...: run the command once for this commit; print its last lines if it fails.
 part() {
     local name=$1 begin=$SECONDS code
     shift
@@ -102,8 +102,8 @@ part() {
         echo "$name: passed before"
         return
     fi
-    # What ends this script while the part runs must not leave it passed.
-    mark "$name" failed "did not end"
+    # If this script is killed while the part runs, the part must not remain passed.
+    mark "$name" failed "did not finish"
     rm -f "$state/$name.xml"
     echo "$name: $*"
     timeout -k 10 "$PART_SECONDS" "$@" >"$state/$name.log" 2>&1 &
@@ -123,7 +123,7 @@ part() {
     fi
 }
 
-# absent NAME REASON: says why a part cannot run here, which is no failure.
+# absent NAME REASON: record why a part cannot run here. This is not a failure.
 absent() {
     mark "$1" absent "$2"
     echo "$1: left out: $2"
@@ -136,9 +136,9 @@ build() {
     else
         absent build "there is no C++ compiler ${CXX:-c++}; neither the CUDA kernels nor those for CPUs can be built"
     fi
-    # Triton's kernels do without them.
+    # Triton's kernels work without them.
     forget cuda_kernels
-    reason=$("$PYTHON" -m bench.gpu_summary --no-cuda-kernels) && absent cuda_kernels "$reason"
+    reason=$("$PYTHON" -m bench.gpu.summary --no-cuda-kernels) && absent cuda_kernels "$reason"
 }
 
 # Arguments: the part's name, what pytest's -k selects, and the files or folders.
@@ -167,14 +167,14 @@ kernels() {
 }
 
 bench() {
-    local rivals="naive,naive-autocast,naive-narrow,compiled,compiled-graph,eager,eager-graph"
+    local baselines="naive,naive-autocast,naive-narrow,compiled,compiled-graph,eager,eager-graph"
     local usual="N=2816 E=10 D=768 R=64 M=2"
-    # Which of them "auto" should take is what these decide (docs/cuda_kernels.md).
+    # These decide which backend "auto" should select (docs/cuda_kernels.md).
     local kinds="ours-triton,ours-triton-graph,ours-cuda,ours-cuda-graph"
     # shellcheck disable=SC2086 # sizes are words
     {
         kernels bench_bfloat16 "side_moe-$gpu-bfloat16.json" side_moe --dtype bfloat16 --sizes $usual \
-            --variants "$rivals,ours,ours-recompute,ours-graph,$kinds" \
+            --variants "$baselines,ours,ours-recompute,ours-graph,$kinds" \
             --against naive,naive-autocast,compiled,compiled-graph,eager-graph
         kernels bench_float16 "side_moe-$gpu-float16.json" side_moe --dtype float16 --sizes $usual \
             --variants naive-autocast,compiled-graph,eager,eager-graph,ours,ours-graph \
@@ -197,7 +197,7 @@ bench() {
         kernels "bench_topk_$dtype" "topk-$gpu-$dtype.json" topk_items --dtype "$dtype" --seconds 2 \
             --variants chunked,tiled,ours,ours-graph --against chunked,tiled
     done
-    # What counting costs a whole step.
+    # The cost of counting in a whole step.
     part bench_counters "$PYTHON" -m bench step mean --dtype bfloat16 --device cuda --variants ours,ours-uncounted \
         --against ours-uncounted --json "$folder/counters-$gpu-bfloat16.json"
     part bench_step "$PYTHON" -m bench step --dtype bfloat16 --device cuda --json "$folder/step-$gpu-bfloat16.json"
@@ -207,18 +207,18 @@ bench() {
             --json "$folder/memory-$name-$gpu-bfloat16.json" --snapshot "$folder/memory-$name-$gpu-snapshot.pickle" \
             --plot "$folder/memory-$gpu"
     done
-    # Windows as experts grow: eagerly, where the parts of a step are told apart, and as CUDA graphs, which are captured
-    # anew in every window.
+    # Windows as the number of experts grows: eagerly, which separates the parts of a step, and as CUDA graphs, which are
+    # captured again in every window.
     part stream "$PYTHON" -m bench stream --dtype bfloat16 --device cuda --top-k 2 --epochs 10 \
         --json "$folder/stream-$gpu-bfloat16.json"
     part stream_graph "$PYTHON" -m bench stream --dtype bfloat16 --device cuda --top-k 2 --epochs 10 --graph \
         --json "$folder/stream-graph-$gpu-bfloat16.json"
-    part profile "$PYTHON" -m bench.profiled --out "$folder/side_moe-profile-$gpu.txt"
-    part profile_step "$PYTHON" -m bench.profiled mean --out "$folder/step-profile-$gpu.txt"
-    # The measurements under it may be new.
+    part profile "$PYTHON" -m bench.cli.profile --out "$folder/side_moe-profile-$gpu.txt"
+    part profile_step "$PYTHON" -m bench.cli.profile mean --out "$folder/step-profile-$gpu.txt"
+    # Its inputs may be new.
     forget roofline
     if "$PYTHON" -c "import matplotlib" 2>/dev/null; then
-        # Of what was measured: a part that failed leaves nothing, or only its first cases.
+        # A failed part writes no file, or a file with its first cases only.
         local steps=() file
         for file in "side_moe-$gpu-bfloat16" "side_moe-$gpu-bfloat16-sizes" "step-$gpu-bfloat16"; do
             [ ! -s "$folder/$file.json" ] || steps+=("$folder/$file.json")
@@ -233,17 +233,17 @@ bench() {
     fi
 }
 
-# Says what is wrong with compute-sanitizer here, and nothing if it works.
+# Print why compute-sanitizer does not work here; print nothing if it works.
 sanitizer_fails() {
     local said
     said=$(timeout -k 10 120 "$1" --tool memcheck --report-api-errors no --error-exitcode 9 \
         "$PYTHON" -c "import torch; torch.ones(3, device='cuda').sum().item()" 2>&1 </dev/null) && return
     said=$(grep -i -m 1 error <<<"$said" || tail -n 1 <<<"$said")
-    echo "compute-sanitizer does not work here: ${said:-it says nothing}"
+    echo "compute-sanitizer does not work here: ${said:-it prints nothing}"
 }
 
 sanitize() {
-    local tool wrong="compute-sanitizer is not here" check room flags
+    local tool wrong="compute-sanitizer is not installed" check problem flags
     tool=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) && wrong=$(sanitizer_fails "$tool")
     for check in memcheck racecheck synccheck; do
         forget "$check"
@@ -252,9 +252,9 @@ sanitize() {
             continue
         fi
         flags=
-        # What torch asks the driver for, and is refused, is no error of a kernel.
+        # A driver call of torch that is refused is not an error of a kernel.
         [ "$check" != memcheck ] || flags="--report-api-errors no"
-        for room in "side_moe side_moe N=300 E=3 D=768 R=64 M=2" "side_moe_small side_moe N=300 E=3 D=48 R=8 M=2" \
+        for problem in "side_moe side_moe N=300 E=3 D=768 R=64 M=2" "side_moe_small side_moe N=300 E=3 D=48 R=8 M=2" \
             "side_moe_many side_moe N=300 E=33 D=64 R=16 M=2 --dtype float32" \
             "route_topk route_topk N=300 E=5 k=2" "route_topk_wide route_topk N=3000 E=300 k=3 --dtype float32" \
             "route_topk_narrow route_topk N=3000 E=40 k=2 --dtype float32" "grouped_mm grouped_mm M=300 E=3 K=48 P=8" \
@@ -262,10 +262,10 @@ sanitize() {
             "rank_of_target_wide rank_of_target M=150 C=900 d=48 --dtype float32" \
             "rank_of_target_odd rank_of_target M=20 C=900 d=37 --dtype float32" \
             "loss in_batch_softmax_loss B=30 C=290 d=40"; do
-            # Every tensor in an allocation of its own, so that what lies beyond it is seen.
-            # shellcheck disable=SC2086 # the flags' and the room's words
-            part "${check}_${room%% *}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-                "$tool" --tool "$check" $flags --error-exitcode 9 "$PYTHON" -m bench.gpu_sanitize ${room#* }
+            # Each tensor gets its own allocation, so that an access beyond it is detected.
+            # shellcheck disable=SC2086 # the words of the flags and of the problem
+            part "${check}_${problem%% *}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+                "$tool" --tool "$check" $flags --error-exitcode 9 "$PYTHON" -m bench.gpu.sanitize ${problem#* }
         done
     done
 }
@@ -284,7 +284,7 @@ case $stage in
 esac
 
 echo
-"$PYTHON" -m bench.gpu_summary "$folder" --commit "$commit" | tee "$folder/gpu-suite-$gpu.md" ||
+"$PYTHON" -m bench.gpu.summary "$folder" --commit "$commit" | tee "$folder/gpu-suite-$gpu.md" ||
     failures=$((failures + 1))
 for failed in "$state"/*.failed; do
     failed=${failed##*/}
