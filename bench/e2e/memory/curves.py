@@ -1,4 +1,4 @@
-"""How bytes grow along a sweep: its points, and the straight line through them."""
+"""The sweeps among cases, and the straight line through the points of a sweep."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.results import Case, Row
+from bench.core.results import Case, Row
 
 STRAIGHT = 0.05
-"""Points that lie off their line by more of the largest of them are on none."""
+"""The largest distance of a point from a straight line, as a share of the largest point."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Cases of which one size differs, in its order.
+    """Cases that differ in one size only, in the order of that size.
 
     Attributes:
-        letter: that size's.
+        letter: of that size.
         cases: at least one.
     """
 
@@ -26,12 +26,12 @@ class Curve:
 
     @property
     def first(self) -> Case:
-        """A case that stands for what all of them have in common."""
+        """Return a case, for what all cases have in common."""
         return self.cases[0]
 
     @property
     def fixed(self) -> dict[str, int]:
-        """The sizes that do not differ."""
+        """Return the sizes that do not differ."""
         return {letter: size for letter, size in self.first.sizes.items() if letter != self.letter}
 
     @property
@@ -43,11 +43,11 @@ class Curve:
         return list(dict.fromkeys(row.variant for case in self.cases for row in case.rows))
 
     def rows(self, variant: str) -> list[Row | None]:
-        """A variant's row of each case, None where it has none."""
+        """Return a variant's row of each case, or None."""
         return [next((row for row in case.rows if row.variant == variant), None) for case in self.cases]
 
     def points(self, variant: str, value: Callable[[Row], int | None]) -> list[tuple[int, int]]:
-        """Size and bytes, of the points where a variant was measured."""
+        """Return sizes and bytes of the cases in which a variant was measured."""
         found = [(size, row) for size, row in zip(self.values, self.rows(variant), strict=True) if row is not None]
         return [(size, held) for size, row in found if row.status == "measured" and (held := value(row)) is not None]
 
@@ -56,8 +56,8 @@ class Line(NamedTuple):
     """The straight line through some points.
 
     Attributes:
-        slope: bytes for one more of what is swept.
-        straight: whether the points lie on it, but for `STRAIGHT` of the largest.
+        slope: bytes per unit of the size.
+        straight: whether no point is further from the line than `STRAIGHT`.
     """
 
     slope: float
@@ -65,7 +65,7 @@ class Line(NamedTuple):
 
 
 def curves(cases: Iterable[Case]) -> list[Curve]:
-    """The sweeps among cases, which differ in one size only; a case of no sweep is a curve by itself."""
+    """Return the sweeps among cases. A case that belongs to no sweep is a curve of its own."""
     groups: dict[tuple[object, ...], dict[int, Case]] = {}
     every = list(cases)
     for case in every:
@@ -80,7 +80,7 @@ def curves(cases: Iterable[Case]) -> list[Curve]:
 
 
 def fit(points: Sequence[tuple[int, int]]) -> Line | None:
-    """The line of least squares, or None through fewer than two points."""
+    """Return the least-squares line; None for fewer than two points."""
     if len(points) < 2:
         return None
     sizes, held = (np.asarray(values, dtype=np.float64) for values in zip(*points, strict=True))

@@ -1,25 +1,26 @@
-"""Which sizes are measured: a centre, and for some letters the values that are taken while the others stay there."""
+"""The sizes of memory sweeps: one size changes at a time, and the others stay at a centre."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 
-from bench import kernels, steps
-from bench.workload import Workload
+from bench.core.benchmark import Benchmark, load_benchmark
+from bench.e2e.step import STEPS
+from bench.ops import OPERATORS
 
 
 @dataclass(frozen=True)
 class Swept:
-    """A room whose memory is measured.
+    """A benchmark whose memory is measured.
 
     Attributes:
-        house, name: the package of rooms, and what the room is called there.
-        centre: a size for each letter.
-        values: those of the letters that are swept.
-        cuda_centre, quick_centre, quick_values: what differs on a GPU and with `--quick`.
+        registry, name: the benchmark.
+        centre: the value of each size letter.
+        values: the values of the swept letters.
+        quick_values: `values` with `--quick`.
+        quick_centre, cuda_centre: what differs from `centre` with `--quick` and on a GPU.
     """
 
-    house: ModuleType
+    registry: Mapping[str, str]
     name: str
     centre: Mapping[str, int]
     values: Mapping[str, Sequence[int]]
@@ -28,15 +29,13 @@ class Swept:
     cuda_centre: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def kind(self) -> type[Workload]:
-        """The room itself."""
-        found: type[Workload] = self.house.room(self.name)
-        return found
+    def kind(self) -> type[Benchmark]:
+        return load_benchmark(self.registry, self.name)
 
 
 def _step(pooling: str) -> Swept:
     return Swept(
-        steps,
+        STEPS,
         pooling,
         centre={"B": 256, "I": 5000, "E": 8, "M": 2, "D": 768, "R": 64},
         values={"E": (1, 2, 4, 8, 12), "B": (32, 64, 128, 256), "M": (1, 2, 3)},
@@ -47,7 +46,7 @@ def _step(pooling: str) -> Swept:
 
 SWEPT: dict[str, Swept] = {
     "side_moe": Swept(
-        kernels,
+        OPERATORS,
         "side_moe",
         centre={"N": 2816, "E": 10, "D": 768, "R": 64, "M": 1},
         values={"E": (1, 2, 4, 10, 20, 32), "N": (256, 1024, 2816, 8192), "R": (16, 32, 64, 128)},
@@ -62,13 +61,13 @@ SWEPT: dict[str, Swept] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """The sweeps of a room: a centre, and the values of each letter that changes."""
+    """The sweeps of a benchmark: a centre, and the values of each letter that changes."""
 
     centre: dict[str, int]
     values: dict[str, tuple[int, ...]]
 
     def sweeps(self) -> Iterator[tuple[str, list[dict[str, int]]]]:
-        """Each letter that changes, with the sizes of its points; at least one sweep, if of the centre alone."""
+        """Yield each swept letter with the sizes of its points. Without a swept letter, yield the centre alone."""
         if not self.values:
             yield next(iter(self.centre)), [self.centre]
         for letter, values in self.values.items():
@@ -76,26 +75,26 @@ class Plan:
 
 
 def plan(swept: Swept, asked: Mapping[str, Sequence[int]], *, quick: bool, cuda: bool) -> Plan:
-    """The sweeps of a room.
+    """Return the sweeps of a benchmark.
 
     Args:
-        swept: the room.
-        asked: what replaces its sizes. One value moves the centre and ends the letter's sweep, several sweep it; of
-            those the centre is the usual one if it is among them, else the middle one. Letters of other rooms are
-            passed over.
-        quick: whether the sizes are those of `--quick`.
-        cuda: whether they are those of a GPU.
+        swept: the benchmark.
+        asked: sizes of the command line. One value moves the centre and removes the letter's sweep. Several values are
+            swept; the centre is the usual value if it is among them, and the middle value otherwise. Letters that the
+            benchmark does not have are ignored.
+        quick: whether `--quick` was given.
+        cuda: whether the device is a GPU.
     """
     centre = {**swept.centre, **(swept.cuda_centre if cuda else {}), **(swept.quick_centre if quick else {})}
     values = {letter: tuple(one) for letter, one in (swept.quick_values if quick else swept.values).items()}
     for letter, given in asked.items():
         if letter not in centre:
             continue
-        taken = tuple(sorted(set(given)))
-        if centre[letter] not in taken:
-            centre[letter] = taken[len(taken) // 2]
-        if len(taken) > 1:
-            values[letter] = taken
+        chosen = tuple(sorted(set(given)))
+        if centre[letter] not in chosen:
+            centre[letter] = chosen[len(chosen) // 2]
+        if len(chosen) > 1:
+            values[letter] = chosen
         else:
             values.pop(letter, None)
     return Plan(centre, values)
