@@ -1,4 +1,4 @@
-"""`python -m bench all`: its folder, its summary, and what becomes of parts that fail or are interrupted."""
+"""`python -m bench all`: its folder, its summary, and parts that fail or are interrupted."""
 
 from argparse import ArgumentParser
 from dataclasses import replace
@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import all_command, kernels_command, results, step_command, stream_command, summary
 from bench.__main__ import main
-from bench.all_command import Part
-from bench.results import Row
-from bench.stream import records
-from bench.workload import Workload
-from tests.bench.helpers import case, row, run, timing
+from bench.cli import all as all_command
+from bench.cli import kernels, step, stream
+from bench.cli.all import Part
+from bench.core import results
+from bench.core.benchmark import Benchmark
+from bench.e2e.stream import records
+from bench.report import summary
+from tests.bench.helpers import case, row, run, timing, unmeasured
 
 ROUTING = ("route_topk", "--sizes", "N=5", "E=3,4", "--variants", "eager,ours", "--seconds", "0.01")
 GROUPED = (
@@ -38,12 +40,12 @@ def parts(*found: Part) -> tuple[Part, ...]:
     return found
 
 
-def test_everything_lands_in_a_folder_and_in_one_table(
+def test_all_results_are_in_a_folder_and_in_one_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kernels = Part("kernels", kernels_command, (), GROUPED, "all but nothing")
-    stream = Part("stream", stream_command, (), STREAM, told=all_command._of_stream)
-    monkeypatch.setattr(all_command, "PARTS", parts(kernels, stream))
+    timed = Part("kernels", kernels, (), GROUPED, "all but nothing")
+    streamed = Part("stream", stream, (), STREAM, notes=all_command._stream_notes)
+    monkeypatch.setattr(all_command, "PARTS", parts(timed, streamed))
     folder = tmp_path / "new" / "folder"
     assert main(["all", "--quick", "--folder", str(folder)]) == 0
     printed = capsys.readouterr().out
@@ -60,7 +62,7 @@ def test_everything_lands_in_a_folder_and_in_one_table(
         ["stream step float32 mean batch=8 E=1", "ours"],
         ["stream step float32 mean batch=8 E=2", "ours"],
     ]
-    assert rows[0][2:8] == ["rounds", "ms", "x published", "x eager", "x compiled", "x library"]
+    assert rows[0][2:8] == ["rounds", "ms", "x paper", "x eager", "x compiled", "x library"]
     assert int(rows[2][2].partition(",")[0]) == results.load(folder / "kernels.json").cases[0].rounds
     assert rows[2][5].endswith("(loop)")
     assert rows[2][7] == "absent"
@@ -69,21 +71,21 @@ def test_everything_lands_in_a_folder_and_in_one_table(
     assert "- absent: grouped_mm megablocks, M=9 E=2 K=4 P=8: megablocks needs a CUDA device, not cpu" in text
     assert "- ours: a training step " in text
     assert "left out of --quick: all but nothing" in text
-    assert "## Slower than a rival" in text
+    assert "## Slower than a baseline" in text
 
 
 def test_a_part_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = kernels_command.measure
+    real = kernels.measure
 
-    def measure(workload: Workload, *given: object, **settings: object) -> results.Case:
-        if workload.operator == "route_topk":
+    def measure(benchmark: Benchmark, *given: object, **settings: object) -> results.Case:
+        if benchmark.operator == "route_topk":
             raise RuntimeError("no such thing")
-        return real(workload, *given, **settings)  # type: ignore[arg-type]
+        return real(benchmark, *given, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kernels_command, "measure", measure)
-    found = parts(Part("first", kernels_command, ROUTING, ()), Part("second", kernels_command, GROUPED, ()))
+    monkeypatch.setattr(kernels, "measure", measure)
+    found = parts(Part("first", kernels, ROUTING, ()), Part("second", kernels, GROUPED, ()))
     monkeypatch.setattr(all_command, "PARTS", found)
     assert main(["all", "--folder", str(tmp_path / "out")]) == 1
     text = (tmp_path / "out" / "summary.md").read_text()
@@ -92,18 +94,18 @@ def test_a_part_that_fails_stops_no_other(
     assert "RuntimeError: no such thing" in capsys.readouterr().err
 
 
-def test_what_was_done_before_an_interruption_is_summed_up(
+def test_the_summary_has_what_was_measured_before_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = kernels_command.measure
+    real = kernels.measure
 
-    def measure(workload: Workload, *given: object, **settings: object) -> results.Case:
-        if workload.sizes["E"] == 4:
+    def measure(benchmark: Benchmark, *given: object, **settings: object) -> results.Case:
+        if benchmark.sizes["E"] == 4:
             raise KeyboardInterrupt
-        return real(workload, *given, **settings)  # type: ignore[arg-type]
+        return real(benchmark, *given, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kernels_command, "measure", measure)
-    found = parts(Part("first", kernels_command, ROUTING, ()), Part("second", kernels_command, GROUPED, ()))
+    monkeypatch.setattr(kernels, "measure", measure)
+    found = parts(Part("first", kernels, ROUTING, ()), Part("second", kernels, GROUPED, ()))
     monkeypatch.setattr(all_command, "PARTS", found)
     assert main(["all", "--folder", str(tmp_path)]) == 130
     text = (tmp_path / "summary.md").read_text()
@@ -117,7 +119,7 @@ def test_what_was_done_before_an_interruption_is_summed_up(
 def test_earlier_results_are_not_mixed_with_new_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "summary.md").touch()
     assert main(["all", "--folder", str(tmp_path)]) == 2
-    assert f"--folder: {tmp_path / 'summary.md'} is there already; name another" in capsys.readouterr().err
+    assert f"--folder: {tmp_path / 'summary.md'} exists already; name another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_earlier_results_are_not_mixed_with_new_ones(tmp_path: Path, capsys: pyt
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch finds no CUDA device here")]),
     ],
 )
-def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["all", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -136,23 +138,23 @@ def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.C
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("part", all_command.PARTS, ids=lambda part: part.name)
-def test_what_the_parts_are_asked_for_there_is(part: Part, quick: bool, dtype: str, tmp_path: Path) -> None:
+def test_the_arguments_of_the_parts_are_valid(part: Part, quick: bool, dtype: str, tmp_path: Path) -> None:
     parser = ArgumentParser()
     all_command.add_to(parser.add_subparsers())
     chosen = parser.parse_args(["all", "--dtype", dtype, "--threads", "2", *(["--quick"] if quick else [])])
-    given = all_command._arguments(part, chosen, tmp_path)
+    given = all_command.arguments(part, chosen, tmp_path)
     parser = ArgumentParser()
     part.command.add_to(parser.add_subparsers())
     options = parser.parse_args(given)
     assert options.json == tmp_path / f"{part.name}.json"
     assert options.threads == 2
-    if part.command in (kernels_command, step_command):
-        planned = list(kernels_command.plan(options, torch.device("cpu")))
+    if part.command in (kernels, step):
+        planned = list(kernels.plan(options, torch.device("cpu")))
         assert {kind.operator for kind, *_ in planned} >= {"training_step_mean"} or len(planned) >= 7
         assert all("ours" in names for _, _, names, _ in planned)
         assert len(planned) <= 9 or not quick
-    if part.command is stream_command:
-        assert stream_command.settings_of(options).dtype == dtype
+    if part.command is stream:
+        assert stream.settings_of(options).dtype == dtype
 
 
 def test_a_summary_names_what_is_missing_and_what_is_slower() -> None:
@@ -160,12 +162,12 @@ def test_a_summary_names_what_is_missing_and_what_is_slower() -> None:
         case(
             row("naive", 40 << 20, both=timing(4e-3)),
             row("eager", 30 << 20, both=timing(1e-3)),
-            Row("compiled", "skipped", "memory is short"),
+            unmeasured("compiled", "skipped", "out of memory"),
             row("ours", 8 << 20, both=timing(2e-3)),
-            replace(row("ours-recompute"), status="refused", reason="y: error 1", passes={}),
+            unmeasured("ours-recompute", "refused", "y: error 1"),
         ),
         case(
-            Row("compiled", "skipped", "memory is short"),
+            unmeasured("compiled", "skipped", "out of memory"),
             row("eager", 3 << 20, both=timing(*[4e-3] * 7, 8e-3)),
             row("ours", 2 << 20, both=timing(*[2e-3] * 8)),
             sizes={"N": 7, "E": 2},
@@ -183,18 +185,18 @@ def test_a_summary_names_what_is_missing_and_what_is_slower() -> None:
     assert second[:5] == ["8", "2.00", "", "2.00, 2.00-2.60 (eager)", "skipped"]
     assert second[7] == "3.0 (eager)"
     assert (
-        "- refused: side_moe ours-recompute, N=5 E=2: y: error 1\n- skipped: side_moe compiled, 2 sizes: memory" in text
+        "- refused: side_moe ours-recompute, N=5 E=2: y: error 1\n- skipped: side_moe compiled, 2 sizes: out of" in text
     )
     assert (
         "- side_moe float32 N=5 E=2: ours 0.50 times as fast as eager (0.50-0.50), 2.00 and 1.00 ms; few rounds: 1\n"
         in text
     )
-    assert "N=7" not in text.partition("## Slower than a rival")[2]
+    assert "N=7" not in text.partition("## Slower than a baseline")[2]
     assert text.startswith("# Benchmarks\n\na processor, 2 cores")
 
 
-def test_a_summary_marks_who_solves_an_easier_problem() -> None:
-    easier = "solves another problem: the same without x"
+def test_a_summary_marks_variants_of_an_easier_problem() -> None:
+    easier = "the same without x"
     liger, plain = row("liger", 1 << 20, easier, both=timing(2.0)), row("ours-plain", 1 << 20, easier, both=timing(1.0))
     text = summary.report([run(case(row("eager", both=timing(8.0)), liger, row("ours", both=timing(4.0)), plain))], [],
                           [], [])  # fmt: skip
@@ -204,7 +206,7 @@ def test_a_summary_marks_who_solves_an_easier_problem() -> None:
     ours, easy = (dict(zip(names, one, strict=True)) for one in cells)
     assert (ours["variant"], ours["x eager"], ours["x library"]) == ("ours", "2.00, 2.00-2.00 (eager)", "")
     assert (easy["variant"], easy["x eager"], easy["x library"]) == ("ours-plain*", "", "2.00, 2.00-2.00 (liger*)")
-    assert "\n* liger, ours-plain solves another problem: the same without x; compared with each other only\n" in text
+    assert "\n* liger, ours-plain: solves another problem: the same without x; compared with each other only\n" in text
 
 
 def test_a_summary_of_nothing_says_so() -> None:

@@ -1,4 +1,4 @@
-"""`python -m bench ... | head`: who reads no further gets no traceback, and stops what nobody sees."""
+"""`python -m bench ... | head`: a closed pipe ends a command without a traceback."""
 
 import os
 import subprocess
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from bench import all_command, stream_command
 from bench.__main__ import main
-from bench.leaving import READER_GONE, leave
-from bench.machine import ROOT
+from bench.cli import all as all_command
+from bench.cli import stream
+from bench.cli.broken_pipe import BROKEN_PIPE, run_and_exit
+from bench.core.machine import ROOT
 
 
 def unread(*arguments: str) -> tuple[int, str]:
-    """The exit code, and what stands on standard error, of a command whose output nobody reads."""
+    """Return the exit code and standard error of a command whose output nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -29,22 +30,22 @@ def unread(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["bench.losing", "--passes"],
+        ["bench.report.slowdowns", "--passes"],
         ["bench", "kernels", "route_topk", "--sizes", "N=5", "E=3", "--variants", "ours", "--seconds", "0.01"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
 def test_a_closed_pipe_ends_a_command_quietly(arguments: list[str]) -> None:
-    assert unread(*arguments) == (READER_GONE, "")
+    assert unread(*arguments) == (BROKEN_PIPE, "")
 
 
-def test_every_command_leaves_in_that_way() -> None:
-    for path in (ROOT / "bench").glob("*.py"):
+def test_every_command_exits_in_that_way() -> None:
+    for path in (ROOT / "bench").rglob("*.py"):
         _, begins, ends = path.read_text().partition('if __name__ == "__main__":\n')
-        assert not begins or ends == "    leave(main)\n", path.name
+        assert not begins or ends == "    run_and_exit(main)\n", path.name
 
 
-def test_a_closed_pipe_is_no_mistake_in_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_is_not_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(*_: object) -> int:
         raise BrokenPipeError
 
@@ -54,24 +55,24 @@ def test_a_closed_pipe_is_no_mistake_in_the_command_line(tmp_path: Path, monkeyp
         main(["stream", "--show", str(tmp_path / "stream.json")])
 
 
-def test_another_pipe_that_breaks_is_an_error() -> None:
+def test_another_broken_pipe_is_an_error() -> None:
     def broken() -> int:
         raise BrokenPipeError("a process of ours has gone")
 
     with pytest.raises(BrokenPipeError, match="a process of ours has gone"):
-        leave(broken)
+        run_and_exit(broken)
 
 
 @pytest.mark.parametrize(("ends", "code"), [(lambda: 1, 1), (lambda: sys.exit(2), 2)])
 def test_exit_codes_are_those_of_the_command(ends: object, code: int) -> None:
     with pytest.raises(SystemExit) as end:
-        leave(ends)  # type: ignore[arg-type]
+        run_and_exit(ends)  # type: ignore[arg-type]
     assert end.value.code == code
 
 
-def test_a_part_of_all_does_not_fail_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_of_all_does_not_catch_it(capsys: pytest.CaptureFixture[str]) -> None:
     class Gone:
-        __name__ = "bench.gone_command"
+        __name__ = "bench.cli.gone"
 
         @staticmethod
         def add_to(commands: object) -> None:

@@ -18,7 +18,13 @@ TIMES = {"eager": 0.030, "compiled": 0.025, "ours": 0.010}
 
 
 def run(
-    seed: int, *, machine: float = 1.0, slower: float = 1.0, baselines: bool = True, noise: float = 0.03, rounds: int = 20
+    seed: int,
+    *,
+    machine: float = 1.0,
+    slower: float = 1.0,
+    baselines: bool = True,
+    noise: float = 0.03,
+    rounds: int = 20,
 ) -> Run:
     """Return a run of one case, in which a disturbance affects all times of a round."""
     rng = np.random.default_rng(seed)
@@ -41,7 +47,10 @@ def verdicts(before: Run, after: Run) -> list[str]:
 @pytest.mark.parametrize("baselines", [True, False])
 @pytest.mark.parametrize("machine", [1.0, 1.7, 0.6])
 def test_a_slower_machine_is_no_change(machine: float, baselines: bool) -> None:
-    found = [verdicts(run(seed, baselines=baselines), run(99 + seed, machine=machine, baselines=baselines)) for seed in range(8)]
+    found = [
+        verdicts(run(seed, baselines=baselines), run(99 + seed, machine=machine, baselines=baselines))
+        for seed in range(8)
+    ]
     assert found.count(["same"]) >= (8 if baselines else 6)
 
 
@@ -86,7 +95,10 @@ def test_our_plain_code_does_not_measure_the_machine() -> None:
 
     def renamed(one: Run) -> Run:
         (case,) = one.cases
-        rows = [replace(row, variant="plain", role=Role.REFERENCE) if row.variant == "compiled" else row for row in case.rows]
+        rows = [
+            replace(row, variant="plain", role=Role.REFERENCE) if row.variant == "compiled" else row
+            for row in case.rows
+        ]
         return replace(one, cases=[replace(case, rows=rows)])
 
     changes = {change.variant: change.verdict for change in compare(renamed(before), renamed(after)).changes}

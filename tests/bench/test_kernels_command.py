@@ -1,15 +1,19 @@
-"""`python -m bench kernels` from end to end, its file, and what it says to mistakes."""
+"""`python -m bench kernels` from end to end, its file, and usage errors."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench import kernels_command, profiled, results
 from bench.__main__ import main
-from bench.memory import point
-from bench.workload import Workload
+from bench.cli import kernels, profile
+from bench.core import results
+from bench.core.benchmark import Benchmark
+from bench.e2e.memory import measure as memory_measure
+from bench.report.tables import case_table
+from tests.bench.helpers import row, timing, unmeasured
 
 TINY = ["--sizes", "N=67", "E=1,3", "D=24", "R=6", "--seconds", "0.01"]
 NAMES = ["naive", "eager", "ours", "ours-recompute"]
@@ -30,7 +34,7 @@ def test_kernels_prints_the_machine_and_a_table_per_case(tmp_path: Path, capsys:
     assert run.command[0] == "kernels"
     assert [case.sizes["E"] for case in run.cases] == [1, 3]
     for case in run.cases:
-        assert results.table(case) in printed
+        assert case_table(case) in printed
         assert [row.variant for row in case.rows] == NAMES
         for row in case.rows:
             assert row.status == "measured"
@@ -38,7 +42,7 @@ def test_kernels_prints_the_machine_and_a_table_per_case(tmp_path: Path, capsys:
             both = row.passes["both"]
             assert len(both.samples) == case.rounds >= 3
             assert both.p10 <= both.median <= both.p90
-            assert both.floor > 0
+            assert both.bound > 0
             assert both.flop
             assert set(both.against) == {"naive"}
             assert row.saved_bytes
@@ -62,7 +66,7 @@ def test_kernels_prints_the_machine_and_a_table_per_case(tmp_path: Path, capsys:
     ],
     ids=lambda one: one[0],
 )
-def test_a_terminal_shows_what_goes_on(
+def test_a_terminal_shows_progress(
     command: list[str],
     said: list[str],
     terminal: bool,
@@ -71,7 +75,7 @@ def test_a_terminal_shows_what_goes_on(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr(point, "resident_growth", lambda _: 1 << 20)
+    monkeypatch.setattr(memory_measure, "resident_growth", lambda _: 1 << 20)
     assert main(command) == 0
     shown = capsys.readouterr().err
     if not terminal:
@@ -81,15 +85,15 @@ def test_a_terminal_shows_what_goes_on(
     places = [shown.index(f" s] {one} ({label} ") for one in said]
     assert places == sorted(places)
     assert max(len(line) for line in shown.split("\r")) < 60 + len("\x1b[K")
-    # What is printed next finds an empty line.
+    # The next output starts in an empty line.
     assert shown.endswith("\r\x1b[K\r")
 
 
 def test_results_survive_their_file(tmp_path: Path) -> None:
-    timing = results.Timing(0.25, 0.125, 0.5, [0.25, 0.125, 0.5], {"naive": (2.0, 1.5, 3.0)}, 0.0625, 0.25, None)
+    forward = replace(timing(0.25, 0.125, 0.5, bound=0.0625), against={"naive": (2.0, 1.5, 3.0)})
     rows = [
-        results.Row("ours", "measured", error=1.5, worst="y", saved_bytes=12, passes={"forward": timing}),
-        results.Row("naive", "skipped", "too large"),
+        replace(row("ours", problem="an easier one", forward=forward), worst="y", cuda_graph=True, dtype="float32"),
+        unmeasured("naive", "skipped", "too large"),
     ]
     case = results.Case(
         "op", "title", {"N": 3}, "float32", "cpu", 1e9, 2e9, {"forward": 5.0}, {"forward": 6.0}, 3, rows
@@ -112,10 +116,10 @@ def test_results_survive_their_file(tmp_path: Path) -> None:
         results.load(path)
 
 
-def test_a_table_says_why_a_row_is_empty() -> None:
-    rows = [results.Row("torch", "absent", "no such function"), results.Row("ours", "refused", "y: error 1")]
+def test_a_table_has_the_reason_of_an_empty_row() -> None:
+    rows = [unmeasured("torch", "absent", "no such function"), unmeasured("ours", "refused", "y: error 1")]
     case = results.Case("op", "what it does", {"N": 3}, "float32", "cpu", 0.0, 1e9, {"forward": 0.0}, {}, 0, rows)
-    text = results.table(case)
+    text = case_table(case)
     assert "| torch   |     absent |" in text
     assert "- torch absent: no such function" in text
     assert "- ours refused: y: error 1" in text
@@ -125,29 +129,29 @@ def test_a_table_says_why_a_row_is_empty() -> None:
 def test_a_refused_row_makes_the_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = kernels_command.measure
+    whole = kernels.measure
 
     def measure(*arguments: object, **settings: object) -> results.Case:
         case = whole(*arguments, **settings)  # type: ignore[arg-type]
-        case.rows[-1] = results.Row("ours", "refused", "y: error 1")
+        case.rows[-1] = unmeasured("ours", "refused", "y: error 1")
         return case
 
-    monkeypatch.setattr(kernels_command, "measure", measure)
+    monkeypatch.setattr(kernels, "measure", measure)
     assert (
         main(["kernels", "route_topk", "--sizes", "N=5", "E=3", "--variants", "eager,ours", "--seconds", "0.01"]) == 1
     )
     assert "refused: route_topk ours at {'N': 5, 'E': 3, 'k': 2}: y: error 1" in capsys.readouterr().err
 
 
-def test_what_was_measured_is_kept_when_the_next_case_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, path = kernels_command.measure, tmp_path / "run.json"
+def test_measured_cases_are_kept_if_the_next_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, path = kernels.measure, tmp_path / "run.json"
 
-    def measure(workload: Workload, *arguments: object, **settings: object) -> results.Case:
-        if workload.sizes["E"] == 4:
+    def measure(benchmark: Benchmark, *arguments: object, **settings: object) -> results.Case:
+        if benchmark.sizes["E"] == 4:
             raise KeyboardInterrupt
-        return whole(workload, *arguments, **settings)  # type: ignore[arg-type]
+        return whole(benchmark, *arguments, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kernels_command, "measure", measure)
+    monkeypatch.setattr(kernels, "measure", measure)
     given = ["--sizes", "N=5", "E=3,4", "--variants", "ours", "--seconds", "0.01", "--json", str(path)]
     with pytest.raises(KeyboardInterrupt):
         main(["kernels", "route_topk", *given])
@@ -161,19 +165,19 @@ def test_what_was_measured_is_kept_when_the_next_case_fails(tmp_path: Path, monk
         (["side_moe", "--sizes", "Q=3"], "has a size Q"),
         (["side_moe", "--sizes", "N"], "as in N=256,2816, not 'N'"),
         (["side_moe", "--sizes", "N=0"], "must be at least 1"),
-        (["side_moe", "--sizes", "N=3", "N=4"], "--sizes gives N twice; give its values with commas"),
+        (["side_moe", "--sizes", "N=3", "N=4"], "--sizes gives N twice; separate its values by commas"),
         (["side_moe", "--variants", "fast"], "side_moe has no variant 'fast'; it has compiled"),
         (["side_moe", "--threads", "0"], "--threads must be at least 1, not 0"),
         (["side_moe", "--seconds", "-1"], "--seconds must be above 0, not -1"),
         (["side_moe", "--json", "/dev/null/run.json"], "--json: cannot write /dev/null/run.json"),
     ],
 )
-def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_file_is_not_left_empty_by_a_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_leaves_no_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, there = tmp_path / "new" / "run.json", tmp_path / "old.json"
     there.write_text("old")
     for one in (path, there):
@@ -189,12 +193,12 @@ def test_a_step_is_not_measured_in_float16(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("size", ["B3", "Q=7", "B=3,4"])
-def test_mistakes_of_a_profile_are_named(size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert profiled.main(["cls", "--device", "cpu", "--sizes", size]) == 2
-    assert "python -m bench.profiled: --sizes" in capsys.readouterr().err
+def test_usage_errors_of_a_profile_are_named(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile.main(["cls", "--device", "cpu", "--sizes", size]) == 2
+    assert "python -m bench.cli.profile: --sizes" in capsys.readouterr().err
 
 
-def test_a_baseline_is_measured_though_nobody_asked_for_it(tmp_path: Path) -> None:
+def test_a_baseline_is_measured_although_it_is_not_named(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     given = ["kernels", "side_moe", "--sizes", "N=5", "E=2", "D=8", "R=2", "--seconds", "0.01", "--json", str(path)]
     assert main([*given, "--variants", "ours", "--against", "eager"]) == 0

@@ -1,4 +1,4 @@
-"""Libraries with a grouped product: absent with a reason, judged by the gate, and called as they want to be called."""
+"""Libraries with a grouped product: absent with a reason, checked, and called with valid arguments."""
 
 import sys
 from types import SimpleNamespace
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.examine import Truth, examine
-from bench.kernels import grouped_mm_rivals, rivals
-from bench.kernels.grouped_mm import GroupedMM
-from bench.results import Row
-from bench.rows import Rows
+from bench.core import baselines
+from bench.core.correctness import check
+from bench.core.measure import inputs_and_truth
+from bench.core.results import Row
+from bench.ops.grouped_mm import LIBRARIES, GroupedMM
 
 SIZES = {"M": 67, "E": 3, "K": 48, "P": 8}
 
@@ -22,7 +22,7 @@ def grouped(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
 
 
 class FakeScatterMoE:
-    """`scattermoe.parallel_experts`, for rows that are and stay grouped."""
+    """`scattermoe.parallel_experts`, for grouped input and output."""
 
     kernels = SimpleNamespace(ops=SimpleNamespace(ALLOW_TF32=True))
 
@@ -62,53 +62,52 @@ class FakeMegaBlocks:
 FAKES = {"scattermoe": FakeScatterMoE, "megablocks": FakeMegaBlocks}
 
 
-def judged(name: str) -> Row:
-    workload = GroupedMM(SIZES, torch.float32, torch.device("cpu"))
-    rows = Rows(workload)
-    return examine(workload, name, rows, Truth(workload, rows.get(0, None))).row
+def checked(name: str) -> Row:
+    benchmark = GroupedMM(SIZES, torch.float32, torch.device("cpu"))
+    return check(benchmark, benchmark.variant(name), *inputs_and_truth(benchmark)).row
 
 
-@pytest.mark.parametrize("name", grouped_mm_rivals.MODULES)
-def test_a_library_is_absent_or_judged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert name in GroupedMM(SIZES, torch.float32, torch.device("cpu")).variants()
-    assert judged(name).reason == f"{name} needs a CUDA device, not cpu"
-    monkeypatch.setattr(rivals, "DEVICES", ("cpu",))
-    monkeypatch.setitem(sys.modules, grouped_mm_rivals.MODULES[name], None)
-    missing = judged(name)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_library_is_absent_or_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GroupedMM(SIZES, torch.float32, torch.device("cpu")).variant(name).default
+    assert checked(name).reason == f"{name} needs a CUDA device, not cpu"
+    monkeypatch.setattr(baselines, "DEVICES", ("cpu",))
+    monkeypatch.setitem(sys.modules, LIBRARIES[name], None)
+    missing = checked(name)
     assert missing.status == "absent"
     assert (missing.reason or "").startswith(f"{name} is not installed")
-    monkeypatch.setitem(sys.modules, grouped_mm_rivals.MODULES[name], FAKES[name])
-    assert judged(name).status == "measured", judged(name).reason
+    monkeypatch.setitem(sys.modules, LIBRARIES[name], FAKES[name])
+    assert checked(name).status == "measured", checked(name).reason
 
 
 def test_scattermoe_multiplies_float32_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "DEVICES", ("cpu",))
+    monkeypatch.setattr(baselines, "DEVICES", ("cpu",))
     monkeypatch.setitem(sys.modules, "scattermoe.parallel_experts", FakeScatterMoE)
-    assert judged("scattermoe").status == "measured"
+    assert checked("scattermoe").status == "measured"
     assert FakeScatterMoE.kernels.ops.ALLOW_TF32 is (torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def test_a_library_that_fails_is_absent_and_one_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "DEVICES", ("cpu",))
+    monkeypatch.setattr(baselines, "DEVICES", ("cpu",))
     monkeypatch.setitem(sys.modules, "megablocks.grouped_gemm_util", FakeMegaBlocks)
 
     def fails(*_: Any) -> Tensor:
         raise RuntimeError("Expected a.scalar_type() == torch::kBFloat16")
 
     monkeypatch.setattr(FakeMegaBlocks.ops, "gmm", staticmethod(fails))
-    assert judged("megablocks").reason == "megablocks fails here: Expected a.scalar_type() == torch::kBFloat16"
+    assert checked("megablocks").reason == "megablocks fails here: Expected a.scalar_type() == torch::kBFloat16"
     wrong = staticmethod(lambda a, b, sizes: grouped(a, b * 1.001, sizes.tolist()))
     monkeypatch.setattr(FakeMegaBlocks.ops, "gmm", wrong)
-    assert judged("megablocks").status == "refused"
+    assert checked("megablocks").status == "refused"
     monkeypatch.setattr(FakeMegaBlocks, "ops", None)
-    assert "without grouped_gemm" in (judged("megablocks").reason or "")
+    assert "without grouped_gemm" in (checked("megablocks").reason or "")
 
 
 def test_a_library_whose_import_breaks_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "DEVICES", ("cpu",))
+    monkeypatch.setattr(baselines, "DEVICES", ("cpu",))
 
     def breaks(_: str) -> None:
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr(rivals.importlib, "import_module", breaks)
-    assert judged("megablocks").reason == "megablocks cannot be imported: no driver"
+    monkeypatch.setattr(baselines.importlib, "import_module", breaks)
+    assert checked("megablocks").reason == "megablocks cannot be imported: no driver"

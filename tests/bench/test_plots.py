@@ -1,13 +1,12 @@
-"""Pictures of cases: what is drawn, where they are, and what is said where nothing can be."""
+"""Plots of cases: their content, their paths, and the message without matplotlib."""
 
 from pathlib import Path
 
 import pytest
 
-from bench import case_plots, pictures
 from bench.__main__ import main
-from bench.results import Row
-from tests.bench.helpers import case, row, run, timing
+from bench.report import plots
+from tests.bench.helpers import case, row, run, timing, unmeasured
 
 
 def test_a_bar_for_each_variant_in_each_panel() -> None:
@@ -15,42 +14,42 @@ def test_a_bar_for_each_variant_in_each_panel() -> None:
     eager = row("eager", 3 << 20, both=timing(4e-3, 4e-3, 4e-3, against=("eager",)))
     found = case(
         eager,
-        Row("compiled", "absent", "no compiler"),
+        unmeasured("compiled", "absent", "no compiler"),
         row("ours", 2 << 20, both=timing(1e-3, 2e-3, 2e-3, against=("eager",))),
     )
-    drawn = case_plots.draw(run(found), found)
-    times, floor, memory = drawn.axes
+    drawn = plots.case(run(found), found)
+    times, of_bound, memory = drawn.axes
     assert [label.get_text() for label in times.get_yticklabels()] == ["eager", "ours"]
     assert [bar.get_width() for bar in times.patches] == pytest.approx([4, 2])
     assert [text.get_text() for text in times.texts] == ["4.00", "2.00  (x 2.00)"]
-    assert [text.get_text() for text in floor.texts] == ["25 %", "50 %"]
+    assert [text.get_text() for text in of_bound.texts] == ["25 %", "50 %"]
     assert [text.get_text() for text in memory.texts] == ["3.0", "2.0"]
     assert times.get_title() == "A whole step; x: times as fast as eager"
 
 
-def test_an_easier_problem_is_marked_and_compared_with_nobody() -> None:
+def test_an_easier_problem_has_an_asterisk_and_no_speedup() -> None:
     pytest.importorskip("matplotlib")
     found = case(
         row("eager", both=timing(4e-3, against=("eager",))),
-        row("liger", remark="solves another problem: no x", both=timing(1e-3)),
+        row("liger", problem="no x", both=timing(1e-3)),
         row("ours", both=timing(2e-3, against=("eager",))),
     )
-    drawn = case_plots.draw(run(found), found)
+    drawn = plots.case(run(found), found)
     times = drawn.axes[0]
     assert [label.get_text() for label in times.get_yticklabels()] == ["eager", "liger*", "ours"]
     assert [text.get_text() for text in times.texts] == ["4.00", "1.00", "2.00  (x 2.00)"]
-    assert drawn.get_supxlabel() == "* liger solves another problem: no x; compared with each other only"
+    assert drawn.get_supxlabel() == "* liger: solves another problem: no x; compared with each other only"
 
 
-def test_without_peaks_the_bytes_kept_are_drawn() -> None:
+def test_without_peaks_saved_activations_are_drawn() -> None:
     pytest.importorskip("matplotlib")
     found = case(row("ours", forward=timing(4e-3)))
-    assert case_plots.draw(run(found), found).axes[2].get_title() == "Kept for backward"
+    assert plots.case(run(found), found).axes[2].get_title() == "Saved activations"
 
 
-def test_a_case_without_times_has_no_picture(tmp_path: Path) -> None:
+def test_a_case_without_times_has_no_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert case_plots.write(run(case(Row("ours", "refused", "y: error 1"))), tmp_path) == []
+    assert plots.write_cases(run(case(unmeasured("ours", "refused", "y: error 1"))), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,15 +58,15 @@ def test_kernels_draw_where_matplotlib_is(
     missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if missing:
-        monkeypatch.setattr(pictures, "missing", lambda: True)
+        monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     else:
         pytest.importorskip("matplotlib")
     given = ["--sizes", "N=5", "E=3", "--variants", "eager,ours", "--seconds", "0.01", "--plot", str(tmp_path / "new")]
     assert main(["kernels", "route_topk", *given]) == 0
     printed = capsys.readouterr().out
-    picture = tmp_path / "new" / "route_topk-float32-N5-E3-k2.png"
-    assert picture.exists() is not missing
-    assert ("--plot: no pictures, because matplotlib is not installed" if missing else str(picture)) in printed
+    plot = tmp_path / "new" / "route_topk-float32-N5-E3-k2.png"
+    assert plot.exists() is not missing
+    assert ("--plot: no plots, because matplotlib is not installed" if missing else str(plot)) in printed
 
 
 def test_a_folder_that_cannot_be_made_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

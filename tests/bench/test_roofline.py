@@ -1,4 +1,4 @@
-"""`python -m bench roofline`: ceilings measured here, steps of files under theirs, pictures, and mistakes."""
+"""`python -m bench roofline`: measured ceilings, steps of files below theirs, plots, and usage errors."""
 
 import json
 from dataclasses import replace
@@ -7,35 +7,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import pictures, results, roofline
 from bench.__main__ import main
-from bench.results import Case, Row, Run, Timing
-from bench.workload import Product
-from tests.bench import made_up
-
-
-def timing(seconds: float, floor: float) -> Timing:
-    return made_up.timing(*[seconds] * 3, floor=floor)
+from bench.cli import roofline as command
+from bench.core import results
+from bench.core.benchmark import Product
+from bench.core.machine import ROOT
+from bench.core.results import Case, Role, Run
+from bench.report import plots, roofline
+from tests.bench.helpers import MACHINE, row, timing, unmeasured
 
 
 def run() -> Run:
     # 4 GFLOP at 1 TFLOP/s are 4 ms, and 40 MB at 20 GB/s 2 ms.
-    passes = {"both": timing(8e-3, 4e-3)}
     product = Case(
         "side_moe", "title", {"N": 5}, "float32", "cpu", 1e12, 2e10, {"forward": 1e9, "backward": 3e9},
-        {"forward": 4e7, "backward": 0.0}, 3, [Row("naive", "measured", passes={"both": timing(4e-2, 4e-3)}),
-        Row("compiled", "absent", "no compiler"), Row("ours", "measured", passes=passes)],
+        {"forward": 4e7, "backward": 0.0}, 3, [row("naive", both=timing(4e-2, bound=4e-3)),
+        unmeasured("compiled", "absent", "no compiler"), row("ours", both=timing(8e-3, bound=4e-3))],
     )  # fmt: skip
     memory = Case(
         "route_topk", "title", {"N": 7}, "float32", "cpu", 0.0, 2e10, {"forward": 0.0}, {"forward": 4e7}, 3,
-        [Row("ours", "measured", passes={"forward": timing(4e-3, 2e-3)})],
+        [row("ours", forward=timing(4e-3, bound=2e-3))],
     )  # fmt: skip
-    return Run(["kernels"], made_up.MACHINE, [product, memory], 1.0)
+    return Run(["kernels"], MACHINE, [product, memory], 1.0)
 
 
-def test_points_are_the_floors_work_in_the_measured_time() -> None:
+def test_points_are_the_least_work_in_the_measured_time() -> None:
     naive, ours, routing = roofline.points([run()])
-    assert (naive.kind, ours.kind) == ("published", "ours")
+    assert (naive.role, ours.role) == (Role.PAPER, Role.OURS)
     assert ours.intensity == pytest.approx(100)
     assert ours.rate == pytest.approx(5e11)
     assert ours.ceiling == pytest.approx(1e12)
@@ -55,7 +53,7 @@ def test_ceilings_are_the_highest_of_any_case() -> None:
 def test_each_machine_has_ceilings_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = run()
     faster = [replace(case, flop_rate=9 * case.flop_rate) for case in one.cases]
-    other = Run(one.command, {**made_up.MACHINE, "threads": 1}, faster, 1.0)
+    other = Run(one.command, {**MACHINE, "threads": 1}, faster, 1.0)
     roofs = roofline.ceilings([one, other])
     first, second = "cpu float32, a processor, 2 threads, torch 2", "cpu float32, a processor, 1 threads, torch 2"
     assert {name: roof.flop for name, roof in roofs.items()} == {first: 1e12, second: 9e12}
@@ -64,36 +62,33 @@ def test_each_machine_has_ceilings_of_its_own(tmp_path: Path, capsys: pytest.Cap
     paths = [str(tmp_path / f"{name}.json") for name in ("one", "other")]
     assert main(["roofline", *paths, "--plot", str(tmp_path / "roof.png")]) == 0
     printed = capsys.readouterr().out
-    assert "**Not all of one machine or set-up, so each has ceilings of its own: a processor, 2 threads" in printed
+    assert "**Several machines or set-ups, with ceilings for each: a processor, 2 threads" in printed
     assert "| side_moe float32 N=5 | a processor, 1 threads, torch 2 |" in " ".join(printed.split())
 
 
 def test_without_a_matrix_rate_bytes_are_shown_as_bytes() -> None:
     (case, _) = run().cases
-    # As where the probes of products did not fit into memory: the floor is the 2 ms of the bytes.
-    rows = [Row("ours", "measured", passes={"both": timing(8e-3, 2e-3)})]
-    (point,) = roofline.points([Run([], made_up.MACHINE, [replace(case, flop_rate=0.0, rows=rows)], 1.0)])
+    # Without probes of products, as after an out-of-memory error, the bound is the 2 ms of the bytes.
+    rows = [row("ours", both=timing(8e-3, bound=2e-3))]
+    (point,) = roofline.points([Run([], MACHINE, [replace(case, flop_rate=0.0, rows=rows)], 1.0)])
     assert not point.by_flop
     assert (point.rate, point.ceiling) == pytest.approx((5e9, 2e10))
-    assert "| 5 GB/s | 20 GB/s |" in " ".join(roofline.table_of_points([point]).split())
+    assert "| 5 GB/s | 20 GB/s |" in " ".join(roofline.points_table([point]).split())
 
 
 @pytest.mark.parametrize("field", ["cpu", "threads", "versions", "commit"])
-def test_a_file_that_does_not_say_its_machine_is_named(
-    field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    facts = {name: value for name, value in made_up.MACHINE.items() if name != field}
+def test_a_file_without_its_machine_is_named(field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {name: value for name, value in MACHINE.items() if name != field}
     results.save(Run([], facts, run().cases, 1.0), tmp_path / "run.json")
     assert main(["roofline", str(tmp_path / "run.json")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"run.json does not say which machine it is of (KeyError('{field}'))" in said
+    assert f"run.json does not name the machine (KeyError('{field}') is missing)" in said
 
 
-def test_committed_results_lie_where_their_floor_says() -> None:
-    root = Path(roofline.__file__).parent / "results"
-    runs = [results.load(path) for path in root.glob("s*-cpu-*.json")]
-    shares = [t.share for run in runs for case in run.cases for row in case.rows if (t := row.passes.get("both"))]
+def test_committed_results_agree_with_their_bound() -> None:
+    runs = [results.load(path) for path in (ROOT / "bench" / "results").glob("s*-cpu-*.json")]
+    shares = [t.of_bound for run in runs for case in run.cases for row in case.rows if (t := row.passes.get("both"))]
     assert [point.share for point in roofline.points(runs)] == pytest.approx(shares, rel=1e-4)
     for point in roofline.points(runs):
         case = point.case
@@ -102,23 +97,23 @@ def test_committed_results_lie_where_their_floor_says() -> None:
 
 
 def test_files_are_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, picture = tmp_path / "run.json", tmp_path / "new" / "roof.png"
+    path, plot = tmp_path / "run.json", tmp_path / "new" / "roof.png"
     results.save(run(), path)
-    assert main(["roofline", str(path), "--plot", str(picture)]) == 0
+    assert main(["roofline", str(path), "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]
     assert ["cpu float32", "1000", "20.0", "50.0"] in rows
     assert ["side_moe float32 N=5", "ours", "100.0", "500 GFLOP/s", "1000 GFLOP/s", "50%"] in rows
     assert ["route_topk float32 N=7", "ours", "0.0", "10 GB/s", "20 GB/s", "50%"] in rows
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_files_the_machine_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(roofline, "PRODUCTS", (Product(8, 16, 24), Product(16, 16, 16)))
-    path, picture = tmp_path / "roof.json", tmp_path / "roof.png"
-    given = ["--dtype", "bfloat16", "--seconds", "0.01", "--json", str(path), "--plot", str(picture)]
+    monkeypatch.setattr(command, "PRODUCTS", (Product(8, 16, 24), Product(16, 16, 16)))
+    path, plot = tmp_path / "roof.json", tmp_path / "roof.png"
+    given = ["--dtype", "bfloat16", "--seconds", "0.01", "--json", str(path), "--plot", str(plot)]
     assert main(["roofline", *given]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| (8, 16) x (16, 24) ") == printed.count("| (16, 16) x (16, 16) ") == 2
@@ -128,16 +123,16 @@ def test_without_files_the_machine_is_measured(
     assert {one["dtype"] for one in found["products"]} == {"bfloat16", "float32"}
     assert min(one["rate"] for one in found["products"]) > 0
     assert f"meets {found['byte_rate'] / 1e9:.1f} GB/s" in printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_a_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pictures, "missing", lambda: True)
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     results.save(run(), tmp_path / "run.json")
     assert main(["roofline", str(tmp_path / "run.json"), "--plot", str(tmp_path / "roof.png")]) == 0
-    assert "--plot: no pictures, because matplotlib is not installed" in capsys.readouterr().out
+    assert "--plot: no plots, because matplotlib is not installed" in capsys.readouterr().out
     assert not (tmp_path / "roof.png").exists()
 
 
@@ -152,7 +147,7 @@ def test_files_without_products_show_nothing(tmp_path: Path, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["no-such-file.json"], "no-such-file.json"),
-        (["no-such-file.json", "--dtype", "float32"], "--dtype is for measuring, and files of results are only shown"),
+        (["no-such-file.json", "--dtype", "float32"], "--dtype is for measuring, and result files are only shown"),
         (["--threads", "0"], "--threads must be at least 1, not 0"),
         (["--seconds", "-1"], "--seconds must be above 0, not -1"),
         (["--plot", "/dev/null/roof.png"], "--plot: cannot write /dev/null/roof.png"),
