@@ -1,4 +1,4 @@
-"""`bench compare`: noise and a slower machine change nothing, a slower kernel does."""
+"""`bench compare`: noise and a slower machine are no change, a slower kernel is one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from bench import machine as machine_facts
-from bench import results
 from bench.__main__ import main
-from bench.compare import compare
-from bench.results import Case, Row, Run, Timing
+from bench.core import machine as machine_facts
+from bench.core import results
+from bench.core.results import Case, Role, Run, Timing
+from bench.report.comparison import compare
+from tests.bench.helpers import unmeasured
 
 TIMES = {"eager": 0.030, "compiled": 0.025, "ours": 0.010}
 
 
 def run(
-    seed: int, *, machine: float = 1.0, slower: float = 1.0, rivals: bool = True, noise: float = 0.03, rounds: int = 20
+    seed: int, *, machine: float = 1.0, slower: float = 1.0, baselines: bool = True, noise: float = 0.03, rounds: int = 20
 ) -> Run:
-    """A run of one case, in which all times of a round share what disturbs them."""
+    """Return a run of one case, in which a disturbance affects all times of a round."""
     rng = np.random.default_rng(seed)
     common = np.exp(rng.normal(0, 0.1, rounds)) * machine
     rows = []
@@ -27,8 +28,8 @@ def run(
         own = base * (slower if name == "ours" else 1) * np.exp(rng.normal(0, noise, rounds))
         samples = (common * own).tolist()
         timing = Timing(float(np.median(samples)), min(samples), max(samples), samples, {}, 0.008, 0.5, None)
-        if rivals or name == "ours":
-            rows.append(Row(name, "measured", passes={"both": timing}))
+        if baselines or name == "ours":
+            rows.append(replace(unmeasured(name, "measured"), passes={"both": timing}))
     case = Case("side_moe", "t", {"N": 67}, "float32", "cpu", 3e11 / machine, 2e10 / machine, {}, {}, rounds, rows)
     return Run(["kernels"], machine_facts.describe(torch.device("cpu")), [case], 1.0)
 
@@ -37,21 +38,21 @@ def verdicts(before: Run, after: Run) -> list[str]:
     return [change.verdict for change in compare(before, after).changes]
 
 
-@pytest.mark.parametrize("rivals", [True, False])
+@pytest.mark.parametrize("baselines", [True, False])
 @pytest.mark.parametrize("machine", [1.0, 1.7, 0.6])
-def test_another_day_is_no_change(machine: float, rivals: bool) -> None:
-    found = [verdicts(run(seed, rivals=rivals), run(99 + seed, machine=machine, rivals=rivals)) for seed in range(8)]
-    assert found.count(["same"]) >= (8 if rivals else 6)
+def test_a_slower_machine_is_no_change(machine: float, baselines: bool) -> None:
+    found = [verdicts(run(seed, baselines=baselines), run(99 + seed, machine=machine, baselines=baselines)) for seed in range(8)]
+    assert found.count(["same"]) >= (8 if baselines else 6)
 
 
 @pytest.mark.parametrize(("slower", "verdict"), [(1.25, "slower"), (0.8, "faster")])
 @pytest.mark.parametrize("machine", [1.0, 1.7])
-def test_a_changed_kernel_shows(slower: float, verdict: str, machine: float) -> None:
+def test_a_changed_kernel_is_found(slower: float, verdict: str, machine: float) -> None:
     for seed in range(8):
         assert verdicts(run(seed), run(99 + seed, machine=machine, slower=slower)) == [verdict]
 
 
-def test_a_change_that_is_certain_but_small_is_none() -> None:
+def test_a_certain_but_small_change_does_not_count() -> None:
     before, after = run(0, noise=1e-4), run(1, noise=1e-4, slower=1.02)
     (change,) = compare(before, after).changes
     assert change.verdict == "same"
@@ -60,10 +61,10 @@ def test_a_change_that_is_certain_but_small_is_none() -> None:
     assert change.verdict == "slower"
 
 
-def test_what_only_one_run_has_is_named() -> None:
+def test_rows_of_one_run_only_are_named() -> None:
     before, after = run(0), run(1)
     (case,) = after.cases
-    refused = Row("ours", "refused", "y: error 1")
+    refused = unmeasured("ours", "refused", "y: error 1")
     after = replace(after, cases=[replace(case, rows=[*case.rows[:1], refused]), replace(case, dtype="bfloat16")])
     found = compare(before, after)
     assert found.changes == []
@@ -80,23 +81,23 @@ def test_a_pass_that_only_one_run_has_is_named() -> None:
     assert str(gap).endswith(": in the second only eager (forward), compiled (forward), ours (forward)")
 
 
-def test_our_own_plain_code_is_no_measure_of_the_machine() -> None:
+def test_our_plain_code_does_not_measure_the_machine() -> None:
     before, after = run(0), run(1, slower=1.5)
 
     def renamed(one: Run) -> Run:
         (case,) = one.cases
-        rows = [replace(row, variant="plain") if row.variant == "compiled" else row for row in case.rows]
+        rows = [replace(row, variant="plain", role=Role.REFERENCE) if row.variant == "compiled" else row for row in case.rows]
         return replace(one, cases=[replace(case, rows=rows)])
 
     changes = {change.variant: change.verdict for change in compare(renamed(before), renamed(after)).changes}
     assert changes == {"plain": "same", "ours": "slower"}
 
 
-def test_few_rounds_say_nothing() -> None:
+def test_few_rounds_allow_no_conclusion() -> None:
     assert verdicts(run(0, rounds=5), run(1, slower=2, rounds=5)) == ["few rounds"]
 
 
-def test_another_machine_is_said() -> None:
+def test_another_machine_is_named() -> None:
     before, after = run(0), run(1)
     assert compare(before, after).differences == []
     after = replace(after, machine={**after.machine, "threads": 64})
@@ -107,7 +108,7 @@ def verdict(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out.splitlines()[-1]
 
 
-def test_files_of_other_sizes_take_a_line_a_case_and_the_verdict_ends(
+def test_each_case_of_one_file_only_has_a_line_and_the_verdict_is_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
@@ -120,7 +121,7 @@ def test_files_of_other_sizes_take_a_line_a_case_and_the_verdict_ends(
     assert printed.splitlines()[-1].startswith("**0 slower")
     results.save(replace(run(1), cases=[replace(case, sizes={"N": 5})]), Path(paths[1]))
     assert main(["compare", *paths]) == 1
-    assert verdict(capsys) == "**The two files have no row of ours in common; 1 lost.**"
+    assert verdict(capsys) == "**The two files have none of our rows in common; 1 lost.**"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,9 +129,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for path, made in zip(paths, (run(0), run(1), run(2, slower=1.5)), strict=True):
         results.save(made, Path(path))
     assert main(["compare", *paths[:2]]) == 0
-    assert verdict(capsys) == "**0 slower, 0 faster, 1 the same, 0 of too few rounds to tell; 0 lost.**"
+    assert verdict(capsys) == "**0 slower, 0 faster, 1 the same, 0 with too few rounds to tell; 0 lost.**"
     assert main(["compare", paths[0], paths[2]]) == 1
-    assert verdict(capsys) == "**1 slower, 0 faster, 0 the same, 0 of too few rounds to tell; 0 lost.**"
+    assert verdict(capsys) == "**1 slower, 0 faster, 0 the same, 0 with too few rounds to tell; 0 lost.**"
     assert main(["compare", paths[0], str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     results.save(replace(run(0), command=["memory"]), tmp_path / "memory.json")

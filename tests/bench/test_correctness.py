@@ -1,10 +1,10 @@
-"""The gate lets right results through, and refuses wrong ones with the error it found."""
+"""The comparison with float64 accepts right results, and refuses wrong ones with their error."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.gate import Verdict, judge
+from bench.core.correctness import Verdict, judge
 
 ROWS, COLUMNS = 2000, 64
 
@@ -65,7 +65,7 @@ def test_integers_must_be_equal() -> None:
     assert verdict.refused == "experts: 1 of 3 integers are wrong"
 
 
-def test_an_exact_zero_leaves_no_room() -> None:
+def test_an_exact_zero_allows_no_error() -> None:
     zero = torch.zeros(4, 4, dtype=torch.float64)
     assert judged(zero.float(), zero).refused is None
     assert judged(zero.float() + 1e-9, zero).refused

@@ -13,7 +13,7 @@ from bench.all_command import Part
 from bench.results import Row
 from bench.stream import records
 from bench.workload import Workload
-from tests.bench.made_up import case, row, run, timing
+from tests.bench.helpers import case, row, run, timing
 
 ROUTING = ("route_topk", "--sizes", "N=5", "E=3,4", "--variants", "eager,ours", "--seconds", "0.01")
 GROUPED = (

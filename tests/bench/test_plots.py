@@ -7,7 +7,7 @@ import pytest
 from bench import case_plots, pictures
 from bench.__main__ import main
 from bench.results import Row
-from tests.bench.made_up import case, row, run, timing
+from tests.bench.helpers import case, row, run, timing
 
 
 def test_a_bar_for_each_variant_in_each_panel() -> None:

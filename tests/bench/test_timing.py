@@ -1,12 +1,12 @@
-"""Rounds are interleaved and bounded; bytes saved for backward are counted once."""
+"""Rounds are interleaved and limited; saved activations are counted once."""
 
 import gc
 
 import pytest
 import torch
 
-from bench.measure import FEWEST_LONG_ROUNDS, FEWEST_ROUNDS, Stopwatch, Task, interleave, quantiles
-from bench.saved import count_saved
+from bench.core.memory import count_saved
+from bench.core.timing import MIN_LONG_ROUNDS, MIN_ROUNDS, Stopwatch, Task, interleave, quantiles
 
 
 def test_every_round_runs_every_task_with_its_own_number() -> None:
@@ -17,7 +17,7 @@ def test_every_round_runs_every_task_with_its_own_number() -> None:
         turns[name].append(turn)
         return (float(turn),)
 
-    samples = interleave({name: lambda turn, name=name: task(name, turn) for name in turns}, seconds=9, most_rounds=7)
+    samples = interleave({name: lambda turn, name=name: task(name, turn) for name in turns}, seconds=9, max_rounds=7)
     assert turns["a"] == turns["b"] == [0, *range(1, 8)]
     assert samples["a"] == [(float(turn),) for turn in range(1, 8)]
     assert gc.isenabled()
@@ -32,12 +32,12 @@ def test_time_bounds_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
         now += cost
         return (cost,)
 
-    for cost, rounds in ((0.1, 11), (0.3, FEWEST_ROUNDS), (1.0, FEWEST_LONG_ROUNDS)):
+    for cost, rounds in ((0.1, 11), (0.3, MIN_ROUNDS), (1.0, MIN_LONG_ROUNDS)):
         found = len(interleave({"a": task}, seconds=1.0)["a"])
         assert found == rounds, cost
 
 
-def test_what_runs_next_is_said_where_it_takes_long_or_nothing_was_said_for_a_while(
+def test_progress_is_shown_for_long_tasks_and_after_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, said = 0.0, list[str]()
@@ -58,7 +58,7 @@ def test_what_runs_next_is_said_where_it_takes_long_or_nothing_was_said_for_a_wh
         "timing long, round 1, 0 of 11 s",
         "timing short, round 1, 0 of 11 s",
     ]
-    assert said[-1].endswith(f", round {FEWEST_ROUNDS}, 21 of 11 s")
+    assert said[-1].endswith(f", round {MIN_ROUNDS}, 21 of 11 s")
     said.clear()
     interleave({"short": task(0.2)}, seconds=2.0, say=said.append)
     # A warm-up and eleven rounds of 0.2 s.
@@ -71,7 +71,7 @@ def test_what_runs_next_is_said_where_it_takes_long_or_nothing_was_said_for_a_wh
     ]
 
 
-def test_collection_goes_on_after_an_error() -> None:
+def test_garbage_collection_continues_after_an_error() -> None:
     def fails(_: int) -> tuple[float, ...]:
         raise RuntimeError("stop")
 

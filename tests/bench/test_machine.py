@@ -1,4 +1,4 @@
-"""What the bench tells of a machine: a GPU, whose driver is asked and never told anything, and the load."""
+"""Facts of a machine: a GPU, whose driver settings are only read, and the load."""
 
 import os
 import subprocess
@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from bench import machine
+from bench.core import machine
 
 CUDA = torch.device("cuda")
-TOLD = "580.65.06, 345, 1980, 2619, 2619, 700.00, 31\n"
+OUTPUT = "580.65.06, 345, 1980, 2619, 2619, 700.00, 31\n"
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """A GPU of a known name; gives the commands that its driver was asked with."""
+    """Fake a GPU; return the commands that query its driver."""
     commands: list[list[str]] = []
     answer = SimpleNamespace(name="NVIDIA Toy", major=9, minor=0, total_memory=1 << 30, uuid="ab-12")
 
     def run(command: list[str], **settings: Any) -> Any:
         if command[0] == "nvidia-smi":
             commands.append(command)
-            return SimpleNamespace(stdout=TOLD)
+            return SimpleNamespace(stdout=OUTPUT)
         raise FileNotFoundError(command[0])
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: answer)
@@ -43,21 +43,21 @@ def test_a_gpu_is_described(asked: list[list[str]]) -> None:
     assert "driver 580.65.06, at 345 of 1980 MHz, Triton " in line
 
 
-def test_what_changes_times_is_recorded(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    outside = ["TRITON_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "NVIDIA_TF32_OVERRIDE"]
-    for name in (*outside, "CUDA_LAUNCH_BLOCKING"):
+def test_variablesthat_change_times_are_recorded(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = ["TRITON_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "NVIDIA_TF32_OVERRIDE"]
+    for name in (*variables, "CUDA_LAUNCH_BLOCKING"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("GPU_SUITE_COMMIT", "abc-12")
     facts = machine.describe(CUDA)
-    assert {*outside, "CUDA_LAUNCH_BLOCKING"} <= facts["environment"].keys()
+    assert {*variables, "CUDA_LAUNCH_BLOCKING"} <= facts["environment"].keys()
     assert facts["commit"] == "abc-12"
     assert facts["gpu"]["fp32_precision"] == torch.backends.cuda.matmul.fp32_precision
     assert "gpu" not in machine.describe(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("told", ["", "[N/A], [Not Supported], 1980, , 2619, 700.00, 31\n", "one, two\n"])
-def test_a_silent_driver_is_no_mistake(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, told: str) -> None:
-    monkeypatch.setitem(globals(), "TOLD", told)
+@pytest.mark.parametrize("output", ["", "[N/A], [Not Supported], 1980, , 2619, 700.00, 31\n", "one, two\n"])
+def test_a_silent_driver_is_no_mistake(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    monkeypatch.setitem(globals(), "OUTPUT", output)
     facts = machine.describe(CUDA)
     assert facts["gpu"]["driver_version"] is None
     assert "driver" not in machine.line(facts)
@@ -71,10 +71,10 @@ def test_no_driver_tool_is_no_mistake(asked: list[list[str]], monkeypatch: pytes
     assert machine.describe(CUDA)["gpu"]["driver_version"] is None
 
 
-def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_memory_of_the_allocator_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 20)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert machine.available(CUDA) == 150
+    assert machine.available_memory(CUDA) == 150
 
 
 def test_the_load_is_that_from_before_anything_was_measured(cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
