@@ -10,15 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from bench import memory_command as memory
-from bench import step_command as step
 from bench import stream_command as stream
-from bench.cli import kernels, roofline
+from bench.cli import kernels, memory, roofline, step
 from bench.cli.common import UsageError, add_machine, check_machine, make_folder
 from bench.core import results
 from bench.core.results import Run
-from bench.memory.growth import curves
-from bench.memory.tables import slopes
+from bench.e2e.memory.curves import curves
+from bench.e2e.memory.report import slope_table
 from bench.report import summary
 from bench.stream import records, tables
 from bench.stream.records import StreamRun
@@ -49,7 +47,7 @@ def _stream_notes(path: Path) -> list[str]:
 
 
 def _memory_notes(path: Path) -> list[str]:
-    return ["Growth of memory:", "", *slopes(curves(results.load(path).cases)).splitlines(), ""]
+    return ["Growth of memory:", "", *slope_table(curves(results.load(path).cases)).splitlines(), ""]
 
 
 PARTS = (

@@ -11,8 +11,8 @@ from bench.cli.broken_pipe import run_and_exit
 from bench.core import results
 from bench.core.results import Row, Run
 from bench.core.timing import quantiles
-from bench.memory.growth import curves
-from bench.memory.tables import slopes
+from bench.e2e.memory.curves import curves
+from bench.e2e.memory.report import slope_table
 from bench.report.comparison import baselines, problem_notes, speedup
 from bench.report.tables import markdown_table, mib
 from bench.stream import records
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = list(measured(options.folder, options.commit))
     runs = [run for run in found if isinstance(run, Run)]
     timed, swept = ([run for run in runs if (run.command[:1] == ["memory"]) == memory] for memory in (False, True))
-    growth = slopes(curves(case for run in swept for case in run.cases if case.device == "cuda"))
+    growth = slope_table(curves(case for run in swept for case in run.cases if case.device == "cuda"))
     streamed = streams(run for run in found if isinstance(run, StreamRun))
     sections = parts(options.folder / _STATE, options.commit), speeds(timed), growth, streamed
     print("\n\n".join(filter(None, sections)))

@@ -12,7 +12,7 @@ from bench.core.results import Role, Run, load
 from bench.e2e.step import STEPS
 from bench.ops import OPERATORS
 from bench.report import comparison, slowdowns
-from tests.bench.helpers import case, row, run, timing
+from tests.bench.helpers import case, row, run, timing, unmeasured
 
 
 def test_roles_of_all_variants() -> None:
@@ -134,8 +134,8 @@ def test_a_refused_row_has_no_slowdown() -> None:
 
 def test_old_files_get_roles_from_names(tmp_path: Path) -> None:
     names = {
-        "naive-autocast": Role.PAPER, "published": Role.PAPER, "loop-graph": Role.EAGER, "compiled-graph": Role.COMPILED,
-        "plain": Role.REFERENCE, "ours-graph": Role.OURS, "liger": Role.LIBRARY,
+        "naive-autocast": Role.PAPER, "published": Role.PAPER, "loop-graph": Role.EAGER,
+        "compiled-graph": Role.COMPILED, "plain": Role.REFERENCE, "ours-graph": Role.OURS, "liger": Role.LIBRARY,
     }  # fmt: skip
     old = {"median": 2.0, "p10": 1.0, "p90": 3.0, "samples": [2.0], "against": {}, "flop": None}
     rows = [

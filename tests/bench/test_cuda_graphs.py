@@ -1,4 +1,4 @@
-"""Variants that run as CUDA graphs, with a recorder that runs on a CPU, and what only a GPU counts."""
+"""Variants that replay CUDA graphs, with a recorder for CPUs, and peak memory."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,24 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import case, graph, measure, peak
-from bench.case import timed
-from bench.examine import Truth, examine, outcome
-from bench.kernels.grouped_mm import GroupedMM
-from bench.kernels.rank_of_target import RankOfTarget
-from bench.kernels.route_topk import RouteTopk, _offsets_by_count, _offsets_by_search
-from bench.kernels.side_moe import SideMoE
-from bench.results import table
-from bench.rows import Rows
-from bench.workload import Absent, Tensors, Variant, Workload
+from bench.core import cuda_graphs, measure, memory, timing
+from bench.core.benchmark import Absent, Benchmark, InputSets, Tensors, Variant
+from bench.core.correctness import Checked, check, outcome
+from bench.core.measure import inputs_and_truth
+from bench.core.results import Role
+from bench.ops.grouped_mm import GroupedMM
+from bench.ops.ranking import RankOfTarget
+from bench.ops.route_topk import RouteTopk, _offsets_by_count, _offsets_by_search
+from bench.ops.side_moe import SideMoE
+from bench.report.tables import case_table
 from xsmoe_kernels import BackendUnavailable
 from xsmoe_kernels.runtime import dispatch
 
 CUDA = torch.device("cuda")
 
 
-def recorder(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
-    """Replays by running again, and leaves the results where they were the first time, as a graph does."""
+Recorded = tuple[Callable[[], None], tuple[Tensors, Tensors]]
+
+
+def recorder(step: cuda_graphs.Step) -> Recorded:
+    """Replay by running again, and overwrite the first results, as a graph does."""
     found = step()
 
     def replay() -> None:
@@ -35,7 +38,7 @@ def recorder(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tenso
     return replay, found
 
 
-def workloads() -> list[Workload]:
+def benchmarks() -> list[Benchmark]:
     cpu = torch.device("cpu")
     return [
         SideMoE({"N": 67, "E": 3, "D": 24, "R": 6, "M": 2}, torch.float32, cpu),
@@ -44,93 +47,96 @@ def workloads() -> list[Workload]:
     ]
 
 
-def with_graph(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = workload.build
+def graph_of_ours(
+    benchmark: Benchmark, recorder: cuda_graphs.Recorder = recorder, name: str = "ours-graph", role: Role = Role.OURS
+) -> Variant:
+    """Return a variant that replays ours by a recorder."""
+    ours = benchmark.variant("ours")
+    build = lambda: cuda_graphs.replayed(ours.build(), CUDA, recorder)  # noqa: E731
+    return replace(ours, name=name, role=role, build=build, cuda_graph=True, flop_like="ours")
 
-    def build_graph(name: str) -> Variant:
-        return graph.replayed(build("ours"), CUDA, recorder) if name == "ours-graph" else build(name)
 
-    monkeypatch.setattr(workload, "build", build_graph)
+def add_graph(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add the graph of ours to a benchmark on a CPU."""
+    found = [*benchmark.variants(), graph_of_ours(benchmark)]
+    monkeypatch.setattr(benchmark, "variants", lambda: found)
 
 
-@pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
-def test_a_replayed_step_passes_the_gate_on_every_set_of_rows(
-    workload: Workload, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bench.rows.ROTATED_BYTES", 1)
-    with_graph(workload, monkeypatch)
-    rows = Rows(workload)
-    checked = examine(workload, "ours-graph", rows, Truth(workload, rows.get(0, None)))
-    assert checked.row.status == "measured", checked.row
-    assert checked.row.saved_bytes is None
-    assert checked.variant is not None
+def checked(benchmark: Benchmark, variant: Variant) -> Checked:
+    return check(benchmark, variant, *inputs_and_truth(benchmark))
+
+
+@pytest.mark.parametrize("benchmark_", benchmarks(), ids=lambda one: one.operator)
+def test_a_replayed_step_is_right_on_every_set_of_inputs(benchmark_: Benchmark) -> None:
+    inputs, truth = inputs_and_truth(benchmark_)
+    graph = check(benchmark_, graph_of_ours(benchmark_), inputs, truth)
+    assert graph.row.status == "measured", graph.row
+    assert graph.row.cuda_graph
+    assert graph.row.saved_bytes is None
+    assert graph.implementation is not None
     for turn in (1, 0):
-        taken = rows.get(turn, None)
-        again, expected = outcome(checked.variant, taken), outcome(workload.build("ours"), taken)
+        mine = inputs.get(turn)
+        again, expected = outcome(graph.implementation, mine), outcome(benchmark_.variant("ours").build(), mine)
         assert set(again) == set(expected)
         for name, tensor in expected.items():
             torch.testing.assert_close(again[name], tensor, msg=name)
 
 
 def test_a_replayed_step_has_one_time_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = workloads()[0]
-    with_graph(workload, monkeypatch)
-    found = case.measure(workload, ["naive", "ours", "ours-graph"], ["naive", "ours-graph"], seconds=0.01)
-    naive, ours, graphed = found.rows
+    side_moe = benchmarks()[0]
+    add_graph(side_moe, monkeypatch)
+    found = measure.measure(side_moe, ["naive", "ours", "ours-graph"], ["naive", "ours-graph"], seconds=0.01)
+    naive, ours, graph = found.rows
     assert set(naive.passes) == set(ours.passes) == {"forward", "backward", "both"}
-    assert set(graphed.passes) == {"both"}
-    assert set(graphed.passes["both"].against) == {"naive", "ours-graph"}
+    assert set(graph.passes) == {"both"}
+    assert set(graph.passes["both"].against) == {"naive", "ours-graph"}
     assert set(ours.passes["forward"].against) == {"naive"}
-    assert graphed.passes["both"].flop == ours.passes["both"].flop
-    lines = [line for line in table(found).splitlines() if line.startswith("|")]
+    assert graph.passes["both"].flop == ours.passes["both"].flop
+    lines = [line for line in case_table(found).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_rows_are_copied_ahead_of_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = workloads()[0]
+def test_inputs_are_copied_before_the_timed_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    side_moe = benchmarks()[0]
     happened: list[str] = []
 
-    def prepare(rows: Tensors) -> Tensors:
+    def prepare(inputs: Tensors) -> Tensors:
         happened.append("prepare")
-        return rows
+        return inputs
 
-    def step(rows: Tensors) -> tuple[Tensors, Tensors]:
+    def step(_: Tensors) -> tuple[Tensors, Tensors]:
         happened.append("step")
         return {}, {}
 
-    class Watch(measure.Stopwatch):
+    class Watch(timing.Stopwatch):
         def mark(self) -> None:
             happened.append("mark")
             super().mark()
 
-    monkeypatch.setattr(case, "Stopwatch", Watch)
-    monkeypatch.setattr(case, "flusher", lambda device: lambda: happened.append("flush"))
-    variant = replace(workload.build("ours"), prepare=prepare, step=step)
-    assert len(timed(workload, variant, Rows(workload))(0)) == 1
+    monkeypatch.setattr(measure, "Stopwatch", Watch)
+    monkeypatch.setattr(measure, "flusher", lambda device: lambda: happened.append("flush"))
+    ours = side_moe.variant("ours")
+    built = replace(ours.build(), prepare=prepare, step=step)
+    assert len(measure._timed(side_moe, ours, built, InputSets(side_moe))(0)) == 1
     assert happened == ["prepare", "flush", "mark", "step", "mark"]
 
 
-def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = workloads()[0]
-    build = workload.build
-
-    def fails(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
+def test_a_step_that_cannot_be_captured_is_refused() -> None:
+    def fails(step: cuda_graphs.Step) -> Recorded:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(workload, "build", lambda name: graph.replayed(build("ours"), CUDA, fails))
-    rows = Rows(workload)
-    truth = Truth(workload, rows.get(0, None))
+    side_moe = benchmarks()[0]
     reason = "it cannot be recorded: operation not permitted when stream is capturing"
-    for name, status in (("ours-graph", "refused"), ("eager-graph", "absent")):
-        row = examine(workload, name, rows, truth).row
+    for role, status in ((Role.OURS, "refused"), (Role.EAGER, "absent")):
+        row = checked(side_moe, graph_of_ours(side_moe, fails, role=role)).row
         assert (row.status, row.reason) == (status, reason)
 
 
-def does_nothing(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
+def does_nothing(step: cuda_graphs.Step) -> Recorded:
     return lambda: None, step()
 
 
-def says_the_same(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, Tensors]]:
+def repeats_the_first_results(step: cuda_graphs.Step) -> Recorded:
     found = step()
     before = [{name: tensor.detach().clone() for name, tensor in mine.items()} for mine in found]
 
@@ -142,39 +148,32 @@ def says_the_same(step: graph.Step) -> tuple[Callable[[], None], tuple[Tensors, 
     return replay, found
 
 
-@pytest.mark.parametrize("wrong", [does_nothing, says_the_same])
-@pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
-def test_a_graph_that_does_not_read_its_rows_is_refused(
-    workload: Workload, wrong: graph.Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build = workload.build
-    monkeypatch.setattr(workload, "build", lambda name: graph.replayed(build("ours"), CUDA, wrong))
-    rows = Rows(workload)
-    row = examine(workload, "ours-graph", rows, Truth(workload, rows.get(0, None))).row
+@pytest.mark.parametrize("wrong", [does_nothing, repeats_the_first_results])
+@pytest.mark.parametrize("benchmark_", benchmarks(), ids=lambda one: one.operator)
+def test_a_graph_that_does_not_read_its_inputs_is_refused(benchmark_: Benchmark, wrong: cuda_graphs.Recorder) -> None:
+    row = checked(benchmark_, graph_of_ours(benchmark_, wrong)).row
     assert row.status == "refused", row
     assert "integers are wrong" in (row.reason or "") or "error" in (row.reason or "")
 
 
 # NumPy's, of infinity less infinity and of 0 by 0, which Triton's interpreter divides outside of masks.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
-def test_rivals_replay_too(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = graph.replayed
-    monkeypatch.setattr(graph, "replayed", lambda variant, device: whole(variant, CUDA, recorder))
-    rows = Rows(workload)
-    truth = Truth(workload, rows.get(0, None))
+@pytest.mark.parametrize("benchmark_", benchmarks(), ids=lambda one: one.operator)
+def test_baselines_are_replayed_too(benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cuda_graphs.replayed
+    monkeypatch.setattr(cuda_graphs, "replayed", lambda built, device: whole(built, CUDA, recorder))
+    inputs, truth = inputs_and_truth(benchmark_)
     with monkeypatch.context() as patch:
-        patch.setattr(workload, "device", CUDA)
-        # By name either kind of kernels is slow here, or absent, as tests that ran before this one left it.
-        others = ("compiled", "ours-triton", "ours-cuda")
-        names = [name for name in workload.variants() if name.endswith("-graph") and not name.startswith(others)]
-        assert set(workload.baselines()) <= set(workload.variants())
-    assert len(names) >= 2
-    for name in names:
-        checked = examine(workload, name, rows, truth)
-        assert checked.row.status in ("measured", "absent"), checked.row
-        if checked.variant is not None:
-            assert (checked.variant.name, checked.variant.like) == (name, name.removesuffix("-graph"))
+        patch.setattr(benchmark_, "device", CUDA)
+        found = [one for one in benchmark_.variants() if one.cuda_graph and not one.compiled]
+    # Kernels by name are slow here, or absent, depending on tests that ran before.
+    graphs = [one for one in found if not one.name.startswith(("ours-triton", "ours-cuda"))]
+    assert len(graphs) >= 2
+    for variant in graphs:
+        row = check(benchmark_, variant, inputs, truth).row
+        assert row.status in ("measured", "absent"), row
+        assert row.cuda_graph
+        assert variant.flop_like == variant.name.removesuffix("-graph")
 
 
 @pytest.mark.parametrize("experts", [1, 5, 64])
@@ -185,54 +184,53 @@ def test_offsets_by_search_are_offsets_by_count(experts: int) -> None:
     assert found.tolist() == _offsets_by_count(chosen, experts).tolist()
 
 
-@pytest.mark.parametrize("workload", workloads(), ids=lambda one: one.operator)
-def test_graphs_are_for_gpus(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(name.endswith("-graph") for name in (*workload.variants(), *workload.optional()))
+@pytest.mark.parametrize("benchmark_", benchmarks(), ids=lambda one: one.operator)
+def test_graphs_are_for_gpus(benchmark_: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(one.cuda_graph for one in benchmark_.variants())
     with pytest.raises(Absent, match="CUDA"):
-        workload.build("ours-graph")
-    monkeypatch.setattr(workload, "device", CUDA)
-    assert "ours-graph" in workload.variants()
+        cuda_graphs.replayed(benchmark_.variant("ours").build(), benchmark_.device)
+    monkeypatch.setattr(benchmark_, "device", CUDA)
+    assert benchmark_.variant("ours-graph").cuda_graph
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("workload", [one for one in workloads() if one.operator in ("side_moe", "route_topk")])
-def test_kernels_are_measured_by_name_where_they_can_run(
-    backend: str, workload: Workload, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("place", [0, 2], ids=["side_moe", "route_topk"])
+def test_backends_have_variants_on_a_gpu(backend: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = benchmarks()[place]
     name = f"ours-{backend}"
-    assert name not in (*workload.variants(), *workload.optional())
+    assert name not in [one.name for one in benchmark.variants()]
 
     def select(operator: str, requested: str, *_: object) -> str:
         raise BackendUnavailable(f"{requested} has no GPU")
 
     monkeypatch.setattr(dispatch, "select", select)
-    monkeypatch.setattr(workload, "device", CUDA)
-    assert {name, f"{name}-graph"} <= set(workload.variants())
-    for variant in (name, f"{name}-graph"):
+    monkeypatch.setattr(benchmark, "device", CUDA)
+    for variant in benchmark.select([name, f"{name}-graph"]):
+        assert variant.default
         with pytest.raises(Absent, match=f"{backend} has no GPU"):
-            workload.build(variant)
+            variant.build()
 
 
 def test_ranks_are_measured_on_each_backend_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"M": 7, "C": 45, "d": 4}
-    workload = RankOfTarget(sizes, torch.float32, torch.device("cpu"))
+    benchmark = RankOfTarget(sizes, torch.float32, torch.device("cpu"))
     names = {f"ours-{backend}{suffix}" for backend in ("triton", "cuda") for suffix in ("", "-graph")}
-    assert names.isdisjoint((*workload.variants(), *workload.optional()))
-    monkeypatch.setattr(workload, "device", CUDA)
-    assert names <= set(workload.variants())
+    assert names.isdisjoint(one.name for one in benchmark.variants())
+    monkeypatch.setattr(benchmark, "device", CUDA)
+    assert names <= {one.name for one in benchmark.variants()}
     narrow = RankOfTarget(sizes, torch.bfloat16, torch.device("cpu"))
     monkeypatch.setattr(narrow, "device", CUDA)
-    for name in ("ours-cuda", "ours-cuda-graph"):
+    for variant in narrow.select(["ours-cuda", "ours-cuda-graph"]):
         with pytest.raises(Absent, match=r"'cuda' cannot serve rank_of_target on cuda torch\.bfloat16: "):
-            narrow.build(name)
+            variant.build()
 
 
-def test_static_rows_stay_where_they_are() -> None:
-    static = graph.StaticRows()
+def test_static_inputs_have_fixed_addresses() -> None:
+    static = cuda_graphs.StaticInputs()
     first = {"x": torch.ones(3, requires_grad=True), "n": torch.arange(3)}
-    taken = static.take(first)
+    taken = static.copy(first)
     place = taken["x"].data_ptr()
-    again = static.take({"x": torch.full((3,), 2.0), "n": torch.arange(3) + 1})
+    again = static.copy({"x": torch.full((3,), 2.0), "n": torch.arange(3) + 1})
     assert again["x"].data_ptr() == place
     assert again["x"].requires_grad
     assert again["x"].is_leaf
@@ -243,14 +241,14 @@ def test_static_rows_stay_where_they_are() -> None:
 
 @pytest.mark.slow
 def test_a_variant_of_reduce_overhead_is_right_and_compiles_once() -> None:
-    """On a CPU, where it has no graphs."""
-    (row,) = case.measure(workloads()[0], ["compiled-graph"], (), seconds=0.01).rows
+    """Run on a CPU, where it has no graphs."""
+    (row,) = measure.measure(benchmarks()[0], ["compiled-graph"], (), seconds=0.01).rows
     assert row.status == "measured", row
     assert row.compile_seconds
     assert set(row.passes) == {"forward", "backward", "both"}
 
 
-def test_the_peak_leaves_out_what_was_there_and_names_what_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_excludes_existing_memory_and_counts_results_once(monkeypatch: pytest.MonkeyPatch) -> None:
     result = torch.zeros(10, 10)
 
     def step() -> list[Tensor]:
@@ -260,10 +258,10 @@ def test_the_peak_leaves_out_what_was_there_and_names_what_is_returned(monkeypat
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device: None)
-    assert peak.measure_peak(step, CUDA) == (2500 - 1000, result.nbytes)
+    assert memory.measure_peak(step, CUDA) == (2500 - 1000, result.nbytes)
 
 
-def test_the_peak_on_a_cpu_is_what_was_held_at_once(cpu: torch.device) -> None:
+def test_the_peak_on_a_cpu_is_the_most_at_once(cpu: torch.device) -> None:
     size = 1 << 20
 
     def step() -> list[Tensor]:
@@ -273,8 +271,8 @@ def test_the_peak_on_a_cpu_is_what_was_held_at_once(cpu: torch.device) -> None:
             del first, second
         return [torch.zeros(size // 2, dtype=torch.uint8)]
 
-    assert peak.measure_peak(step, cpu) == (2 * size, size // 2)
+    assert memory.measure_peak(step, cpu) == (2 * size, size // 2)
 
 
 def test_a_cpu_has_no_cache_to_flush() -> None:
-    measure.flusher(torch.device("cpu"))()
+    timing.flusher(torch.device("cpu"))()

@@ -13,7 +13,7 @@ from bench.core import bound, correctness, measure, results
 from bench.core.benchmark import Implementation, Tensors
 from bench.core.out_of_memory import is_out_of_memory
 from bench.core.results import Row
-from bench.memory.resident import NotResident, Point, resident_growth
+from bench.e2e.memory.resident import NotMeasurable, Point, resident_growth
 from bench.ops.side_moe import SideMoE
 from bench.report.tables import case_table
 from tests.bench.helpers import change_build
@@ -23,7 +23,7 @@ REASON = f"out of memory: {MESSAGE}"
 
 
 @pytest.fixture
-def benchmark(cpu: torch.device) -> SideMoE:
+def side_moe(cpu: torch.device) -> SideMoE:
     return SideMoE({"N": 67, "E": 3, "D": 24, "R": 6}, torch.float32, cpu)
 
 
@@ -43,67 +43,71 @@ def after(runs: int) -> Callable[[Implementation], Implementation]:
     return too_large
 
 
-def measured(benchmark: SideMoE, monkeypatch: pytest.MonkeyPatch, change: Callable[[Implementation], Implementation]) -> list[Row]:
-    change_build(monkeypatch, benchmark, "eager", lambda eager: change(eager.build()))
-    found = measure.measure(benchmark, ["naive", "eager", "ours"], ["naive", "eager"], seconds=0.01)
+def measured(
+    side_moe: SideMoE, monkeypatch: pytest.MonkeyPatch, change: Callable[[Implementation], Implementation]
+) -> list[Row]:
+    change_build(monkeypatch, side_moe, "eager", lambda eager: change(eager.build()))
+    found = measure.measure(side_moe, ["naive", "eager", "ours"], ["naive", "eager"], seconds=0.01)
     assert "| naive " in case_table(found)
     return found.rows
 
 
 @pytest.mark.parametrize("runs", [0, 1, 3], ids=["check", "warm-up", "rounds"])
-def test_a_variant_that_runs_out_of_memory_is_skipped(benchmark: SideMoE, monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
-    naive, eager, ours = measured(benchmark, monkeypatch, after(runs))
+def test_a_variant_that_runs_out_of_memory_is_skipped(
+    side_moe: SideMoE, monkeypatch: pytest.MonkeyPatch, runs: int
+) -> None:
+    naive, eager, ours = measured(side_moe, monkeypatch, after(runs))
     assert (eager.status, eager.reason, eager.passes) == ("skipped", REASON, {})
     assert naive.status == ours.status == "measured"
     assert set(ours.passes["both"].against) == {"naive"}
     assert len(ours.passes["both"].samples) == len(naive.passes["both"].samples) >= 3
 
 
-def test_a_capture_may_run_out_of_memory(benchmark: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_may_run_out_of_memory(side_moe: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(inputs: Tensors) -> Tensors:
         raise error
 
     error: RuntimeError = torch.OutOfMemoryError(MESSAGE)
-    assert measured(benchmark, monkeypatch, lambda built: replace(built, prepare=prepare))[1].reason == REASON
+    assert measured(side_moe, monkeypatch, lambda built: replace(built, prepare=prepare))[1].reason == REASON
     # Ending a recording that failed fails too.
     error = RuntimeError("capture was invalidated")
     error.__context__ = torch.OutOfMemoryError(MESSAGE)
-    assert measured(benchmark, monkeypatch, lambda built: replace(built, prepare=prepare))[1].reason == REASON
+    assert measured(side_moe, monkeypatch, lambda built: replace(built, prepare=prepare))[1].reason == REASON
 
 
-def test_the_peak_may_run_out_of_memory(benchmark: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_may_run_out_of_memory(side_moe: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure_peak(step: object, device: torch.device) -> None:
         raise torch.OutOfMemoryError(MESSAGE)
 
     monkeypatch.setattr(correctness, "measure_peak", measure_peak)
-    assert {row.reason for row in measured(benchmark, monkeypatch, lambda built: built)} == {REASON}
+    assert {row.reason for row in measured(side_moe, monkeypatch, lambda built: built)} == {REASON}
 
 
-def test_without_the_exact_result_all_rows_are_skipped(benchmark: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_exact_result_all_rows_are_skipped(side_moe: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
     def exact(inputs: Tensors) -> Tensors:
         raise torch.OutOfMemoryError(MESSAGE)
 
-    monkeypatch.setattr(benchmark, "exact", exact)
-    rows = measure.measure(benchmark, ["naive", "ours"], ["naive"], seconds=0.01).rows
+    monkeypatch.setattr(side_moe, "exact", exact)
+    rows = measure.measure(side_moe, ["naive", "ours"], ["naive"], seconds=0.01).rows
     assert {row.reason for row in rows} == {f"out of memory: the exact result: {MESSAGE}"}
 
 
-def test_probes_may_run_out_of_memory(benchmark: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_may_run_out_of_memory(side_moe: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
     probes = bound.probes
 
     def too_large(turn: int) -> tuple[float, ...]:
         raise torch.OutOfMemoryError(MESSAGE)
 
     monkeypatch.setattr(bound, "probes", lambda *given: dict.fromkeys(probes(*given), too_large))
-    rows = measured(benchmark, monkeypatch, lambda built: built)
+    rows = measured(side_moe, monkeypatch, lambda built: built)
     assert {row.status for row in rows} == {"measured"}
     assert {row.passes["both"].bound for row in rows} == {0.0}
 
 
-def test_a_remark_on_graphs_is_for_gpus(benchmark: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remark_on_graphs_is_for_gpus(side_moe: SideMoE, monkeypatch: pytest.MonkeyPatch) -> None:
     skips = iter(range(100))
     monkeypatch.setattr("bench.core.cuda_graphs.skipped_graphs", lambda: next(skips))
-    assert {row.remark for row in measured(benchmark, monkeypatch, lambda built: built)} == {None}
+    assert {row.remark for row in measured(side_moe, monkeypatch, lambda built: built)} == {None}
 
 
 def cpu_error() -> RuntimeError:
@@ -114,7 +118,7 @@ def cpu_error() -> RuntimeError:
 
 
 @pytest.mark.parametrize("runs", [0, 3], ids=["check", "rounds"])
-def test_a_cpu_runs_out_of_memory_too(benchmark: SideMoE, monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
+def test_a_cpu_runs_out_of_memory_too(side_moe: SideMoE, monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
     def change(built: Implementation) -> Implementation:
         left = iter(range(runs))
 
@@ -125,7 +129,7 @@ def test_a_cpu_runs_out_of_memory_too(benchmark: SideMoE, monkeypatch: pytest.Mo
 
         return replace(built, forward=forward)
 
-    naive, eager, ours = measured(benchmark, monkeypatch, change)
+    naive, eager, ours = measured(side_moe, monkeypatch, change)
     assert eager.status == "skipped"
     assert "can't allocate memory: you tried to allocate" in (eager.reason or "")
     assert naive.status == ours.status == "measured"
@@ -159,8 +163,10 @@ def test_a_case_whose_inputs_do_not_fit_is_skipped(
     monkeypatch.setattr(
         SideMoE, "__post_init__", lambda benchmark: (place == "weights" and large(benchmark), made(benchmark))
     )
-    monkeypatch.setattr(SideMoE, "make_inputs", lambda benchmark: (place == "rows" and large(benchmark), draw(benchmark))[1])
-    monkeypatch.setattr("bench.memory.point.resident_growth", lambda point: 1 << 20)
+    monkeypatch.setattr(
+        SideMoE, "make_inputs", lambda benchmark: (place == "rows" and large(benchmark), draw(benchmark))[1]
+    )
+    monkeypatch.setattr("bench.e2e.memory.measure.resident_growth", lambda point: 1 << 20)
     path = tmp_path / "run.json"
     given = [
         "side_moe",
@@ -170,7 +176,7 @@ def test_a_case_whose_inputs_do_not_fit_is_skipped(
         "D=8",
         "R=2",
         "M=1",
-        "--builts",
+        "--variants",
         "naive,ours",
         "--json",
         str(path),
@@ -189,5 +195,5 @@ def test_a_case_whose_inputs_do_not_fit_is_skipped(
 def test_a_separate_process_may_run_out_of_memory() -> None:
     # Two side levels of so many rows take more than any machine has.
     sizes = {"N": 1 << 40, "E": 2, "D": 64, "R": 2, "M": 1}
-    with pytest.raises(NotResident, match="out of memory: .*you tried to allocate"):
+    with pytest.raises(NotMeasurable, match="out of memory: .*you tried to allocate"):
         resident_growth(Point(SideMoE, sizes, torch.float32, 0, "ours", 1))
