@@ -36,9 +36,7 @@ def record_allocations(path: Path) -> Iterator[None]:
 
 def snapshot_variant(benchmark: Benchmark) -> Variant:
     """Return our first variant that replays no CUDA graph. A replay allocates nothing."""
-    return next(
-        variant for variant in benchmark.variants() if variant.role == Role.OURS and not variant.cuda_graph
-    )
+    return next(variant for variant in benchmark.variants() if variant.role == Role.OURS and not variant.cuda_graph)
 
 
 def write_snapshot(benchmark: Benchmark, cases: Sequence[Case], path: Path) -> bool:

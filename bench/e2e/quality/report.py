@@ -84,9 +84,9 @@ def _matrix_table(found: Mapping[str, Found]) -> str:
         if one["matrix"]
     ]  # fmt: skip
     text = (
-        "HR@10 % of every window's model on every window, as means over windows. own: the model on its own window. "
-        "next: on the next window. later minus own: later models on a window minus the window's own model; a negative "
-        "value means forgetting. last minus own: the same of the last model only. after next: on all windows after that."
+        "HR@10 % of every window's model on every window, as means over windows. own: the model on its window. "
+        "next: on the next window. later minus own: later models on a window minus its own model; a negative value "
+        "means forgetting. last minus own: the same of the last model only. after next: on the windows after that."
     )
     return "\n".join([text, "", *markdown_table(["variant", *MATRIX_COLUMNS.values()], rows)])
 

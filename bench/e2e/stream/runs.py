@@ -1,4 +1,4 @@
-"""One formulation going through the stream: what a window asks of it, and ours."""
+"""The interface of a formulation that is trained on the stream, and our implementation of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.steps.model import BLOCKS, LEVELS, OUT_DIM, PLACES
-from bench.steps.our_step import refuse
-from bench.stream.parts import Clock, StepClock
-from bench.stream.settings import Settings
-from bench.stream.streams import Drawn
+from bench.e2e.models import BLOCKS, LEVELS, OUT_DIM, PLACES
+from bench.e2e.step.our_step import raise_capture_failed
+from bench.e2e.stream.data import StreamData
+from bench.e2e.stream.settings import Settings
+from bench.e2e.stream.step_clock import Clock, StepClock
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream.cuda.graph_steps import CapturedSteps
@@ -28,9 +28,9 @@ class Run(ABC):
     """A model that is trained window by window.
 
     Attributes:
-        name: what tables call it.
-        clock: its steps, or their parts.
-        optimizer: of the window at hand.
+        name: used in tables.
+        clock: of its steps.
+        optimizer: of the current window.
     """
 
     name: str
@@ -39,53 +39,53 @@ class Run(ABC):
 
     @abstractmethod
     def grow(self, window: int, rows: GateRows | None) -> GateRows | None:
-        """Freezes all experts and adds one to each level, with these gate rows; returns those that it took."""
+        """Freeze all experts and add one to each level, with these gate rows; return the rows that were used."""
 
     @abstractmethod
     def begin(self, sequences: Sequences, share: np.ndarray) -> None:
-        """Makes ready for a window: its training sequences, and each item's share (I,) of them."""
+        """Prepare for a window: its training sequences, and each item's share (I,) of them."""
 
     @abstractmethod
     def epoch(self, window: int, epoch: int) -> float:
-        """Trains on every sequence once; returns the mean loss."""
+        """Train on every sequence once; return the mean loss."""
 
     @abstractmethod
     def ranks(self, task: RankingTask) -> np.ndarray:
-        """Each target's rank, (B,) float64."""
+        """Return each target's rank, (B,) float64."""
 
     @abstractmethod
     def encoded_rows(self, batch: Sequences) -> int:
-        """How many rows of each modality a step on these users encodes."""
+        """Return the number of rows of each modality that a step on these users encodes."""
 
     @abstractmethod
     def weight_bytes(self) -> int:
-        """What parameters, frozen experts, and what is derived from these and kept take."""
+        """Return the bytes of parameters, frozen experts, and tensors that are derived from them and kept."""
 
     def optimizer_bytes(self) -> int:
-        """What the optimizer keeps between steps."""
+        """Return the bytes of the optimizer's state."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         return byte_size(value for value in states if isinstance(value, Tensor))
 
 
 class OurRun(Run):
-    """`xsmoe`'s recommender, trained by the functions that `xsmoe train` trains with."""
+    """Our recommender, trained by the functions that `xsmoe train` uses."""
 
     sequences: Sequences
     log_share: np.ndarray
     graphs: CapturedSteps | None = None
 
-    def __init__(self, name: str, settings: Settings, drawn: Drawn, top_k: int | None = None) -> None:
+    def __init__(self, name: str, settings: Settings, data: StreamData, top_k: int | None = None) -> None:
         self.name, self.top_k = name, top_k
         self.config = settings.config()
-        self.features, _ = place(drawn.features, drawn.features.modalities, self.config)
+        self.features, _ = place(data.features, data.features.modalities, self.config)
         self.device = torch.device(settings.device)
         with seeded(settings.seed, torch.device("cpu")):
-            items = XSMoE(drawn.features.modalities, settings.dim, LEVELS, settings.rank, OUT_DIM, top_k=top_k)
+            items = XSMoE(data.features.modalities, settings.dim, LEVELS, settings.rank, OUT_DIM, top_k=top_k)
             users = UserEncoder(OUT_DIM, BLOCKS, dropout=settings.dropout, max_length=PLACES - 1)
         self.model = Recommender(items, users).to(self.device)
         for _, _, bank in items.banks():
             bank.count_in_eval = True
-        # A graph runs none of the hooks that tell parts apart.
+        # A graph replay runs no hooks.
         self.clock = (
             Clock(self.device)
             if settings.graph
@@ -93,7 +93,7 @@ class OurRun(Run):
         )
 
     def grow(self, window: int, rows: GateRows | None) -> GateRows:
-        # The rows depend on seed and window alone, so that runs of ours draw the same.
+        # The rows depend on seed and window only, so all our runs draw the same rows.
         grow(self.model.items, self.config, window, trains=True)
         return {
             name: [bank.router[-1].detach().clone() for bank in side.levels()]
@@ -105,11 +105,11 @@ class OurRun(Run):
         with np.errstate(divide="ignore"):
             self.log_share = np.log(share)
         self.optimizer = make_optimizer(self.model, self.config)
-        self.clock.follow(self.optimizer)
+        self.clock.watch_optimizer(self.optimizer)
         if self.graphs is not None:
             self.graphs.forget()
         if self.config.graph:
-            self.graphs = CapturedSteps(self.model, self.optimizer, tell=refuse)
+            self.graphs = CapturedSteps(self.model, self.optimizer, tell=raise_capture_failed)
 
     def epoch(self, window: int, epoch: int) -> float:
         done = train_epoch(
@@ -135,7 +135,7 @@ class OurRun(Run):
     def weight_bytes(self) -> int:
         held = [*self.model.parameters(), *self.model.buffers()]
         for _, _, bank in self.model.items.banks():
-            # Sparse routing reads the experts as they are.
+            # Sparse routing uses the experts without derived tensors.
             frozen = None if bank.top_k is not None else bank.operands(bank.router, bank.router)["frozen"]
             if frozen is None:
                 continue
@@ -143,16 +143,16 @@ class OurRun(Run):
             if self.config.precision == "bfloat16":
                 kept.append(frozen.to(torch.bfloat16))
                 held += [kept[-1].down, kept[-1].up]
-            held += [pack for pack in (one.pack() for one in kept) if pack is not None]
+            held += [packed for packed in (one.pack() for one in kept) if packed is not None]
         return byte_size(held)
 
     def copy(self) -> Recommender:
-        """A model of the same weights that nothing trains, watches or keeps anything derived in."""
-        twin = Recommender.from_config(self.model.config())
-        twin.load_state_dict(self.model.state_dict())
-        return twin.to(self.device).train()
+        """Return a model with the same weights, without hooks and without derived tensors."""
+        copied = Recommender.from_config(self.model.config())
+        copied.load_state_dict(self.model.state_dict())
+        return copied.to(self.device).train()
 
 
 def byte_size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of some tensors, each once."""
+    """Return the bytes of tensors, each counted once."""
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())

@@ -1,7 +1,7 @@
-"""The stream that both formulations are trained on: the drifting catalogue's log, with hidden states made from items.
+"""The generated stream: the log of the drifting catalogue, and hidden states that are computed from item attributes.
 
-No encoder runs. An item's attributes, the visual ones for "image" and the others for "text", are rows of zeros and
-ones; a fixed random map for each modality and level, and noise of the item's own, turn them into hidden states.
+No encoder runs. The one-hot attributes of an item, visual ones for "image" and the others for "text", are multiplied by
+a fixed random matrix for each modality and level, and noise is added for each item.
 """
 
 from dataclasses import dataclass
@@ -10,30 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.steps.model import LEVELS
-from bench.stream.settings import Settings
+from bench.e2e.models import LEVELS
+from bench.e2e.stream.settings import Settings
 from xsmoe.data import Window, make_windows
 from xsmoe.data.catalogue.attributes import ATTRIBUTES
 from xsmoe.data.catalogue.generator import generate
 from xsmoe.encoders import InMemoryFeatures
 
 SPREAD = 0.2
-"""Standard deviation of hidden states: the first scores then lie near 0, and training begins at once."""
+"""Standard deviation of the hidden states. It keeps the first scores near 0, so that training starts without delay."""
 NOISE = 0.3
-"""What an item has for itself, where its attributes make 1."""
-_SEEN = len(ATTRIBUTES) // 2
-_MODALITIES = {"image": slice(0, _SEEN), "text": slice(_SEEN, None)}
+"""Standard deviation of an item's noise, if that of its attributes is 1."""
+_VISUAL = len(ATTRIBUTES) // 2
+_MODALITIES = {"image": slice(0, _VISUAL), "text": slice(_VISUAL, None)}
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A stream, and its hidden states twice.
+class StreamData:
+    """A stream and its hidden states, in two layouts that share their memory.
 
     Attributes:
         windows: in time order.
-        features: what our trainer asks.
-        table: for each modality (items + 1, levels, D), as the published code takes it; row 0 is padding, item i is row
-            i + 1. It shares its memory with `features`.
+        features: for our trainer.
+        table: for the paper's formulation: (items + 1, levels, D) per modality. Row 0 is padding, and item i is row
+            i + 1.
     """
 
     windows: list[Window]
@@ -41,8 +41,8 @@ class Drawn:
     table: dict[str, Tensor]
 
 
-def draw(settings: Settings) -> Drawn:
-    """The stream of a seed."""
+def generate_stream(settings: Settings) -> StreamData:
+    """Return the stream of the seed."""
     found = generate(
         seed=settings.seed,
         num_windows=settings.windows,
@@ -51,25 +51,25 @@ def draw(settings: Settings) -> Drawn:
         new_items=settings.new_items,
     )
     windows = make_windows(found.users, found.items, found.timestamps, settings.windows, string_sort=True)
-    table = _hidden(found.attributes, settings)
+    table = _hidden_states(found.attributes, settings)
     levels = {name: list(rows[1:].unbind(1)) for name, rows in table.items()}
     if settings.pooling == "cls":
         levels = {name: [rows[0][:1], *rows[1:]] for name, rows in levels.items()}
-    return Drawn(windows, InMemoryFeatures(levels), table)
+    return StreamData(windows, InMemoryFeatures(levels), table)
 
 
-def _hidden(attributes: np.ndarray, settings: Settings) -> dict[str, Tensor]:
+def _hidden_states(attributes: np.ndarray, settings: Settings) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(settings.seed)
-    coded = [
+    one_hot = [
         torch.nn.functional.one_hot(torch.from_numpy(attributes[:, place]), len(attribute.values)).float()
         for place, attribute in enumerate(ATTRIBUTES)
     ]
     table = {}
     for modality, places in _MODALITIES.items():
-        own = torch.cat(coded[places], dim=1)
+        own = torch.cat(one_hot[places], dim=1)
         rows = torch.zeros(len(attributes) + 1, LEVELS + 1, settings.dim)
         for level in range(LEVELS + 1):
-            projection = torch.randn(own.shape[1], settings.dim, generator=generator) / len(coded[places]) ** 0.5
+            projection = torch.randn(own.shape[1], settings.dim, generator=generator) / len(one_hot[places]) ** 0.5
             noise = torch.randn(len(attributes), settings.dim, generator=generator)
             rows[1:, level] = SPREAD * (own @ projection + NOISE * noise)
         if settings.pooling == "cls":

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, by hooks that both formulations take alike."""
+"""Times of training steps and of their parts, from hooks that both formulations support."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,30 +6,30 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from bench.measure import Stopwatch
+from bench.core.timing import Stopwatch
 
 PARTS = ("data", "encode", "attend", "loss", "backward", "optimizer")
-"""Gathering the batch; item encoder; user encoder; loss; backward; optimizer."""
+"""Input of the batch; item encoder; user encoder; loss; backward; optimizer."""
 
 
 class Clock:
-    """Laps between marks while an epoch runs.
+    """Laps between marks during an epoch.
 
     Args:
-        device: whose clock is read.
-        parts: laps that a step has.
+        device: its clock is used.
+        parts: laps per step.
     """
 
     def __init__(self, device: torch.device, parts: int = 1) -> None:
         self._device, self._parts = device, parts
         self._watch: Stopwatch | None = None
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer of the steps to come."""
+    def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the hooks of a new optimizer."""
 
     @contextmanager
     def epoch(self) -> Iterator[list[list[float]]]:
-        """Fills the list with the seconds of each step's parts when the block is over."""
+        """Yield a list that contains the seconds of each step's parts after the block."""
         steps: list[list[float]] = []
         self._watch = Stopwatch(self._device)
         try:
@@ -42,18 +42,18 @@ class Clock:
         steps += [list(laps[start : start + self._parts]) for start in range(0, len(laps), self._parts)]
 
     def mark(self, *_: object) -> None:
-        """Ends a lap. Nothing outside of epochs: evaluation calls the encoders too."""
+        """End a lap. Outside of an epoch nothing is marked, because evaluation calls the encoders too."""
         if self._watch is not None:
             self._watch.mark()
 
 
 class StepClock(Clock):
-    """The parts of every step.
+    """A clock of the parts of every step.
 
     Args:
-        model: whose forward is the loss of a step.
-        items, users: its encoders, which it calls once each, in this order.
-        device: whose clock is read.
+        model: its forward returns the loss of a step.
+        items, users: its encoders. It calls each once, in this order.
+        device: its clock is used.
     """
 
     def __init__(self, model: nn.Module, items: nn.Module, users: nn.Module, device: torch.device) -> None:
@@ -63,6 +63,6 @@ class StepClock(Clock):
         users.register_forward_hook(self.mark)
         model.register_forward_hook(self.mark)
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(self.mark)
         optimizer.register_step_post_hook(self.mark)
