@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from bench import pictures, published, results
-from bench.__main__ import main
 from bench.kinks import smooth_users
 from bench.published_names import published_levels
 from bench.steps.model import drop_out
@@ -21,6 +18,9 @@ from bench.stream.runs import OurRun
 from bench.stream.settings import POOLINGS, Settings
 from bench.stream.streams import draw
 from bench.stream.windows import Streaming
+
+from bench import pictures, published, results
+from bench.__main__ import main
 from tests.stand_ins import Cannot, StandIn
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.cuda import graph_steps
