@@ -1,9 +1,9 @@
 """Measured numbers in Markdown: which there are, and whether committed results have them.
 
 A measured number has a unit of time, speed, share or memory (MiB; KB and MB are arithmetic). It must stand in a table
-whose columns say what of which variant they are, in a sentence that `CLAIMS` of the test makes from results, in what
-`python -m bench.report.slowdowns` writes, or in what is named as no measurement of ours. A ratio in a table has its spread with
-it, and the number of rounds where these are few.
+whose columns say what of which variant they are, in a sentence that `CLAIMS` of the test makes from results, in a table
+of `python -m bench.report.docs_tables`, or in a text that is named as no measurement of ours. A ratio in a table has
+its spread, and the number of rounds if these are few.
 """
 
 import re
@@ -12,9 +12,8 @@ from functools import cache
 from pathlib import Path
 
 from bench.core import results
-from bench.report import docs_tables
 from bench.core.results import Case, Row
-from bench.report import slowdowns
+from bench.report import docs_tables, slowdowns
 from bench.report.comparison import speedup
 
 ROOT = Path(__file__).parents[1]
@@ -157,8 +156,6 @@ def _value(row: Row, name: str, column: re.Match[str] | None) -> float | None:
 
 def _blocks(text: str, history: Sequence[str]) -> Iterator[str]:
     """Paragraphs, tables and list items, without code, without history, and without what has a test of its own."""
-    if slowdowns.BEGIN in text:
-        text = text.replace(slowdowns.written(text), "")
     text = docs_tables.TABLE.sub("", text)
     text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     kept = True

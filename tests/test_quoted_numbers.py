@@ -12,7 +12,6 @@ import torch
 from bench.core import results
 from bench.core.results import Case, Row, Run
 from bench.ops.side_moe import LEVELS
-from bench.report import slowdowns
 from bench.report.comparison import FEW_ROUNDS
 from bench.report.tables import ms
 from tests.quoted import MEASURED, RESULTS, ROOT, problems, times
@@ -24,7 +23,7 @@ HISTORY = {"docs/kernels.md": ("What was tried and left",)}
 # Definitions, sizes by design and forecasts; "..." stands for the rest of a paragraph.
 CONSTANTS = {
     "docs/benchmarking.md": (
-        "| of floor | the floor divided by the median: 100 % is the least time the work can take |",
+        "| of bound | the speed-of-light bound divided by the median: 100 % is the least possible time |",
         "the copy is one of 96 MiB",
         "a share slightly above 100 % is possible",
         "moved against them by more than 5 % (`--least`), and the 99 % interval",
@@ -177,25 +176,13 @@ def claims(page: str) -> tuple[str, ...]:
     return tuple(CLAIMS[page]()) if page in CLAIMS else ()
 
 
-@cache
-def open_rows() -> str:
-    return slowdowns.section(slowdowns.committed())
-
-
 def found(page: str, text: str) -> list[str]:
-    wrong = problems(text, claims=claims(page), constants=CONSTANTS.get(page, ()), history=HISTORY.get(page, ()))
-    if slowdowns.BEGIN in text and slowdowns.written(text) != open_rows():
-        wrong.append("the list of open rows is not that of the results: python -m bench.report.slowdowns --write")
-    return wrong
+    return problems(text, claims=claims(page), constants=CONSTANTS.get(page, ()), history=HISTORY.get(page, ()))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_quotes_what_results_have(page: str) -> None:
     assert found(page, (ROOT / page).read_text()) == []
-
-
-def test_the_list_of_open_rows_is_there() -> None:
-    assert slowdowns.BEGIN in (ROOT / "docs" / "kernels.md").read_text()
 
 
 @pytest.mark.parametrize("page", CLAIMS)
@@ -218,9 +205,6 @@ def quoted_spans(page: str, text: str) -> Iterator[tuple[int, int]]:
     for line in re.finditer(r"^\|.*\d\)? \|$|^\|.*\d % \|.*$", text, re.MULTILINE):
         if "What was tried" not in text[: line.start()]:
             yield line.span()
-    if slowdowns.BEGIN in text:
-        begin = text.index(slowdowns.written(text))
-        yield begin, begin + len(slowdowns.written(text))
 
 
 @pytest.mark.parametrize(

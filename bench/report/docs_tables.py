@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bench.cli.broken_pipe import run_and_exit
 from bench.core.machine import ROOT
+from bench.core.results import load_folder
 
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
@@ -32,7 +34,14 @@ def quality_tables(name: str) -> str:
     )
 
 
-TABLES: Mapping[str, Callable[[str], str]] = {"quality": quality_tables}
+def slowdown_list(name: str) -> str:
+    """Return the slowdowns of the committed results whose names contain `-NAME-`."""
+    from bench.report import slowdowns
+
+    return slowdowns.section(load_folder(RESULTS, f"*-{name}-*.json"))
+
+
+TABLES: Mapping[str, Callable[[str], str]] = {"quality": quality_tables, "slowdowns": slowdown_list}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,4 +90,4 @@ def renewed(page: str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_and_exit(main)

@@ -1,6 +1,7 @@
-"""Slowdowns in bench/results: `python -m bench.report.slowdowns --write` lists them in docs/kernels.md.
+"""Slowdowns in bench/results: `python -m bench.report.slowdowns` lists them.
 
-A slowdown is a pass in which one of our rows is slower than a baseline.
+A slowdown is a pass in which one of our rows is slower than a baseline. `bench.report.docs_tables` writes the list into
+docs/kernels.md.
 """
 
 import argparse
@@ -14,9 +15,6 @@ from bench.core.results import Case, Row, Run, load_folder
 from bench.core.timing import Quantiles
 from bench.report.comparison import FEW_ROUNDS, baselines, speedup
 from bench.report.tables import ms
-
-PAGE = ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- written by python -m bench.report.slowdowns --write -->", "<!-- end -->"
 
 
 class Slowdown(NamedTuple):
@@ -61,35 +59,19 @@ def slowdowns(runs: Sequence[Run], *, steps: bool) -> list[Slowdown]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the list; with --write, also write it into the page."""
+    """Print the list."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report.slowdowns", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--write", action="store_true", help=f"write the list into {PAGE.relative_to(ROOT)}")
     parser.add_argument("--passes", action="store_true", help="list passes of steps that are not slower as a whole")
     options = parser.parse_args(arguments)
-    text = section(committed())
-    print("\n".join(lines(committed(), steps=False)) if options.passes else text)
-    if options.write:
-        page = PAGE.read_text()
-        begin, end = _between(page)
-        PAGE.write_text(f"{page[:begin]}\n{text}\n{page[end:]}")
+    print("\n".join(lines(committed(), steps=False)) if options.passes else section(committed()))
     return 0
 
 
 def committed() -> dict[str, Run]:
     """Return the committed CPU results, by file name."""
     return load_folder(ROOT / "bench" / "results")
-
-
-def written(page: str) -> str:
-    """Return the list that a page has between the markers.
-
-    Raises:
-        ValueError: it has no such markers.
-    """
-    begin, end = _between(page)
-    return page[begin:end].strip("\n")
 
 
 def section(runs: dict[str, Run]) -> str:
@@ -118,15 +100,6 @@ def lines(runs: dict[str, Run], *, steps: bool) -> list[str]:
         for name, run in runs.items()
         for one in slowdowns([run], steps=steps)
     ]
-
-
-def _between(page: str) -> tuple[int, int]:
-    """Return the end of the first marker and the start of the second."""
-    begin = page.find(BEGIN)
-    end = page.find(END, begin)
-    if begin < 0 or end < 0:
-        raise ValueError(f"the page has no {BEGIN} that is followed by {END}")
-    return begin + len(BEGIN), end
 
 
 def _filled(text: str, indent: str = "") -> str:

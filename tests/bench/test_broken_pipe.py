@@ -9,6 +9,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.cli import all as all_command
+from bench.cli import stream
 from bench.cli.broken_pipe import BROKEN_PIPE, run_and_exit
 from bench.core.machine import ROOT
 

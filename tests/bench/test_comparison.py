@@ -4,11 +4,10 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from bench.core.benchmark import load_benchmark
-from bench.core.results import Role, Run, load
+from bench.core.results import Role, load
 from bench.e2e.step import STEPS
 from bench.ops import OPERATORS
 from bench.report import comparison, slowdowns
@@ -105,26 +104,6 @@ def test_committed_slowdowns_include_those_of_saved_ratios() -> None:
         if ratio[0] < 1 and not name.startswith("ours")
     }
     assert saved <= found
-
-
-@pytest.mark.parametrize("between", ["x\n", "", "\n\nx\n\n"], ids=["line", "nothing", "space"])
-def test_writing_replaces_the_text_between_the_markers(
-    between: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "docs" / "kernels.md"
-    page.parent.mkdir()
-    page.write_text(f"x before\n\n{slowdowns.BEGIN}\n{between}{slowdowns.END}\n\nx after\n")
-    monkeypatch.setattr(slowdowns, "ROOT", page.parents[1])
-    monkeypatch.setattr(slowdowns, "PAGE", page)
-    faster: dict[str, Run] = {"a.json": run(case(row("eager", both=timing(2.0)), row("ours", both=timing(1.0))))}
-    monkeypatch.setattr(slowdowns, "committed", lambda: faster)
-    assert slowdowns.main(["--write"]) == 0
-    assert (
-        page.read_text() == f"x before\n\n{slowdowns.BEGIN}\n{slowdowns.section(faster)}\n{slowdowns.END}\n\nx after\n"
-    )
-    assert slowdowns.section(faster) in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has no"):
-        slowdowns.written("nothing")
 
 
 def test_a_refused_row_has_no_slowdown() -> None:

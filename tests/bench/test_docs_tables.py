@@ -44,3 +44,8 @@ def test_damaged_markers_and_missing_results_are_refused() -> None:
     for page in (start, start * 2 + "<!-- end -->\n"):
         with pytest.raises(ValueError, match=re.escape("has no <!-- end -->")):
             docs_tables.renewed(page)
+
+
+def test_slowdowns_are_in_the_docs() -> None:
+    tables = list(docs_tables.TABLE.finditer((docs_tables.DOCS / "kernels.md").read_text()))
+    assert [(table["kind"], table["name"]) for table in tables] == [("slowdowns", "cpu")]

@@ -116,7 +116,7 @@ def test_memory_has_a_separate_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     results.save(results.Run(["memory"], {"commit": "abc"}, [case(1), case(4)], 1.0), tmp_path / "memory-toy.json")
     assert gpu_summary.main([str(tmp_path)]) == 0
     rows = [_cells(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["memory", "for", "variant", "saved", "by design", "peak"]
+    assert rows[0] == ["memory", "unit", "variant", "saved", "by design", "peak"]
     assert rows[2:] == [["side_moe bfloat16 N=3", "an expert", "ours", "2.00 MiB", "", "4.00 MiB"]]
 
 

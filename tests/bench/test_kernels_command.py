@@ -93,7 +93,9 @@ def test_a_terminal_shows_progress(
 def test_results_survive_their_file(tmp_path: Path) -> None:
     forward = replace(timing(0.25, 0.125, 0.5, bound=0.0625), against={"naive": (2.0, 1.5, 3.0)})
     rows = [
-        replace(helpers.row("ours", problem="an easier one", forward=forward), worst="y", cuda_graph=True, dtype="float32"),
+        replace(
+            helpers.row("ours", problem="an easier one", forward=forward), worst="y", cuda_graph=True, dtype="float32"
+        ),
         unmeasured("naive", "skipped", "too large"),
     ]
     case = results.Case(
