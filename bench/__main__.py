@@ -4,12 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench import stream_command
 from bench.cli import all as all_parts
-from bench.cli import compare, kernels, memory, quality, roofline, step
+from bench.cli import compare, kernels, memory, quality, roofline, step, stream
 from bench.cli.broken_pipe import run_and_exit
 
-COMMANDS = (all_parts, kernels, step, memory, stream_command, quality, roofline, compare)
+COMMANDS = (all_parts, kernels, step, memory, stream, quality, roofline, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

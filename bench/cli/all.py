@@ -10,16 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from bench import stream_command as stream
-from bench.cli import kernels, memory, roofline, step
+from bench.cli import kernels, memory, roofline, step, stream
 from bench.cli.common import UsageError, add_machine, check_machine, make_folder
 from bench.core import results
 from bench.core.results import Run
 from bench.e2e.memory.curves import curves
 from bench.e2e.memory.report import slope_table
+from bench.e2e.stream import records
+from bench.e2e.stream.records import StreamRun
+from bench.e2e.stream.report import headline
 from bench.report import summary
-from bench.stream import records, tables
-from bench.stream.records import StreamRun
 
 
 class Part(NamedTuple):
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 def _stream_notes(path: Path) -> list[str]:
     # The summary has a line for the machine.
-    return [line for line in tables.headline(records.load(path)) if not line.startswith("- machine: ")]
+    return [line for line in headline(records.load(path)) if not line.startswith("- machine: ")]
 
 
 def _memory_notes(path: Path) -> list[str]:

@@ -13,10 +13,10 @@ from bench.core.results import Row, Run
 from bench.core.timing import quantiles
 from bench.e2e.memory.curves import curves
 from bench.e2e.memory.report import slope_table
+from bench.e2e.stream import records
+from bench.e2e.stream.records import StreamRun
 from bench.report.comparison import baselines, problem_notes, speedup
 from bench.report.tables import markdown_table, mib
-from bench.stream import records
-from bench.stream.records import StreamRun
 from xsmoe_kernels.backends import cuda as cuda_backend
 
 _STATE = ".gpu_suite"

@@ -6,10 +6,10 @@ from typing import Any
 from bench.core import machine
 from bench.core.results import Case, Role, Row, Run, sizes_text
 from bench.core.timing import quantiles
+from bench.e2e.stream.records import StreamRun, WindowRecord
 from bench.report.comparison import BASELINE_ROLES, FEW_ROUNDS, baseline_role, baselines, fastest, problem_notes
 from bench.report.slowdowns import few_rounds_note, slowdowns
 from bench.report.tables import markdown_table, mib, ms, percent
-from bench.stream.records import StreamRun, WindowRecord
 
 NOT_MEASURED = ("refused", "absent", "skipped")
 LEGEND = (
