@@ -84,8 +84,8 @@ bench: native
 		--json bench/results/memory-side_moe-cpu-float32.json
 	$(BIN)/python -m bench memory step --json bench/results/memory-step-cpu-float32.json
 	$(BIN)/python -m bench stream --top-k 2 --json bench/results/stream-cpu.json
-	$(BIN)/python -m bench.profiled mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
-	$(BIN)/python -m bench.losing --write
+	$(BIN)/python -m bench.cli.profile mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
+	$(BIN)/python -m bench.report.slowdowns --write
 
 # What docs/quality.md has its tables from; hours. XSMOE_MOVIELENS is the folder of ml-latest-small.
 bench-quality: native

@@ -16,9 +16,8 @@ from bench.core import results
 from bench.core.results import Run
 from bench.e2e.memory.curves import curves
 from bench.e2e.memory.report import slope_table
-from bench.e2e.stream import records
+from bench.e2e.stream import records, report
 from bench.e2e.stream.records import StreamRun
-from bench.e2e.stream.report import headline
 from bench.report import summary
 
 
@@ -43,7 +42,7 @@ class Part(NamedTuple):
 
 def _stream_notes(path: Path) -> list[str]:
     # The summary has a line for the machine.
-    return [line for line in headline(records.load(path)) if not line.startswith("- machine: ")]
+    return [line for line in report.headline(records.load(path)) if not line.startswith("- machine: ")]
 
 
 def _memory_notes(path: Path) -> list[str]:
@@ -142,7 +141,7 @@ def summarize(folder: Path, endings: list[str]) -> str:
 def arguments(part: Part, options: argparse.Namespace, folder: Path) -> list[str]:
     """Return the command line of a part."""
     given = [
-        part.command.__name__.rpartition(".")[2].removesuffix("_command"),
+        part.command.__name__.rpartition(".")[2],
         *(part.quick if options.quick else part.full),
     ]
     given += ["--device", options.device, "--dtype", options.dtype]

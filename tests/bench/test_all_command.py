@@ -1,7 +1,6 @@
 """`python -m bench all`: its folder, its summary, and parts that fail or are interrupted."""
 
 from argparse import ArgumentParser
-from dataclasses import replace
 from pathlib import Path
 
 import pytest

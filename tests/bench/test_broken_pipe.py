@@ -9,7 +9,6 @@ import pytest
 
 from bench.__main__ import main
 from bench.cli import all as all_command
-from bench.cli import stream
 from bench.cli.broken_pipe import BROKEN_PIPE, run_and_exit
 from bench.core.machine import ROOT
 
@@ -49,8 +48,8 @@ def test_a_closed_pipe_is_not_a_usage_error(tmp_path: Path, monkeypatch: pytest.
     def shown(*_: object) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr(stream_command, "_shown", shown)
-    monkeypatch.setattr(stream_command.records, "load", lambda _: None)
+    monkeypatch.setattr(stream, "_show", shown)
+    monkeypatch.setattr(stream.records, "load", lambda _: None)
     with pytest.raises(BrokenPipeError):
         main(["stream", "--show", str(tmp_path / "stream.json")])
 

@@ -13,7 +13,8 @@ from bench.core import results
 from bench.core.benchmark import Benchmark
 from bench.e2e.memory import measure as memory_measure
 from bench.report.tables import case_table
-from tests.bench.helpers import row, timing, unmeasured
+from tests.bench import helpers
+from tests.bench.helpers import timing, unmeasured
 
 TINY = ["--sizes", "N=67", "E=1,3", "D=24", "R=6", "--seconds", "0.01"]
 NAMES = ["naive", "eager", "ours", "ours-recompute"]
@@ -92,7 +93,7 @@ def test_a_terminal_shows_progress(
 def test_results_survive_their_file(tmp_path: Path) -> None:
     forward = replace(timing(0.25, 0.125, 0.5, bound=0.0625), against={"naive": (2.0, 1.5, 3.0)})
     rows = [
-        replace(row("ours", problem="an easier one", forward=forward), worst="y", cuda_graph=True, dtype="float32"),
+        replace(helpers.row("ours", problem="an easier one", forward=forward), worst="y", cuda_graph=True, dtype="float32"),
         unmeasured("naive", "skipped", "too large"),
     ]
     case = results.Case(
