@@ -36,8 +36,8 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "stream",
         help="a stream through the paper's formulation and ours: time, memory and quality as experts grow",
         description="Trains the paper's formulation and ours on the same stream, with equal initial weights, batches, "
-        "epochs and tests, one epoch each in turn. Every window adds an expert, and none is dropped. A run with a wrong "
-        "step gets no time, and makes the exit code 1. docs/benchmarking.md explains the tables.",
+        "epochs and tests, one epoch each in turn. Every window adds an expert, and none is dropped. A run with a "
+        "wrong step gets no time, and makes the exit code 1. docs/benchmarking.md explains the tables.",
     )
     defaults = asdict(Settings())
     for name, (_, text) in _NUMBERS.items():

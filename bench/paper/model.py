@@ -143,7 +143,7 @@ class SideNetwork(nn.Module):
 
 
 class ItemEncoder(nn.Module):
-    """One side network per modality, in the given order. Their outputs are concatenated and projected to (N, out_dim)."""
+    """One side network per modality, in the given order. A projection to (N, out_dim) of their concatenated outputs."""
 
     def __init__(self, dims: Mapping[str, int], num_levels: int, rank: int, out_dim: int, num_experts: int = 1) -> None:
         super().__init__()

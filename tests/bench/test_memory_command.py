@@ -292,7 +292,7 @@ def test_there_is_no_snapshot_of_a_variant_without_a_result(
     status: str, history: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], cpu: torch.device
 ) -> None:
     benchmark = SideMoE(TINY, torch.float32, cpu)
-    case = replace(case_of(1, Row("ours", status, "y: error 1", role=Role.OURS)), sizes=benchmark.sizes)
+    case = replace(case_of(1, Row("ours", Role.OURS, status, "y: error 1")), sizes=benchmark.sizes)
     assert not snapshots.write_snapshot(benchmark, [case], tmp_path / "step.pickle")
     assert history == []
     assert f"no snapshot: ours is {status}" in capsys.readouterr().out
@@ -336,7 +336,7 @@ def test_mistakes_of_a_snapshot_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(SideMoE, "__post_init__", lambda benchmark: None)
+    monkeypatch.setattr(SideMoE, "__post_init__", lambda benchmark: setattr(benchmark, "modalities", 1))
     given = ["memory", *arguments, "--device", "cuda", "--snapshot", str(tmp_path / "step.pickle")]
     assert main(given) == 2
     assert message in capsys.readouterr().err
@@ -361,7 +361,7 @@ def test_a_plan_moves_its_centre_and_its_sweeps() -> None:
 
 
 def test_sweeps_are_found_among_cases() -> None:
-    row = Row("ours", "measured", saved_bytes=5)
+    row = Row("ours", Role.OURS, "measured", saved_bytes=5)
     cases = [case_of(4, row), case_of(1, row), replace(case_of(4, row), sizes={"N": 9, "E": 4}), case_of(2, row)]
     found = {(curve.letter, tuple(curve.values)): curve.fixed for curve in curves(cases)}
     assert found == {("E", (1, 2, 4)): {"N": 3}, ("N", (3, 9)): {"E": 4}}
@@ -382,8 +382,14 @@ def test_a_slope_is_marked_if_points_are_not_on_a_line() -> None:
 
 
 def test_a_table_gives_the_reasons_for_empty_points() -> None:
-    measured = Row("ours", "measured", error=1.5, saved_bytes=1 << 20, peak_bytes=3 << 20, returned_bytes=1 << 20)
-    cases = [case_of(1, measured), case_of(2, Row("ours", "skipped", "too large")), case_of(3, Row("new", "absent"))]
+    measured = Row(
+        "ours", Role.OURS, "measured", error=1.5, saved_bytes=1 << 20, peak_bytes=3 << 20, returned_bytes=1 << 20
+    )
+    cases = [
+        case_of(1, measured),
+        case_of(2, Row("ours", Role.OURS, "skipped", "too large")),
+        case_of(3, Row("new", Role.EAGER, "absent")),
+    ]
     text = report.curve_table(Curve("E", cases))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert lines.pop(1)[0].startswith(":-")

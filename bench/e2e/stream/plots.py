@@ -1,6 +1,6 @@
 """Plots of a stream: time, memory, quality and parts of a step as experts grow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def draw_parts(run: StreamRun) -> Any:
     return _finish(run, figure, *panels)
 
 
-def _band(panel: Any, points: list[tuple[float, ...]], colour: str, label: str) -> None:
+def _band(panel: Any, points: Sequence[tuple[float, ...]], colour: str, label: str) -> None:
     """Draw (x, median, p10, p90) as a line in a band."""
     if points:
         x, median, low, high = zip(*points, strict=True)

@@ -1,6 +1,7 @@
 """Tables of a stream in Markdown: a summary in a few lines, then time, memory, quality and parts by window."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,10 +82,10 @@ def _times(run: StreamRun) -> list[str]:
     others = run.names[1:]
     columns: dict[str, Cell] = {"steps": lambda w: str(len(w.paper.steps))}
     columns |= _for_each(run.names, "{} step ms", _step_cell)
-    columns |= {f"x {name}": lambda w, name=name: _ratio_cell(w, name) for name in others}
+    columns |= {f"x {name}": partial(_ratio_cell, name) for name in others}
     columns |= _for_each(run.names, "{} epoch s", lambda one: f"{np.mean(one.epochs):.2f}")
     columns |= _for_each(run.names, "{} window s", lambda one: f"{one.seconds:.2f}")
-    columns |= {f"error {name}": lambda w, name=name: _error_cell(w, name) for name in others}
+    columns |= {f"error {name}": partial(_error_cell, name) for name in others}
     caption = (
         "Time. Median (10th-90th percentile) of a window's steps. x: the speed-up over equal batches. A window is its "
         "expansion, epochs and test."
@@ -95,7 +96,7 @@ def _times(run: StreamRun) -> list[str]:
 def _memory(run: StreamRun) -> list[str]:
     """Return the peaks of steps, and the memory between steps."""
     columns = _for_each(run.names, "{} peak MiB", lambda one: mib(one.peak_bytes))
-    columns |= {f"x {name}": lambda w, name=name: _peak_ratio_cell(w, name) for name in run.names[1:]}
+    columns |= {f"x {name}": partial(_peak_ratio_cell, name) for name in run.names[1:]}
     columns |= _for_each(run.names, "{} weights MiB", lambda one: mib(one.weight_bytes))
     columns |= _for_each(run.names, "{} optimizer MiB", lambda one: mib(one.optimizer_bytes))
     columns |= _for_each(run.names, "{} rows", lambda one: str(one.rows))
@@ -114,15 +115,9 @@ def _quality(run: StreamRun) -> list[str]:
         "items": lambda w: str(w.candidates),
     }
     for metric in METRICS:
-        columns |= _for_each(
-            run.names, metric + " {}", lambda one, metric=metric: _percent(one.test_scores or {}, metric)
-        )
-        columns |= _for_each(
-            run.names[1:],
-            metric + " {} - published",
-            lambda one, metric=metric: _percent(one.difference or {}, metric, sign=True),
-        )
-        columns |= {f"{metric} popular": lambda w, metric=metric: f"{100 * (w.popularity or {})[metric]:.2f}"}
+        columns |= _for_each(run.names, f"{metric} {{}}", partial(_score_cell, metric))
+        columns |= _for_each(run.names[1:], f"{metric} {{}} - published", partial(_difference_cell, metric))
+        columns[f"{metric} popular"] = partial(_popularity_cell, metric)
     caption = (
         "Quality of each window's model on the next window, in percent, with standard errors over users. Differences "
         "are paired by user. popular: the most frequent items so far."
@@ -190,19 +185,31 @@ def _step_cell(record: RunRecord) -> str:
     return f"{_ms(found.median)} ({_ms(found.p10)}-{_ms(found.p90)})"
 
 
-def _ratio_cell(window: WindowRecord, name: str) -> str:
+def _ratio_cell(name: str, window: WindowRecord) -> str:
     ratio = window.ratio(name)
     return "" if ratio is None else f"{ratio.median:.1f} ({ratio.p10:.1f}-{ratio.p90:.1f})"
 
 
-def _peak_ratio_cell(window: WindowRecord, name: str) -> str:
+def _peak_ratio_cell(name: str, window: WindowRecord) -> str:
     record = window.timed(name)
     if record is None:
         return "refused" if name in window.runs and window.runs[name].refused else ""
     return f"{(window.paper.peak_bytes or 0) / (record.peak_bytes or 1):.1f}"
 
 
-def _error_cell(window: WindowRecord, name: str) -> str:
+def _score_cell(metric: str, record: RunRecord) -> str:
+    return _percent(record.test_scores or {}, metric)
+
+
+def _difference_cell(metric: str, record: RunRecord) -> str:
+    return _percent(record.difference or {}, metric, sign=True)
+
+
+def _popularity_cell(metric: str, window: WindowRecord) -> str:
+    return f"{100 * (window.popularity or {})[metric]:.2f}"
+
+
+def _error_cell(name: str, window: WindowRecord) -> str:
     found = window.runs.get(name)
     return "" if found is None or found.error is None else f"{found.error:.2f}"
 
