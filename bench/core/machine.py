@@ -17,11 +17,13 @@ import xsmoe_kernels
 ROOT = Path(__file__).parents[2]
 BUSY = "**Other programs use this machine: ratios are more reliable than times, and neither much.**"
 # Prefixes of environment variables that change times.
-_VARIABLES = tuple(
-    "OMP_ MKL_ KMP_ GOMP_ MALLOC_ XSMOE_ ONEDNN_ DNNL_ TORCHINDUCTOR_ CUDA_VISIBLE CUDA_LAUNCH_BLOCKING CUBLAS_ "
-    "NVIDIA_TF32_OVERRIDE PYTORCH_ TRITON_".split()
-)
-_GPU_FIELDS = "driver_version clocks.sm clocks.max.sm clocks.mem clocks.max.mem power.limit temperature.gpu".split()
+_VARIABLES = (
+    "OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "XSMOE_", "ONEDNN_", "DNNL_", "TORCHINDUCTOR_", "CUDA_VISIBLE",
+    "CUDA_LAUNCH_BLOCKING", "CUBLAS_", "NVIDIA_TF32_OVERRIDE", "PYTORCH_", "TRITON_",
+)  # fmt: skip
+_GPU_FIELDS = (
+    "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "temperature.gpu",
+)  # fmt: skip
 _ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 

@@ -1,19 +1,16 @@
 """A short summary of the results of bench/gpu/suite.sh: `python -m bench.gpu.summary FOLDER`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from bench.cli.broken_pipe import run_and_exit
-from bench.core import results
 from bench.core.results import Run
 from bench.e2e.memory.curves import curves
 from bench.e2e.memory.report import slope_table
 from bench.e2e.stream import records
-from bench.e2e.stream.records import StreamRun
 from bench.report import summary
 from bench.report.comparison import problem_notes
 from bench.report.tables import markdown_table
@@ -37,12 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason := cuda_backend.describe().get("unavailable"):
             print(reason)
         return 0 if reason else 1
-    found = list(measured(options.folder, options.commit))
-    runs = [run for run in found if isinstance(run, Run)]
+    runs = list(measured(options.folder, options.commit))
     timed, swept = ([run for run in runs if (run.command[:1] == ["memory"]) == memory] for memory in (False, True))
-    streams = [run for run in found if isinstance(run, StreamRun)]
     notes = problem_notes(row for run in timed for case in run.cases for row in case.rows)
-    lines = summary.table(timed, streams), notes, summary.missing(timed, streams)
+    lines = summary.table(timed), notes, summary.missing(timed)
     growth = slope_table(curves(case for run in swept for case in run.cases))
     sections = [parts(options.folder / _STATE, options.commit), *map("\n".join, lines), growth]
     print("\n\n".join(filter(None, sections)))
@@ -73,16 +68,15 @@ def tests(path: Path) -> str:
     return f"{total - failed - skipped} passed, {failed} failed, {skipped} skipped"
 
 
-def measured(folder: Path, commit: str | None = None) -> Iterator[Run | StreamRun]:
+def measured(folder: Path, commit: str | None = None) -> Iterator[Run]:
     """Yield the GPU runs of a folder; only those of a commit, if one is given."""
     for path in sorted(folder.glob("*.json")):
         try:
-            is_stream = json.loads(path.read_text()).get("kind") == records.KIND
-            run = records.load(path) if is_stream else results.load(path)
+            run = records.load_any(path)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             print(f"{path.name} is left out: {error}", file=sys.stderr)
             continue
-        if "cuda" not in ([case.device for case in run.cases] if isinstance(run, Run) else [run.settings["device"]]):
+        if not any(case.device == "cuda" for case in run.cases):
             continue
         if commit is not None and run.machine.get("commit") != commit:
             print(f"{path.name} is left out: it is of commit {run.machine.get('commit')}", file=sys.stderr)

@@ -87,7 +87,7 @@ def test_memory_has_a_separate_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows[2:] == [["side_moe bfloat16 N=3", "per expert", "ours", "2.00 MiB", "", "4.00 MiB"]]
 
 
-def test_the_first_and_last_window_of_a_stream_have_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_windows_of_a_stream_have_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def window(number: int, step: float, epoch: float) -> records.WindowRecord:
         timed = records.RunRecord(steps=[[step]] * 3, epochs=[epoch, epoch], grow=0.5, test=9.0)
         runs = {"published": records.RunRecord(refused="it was wrong"), "ours-top-2": timed}
@@ -100,12 +100,12 @@ def test_the_first_and_last_window_of_a_stream_have_rows(tmp_path: Path, capsys:
     assert gpu_summary.main([str(tmp_path), "--commit", "abc"]) == 0
     printed = capsys.readouterr().out
     rows = [_cells(line) for line in printed.splitlines() if line.startswith("| stream")]
-    what = "stream step bfloat16 cls batch=4 E="
+    what = "stream_step_cls bfloat16 B=4 E="
     assert [row[:4] for row in rows] == [
         [f"{what}1", "ours-top-2", "3, few rounds", "2.00"],
         [f"{what}2", "ours-top-2", "3, few rounds", "2.20"],
     ]
-    assert "- refused: stream published, window 0: it was wrong" in printed
+    assert "- refused: stream_step_cls published, 2 sizes: it was wrong" in printed
 
 
 def _cells(line: str) -> list[str]:
