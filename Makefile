@@ -84,8 +84,8 @@ bench: native
 		--json bench/results/memory-side_moe-cpu-float32.json
 	$(BIN)/python -m bench memory step --json bench/results/memory-step-cpu-float32.json
 	$(BIN)/python -m bench stream --top-k 2 --json bench/results/stream-cpu.json
-	$(BIN)/python -m bench.profiled mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
-	$(BIN)/python -m bench.losing --write
+	$(BIN)/python -m bench.cli.profile mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
+	$(BIN)/python -m bench.report.docs_tables --write
 
 # What docs/quality.md has its tables from; hours. XSMOE_MOVIELENS is the folder of ml-latest-small.
 bench-quality: native
@@ -97,7 +97,7 @@ bench-quality: native
 		--variants growth,static,mean-gate,copy --json bench/results/quality-returning.json
 	$(BIN)/python -m bench quality --stream catalogue --folder runs/quality-catalogue --seeds 5 --jobs 2 \
 		--variants growth,mean-gate,copy --json bench/results/quality-catalogue.json
-	$(BIN)/python -m bench.quality.page --write
+	$(BIN)/python -m bench.report.docs_tables --write
 
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only

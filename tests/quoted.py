@@ -1,9 +1,9 @@
 """Measured numbers in Markdown: which there are, and whether committed results have them.
 
 A measured number has a unit of time, speed, share or memory (MiB; KB and MB are arithmetic). It must stand in a table
-whose columns say what of which variant they are, in a sentence that `CLAIMS` of the test makes from results, in what
-`python -m bench.losing` writes, or in what is named as no measurement of ours. A ratio in a table has its spread with
-it, and the number of rounds where these are few.
+whose columns say what of which variant they are, in a sentence that `CLAIMS` of the test makes from results, in a table
+of `python -m bench.report.docs_tables`, or in a text that is named as no measurement of ours. A ratio in a table has
+its spread, and the number of rounds if these are few.
 """
 
 import re
@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from bench import losing, results, standing
-from bench.quality import page
-from bench.results import Case, Row
+from bench.core import results
+from bench.core.results import Case, Row
+from bench.report import docs_tables, slowdowns
+from bench.report.comparison import speedup
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -118,7 +119,7 @@ def _quoted(case: Case, cells: Mapping[str, str], name: str, cell: str) -> str:
     if variant not in rows:
         return f"no variant {variant}"
     if column and column["times"]:
-        timing = standing.whole(rows[variant])
+        timing = rows[variant].step
         rival = column["rival"] or next(iter(timing.against if timing else ()), "")
         return times(case, variant, rival)
     value = _value(rows[variant], name, column)
@@ -130,19 +131,19 @@ def times(case: Case, variant: str, rival: str) -> str:
     rows = {row.variant: row for row in case.rows}
     if variant == rival:
         return "1.00"
-    ratio = standing.ratio(rows[variant], rows[rival], standing.step(rows[variant])) if rival in rows else None
+    ratio = speedup(rows[variant], rows[rival], rows[variant].step_pass) if rival in rows else None
     if ratio is None:
         return "not measured"
-    few = standing.few_rounds(rows[variant].passes[standing.step(rows[variant])].samples)
+    few = slowdowns.few_rounds_note(rows[variant].passes[rows[variant].step_pass].samples)
     return f"{ratio.median:.2f} ({ratio.p10:.2f}-{ratio.p90:.2f}{few})"
 
 
 def _value(row: Row, name: str, column: re.Match[str] | None) -> float | None:
-    timing = standing.whole(row)
+    timing = row.step
     if timing is None:
         return None
     if name == "of the floor":
-        return 100 * timing.share
+        return 100 * timing.of_bound
     if name == "MiB saved for backward":
         return None if row.saved_bytes is None else row.saved_bytes / 2**20
     assert column is not None
@@ -155,9 +156,7 @@ def _value(row: Row, name: str, column: re.Match[str] | None) -> float | None:
 
 def _blocks(text: str, history: Sequence[str]) -> Iterator[str]:
     """Paragraphs, tables and list items, without code, without history, and without what has a test of its own."""
-    if losing.BEGIN in text:
-        text = text.replace(losing.found(text), "")
-    text = page.PART.sub("", text)
+    text = docs_tables.TABLE.sub("", text)
     text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     kept = True
     for block in re.split(r"\n\s*\n", text):

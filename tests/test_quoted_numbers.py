@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import losing, results, standing
-from bench.compare import FEWEST_ROUNDS
-from bench.kernels.side_moe import LEVELS
-from bench.results import Case, Row, Run
+from bench.core import results
+from bench.core.results import Case, Row, Run
+from bench.ops.side_moe import LEVELS
+from bench.report.comparison import FEW_ROUNDS
+from bench.report.tables import ms
 from tests.quoted import MEASURED, RESULTS, ROOT, problems, times
 from xsmoe_kernels import FrozenExperts
 
@@ -22,13 +23,13 @@ HISTORY = {"docs/kernels.md": ("What was tried and left",)}
 # Definitions, sizes by design and forecasts; "..." stands for the rest of a paragraph.
 CONSTANTS = {
     "docs/benchmarking.md": (
-        "| of floor | the floor divided by the median: 100 % is the least time the work can take |",
+        "| of bound | the speed-of-light bound divided by the median: 100 % is the least possible time |",
         "the copy is one of 96 MiB",
         "a share slightly above 100 % is possible",
-        "moved against them by more than 5 % (`--least`), and the 99 % interval",
-        "Ahead of each, 256 MiB are written",
+        "moved relative to the baselines by more than 5 % (`--least`), and the 99 % interval",
+        "Before each step 256 MiB are written",
         "a copy of 1 GiB",
-        "(256 MiB and more, where the rows are many enough)",
+        "(256 MiB and more, if there are enough rows)",
         "off their line by more than 5 % of the largest",
     ),
     "docs/cuda_kernels.md": ("at most 64 MiB of points",),
@@ -98,14 +99,14 @@ def readme() -> Iterator[str]:
     mean, cls = run("step-cpu-float32").cases
     assert (mean.operator, cls.operator) == ("training_step_mean", "training_step_cls")
     compiled, refused = row(mean, "compiled"), row(cls, "compiled")
-    step = standing.whole(compiled)
+    step = compiled.step
     assert step is not None
     assert compiled.peak_bytes is not None
     # An expert's norm is a counter.
     assert refused.status == "refused"
     assert " norm: error" in (refused.reason or "")
     yield (
-        f"torch.compile of the published step takes {results.ms(step.median)} ms and {compiled.peak_bytes / 2**20:.0f} "
+        f"torch.compile of the published step takes {ms(step.median)} ms and {compiled.peak_bytes / 2**20:.0f} "
         f"MiB with mean pooling in float32, where ours is {times(mean, 'ours', 'compiled')} times as fast; with cls "
         "pooling the gate refuses its counters."
     )
@@ -121,15 +122,15 @@ def readme() -> Iterator[str]:
         f"{fast(sizes, 'naive', N=2816, E=10)} times with ten."
     )
     # Why they are left to the files.
-    assert all(case(name, N=2816, E=32).rounds < FEWEST_ROUNDS for name in (main, sizes))
+    assert all(case(name, N=2816, E=32).rounds < FEW_ROUNDS for name in (main, sizes))
 
 
 def kernels() -> Iterator[str]:
     main, sizes = "side_moe-cpu-float32", "side_moe-cpu-float32-all-sizes"
-    one, ten = (standing.whole(row(case(main, E=experts), "ours")) for experts in (1, 10))
+    one, ten = (row(case(main, E=experts), "ours").step for experts in (1, 10))
     assert one is not None
     assert ten is not None
-    yield f"with one expert a step reaches {100 * one.share:.0f} % of the floor, with ten {100 * ten.share:.0f} %"
+    yield f"with one expert a step reaches {100 * one.of_bound:.0f} % of the floor, with ten {100 * ten.of_bound:.0f} %"
     found = {experts: [fast(name, "naive", N=2816, E=experts) for name in (main, sizes)] for experts in (1, 10)}
     yield (
         f"two runs found `side_moe` {found[1][0]} and {found[1][1]} times as fast with one expert, and "
@@ -175,25 +176,13 @@ def claims(page: str) -> tuple[str, ...]:
     return tuple(CLAIMS[page]()) if page in CLAIMS else ()
 
 
-@cache
-def open_rows() -> str:
-    return losing.section(losing.committed())
-
-
 def found(page: str, text: str) -> list[str]:
-    wrong = problems(text, claims=claims(page), constants=CONSTANTS.get(page, ()), history=HISTORY.get(page, ()))
-    if losing.BEGIN in text and losing.found(text) != open_rows():
-        wrong.append("the list of open rows is not that of the results: python -m bench.losing --write")
-    return wrong
+    return problems(text, claims=claims(page), constants=CONSTANTS.get(page, ()), history=HISTORY.get(page, ()))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_quotes_what_results_have(page: str) -> None:
     assert found(page, (ROOT / page).read_text()) == []
-
-
-def test_the_list_of_open_rows_is_there() -> None:
-    assert losing.BEGIN in (ROOT / "docs" / "kernels.md").read_text()
 
 
 @pytest.mark.parametrize("page", CLAIMS)
@@ -216,9 +205,6 @@ def quoted_spans(page: str, text: str) -> Iterator[tuple[int, int]]:
     for line in re.finditer(r"^\|.*\d\)? \|$|^\|.*\d % \|.*$", text, re.MULTILINE):
         if "What was tried" not in text[: line.start()]:
             yield line.span()
-    if losing.BEGIN in text:
-        begin = text.index(losing.found(text))
-        yield begin, begin + len(losing.found(text))
 
 
 @pytest.mark.parametrize(

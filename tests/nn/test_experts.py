@@ -269,10 +269,10 @@ def test_ladder_climbs_level_by_level() -> None:
 
 
 def test_from_ladder_takes_the_published_weights() -> None:
-    from bench.published import Ladder
+    from bench.paper.model import SideNetwork
 
     torch.manual_seed(0)
-    ladder = Ladder(6, 3, 2, num_experts=3)
+    ladder = SideNetwork(6, 3, 2, num_experts=3)
     randomise(ladder)
     side = SideMoE.from_ladder(ladder.state_dict(), num_frozen=2)
     assert [bank.num_frozen for bank in side.levels()] == [2, 2]
@@ -281,9 +281,9 @@ def test_from_ladder_takes_the_published_weights() -> None:
 
 
 def test_from_ladder_names_what_does_not_fit() -> None:
-    from bench.published import Ladder
+    from bench.paper.model import SideNetwork
 
-    state = Ladder(6, 3, 1).state_dict()
+    state = SideNetwork(6, 3, 1).state_dict()
     with pytest.raises(ValueError, match=r"lacks 'routers\.0\.linear\.weight'; it has no keys"):
         SideMoE.from_ladder({})
     with pytest.raises(ValueError, match=r"no ladder has: extra"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bench.peak import allocations
+from bench.core.memory import allocations
 from xsmoe import LazyAdam
 from xsmoe.nn import Batch, ItemIds, Recommender, UserEncoder, XSMoE
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.published_protocol import hit_ratio, ndcg, published_rank
+from bench.paper.protocol import hit_ratio, ndcg, target_rank
 from tests.stream import tiny
 from xsmoe.data import History, Sequences, split_window
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model, rank_with_popularity
@@ -64,7 +64,7 @@ def test_model_ranks_as_the_published_evaluation(repeats: str, monkeypatch) -> N
             scores[candidates] = items[candidates] @ query
             met, _ = history.of(sequences.users[user : user + 1])
             met = met if repeats == "miss" else met[met != own[-1]]
-            assert ranks[user] == published_rank(scores, int(own[-1]), met.tolist())
+            assert ranks[user] == target_rank(scores, int(own[-1]), met.tolist())
 
 
 def test_popularity_is_ranked_with_ties_in_the_middle() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.peak import allocations
+from bench.core.memory import allocations
 from tests.stand_ins import CPU, Cannot, StandIn
 from tests.stream import tiny
 from tests.stream.capturing import Window, assert_same
