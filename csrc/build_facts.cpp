@@ -9,9 +9,9 @@ namespace {
 
 pybind11::list supported_tiers() {
     pybind11::list names;
-    for (xsmoe::Tier tier : xsmoe::all_tiers) {
-        if (xsmoe::compiled(tier) && xsmoe::supported(tier)) {
-            names.append(xsmoe::name(tier));
+    for (xsmoe::IsaLevel level : xsmoe::all_isa_levels) {
+        if (xsmoe::compiled(level) && xsmoe::supported(level)) {
+            names.append(xsmoe::name(level));
         }
     }
     return names;

@@ -123,14 +123,14 @@ class Plan(BuildFile):
         return _header("facts", facts)
 
     def ninja(self) -> str:
-        tiers = "XSMOE_TIERS(X)=" + " ".join(f"X({name})" for name in self.tiers)
+        tiers = "XSMOE_ISA_LEVELS(X)=" + " ".join(f"X({name})" for name in self.tiers)
         flags = [*self.flags, "-D" + tiers, *self.headers]
         objects = [
             self.compile(source, [*flags, *self.extra])
             for source in ("csrc/cpu/features.cpp", "csrc/cpu/library.cpp", *sources("csrc/*/cpu.cpp"))
         ]
         objects += [
-            self.compile(source, [*flags, *self.quiet, *tier_flags, f"-DXSMOE_TIER={tier}", *self.extra], "." + tier)
+            self.compile(source, [*flags, *self.quiet, *tier_flags, f"-DXSMOE_ISA={tier}", *self.extra], "." + tier)
             for source in sources("csrc/*/cpu_kernels.cpp")
             for tier, tier_flags in self.tiers.items()
         ]

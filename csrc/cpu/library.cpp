@@ -1,4 +1,4 @@
-// The library xsmoe_native: functions that belong to no operator. Operators add theirs in csrc/<operator>/cpu.cpp.
+// The library xsmoe_native: functions that belong to no operator. Operators add their own in csrc/<operator>/cpu.cpp.
 
 #include <torch/csrc/stable/library.h>
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-std::string cpu_tier() { return xsmoe::name(xsmoe::tier()); }
+std::string cpu_tier() { return xsmoe::name(xsmoe::isa_level()); }
 
 }  // namespace
 

@@ -1,30 +1,30 @@
-// Attention shares of a tile of queries: their causal softmax, its gradient, and dropout. A query is a lane, and keys
-// are rows: so all queries rank, exponentiate and sum by the same instructions.
+// Attention probabilities of a tile of queries: their causal softmax, its gradient, and dropout. A lane holds a query,
+// and a row holds a key, so that all queries are computed by the same instructions.
 #pragma once
 
 #include "cpu/vec.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
-// Queries of a tile: whole panels of a product on all tiers. Rows of a tile are so many numbers apart.
+// The queries of a tile: whole panels of a product on all instruction set levels. It is also the row stride of a tile.
 constexpr int64_t tile = 32;
 
 XSMOE_INLINE float scale_of(int64_t dim) { return 1.0f / __builtin_sqrtf(static_cast<float>(dim)); }
 
-// Terms summed in one go: longer sums are sums of such sums, which keeps float32's rounding in bounds.
+// The number of terms in one sum. Longer sums are sums of partial sums, which bounds the rounding error of float32.
 constexpr int64_t summed = 64;
 
-// A vector of queries and the keys up to them: query `first` + i, in lane i, knows the keys up to its own place.
+// A vector of queries. Lane i holds query `first` + i, which attends to the keys up to its own position.
 struct Queries {
     int64_t first, keys;
 
-    // The lanes that know a key; the others get zero.
+    // Return `value` in the lanes that attend to a key, and 0 in the others.
     XSMOE_INLINE Vec known(int64_t key, Vec value) const {
         if (key <= first) return value;
         IntVec lane;
         for (int i = 0; i < lanes; ++i) lane[i] = i;
-        return lane >= static_cast<int32_t>(least(key - first, lanes)) ? value : Vec{};
+        return lane >= static_cast<int32_t>(minimum(key - first, lanes)) ? value : Vec{};
     }
 
     template <class Term>
@@ -32,16 +32,16 @@ struct Queries {
         Vec total = {};
         for (int64_t from = 0; from < keys; from += summed) {
             Vec part = {};
-            for (int64_t key = from; key < least(from + summed, keys); ++key) part += term(key);
+            for (int64_t key = from; key < minimum(from + summed, keys); ++key) part += term(key);
             total += part;
         }
         return total;
     }
 };
 
-// Turns scores into the softmax of `scale` times those of known keys, and into zeros elsewhere.
+// Replace scores by the softmax of `scale` times the scores of attended keys. The other probabilities are 0.
 XSMOE_INLINE void softmax(const Queries& queries, float scale, float* scores) {
-    // All queries know the first key.
+    // All queries attend to the first key.
     Vec most = load(scores);
     for (int64_t key = 1; key < queries.keys; ++key) {
         const Vec score = load(scores + key * tile), larger = maximum(score, most);
@@ -50,7 +50,7 @@ XSMOE_INLINE void softmax(const Queries& queries, float scale, float* scores) {
         } else {
             IntVec lane;
             for (int i = 0; i < lanes; ++i) lane[i] = i;
-            most = lane >= static_cast<int32_t>(least(key - queries.first, lanes)) ? larger : most;
+            most = lane >= static_cast<int32_t>(minimum(key - queries.first, lanes)) ? larger : most;
         }
     }
     const Vec sums = queries.sum([&](int64_t key) {
@@ -65,9 +65,9 @@ XSMOE_INLINE void softmax(const Queries& queries, float scale, float* scores) {
     }
 }
 
-// What dropout leaves of a tile.
+// The dropout mask of a tile.
 struct Dropout {
-    const uint8_t* kept;  // (keys, tile), or null: nothing is dropped
+    const uint8_t* kept;  // (keys, tile), or null: no dropout
     float grown;
 
     XSMOE_INLINE Vec of(int64_t key, int64_t query, Vec value) const {
@@ -78,23 +78,23 @@ struct Dropout {
     }
 };
 
-// Turns the gradients of shares that dropout has treated into those of scores, and lets dropout treat the shares.
+// Replace the gradients of probabilities after dropout by those of scores, and apply dropout to the probabilities.
 XSMOE_INLINE void softmax_gradient(
-    const Queries& queries, const Dropout& dropout, int64_t query, float scale, float* shares, float* grads
+    const Queries& queries, const Dropout& dropout, int64_t query, float scale, float* probabilities, float* grads
 ) {
     const Vec common = queries.sum([&](int64_t key) {
         float* at = grads + key * tile;
         const Vec grad = queries.known(key, dropout.of(key, query, load(at)));
         store(at, grad);
-        return grad * load(shares + key * tile);
+        return grad * load(probabilities + key * tile);
     });
     for (int64_t key = 0; key < queries.keys; ++key) {
-        float *share = shares + key * tile, *grad = grads + key * tile;
-        const Vec value = load(share);
+        float *probability = probabilities + key * tile, *grad = grads + key * tile;
+        const Vec value = load(probability);
         store(grad, queries.known(key, value * (load(grad) - common) * scale));
-        store(share, dropout.of(key, query, value));
+        store(probability, dropout.of(key, query, value));
     }
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA
