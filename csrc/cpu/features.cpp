@@ -40,7 +40,7 @@ uint64_t saved_states() {
 }
 
 // Ask Linux for permission to use the tile registers. The permission holds for all threads of the process.
-bool tiles_granted() {
+bool tiles_permitted() {
 #if defined(__linux__)
     constexpr long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -80,7 +80,7 @@ Features detect() {
         found.avx512bw = bit(b, 30);
         found.avx512vl = bit(b, 31);
     }
-    if (saves(tile_states) && bit(d, 24) && tiles_granted()) {
+    if (saves(tile_states) && bit(d, 24) && tiles_permitted()) {
         found.amx_tile = true;
         found.amx_bf16 = bit(d, 22);
     }

@@ -28,8 +28,6 @@
             XSMOE_ISA_LEVELS(XSMOE_TABLE_OF)                           \
             default:                                                   \
                 throw std::logic_error("this level was not compiled"); \
-                \      
-                                                                                                        \
         }                                                              \
     }                                                                  \
     }

@@ -85,7 +85,7 @@ struct Segment {
 
 // The number of words in one sum. Longer inner dimensions are sums of partial sums, which bounds the rounding error of
 // float32.
-constexpr int64_t stretch = 256;
+constexpr int64_t words_per_sum = 256;
 
 // The right operand (rhs): its segments, whose rows are `stride` words apart. One sum covers `chain` words, except on
 // AMX tiles, which add all words in order.
@@ -94,7 +94,7 @@ struct Rhs {
     const Segment<Value>* segments;
     int64_t count;
     int64_t stride;
-    int64_t chain = stretch;
+    int64_t chain = words_per_sum;
 };
 
 // Prefetch a panel's columns of a row.
@@ -107,7 +107,7 @@ XSMOE_INLINE void prefetch_panel(const T* from) {
 }
 
 // The number of rows of the rhs to prefetch: the weights come from beyond the second-level cache.
-constexpr int64_t ahead = 16;
+constexpr int64_t prefetch_distance = 16;
 
 // Return sum + the products of a word of the lhs and a vector of words of the rhs.
 XSMOE_INLINE Vec multiply_add(float left, Vec right, Vec sum) { return sum + splat(left) * right; }
@@ -139,7 +139,7 @@ XSMOE_INLINE void accumulate(
 #pragma GCC unroll 2
         for (int v = 0; v < Vecs; ++v) {
             std::memcpy(&columns[v], right + v * lanes, sizeof(Vec));
-            __builtin_prefetch(right + ahead * right_stride + v * lanes);
+            __builtin_prefetch(right + prefetch_distance * right_stride + v * lanes);
         }
         right += right_stride;
 #pragma GCC unroll 16
@@ -163,7 +163,7 @@ XSMOE_INLINE void clear(Vec (&sums)[Rows][Vecs]) {
 
 // Store the sums in the block, or add them to it.
 template <int Rows, int Vecs>
-XSMOE_INLINE void leave(const Vec (&sums)[Rows][Vecs], bool add, float* block) {
+XSMOE_INLINE void write_sums(const Vec (&sums)[Rows][Vecs], bool add, float* block) {
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 2
@@ -187,7 +187,7 @@ __attribute__((noinline)) void vector_block(
         const typename Words<Value>::Word* words = segment.right + index * segment.panels;
         for (int64_t first = 0; first < segment.words; first += right.chain) {
             if (summed >= right.chain) {
-                leave(sums, added, block);
+                write_sums(sums, added, block);
                 clear(sums);
                 added = true;
                 summed = 0;
@@ -201,7 +201,7 @@ __attribute__((noinline)) void vector_block(
             summed += count;
         }
     }
-    leave(sums, added, block);
+    write_sums(sums, added, block);
 }
 
 template <int Rows, bool transposed, class Value>

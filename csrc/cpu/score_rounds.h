@@ -24,7 +24,7 @@ public:
 
     // Return the end of a round that begins at query `first`: `last`, or less if the seen items of these queries would
     // need too much memory.
-    int64_t fitting(int64_t first, int64_t last) const {
+    int64_t round_end(int64_t first, int64_t last) const {
         if (!values_) return last;
         while (last - first > 1 && bound(last) - bound(first) > max_values) last = first + (last - first) / 2;
         return last;

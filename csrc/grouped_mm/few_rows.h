@@ -23,8 +23,8 @@ void add_rows(const Rows<T>& rows, const T* weight, int64_t stride, int64_t inne
         const int64_t available = columns - column;
         Vec totals[count][2] = {};
         const T* from = weight + column;
-        for (int64_t first = 0; first < inner; first += stretch) {
-            const int64_t last = minimum(first + stretch, inner);
+        for (int64_t first = 0; first < inner; first += words_per_sum) {
+            const int64_t last = minimum(first + words_per_sum, inner);
             Vec sums[count][2] = {};
             const auto step = [&](int64_t k, Vec left, Vec right) {
 #pragma GCC unroll 8
@@ -36,7 +36,7 @@ void add_rows(const Rows<T>& rows, const T* weight, int64_t stride, int64_t inne
             };
             if (available >= panel) {
                 for (int64_t k = first; k < last; ++k, from += stride) {
-                    prefetch_panel(from + ahead * stride);
+                    prefetch_panel(from + prefetch_distance * stride);
                     step(k, load(from), load(from + lanes));
                 }
             } else {

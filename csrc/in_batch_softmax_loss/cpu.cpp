@@ -87,7 +87,7 @@ public:
         batch_.targets = static_cast<const int64_t*>(data(targets_));
         batch_.rejected = static_cast<const int64_t*>(data(rejected_));
         if (users) batch_.users = static_cast<const int64_t*>(data(held(torch::stable::contiguous(*users))));
-        correct(logq, counts);
+        compute_bias(logq, counts);
     }
 
     // Compute losses and gradients. Return the items' gradients.
@@ -134,9 +134,9 @@ public:
             });
         };
         if (call.plan.keeps) {
-            keeping(call, for_each_part);
+            run_with_kept_logits(call, for_each_part);
         } else {
-            computing_again(call, for_each_part);
+            run_with_recomputed_logits(call, for_each_part);
         }
         if (elsewhere) for_each_part([&](const Part& part) { kernels_.store_sums(call, part.items); });
         return grad_items;
@@ -144,7 +144,7 @@ public:
 
 private:
     template <class ForEachPart>
-    void keeping(const Call& call, const ForEachPart& for_each_part) {
+    void run_with_kept_logits(const Call& call, const ForEachPart& for_each_part) {
         const int64_t tiles = (batch_.num_queries + call.plan.tile - 1) / call.plan.tile;
         const int64_t steps = tiles + (call.results.need_queries ? 2 : 1);
         for (int64_t index = 0; index < steps; ++index) {
@@ -153,7 +153,7 @@ private:
     }
 
     template <class ForEachPart>
-    void computing_again(const Call& call, const ForEachPart& for_each_part) {
+    void run_with_recomputed_logits(const Call& call, const ForEachPart& for_each_part) {
         const Results& results = call.results;
         const int64_t queries = batch_.num_queries;
         if (!results.lse_known) {
@@ -161,7 +161,7 @@ private:
             const Chunks shares(queries, 64, 100.0 * static_cast<double>(call.plan.parts));
             for_each_chunk(shares.count, [&](int64_t chunk) {
                 const auto [first, last] = shares[chunk];
-                kernels_.put_together(call, {first, last});
+                kernels_.combine(call, {first, last});
             });
         }
         if (!results.need_queries && !results.need_items) return;
@@ -172,7 +172,7 @@ private:
             const Chunks shares(block.size(), 1, static_cast<double>(call.plan.parts * batch_.dim));
             for_each_chunk(shares.count, [&](int64_t chunk) {
                 const auto [from, to] = shares[chunk];
-                kernels_.hand_out(call, block, {from, to});
+                kernels_.write_gradients(call, block, {from, to});
             });
         }
     }
@@ -186,7 +186,7 @@ private:
     }
 
     // Compute what counts and logq add to the logits of negatives.
-    void correct(const std::optional<Tensor>& logq, const std::optional<Tensor>& counts) {
+    void compute_bias(const std::optional<Tensor>& logq, const std::optional<Tensor>& counts) {
         const int64_t items = batch_.num_items;
         batch_.logq = logq ? floats(*logq) : nullptr;
         const float* times = counts ? floats(*counts) : nullptr;
@@ -206,12 +206,12 @@ private:
 
     // Pack the items if they cannot be read in place and each of them is needed more than once.
     void pack(const Chunks& parts, bool keeps) {
-        std::vector<char> serve(static_cast<size_t>(parts.count));
+        std::vector<char> usable(static_cast<size_t>(parts.count));
         const auto part_of = [&](int64_t index) { return Span{parts[index].first, parts[index].last}; };
         for_each_chunk(parts.count, [&](int64_t index) {
-            serve[static_cast<size_t>(index)] = kernels_.serve_in_place(batch_, part_of(index));
+            usable[static_cast<size_t>(index)] = kernels_.usable_in_place(batch_, part_of(index));
         });
-        batch_.pack_items = std::find(serve.begin(), serve.end(), 0) != serve.end();
+        batch_.pack_items = std::find(usable.begin(), usable.end(), 0) != usable.end();
         if (!batch_.pack_items || !keeps) return;
         batch_.packed = mutable_data(held(scratch(items_, kernels_.packed_bytes(batch_))));
         for_each_chunk(parts.count, [&](int64_t index) { kernels_.pack(batch_, part_of(index)); });

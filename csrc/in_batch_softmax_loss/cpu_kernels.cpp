@@ -81,7 +81,7 @@ void begin_tile(const Call& call, const Part& part, const Scratch<T>& scratch, i
     for_strips<Value>(part.items, [&](Span items) {
         float* logits = scratch.logits + (items.first - part.items.first) * stride;
         compute_logits<T>(call.batch, scratch.operands, items, queries, logits, stride, call.results.losses);
-        softmax.raise(logits, items.size(), stride, columns);
+        softmax.update_max(logits, items.size(), stride, columns);
     });
     softmax.add<true>(scratch.logits, part.items.size(), stride, columns);
 }
@@ -120,8 +120,8 @@ void end_tile(const Call& call, const Part& part, const Scratch<T>& scratch, int
     const Softmax own = statistics_of(call, index % 2, part.index), first = statistics_of(call, index % 2, 0);
     for (int64_t column = 0; column < columns; column += lanes) {
         const Combined all(first, 2 * statistics_length(call), parts, column);
-        const Vec grown = exp_negative(load(own.most + column) - shift_of(all.most));
-        store(scratch.of_query + column, grown * call.results.scale / all.sum);
+        const Vec exponential = exp_negative(load(own.most + column) - shift_of(all.most));
+        store(scratch.of_query + column, exponential * call.results.scale / all.sum);
         // One part stores the result for all parts.
         if (column / lanes % parts == part.index) {
             write_losses(call.results, all, queries.first + column, queries.size() - column);
@@ -146,7 +146,7 @@ void end_tile(const Call& call, const Part& part, const Scratch<T>& scratch, int
 }
 
 template <class T>
-void hand_out_from(const Call& call, const float* partial, int64_t first, Span rows) {
+void write_gradients_from(const Call& call, const float* partial, int64_t first, Span rows) {
     const int64_t dim = call.batch.dim;
     store_queries<T>(
         partial, partial_distance(call), call.plan.parts, round_up(dim, lanes), rows, dim,
@@ -164,7 +164,7 @@ void step(const Call& call, const Part& part, int64_t index) {
         const Span queries = tile_of(call, index - 2);
         const int64_t rows = queries.size();
         const Span own = {rows * part.index / parts, rows * (part.index + 1) / parts};
-        hand_out_from<T>(call, partial_of(call, index % 2, 0), queries.first, own);
+        write_gradients_from<T>(call, partial_of(call, index % 2, 0), queries.first, own);
     }
     if (index >= 1 && index <= tiles) end_tile<T>(call, part, scratch, index - 1);
     if (index < tiles) begin_tile<T>(call, part, scratch, index);
@@ -193,7 +193,7 @@ void summarize(const Call& call, const Part& part) {
     }
 }
 
-void put_together(const Call& call, Span queries) {
+void combine(const Call& call, Span queries) {
     for (int64_t first = queries.first; first < queries.last; first += lanes) {
         const Combined all(statistics_of(call, 0, 0), 2 * statistics_length(call), call.plan.parts, first);
         write_losses(call.results, all, first, queries.last - first);
@@ -242,8 +242,8 @@ void differentiate(const Call& call, const Part& part, Span block) {
 }
 
 template <class T>
-void hand_out(const Call& call, Span block, Span queries) {
-    hand_out_from<T>(call, partial_of(call, 0, 0), block.first, queries);
+void write_gradients(const Call& call, Span block, Span queries) {
+    write_gradients_from<T>(call, partial_of(call, 0, 0), block.first, queries);
 }
 
 template <class T>
@@ -256,7 +256,7 @@ void store_sums(const Call& call, Span items) {
 }
 
 template <class T>
-bool serve_in_place(const Batch& batch, Span items) {
+bool usable_in_place(const Batch& batch, Span items) {
     if (!whole_vectors<T>(batch.dim)) return false;
     for (int64_t item = items.first; item < items.last; ++item) {
         const T* row = item_rows<T>(batch, item);
@@ -293,7 +293,7 @@ void scale(const void* from, float factor, int64_t first, int64_t last, void* to
 template <class T>
 constexpr Kernels table = {
     .granularity = Words<typename Operand<T>::Value>::values == 2 ? 32 : Words<float>::block_rows,
-    .serve_in_place = serve_in_place<T>,
+    .usable_in_place = usable_in_place<T>,
     .packed_bytes = packed_bytes<T>,
     .pack = pack_items<T>,
     .sums_in_place = [](int64_t dim) { return whole_vectors<T>(dim); },
@@ -303,9 +303,9 @@ constexpr Kernels table = {
     .scratch_bytes = bytes_of<Scratch<T>, const Call&>,
     .step = step<T>,
     .summarize = summarize<T>,
-    .put_together = put_together,
+    .combine = combine,
     .differentiate = differentiate<T>,
-    .hand_out = hand_out<T>,
+    .write_gradients = write_gradients<T>,
     .store_sums = store_sums<T>,
     .scale = scale<T>,
 };

@@ -76,7 +76,7 @@ struct Kernels {
     int64_t granularity;
 
     // Whether items can be right operands in place, and the packing of those that cannot.
-    bool (*serve_in_place)(const Batch&, Span items);
+    bool (*usable_in_place)(const Batch&, Span items);
     int64_t (*packed_bytes)(const Batch&);
     void (*pack)(const Batch&, Span items);
 
@@ -95,9 +95,9 @@ struct Kernels {
     // The other plan: first the statistics of all queries. After all parts: the lse and losses of some queries. Then
     // the gradients of a block. After all parts: those of the block's queries.
     void (*summarize)(const Call&, const Part&);
-    void (*put_together)(const Call&, Span queries);
+    void (*combine)(const Call&, Span queries);
     void (*differentiate)(const Call&, const Part&, Span block);
-    void (*hand_out)(const Call&, Span block, Span queries);
+    void (*write_gradients)(const Call&, Span block, Span queries);
 
     // Store sums that are in other memory as the items' gradients.
     void (*store_sums)(const Call&, Span items);

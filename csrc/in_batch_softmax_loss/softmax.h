@@ -20,7 +20,7 @@ XSMOE_INLINE void for_columns(int64_t columns, const Body& body) {
 }
 
 // The number of exponentials in one float32 sum. Sums of these sums bound the rounding error.
-constexpr int64_t summed = 64;
+constexpr int64_t terms_per_sum = 64;
 
 // Return the number to subtract from logits: 0 for queries that have no candidate so far.
 XSMOE_INLINE Vec shift_of(Vec most) { return most == -infinity ? Vec{} : most; }
@@ -36,7 +36,7 @@ struct Softmax {
         }
     }
 
-    void raise(const float* logits, int64_t items, int64_t stride, int64_t columns) const {
+    void update_max(const float* logits, int64_t items, int64_t stride, int64_t columns) const {
         for_columns(columns, [&](auto group, int64_t column) {
             constexpr int vecs = decltype(group)::vecs;
             Vec largest[vecs];
@@ -54,8 +54,8 @@ struct Softmax {
     // Add exp(logit - most) to the sums. If `kept`, the exponentials replace the logits.
     template <bool kept>
     void add(float* logits, int64_t items, int64_t stride, int64_t columns) const {
-        for (int64_t first = 0; first < items; first += summed) {
-            const int64_t last = minimum(first + summed, items);
+        for (int64_t first = 0; first < items; first += terms_per_sum) {
+            const int64_t last = minimum(first + terms_per_sum, items);
             for_columns(columns, [&](auto group, int64_t column) {
                 constexpr int vecs = decltype(group)::vecs;
                 Vec shift[vecs], sums[vecs] = {};
@@ -64,9 +64,9 @@ struct Softmax {
                     float* at = logits + item * stride + column;
 #pragma GCC unroll 4
                     for (int v = 0; v < vecs; ++v) {
-                        const Vec grown = exp_negative(load(at + v * lanes) - shift[v]);
-                        sums[v] += grown;
-                        if (kept) store(at + v * lanes, grown);
+                        const Vec exponential = exp_negative(load(at + v * lanes) - shift[v]);
+                        sums[v] += exponential;
+                        if (kept) store(at + v * lanes, exponential);
                     }
                 }
                 for (int v = 0; v < vecs; ++v) {
@@ -80,7 +80,7 @@ struct Softmax {
     // Add a strip of logits that are not kept.
     void add(float* logits, int64_t items, int64_t stride, int64_t columns, float* before) const {
         std::memcpy(before, most, columns * sizeof(float));
-        raise(logits, items, stride, columns);
+        update_max(logits, items, stride, columns);
         for (int64_t i = 0; i < columns; i += lanes) {
             const Vec old = load(before + i), shift = shift_of(load(most + i));
             store(sum + i, old < shift ? load(sum + i) * exp_negative(old - shift) : load(sum + i));

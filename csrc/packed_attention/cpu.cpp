@@ -56,13 +56,13 @@ struct Arguments {
 
     Attention attention(int64_t places, double dropout_p) const {
         const auto* kept = keep ? static_cast<const uint8_t*>(data(*keep)) : nullptr;
-        const auto grown = static_cast<float>(1.0 / (1.0 - dropout_p));
-        return {q.size(1), q.size(2), heads(q), heads(k), heads(v), bounds.data(), longest, kept, places, grown};
+        const auto keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+        return {q.size(1), q.size(2), heads(q), heads(k), heads(v), bounds.data(), longest, kept, places, keep_scale};
     }
 
     // Divide units into ranges of about the same work: one for each thread, or fewer if a range would be too little
     // work.
-    std::vector<Range> stretches(int64_t products) const {
+    std::vector<Range> ranges(int64_t products) const {
         const int64_t num_heads = q.size(1);
         std::vector<double> work{0.0};
         for (int64_t b = 0; b < sequences(); ++b) {
@@ -101,11 +101,11 @@ void run(
     const Arguments& arguments, const Call& call, int64_t products, int64_t bytes,
     void (*kernel)(const Call&, int64_t, int64_t, void*)
 ) {
-    const std::vector<Range> stretches = arguments.stretches(products);
-    const auto count = static_cast<int64_t>(stretches.size());
+    const std::vector<Range> ranges = arguments.ranges(products);
+    const auto count = static_cast<int64_t>(ranges.size());
     const ChunkScratch work(arguments.q, count, bytes);
     for_each_chunk(count, [&](int64_t chunk) {
-        const auto [first, last] = stretches[static_cast<size_t>(chunk)];
+        const auto [first, last] = ranges[static_cast<size_t>(chunk)];
         kernel(call, first, last, work.of(chunk));
     });
 }

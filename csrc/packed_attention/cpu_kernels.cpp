@@ -154,7 +154,7 @@ struct ForwardScratch {
     Dropout dropout(const Attention& call, const Unit& unit, int64_t first, int64_t queries) const {
         if (unit.keep == nullptr) return {nullptr, 1.0f};
         transpose_kept(call, unit, first, queries, kept);
-        return {kept, call.grown};
+        return {kept, call.keep_scale};
     }
 };
 

@@ -19,7 +19,7 @@ struct Attention {
     int64_t longest;         // rows of the longest sequence
     const uint8_t* keep;     // (B, H, places, places), or null: the probabilities that dropout keeps
     int64_t places;
-    float grown;  // the factor of kept probabilities
+    float keep_scale;  // the factor of kept probabilities
 };
 
 struct Forward : Attention {

@@ -38,7 +38,7 @@ Tensor forward(
     SeenLists lists(seen, seen_offsets);
     const int64_t most = queries_of_round(dim);
     for (int64_t first = 0, last; first < num_queries; first = last) {
-        last = lists.fitting(first, std::min(num_queries, first + most));
+        last = lists.round_end(first, std::min(num_queries, first + most));
         const int64_t count = last - first;
         const SeenItems* seen_items = lists.of(first, last);
         const Count call{

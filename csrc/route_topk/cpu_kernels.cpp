@@ -151,7 +151,7 @@ void sort_all(
 
 // Return whether sorting is faster. Insertion costs a few vector operations for each expert and place. Sorting costs
 // some twelve cycles for each expert and row, and 1,200 for the histograms of the digits.
-XSMOE_INLINE bool sorts(int64_t experts, int64_t chosen) {
+XSMOE_INLINE bool sorting_is_faster(int64_t experts, int64_t chosen) {
     return 5 * experts * chosen > lanes * (12 * experts + 1200);
 }
 
@@ -164,7 +164,7 @@ struct ForwardScratch {
         : logits(arena.allocate<float>(call.experts * lanes)),
           keys(arena.allocate<int32_t>(call.chosen * lanes)),
           places(arena.allocate<int32_t>(call.chosen * lanes)),
-          sort(arena, sorts(call.experts, call.chosen) ? call.experts : 0) {}
+          sort(arena, sorting_is_faster(call.experts, call.chosen) ? call.experts : 0) {}
 };
 
 template <class T>
@@ -175,7 +175,7 @@ void forward(const Forward& call, int64_t first, int64_t last, void* memory, int
     for (int64_t row = first; row < last; row += lanes) {
         const int64_t rows = minimum(last - row, lanes);
         load_columns<T>(call.logits, row, rows, experts, scratch.logits);
-        if (sorts(experts, chosen)) {
+        if (sorting_is_faster(experts, chosen)) {
             sort_all(scratch.logits, experts, chosen, scratch.sort, scratch.keys, scratch.places);
         } else {
             insert_all(scratch.logits, experts, chosen, scratch.keys, scratch.places);
@@ -186,9 +186,9 @@ void forward(const Forward& call, int64_t first, int64_t last, void* memory, int
         auto* gates = reinterpret_cast<float*>(scratch.keys);
         Sum sum;
         for (int64_t j = 0; j < chosen; ++j) {
-            const Vec grown = exp_negative(logit_of(load(scratch.keys + j * lanes)) - top);
-            store(gates + j * lanes, grown);
-            sum += grown;
+            const Vec exponential = exp_negative(logit_of(load(scratch.keys + j * lanes)) - top);
+            store(gates + j * lanes, exponential);
+            sum += exponential;
         }
         if (!call.renormalize) {
             sum = Sum{};
@@ -229,9 +229,9 @@ XSMOE_INLINE void softmax(float* logits, int64_t count) {
     const Vec top = logit_of(most);
     Sum sum;
     for (int64_t i = 0; i < count; ++i) {
-        const Vec grown = exp_negative(load(logits + i * lanes) - top);
-        store(logits + i * lanes, grown);
-        sum += grown;
+        const Vec exponential = exp_negative(load(logits + i * lanes) - top);
+        store(logits + i * lanes, exponential);
+        sum += exponential;
     }
     for (int64_t i = 0; i < count; ++i) store(logits + i * lanes, load(logits + i * lanes) / sum.total);
 }

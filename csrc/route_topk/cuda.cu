@@ -27,7 +27,7 @@ template <class Run>
 auto with_layout(Dtype dtype, int64_t experts, const Run& run) {
     if (experts > max_experts) {
         throw std::invalid_argument(
-            "logits has " + std::to_string(experts) + " experts, but the CUDA kernels of route_topk take at most " +
+            "logits has " + std::to_string(experts) + " experts, but the CUDA kernels of route_topk support at most " +
             std::to_string(max_experts)
         );
     }

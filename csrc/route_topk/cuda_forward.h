@@ -23,8 +23,8 @@ struct Plan {
 
     __host__ __device__ Plan(int warps, int rows, int experts, int chosen)
         : warps(warps), staged(int64_t{rows} * chosen) {
-        const int fitting = warps * warp_size / experts;
-        slices = fitting < 1 ? 1 : fitting < max_slices ? fitting : max_slices;
+        const int slices_that_fit = warps * warp_size / experts;
+        slices = slices_that_fit < 1 ? 1 : slices_that_fit < max_slices ? slices_that_fit : max_slices;
         // The first region holds 64-bit sums of chunks of experts.
         counts = warp_size * 8;
         keys = begins = up(counts + int64_t{4} * warps * experts);
@@ -58,7 +58,7 @@ __device__ inline void load_group(Row& row, const Forward& call, int64_t group, 
 
 // Replace a row's staged keys by its gates.
 template <class Row>
-__device__ inline void weigh(uint32_t* keys, int chosen, float total, bool renormalize) {
+__device__ inline void normalize_gates(uint32_t* keys, int chosen, float total, bool renormalize) {
     using T = typename Row::Value;
     const float largest = logit_of_key<T>(keys[0]);
     __syncwarp();
@@ -122,7 +122,7 @@ __device__ void choose(
             }
         }
         __syncwarp();
-        weigh<Row>(row_keys, chosen, total, call.renormalize);
+        normalize_gates<Row>(row_keys, chosen, total, call.renormalize);
         __syncwarp();
         T* gates_to = static_cast<T*>(call.gates) + first_row * chosen;
         int64_t* places_to = call.places + first_row * chosen;

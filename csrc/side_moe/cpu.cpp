@@ -43,10 +43,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const ScalarType dtype = x.scalar_type();
     const Kernels& kernels = kernels_for(dtype);
     Weights weights(kernels, router, down, up, frozen_down, frozen_up, frozen_pack);
-    weights.need(down_columns);
-    weights.need(up_rows);
+    weights.request(down_columns);
+    weights.request(up_rows);
     const bool few = weights.sizes.experts + 1 <= few_gates;
-    if (!few) weights.need_router(true);
+    if (!few) weights.request_router(true);
     weights.pack();
 
     const auto [dim, experts, rank] = weights.sizes;
@@ -134,12 +134,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const int64_t first = rows_needed ? 0 : trained;
     Weights weights(kernels, router, down, up, frozen_down, frozen_up, frozen_pack);
     if (rows_needed || need_down || need_up) {
-        weights.need(up_columns, first);
-        if (recompute) weights.need(down_columns, first);
+        weights.request(up_columns, first);
+        if (recompute) weights.request(down_columns, first);
     }
     if (need_x) {
-        weights.need(down_rows);
-        weights.need_router(false);
+        weights.request(down_rows);
+        weights.request_router(false);
     }
     weights.pack();
 

@@ -29,9 +29,9 @@ void softmax(float* logits, int64_t rows, int64_t gated, int64_t stride) {
         for (int i = 1; i < lanes; ++i) top = most[i] > top ? most[i] : top;
         Vec total = {};
         for (int64_t column = 0; column < stride; column += lanes) {
-            const Vec grown = exp_negative(load(at + column) - top);
-            store(at + column, grown);
-            total += grown;
+            const Vec exponential = exp_negative(load(at + column) - top);
+            store(at + column, exponential);
+            total += exponential;
         }
         const float scale = 1.0f / sum(total);
         for (int64_t column = 0; column < stride; column += lanes) store(at + column, load(at + column) * scale);

@@ -94,15 +94,15 @@ public:
         experts.resize(static_cast<size_t>(sizes.experts));
         sources_.resize(experts.size());
         if (frozen > 0 && frozen_pack) {
-            take(*frozen_pack, frozen);
+            use_prepacked(*frozen_pack, frozen);
         } else if (frozen > 0) {
-            hold(*frozen_down, *frozen_up, 0);
+            set_sources(*frozen_down, *frozen_up, 0);
         }
-        hold(down, up, frozen);
+        set_sources(down, up, frozen);
     }
 
     // Request this part of all experts, or of the experts from `first` on.
-    void need(Part part, int64_t first = 0) {
+    void request(Part part, int64_t first = 0) {
         for (size_t e = static_cast<size_t>(std::max(first, packed_)); e < experts.size(); ++e) {
             const void* from = reads_down(part) ? sources_[e].down : sources_[e].up;
             packing_.add(from, shape_of(part, sizes), &experts[e].part[part]);
@@ -110,7 +110,7 @@ public:
     }
 
     // Request the router as (D, E+1), to multiply x, or as (E+1, D), to multiply gradients of logits.
-    void need_router(bool by_columns) {
+    void request_router(bool by_columns) {
         const int64_t gated = sizes.experts + 1;
         const Shape columns{sizes.dim, gated, 1, sizes.dim}, rows{gated, sizes.dim, sizes.dim, 1};
         packing_.add(data(router_), by_columns ? columns : rows, &router);
@@ -135,7 +135,7 @@ private:
         const void* up;
     };
 
-    void take(const Tensor& pack, int64_t frozen) {
+    void use_prepacked(const Tensor& pack, int64_t frozen) {
         const int64_t bytes = frozen * packed_bytes(kernels_, sizes);
         if (pack.numel() * element_size(pack) != bytes) {
             throw std::invalid_argument(
@@ -153,7 +153,7 @@ private:
         packed_ = frozen;
     }
 
-    void hold(const Tensor& down, const Tensor& up, int64_t first) {
+    void set_sources(const Tensor& down, const Tensor& up, int64_t first) {
         held_.push_back(torch::stable::contiguous(down));
         const char* from_down = static_cast<const char*>(data(held_.back()));
         held_.push_back(torch::stable::contiguous(up));

@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> forward(
     const int64_t most = std::clamp(max_keys / capacity, kernels.block_queries, queries_of_round(dim));
     SeenLists lists(seen, seen_offsets);
     for (int64_t first = 0, last; first < num_queries; first = last) {
-        last = lists.fitting(first, std::min(num_queries, first + most));
+        last = lists.round_end(first, std::min(num_queries, first + most));
         const int64_t count = last - first;
         const Selection call{
             {dim, query + first * queries.stride(0) * element_size(queries), queries.stride(0), data(items),
