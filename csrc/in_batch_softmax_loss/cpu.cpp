@@ -24,8 +24,8 @@ namespace {
 // items.
 constexpr int64_t max_logits = 130'000, max_logits_of_few = int64_t{1} << 18;
 constexpr int64_t max_queries = 256, few_queries = 96, min_queries = 32;
-// The floats of logits that all parts keep for a tile, unless the returned gradients have more than a quarter of that
-// many.
+// The floats of logits that all parts keep for a tile, or a quarter of the floats of the returned gradients, if that is
+// more.
 constexpr int64_t max_kept = int64_t{1} << 19;
 // The queries of a tile that keeps no logits.
 constexpr int64_t plain_tile = 112;
