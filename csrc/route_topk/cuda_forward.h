@@ -149,8 +149,8 @@ __device__ inline int count_before(int* counts, int warps, int experts) {
     return before;
 }
 
-// Compute the first index of this block's choices of each expert in the order of all: begins (experts,), from two
-// (slices, experts) arrays.
+// Compute the first index of this block's choices of each expert in the order of all: begins (experts,). The memory of
+// `begins` has space for two (slices, experts) arrays.
 __device__ void find_begins(const Forward& call, const Plan& plan, int64_t* begins, int64_t* chunk_sums) {
     const int experts = static_cast<int>(call.experts), threads = static_cast<int>(blockDim.x);
     const int thread = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
