@@ -1,4 +1,4 @@
-// The library xsmoe_native: functions that belong to no operator. Operators add theirs in csrc/<operator>/cpu.cpp.
+// The library xsmoe_native: functions that belong to no operator. Operators add their own in csrc/<operator>/cpu.cpp.
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,7 +9,7 @@
 
 namespace {
 
-std::string cpu_tier() { return xsmoe::name(xsmoe::tier()); }
+std::string cpu_tier() { return xsmoe::name(xsmoe::isa_level()); }
 
 std::vector<std::string> supported_tiers() {
     std::vector<std::string> names;
