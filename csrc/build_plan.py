@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import subprocess
-import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "libxsmoe_cpu.so"
+FACTS = "libxsmoe_cpu.json"
+"""How the library next to it was built. A file of its own can be read where the library cannot be loaded."""
 
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNELS = [
@@ -103,16 +104,16 @@ class BuildFile:
 class Plan(BuildFile):
     """Which file of the kernels for CPUs is compiled with what."""
 
-    def __init__(self, tools: Toolchain, folder: Path, facts: str, aside: list[str]) -> None:
+    def __init__(self, tools: Toolchain, folder: Path, aside: list[str]) -> None:
         super().__init__(tools, folder, aside)
-        self.facts = facts
         self.tiers = _tiers(tools.cxx)
         # Of its own intrinsics, for the values that these leave open, GCC warns by the hundred.
         self.quiet = [flag for flag in ("-Wno-maybe-uninitialized",) if accepts(tools.cxx, [flag])]
         self.common = [*COMMON, *([EMULATED] if "emulate-amx" in aside else [])]
         self.flags = [*self.common, *KERNELS, *(SANITIZERS if self.sanitize else OPTIMIZED)]
 
-    def facts_header(self) -> str:
+    def facts(self) -> str:
+        """Return the facts of the build, as JSON."""
         facts = {
             "compiler": self.tools.compiler,
             "flags": shlex.join([*self.flags, *self.extra]),
@@ -120,7 +121,7 @@ class Plan(BuildFile):
             "tiers": {name: shlex.join(flags) for name, flags in self.tiers.items()},
             "left_out": [name for name in TIERS if name not in self.tiers],
         }
-        return _header("facts", facts)
+        return json.dumps(facts, indent=2) + "\n"
 
     def ninja(self) -> str:
         tiers = "XSMOE_TIERS(X)=" + " ".join(f"X({name})" for name in self.tiers)
@@ -135,16 +136,6 @@ class Plan(BuildFile):
             for tier, tier_flags in self.tiers.items()
         ]
         self.library(LIBRARY, objects, self.flags, [])
-        # Nothing here is worth a wait: no optimization, no sanitizer. pybind11 comes with torch's headers.
-        plain = [
-            *self.common,
-            "-D" + tiers,
-            *self.headers,
-            "-I" + str(self.folder),
-            "-I" + sysconfig.get_path("include"),
-        ]
-        modules = [self.compile(f"csrc/{name}.cpp", plain, ".facts") for name in ("build_facts", "cpu/features")]
-        self.link(self.facts, modules, [], [])
         return self.text()
 
 
