@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bench.cli import all as all_parts
 from bench.cli import compare, kernels, memory, quality, roofline, step, stream
 from bench.cli.broken_pipe import run_and_exit
+from bench.cli.common import run_command
 
 COMMANDS = (all_parts, kernels, step, memory, stream, quality, roofline, compare)
 
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_to(commands)
     options = parser.parse_args(given)
     options.given = given
-    return int(options.run(options))
+    return run_command(options)
 
 
 if __name__ == "__main__":

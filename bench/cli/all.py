@@ -1,7 +1,6 @@
 """`python -m bench all`: all commands, with their results in one folder and one table."""
 
 import argparse
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from bench.cli import kernels, memory, roofline, step, stream
-from bench.cli.common import UsageError, add_machine, check_machine, make_folder
+from bench.cli.common import UsageError, add_machine, check_machine, make_folder, run_command
 from bench.core import results
 from bench.e2e.memory.curves import curves
 from bench.e2e.memory.report import slope_table
@@ -98,12 +97,8 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the parts; return 1 if a result was wrong or a part failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    try:
-        folder = _checked_folder(options)
-    except UsageError as error:
-        print(f"python -m bench all: {error}", file=sys.stderr)
-        return 2
+    """Run the parts; return 1 if a result was wrong or a part failed, and 130 after Ctrl-C."""
+    folder = _checked_folder(options)
     begin, codes, endings = time.monotonic(), list[int](), list[str]()
     for place, part in enumerate(PARTS):
         print(f"\n# {part.name}, {place + 1} of {len(PARTS) + 1}\n", flush=True)
@@ -164,7 +159,7 @@ def _run(command: ModuleType, given: list[str], endings: list[str]) -> int:
     try:
         options = parser.parse_args(given)
         options.given = given
-        code = int(options.run(options))
+        code = run_command(options)
         if code:
             ended = "interrupted" if code == 130 else f"ended with exit code {code}"
     except KeyboardInterrupt:

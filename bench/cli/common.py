@@ -30,6 +30,34 @@ def add_machine(parser: argparse.ArgumentParser, dtypes: Iterable[str] = DTYPES)
     parser.add_argument("--threads", type=int, metavar="T", help="threads of torch; the default is torch's")
 
 
+def add_measuring(parser: argparse.ArgumentParser, nouns: str, sizes: str, unit: str) -> None:
+    """Add the options of commands that measure benchmarks: names, sizes, variants, machine, seed and results.
+
+    Args:
+        parser: of the command.
+        nouns: what the names are, and their default.
+        sizes: an example of --sizes.
+        unit: what --plot draws one plot of.
+    """
+    parser.add_argument("names", nargs="*", metavar="NAME", help=nouns)
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="L=N[,N]", help=f"for example {sizes}")
+    parser.add_argument("--quick", action="store_true", help="few and small sizes, and few rounds")
+    add_machine(parser)
+    parser.add_argument("--variants", metavar="V[,V]", help="only these; optional and compiled variants can be named")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all results, after each size")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help=f"draw a plot of each {unit} (matplotlib)")
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Run the command of a parsed command line; print what is invalid in it, and return 2."""
+    try:
+        return int(options.run(options))
+    except UsageError as error:
+        print(f"python -m bench {options.given[0]}: {error}", file=sys.stderr)
+        return 2
+
+
 def check_machine(device: str | None, threads: int | None = None) -> None:
     """Check that this machine has the device, and that the number of threads is valid.
 

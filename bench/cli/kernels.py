@@ -2,11 +2,9 @@
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -14,7 +12,7 @@ from bench.cli.common import (
     DTYPES,
     Session,
     UsageError,
-    add_machine,
+    add_measuring,
     check_file,
     check_kinds,
     check_machine,
@@ -46,31 +44,20 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def add_options(parser: argparse.ArgumentParser, registry: Mapping[str, str], noun: str) -> None:
     """Make `parser` measure the benchmarks of a registry, which its help calls `noun`."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{noun}; default: all, {', '.join(registry)}")
-    parser.add_argument("--sizes", nargs="+", default=[], metavar="L=N[,N]", help="for example N=256,2816 E=10")
-    parser.add_argument("--quick", action="store_true", help="few sizes and few rounds")
-    add_machine(parser)
-    parser.add_argument("--variants", metavar="V[,V]", help="only these; optional variants can be named here")
+    add_measuring(parser, f"{noun}; default: all, {', '.join(registry)}", "N=256,2816 E=10", "case")
     parser.add_argument("--against", metavar="V[,V]", help="the baselines that other variants are compared with")
     parser.add_argument("--seconds", type=float, help=f"of timing per size; {SECONDS:g}, quick {QUICK_SECONDS:g}")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all results and samples to a file")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a plot of each case (matplotlib)")
     parser.set_defaults(run=run, registry=registry)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and print a table per case; return 1 if a row was refused, 2 if the command line is wrong."""
+    """Measure, and print a table per case; return 1 if a row was refused."""
     started = time.monotonic()
-    try:
-        check_machine(options.device, options.threads)
-        check_seconds(options.seconds)
-        make_folder("--plot", options.plot)
-        check_file("--json", options.json)
-        planned = list(plan(options, torch.device(options.device)))
-    except UsageError as error:
-        print(f"python -m bench {options.given[0]}: {error}", file=sys.stderr)
-        return 2
+    check_machine(options.device, options.threads)
+    check_seconds(options.seconds)
+    make_folder("--plot", options.plot)
+    check_file("--json", options.json)
+    planned = list(plan(options, torch.device(options.device)))
     session = Session(options, started, timed=True)
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     for kind, sizes, names, against in planned:

@@ -1,7 +1,6 @@
 """`python -m bench memory`: memory of operators and training steps as their sizes grow."""
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from bench.cli.common import (
     DTYPES,
     Session,
     UsageError,
-    add_machine,
+    add_measuring,
     check_file,
     check_kinds,
     check_machine,
@@ -40,22 +39,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "variant with a wrong result gets no number, and makes the exit code 1. docs/benchmarking.md explains the "
         "tables.",
     )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(SWEPT)}; default: side_moe. step is a training step"
-    )
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        default=[],
-        metavar="L=N[,N]",
-        help="for example E=1,10,100 D=384: several values are a sweep, one value is the centre of other sweeps",
-    )
-    parser.add_argument("--quick", action="store_true", help="few and small sizes")
-    add_machine(parser)
-    parser.add_argument("--variants", metavar="V[,V]", help="only these; compiled variants can be named here")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all results, after every point")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a plot of each sweep (matplotlib)")
+    nouns = f"{', '.join(SWEPT)}; default: side_moe. step is a training step"
+    sizes = "E=1,10,100 D=384: several values are a sweep, one value is the centre of other sweeps"
+    add_measuring(parser, nouns, sizes, "sweep")
     parser.add_argument(
         "--snapshot",
         type=Path,
@@ -66,17 +52,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print.
-
-    Returns:
-        1 if a row was refused or a snapshot is missing, 2 if the command line is wrong, 130 after Ctrl-C, 0 otherwise.
-    """
+    """Measure and print; return 1 if a row was refused or a snapshot is missing, and 130 after Ctrl-C."""
     started = time.monotonic()
-    try:
-        planned = _plan(options, torch.device(options.device))
-    except UsageError as error:
-        print(f"python -m bench memory: {error}", file=sys.stderr)
-        return 2
+    planned = _plan(options, torch.device(options.device))
     session = Session(options, started, timed=False)
     stopped, complete = False, True
     try:
@@ -128,7 +106,7 @@ def _plan(options: argparse.Namespace, device: torch.device) -> list[tuple[str, 
     for name in names:
         sweeps = plan(SWEPT[name], asked, quick=options.quick, cuda=device.type == "cuda")
         benchmark = SWEPT[name].kind.smallest(DTYPES[options.dtype], device)
-        variants = choose_variants(benchmark, split_names(options.variants) or default_variants(benchmark), [])[0]
+        variants = choose_variants(benchmark, split_names(options.variants) or _default_variants(benchmark), [])[0]
         if options.snapshot is not None and (shown := snapshot_variant(benchmark).name) not in variants:
             raise UsageError(f"--snapshot shows a step of {shown}, which is not among --variants {options.variants}")
         planned.append((name, sweeps, variants))
@@ -138,13 +116,9 @@ def _plan(options: argparse.Namespace, device: torch.device) -> list[tuple[str, 
     return planned
 
 
-def default_variants(benchmark: Benchmark) -> list[str]:
+def _default_variants(benchmark: Benchmark) -> list[str]:
     """Return the default variants without those of torch.compile and of CUDA graphs, which keep memory of their own."""
-    return [
-        variant.name
-        for variant in benchmark.variants()
-        if variant.default and not variant.compiled and not variant.cuda_graph
-    ]
+    return [one.name for one in benchmark.variants() if one.default and not one.compiled and not one.cuda_graph]
 
 
 def _print_curves(cases: Sequence[Case], letter: str) -> None:

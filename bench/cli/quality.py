@@ -1,7 +1,6 @@
 """`python -m bench quality`: recommendation quality of growth, conditioning, IDs and other choices, over seeds."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -39,21 +38,18 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def run(options: argparse.Namespace) -> int:
-    """Perform the unfinished runs and print; return 1 if a run failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    try:
-        _check(options)
-        # Imported here because other commands of the bench do not need xsmoe's dependencies.
-        from bench.e2e.quality import comparison, report
-        from bench.e2e.quality.variants import VARIANTS, select_variants
+    """Perform the unfinished runs and print; return 1 if a run failed, and 130 after Ctrl-C."""
+    _check(options)
+    # Imported here because other commands of the bench do not need xsmoe's dependencies.
+    from bench.e2e.quality import comparison, report
+    from bench.e2e.quality.variants import VARIANTS, select_variants
 
-        if options.list:
-            for variant in VARIANTS.values():
-                print(f"{variant.name}: {variant.sentence}")
-            return 0
-        try:
-            variants = select_variants(options.variants)
-        except ValueError as error:
-            raise UsageError(f"--variants: {error}") from None
+    if options.list:
+        for variant in VARIANTS.values():
+            print(f"{variant.name}: {variant.sentence}")
+        return 0
+    try:
+        variants = select_variants(options.variants)
         facts = begin(torch.device("cpu"), None, timed=True)
         print()
         with comparison.processes(options.jobs) as executor:
@@ -61,8 +57,7 @@ def run(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        print(f"python -m bench quality: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         return 130
     if found["variants"]:

@@ -3,31 +3,16 @@
 import argparse
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from bench.cli.common import UsageError, begin, check_file, check_machine, make_folder, progress
+from bench.cli.common import UsageError, add_machine, begin, check_file, check_machine, make_folder, progress
+from bench.core import results
 from bench.e2e.stream import records, report
-from bench.e2e.stream.records import StreamRun, WindowRecord
-from bench.e2e.stream.settings import POOLINGS, Settings
-from bench.e2e.stream.step_clock import PARTS
-
-QUICK = {"users": 256, "items": 1000, "new_items": 100, "batch": 64}
-_NUMBERS = {
-    "users": (2, "active users of each window"),
-    "items": (0, "items at the start; at least 16 for each window"),
-    "new_items": (0, "new items of each later window"),
-    "windows": (2, "number of windows; each adds an expert to every level"),
-    "epochs": (1, "of each window"),
-    "batch": (2, "users per step"),
-    "dim": (1, "D, width of the hidden states"),
-    "rank": (1, "R, width of an expert"),
-    "seed": (0, "of the stream, weights, batch order and dropout"),
-    "top_k": (1, "add a run of ours with routing to K experts"),
-    "threads": (1, "of torch; the default is torch's"),
-}
+from bench.e2e.stream.records import PARTS, StreamRun, WindowRecord
+from bench.e2e.stream.settings import Settings
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,18 +24,11 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "epochs and tests, one epoch each in turn. Every window adds an expert, and none is dropped. A run with a "
         "wrong step gets no time, and makes the exit code 1. docs/benchmarking.md explains the tables.",
     )
-    defaults = asdict(Settings())
-    for name, (_, text) in _NUMBERS.items():
-        quick = f", quick {QUICK[name]}" if name in QUICK else ""
-        shown = "" if defaults.get(name) is None else f"; {defaults[name]}{quick}"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text + shown)
+    for one in fields(Settings):
+        if one.metadata:
+            parser.add_argument(_flag(one.name), default=None, **one.metadata["argparse"])
+    add_machine(parser, ("float32", "bfloat16"))
     parser.add_argument("--quick", action="store_true", help="a smaller stream and smaller batches")
-    parser.add_argument("--pooling", choices=POOLINGS, help="cls: all items share one row at level 0; mean")
-    parser.add_argument("--dropout", type=float, help=f"in the user encoder; {Settings.dropout:g}")
-    parser.add_argument("--lr", type=float, help=f"of Adam; {Settings.lr:g}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is autocast; float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cpu")
-    parser.add_argument("--graph", action="store_true", help="ours as CUDA graphs, without times of parts")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all results, after every window")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw time, memory, quality and parts (matplotlib)")
     parser.add_argument("--show", type=Path, metavar="PATH", help="measure nothing; show a file of --json")
@@ -58,18 +36,16 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def run(options: argparse.Namespace) -> int:
-    """Stream and print; return 1 if a step was wrong, 2 if the command line is wrong, 130 after Ctrl-C."""
-    try:
-        if options.show is not None:
-            return _show(records.load(options.show), options.plot)
-        settings = settings_of(options)
-        check_file("--json", options.json)
-        make_folder("--plot", options.plot)
-    except BrokenPipeError:
-        raise
-    except (UsageError, OSError, ValueError, KeyError) as error:
-        print(f"python -m bench stream: {error}", file=sys.stderr)
-        return 2
+    """Stream and print; return 1 if a step was wrong, and 130 after Ctrl-C."""
+    if options.show is not None:
+        try:
+            shown = records.load(options.show)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"--show: {error}") from None
+        return _show(shown, options.plot)
+    settings = settings_of(options)
+    check_file("--json", options.json)
+    make_folder("--plot", options.plot)
     # Imported here because other commands of the bench do not need xsmoe's dependencies.
     from bench.e2e.stream.data import generate_stream
     from bench.e2e.stream.windows import StreamBenchmark
@@ -91,11 +67,11 @@ def run(options: argparse.Namespace) -> int:
             print(f"- {report.window_line(window, settings.names)}", flush=True)
             # After every window, so that an interruption loses only the running window.
             if options.json is not None:
-                records.save(found(), options.json)
+                results.save(found(), options.json)
     except KeyboardInterrupt:
         stopped = True
     print()
-    code = _show(records.as_saved(found()), options.plot) if windows else 0
+    code = _show(results.as_saved(found()), options.plot) if windows else 0
     return 130 if stopped else code
 
 
@@ -105,12 +81,16 @@ def settings_of(options: argparse.Namespace) -> Settings:
     Raises:
         UsageError: an argument out of its range.
     """
-    for name, (least, _) in _NUMBERS.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    given = {one.name: value for one in fields(Settings) if (value := getattr(options, one.name)) is not None}
-    settings = replace(Settings(), **(QUICK if options.quick else {}) | given)
+    found = {}
+    for one in fields(Settings):
+        quick, least = one.metadata.get("quick"), one.metadata.get("least")
+        value = getattr(options, one.name)
+        if value is None:
+            value = quick if options.quick and quick is not None else one.default
+        elif least is not None and value < least:
+            raise UsageError(f"{_flag(one.name)} must be at least {least}, not {value}")
+        found[one.name] = value
+    settings = Settings(**found)
     if settings.items < 16 * settings.windows:
         raise UsageError(
             f"--items must be at least 16 for each of the {settings.windows} windows, that is "
@@ -120,10 +100,14 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise UsageError(f"--dropout must be in [0, 1), not {settings.dropout:g}")
     if not settings.lr > 0:
         raise UsageError(f"--lr must be above 0, not {settings.lr:g}")
-    check_machine(settings.device)
+    check_machine(settings.device, options.threads)
     if settings.graph and settings.device != "cuda":
         raise UsageError("--graph: CUDA graphs need --device cuda")
     return settings
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _show(found: StreamRun, folder: Path | None) -> int:

@@ -7,12 +7,13 @@ whole step. Times are in seconds, sizes in bytes, and rates are per second.
 Fields may be added without a new `SCHEMA`: `load` ignores fields that it does not know. Other changes need a new one.
 """
 
+import builtins
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -169,8 +170,8 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
     return " ".join(f"{letter}={size}" for letter, size in sizes.items())
 
 
-def save(run: Run, path: Path) -> None:
-    """Write a run. The replacement of an existing file is atomic."""
+def save(run: Any, path: Path) -> None:
+    """Write a dataclass. The replacement of an existing file is atomic."""
     write_json(asdict(run), path)
 
 
@@ -191,8 +192,7 @@ def load(path: Path) -> Run:
     try:
         if data["schema"] == 1:
             _convert_schema_1(data)
-        cases = [_case(case) for case in data.pop("cases")]
-        return record_from(Run, data | {"cases": cases})
+        return record_from(Run, data)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; measure again") from error
 
@@ -202,9 +202,9 @@ def load_folder(folder: Path, pattern: str = "*-cpu-*.json") -> dict[str, Run]:
     return {path.name: load(path) for path in sorted(folder.glob(pattern))}
 
 
-def as_saved(case: Case) -> Case:
-    """Return a case with the digits that `save` keeps, so that its printed table equals that of the file."""
-    return _case(rounded(asdict(case)))
+def as_saved(record: T) -> T:
+    """Return a dataclass with the digits that `save` keeps, so that its printed tables equal those of the file."""
+    return record_from(type(record), rounded(asdict(record)))  # type: ignore[call-overload]
 
 
 def write_json(data: Mapping[str, Any], path: Path) -> None:
@@ -220,23 +220,26 @@ def rounded(data: Mapping[str, Any]) -> Any:
 
 
 def record_from(kind: type[T], data: Mapping[str, Any]) -> T:
-    """Return a dataclass from a mapping; fields that it does not know are ignored."""
-    known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in data.items() if name in known})
+    """Return a dataclass from a mapping. Fields that it does not know are ignored, and its type hints give the rest."""
+    hints = get_type_hints(kind)
+    return kind(**{name: _value_from(hints[name], value) for name, value in data.items() if name in hints})
 
 
-def _case(data: Mapping[str, Any]) -> Case:
-    return record_from(Case, {**data, "rows": [_row(row) for row in data["rows"]]})
-
-
-def _row(data: Mapping[str, Any]) -> Row:
-    passes = {name: _timing(timing) for name, timing in data["passes"].items()}
-    return record_from(Row, {**data, "role": Role(data["role"]), "passes": passes})
-
-
-def _timing(data: Mapping[str, Any]) -> Timing:
-    against: dict[str, Sequence[float]] = data["against"]
-    return record_from(Timing, {**data, "against": {name: tuple(ratio) for name, ratio in against.items()}})
+def _value_from(hint: Any, value: Any) -> Any:
+    """Convert a value of JSON to the type of a field: a record, an enum, or a list, tuple or mapping of them."""
+    parameters = get_args(hint)
+    match get_origin(hint) or hint:
+        case builtins.list:
+            return [_value_from(parameters[0], one) for one in value]
+        case builtins.tuple:
+            return tuple(value)
+        case builtins.dict:
+            return {name: _value_from(parameters[1], one) for name, one in value.items()}
+        case type() as kind if is_dataclass(kind):
+            return record_from(kind, value)
+        case type() as kind if issubclass(kind, StrEnum):
+            return kind(value)
+    return value
 
 
 _SCHEMA_1_ROLES = {

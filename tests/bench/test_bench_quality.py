@@ -12,7 +12,7 @@ from bench.__main__ import main
 from bench.cli import quality
 from bench.e2e.quality import comparison, streams
 from bench.e2e.quality.run import Job, build_model, train_and_test
-from bench.e2e.quality.streams import CATALOGUE, RETURNING
+from bench.e2e.quality.streams import STREAMS
 from bench.e2e.quality.variants import BASE, VARIANTS, select_variants
 from bench.report import plots
 from xsmoe.cli.commands.demo import DemoSettings
@@ -253,12 +253,12 @@ def test_every_variant_can_be_set(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 def test_the_streams_are_those_that_were_fixed_beforehand() -> None:
-    demo = DemoSettings()
-    assert (CATALOGUE.windows, CATALOGUE.users, CATALOGUE.items, CATALOGUE.epochs) == (
+    demo, catalogue, returning = DemoSettings(), STREAMS["catalogue"], STREAMS["returning"]
+    assert (catalogue.windows, catalogue.users, catalogue.items, catalogue.epochs) == (
         *(demo.windows, demo.users, demo.items),
         demo.epochs,
     )
-    assert (RETURNING.windows, RETURNING.users, RETURNING.items, RETURNING.new_items, RETURNING.returning) == (
+    assert (returning.windows, returning.users, returning.items, returning.new_items, returning.returning) == (
         *(12, 400, 500),
         *(40, 4),
     )

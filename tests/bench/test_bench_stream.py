@@ -17,10 +17,9 @@ from bench.e2e.stream import data as stream_data
 from bench.e2e.stream import records, report
 from bench.e2e.stream.check import WindowCheck
 from bench.e2e.stream.data import generate_stream
-from bench.e2e.stream.paper_run import PaperRun
-from bench.e2e.stream.runs import OurRun
+from bench.e2e.stream.records import PARTS
+from bench.e2e.stream.runs import OurRun, PaperRun
 from bench.e2e.stream.settings import POOLINGS, Settings
-from bench.e2e.stream.step_clock import PARTS
 from bench.e2e.stream.windows import StreamBenchmark
 from bench.paper.parameter_names import paper_levels
 from bench.report import plots

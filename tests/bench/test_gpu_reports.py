@@ -96,7 +96,7 @@ def test_the_windows_of_a_stream_have_rows(tmp_path: Path, capsys: pytest.Captur
     settings = {"device": "cuda", "dtype": "bfloat16", "pooling": "cls", "batch": 4}
     windows = [window(0, 2e-3, 1.0), window(1, 2.2e-3, 1.125)]
     run = records.StreamRun([], {"commit": "abc"}, settings, [], ["published", "ours-top-2"], windows, 1.0)
-    records.save(run, tmp_path / "stream-toy.json")
+    results.save(run, tmp_path / "stream-toy.json")
     assert gpu_summary.main([str(tmp_path), "--commit", "abc"]) == 0
     printed = capsys.readouterr().out
     rows = [_cells(line) for line in printed.splitlines() if line.startswith("| stream")]

@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -41,7 +41,6 @@ def compare(
     """
     begin, seeds = time.monotonic(), list(range(1, options.seeds + 1))
     name, stream, sources = _sources(options, seeds, executor)
-    runs = Runs(executor, lambda text: print(text, flush=True))
     jobs = [
         Job(
             variant=variant,
@@ -55,7 +54,7 @@ def compare(
         for variant in variants
         for seed in seeds
     ]
-    stopped = False
+    runs, stopped = Runs(executor), False
     try:
         runs.perform(jobs)
     except KeyboardInterrupt:
@@ -75,21 +74,15 @@ def compare(
 
 
 class Runs:
-    """Performs runs, and writes the record of each run to its file as soon as the run is finished.
-
-    Args:
-        executor: performs the runs.
-        say: called with a line for each record and for each failure.
+    """Runs of an executor. The record of each run is written to its file as soon as the run is finished.
 
     Attributes:
         records: of all finished runs, including those of earlier calls of the command.
         failures: the number of runs that raised an exception.
     """
 
-    def __init__(self, executor: Executor, say: Callable[[str], None]) -> None:
-        self.executor, self.say = executor, say
-        self.records: list[Record] = []
-        self.failures = 0
+    def __init__(self, executor: Executor) -> None:
+        self.executor, self.records, self.failures = executor, list[Record](), 0
 
     def perform(self, jobs: Sequence[Job]) -> None:
         """Perform all runs. Base and growth are first: static runs start with the experts of growth.
@@ -101,12 +94,10 @@ class Runs:
         experts = {record["seed"]: record["experts"] for record in self.records if record["variant"] == GROWTH}
         rest = []
         for job in jobs:
-            if job.variant.kind == "static" and job.seed in experts:
-                rest.append(replace(job, experts=experts[job.seed]))
-            elif job.variant.kind == "static":
+            if job.variant.kind == "static" and job.seed not in experts:
                 self._failed(job, "the run of this seed with growth, which determines the number of experts, failed")
             elif job.variant.name not in (BASE, GROWTH):
-                rest.append(job)
+                rest.append(replace(job, experts=experts[job.seed]) if job.variant.kind == "static" else job)
         self._perform(rest)
 
     def _perform(self, jobs: Iterable[Job]) -> None:
@@ -118,25 +109,24 @@ class Runs:
                 waiting[self.executor.submit(train_and_test, job)] = job
         for future in as_completed(waiting):
             job = waiting[future]
-            if (error := future.exception()) is None:
+            try:
                 record = future.result()
-                job.path.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(job.path, json.dumps(record).encode())
-                self._add(job, record, "done")
-            elif isinstance(error, Exception):
+            except Exception as error:
                 self._failed(job, f"{type(error).__name__}: {error}")
-            else:
-                raise error
+                continue
+            job.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(job.path, json.dumps(record).encode())
+            self._add(job, record, "done")
 
     def _add(self, job: Job, record: Record, how: str) -> None:
         self.records.append(record)
         hits = [0 < rank <= 10 for test in record["tests"] for rank in test["ranks"]]
         rate = f"HR@10 {100 * sum(hits) / len(hits):.2f} %" if hits else "no users were tested"
-        self.say(f"- {job.variant.name}, seed {job.seed}: {rate}, {record['seconds']:.0f} s ({how})")
+        _say(job, f"{rate}, {record['seconds']:.0f} s ({how})")
 
     def _failed(self, job: Job, reason: str) -> None:
         self.failures += 1
-        self.say(f"- {job.variant.name}, seed {job.seed}: FAILED: {reason}")
+        _say(job, f"FAILED: {reason}")
 
 
 def finished(job: Job) -> Record | None:
@@ -166,6 +156,14 @@ def processes(count: int) -> ProcessPoolExecutor:
     )
 
 
+def stream_of(options: argparse.Namespace) -> GeneratedStream:
+    """Return the parameters of the generated stream."""
+    stream = STREAMS[options.stream]
+    if options.quick:
+        stream = replace(stream, **QUICK, returning=QUICK_REGIMES if stream.returning else 0)
+    return stream if options.windows is None else replace(stream, windows=options.windows)
+
+
 def _sources(
     options: argparse.Namespace, seeds: Sequence[int], executor: Executor
 ) -> tuple[str, dict[str, Any], dict[int, Source]]:
@@ -180,9 +178,5 @@ def _sources(
     return name, asdict(stream), {seed: future.result() for seed, future in zip(seeds, made, strict=True)}
 
 
-def stream_of(options: argparse.Namespace) -> GeneratedStream:
-    """Return the parameters of the generated stream."""
-    stream = STREAMS[options.stream]
-    if options.quick:
-        stream = replace(stream, **QUICK, returning=QUICK_REGIMES if stream.returning else 0)
-    return stream if options.windows is None else replace(stream, windows=options.windows)
+def _say(job: Job, text: str) -> None:
+    print(f"- {job.variant.name}, seed {job.seed}: {text}", flush=True)

@@ -1,6 +1,6 @@
 """Tables and plots of a comparison of variants."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,28 @@ def tables(found: Mapping[str, Found]) -> str:
         found: from `summarize`, by variant.
     """
     parts = [_main_table(found)]
-    if any(one["groups"] for one in found.values()):
-        parts.append(_group_table(found))
+    groups = {(scoring, group): None for one in found.values() for scoring, of in one["groups"].items() for group in of}
+    if groups:
+        text = "HR@10 % of all targets, by group of targets and by the items that are no candidates:"
+        head = ["variant", *(f"{group}, {scoring}" for scoring, group in groups)]
+        rows = [
+            [name, *(_percent(one["groups"].get(scoring, {}).get(group)) for scoring, group in groups)]
+            for name, one in found.items()
+        ]
+        parts.append(_table(text, head, rows))
     if any(one["matrix"] for one in found.values()):
-        parts.append(_matrix_table(found))
+        text = (
+            "HR@10 % of every window's model on every window, as means over windows. own: the model on its window. "
+            "next: on the next window. later minus own: later models on a window minus its own model; a negative value "
+            "means forgetting. last minus own: the same of the last model only. after next: on the windows after that."
+        )
+        signs = {kind: "+" if "minus" in title else "" for kind, title in MATRIX_COLUMNS.items()}
+        rows = [
+            [name, *(_percent(one["matrix"]["HR@10"][kind], sign) for kind, sign in signs.items())]
+            for name, one in found.items()
+            if one["matrix"]
+        ]
+        parts.append(_table(text, ["variant", *MATRIX_COLUMNS.values()], rows))
     commits = sorted({commit for one in found.values() for commit in one["commits"]})
     if len(commits) > 1:
         parts.append(f"**These runs are of several commits: {', '.join(commits)}.**")
@@ -42,53 +60,28 @@ def tables(found: Mapping[str, Found]) -> str:
 
 
 def _main_table(found: Mapping[str, Found]) -> str:
-    head = ["variant", "seeds", "HR@10 %", f"minus {BASE}", "± users", "NDCG@10 %", f"minus {BASE}", "± users"]
+    metrics = ("HR@10", "NDCG@10")
+    head = ["variant", "seeds", *(cell for m in metrics for cell in (f"{m} %", f"minus {BASE}", "± users"))]
     head += ["experts", "seconds", "MiB", "verdicts"]
     rows = []
     for name, one in found.items():
-        difference = one["difference"] or {}
         cells = [name, str(len(one["seeds"]))]
-        for metric in ("HR@10", "NDCG@10"):
-            cells.append(_percent(one[metric]))
-            cells.append(_percent(difference.get(metric), "+"))
-            cells.append(_number(difference.get(metric, {}).get("se_users"), 100, 2))
-        cells += [_number(one[name], 1, digits) for name, digits in
-                  (("experts", 1), ("train_seconds", 0), ("peak_rss_mib", 0))]  # fmt: skip
+        for metric in metrics:
+            difference = (one["difference"] or {}).get(metric)
+            error = difference and difference["se_users"]
+            cells += [_percent(one[metric]), _percent(difference, "+"), _number(error and 100 * error, 2)]
+        cells += [_number(one["experts"], 1), _number(one["train_seconds"], 0), _number(one["peak_rss_mib"], 0)]
         cells.append(", ".join(f"{count} {verdict}" for verdict, count in one["verdicts"].items()))
         rows.append(cells)
     text = (
         "Ranks of each user's last item; items of earlier windows are no candidates. Mean ± standard error over seeds; "
         'differences are paired by seed. "± users" is the standard error of the paired difference over users.'
     )
+    return _table(text, head, rows)
+
+
+def _table(text: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([text, "", *markdown_table(head, rows)])
-
-
-def _group_table(found: Mapping[str, Found]) -> str:
-    columns = dict.fromkeys(
-        (scoring, group) for one in found.values() for scoring, groups in one["groups"].items() for group in groups
-    )
-    head = ["variant", *(f"{group}, {scoring}" for scoring, group in columns)]
-    rows = [
-        [name, *(_percent(one["groups"].get(scoring, {}).get(group)) for scoring, group in columns)]
-        for name, one in found.items()
-    ]
-    text = "HR@10 % of all targets, by group of targets and by the items that are no candidates:"
-    return "\n".join([text, "", *markdown_table(head, rows)])
-
-
-def _matrix_table(found: Mapping[str, Found]) -> str:
-    rows = [
-        [name, *(_percent(one["matrix"]["HR@10"][kind], "+" if "minus" in title else "")
-                 for kind, title in MATRIX_COLUMNS.items())]
-        for name, one in found.items()
-        if one["matrix"]
-    ]  # fmt: skip
-    text = (
-        "HR@10 % of every window's model on every window, as means over windows. own: the model on its window. "
-        "next: on the next window. later minus own: later models on a window minus its own model; a negative value "
-        "means forgetting. last minus own: the same of the last model only. after next: on the windows after that."
-    )
-    return "\n".join([text, "", *markdown_table(["variant", *MATRIX_COLUMNS.values()], rows)])
 
 
 def _percent(value: Found | None, sign: str = "") -> str:
@@ -98,8 +91,8 @@ def _percent(value: Found | None, sign: str = "") -> str:
     return f"{100 * value['mean']:{sign}.2f}{error}"
 
 
-def _number(value: float | None, factor: float, digits: int) -> str:
-    return "" if value is None else f"{factor * value:.{digits}f}"
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def write_plots(found: Mapping[str, Found], title: str, path: Path) -> list[Path]:
@@ -114,12 +107,9 @@ def draw(found: Mapping[str, Found], title: str) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     figure, (rates, differences, windows) = plots.figure(3, height=max(4.2, 0.4 * len(found) + 1.6))
-    names = list(found)
-    for panel, values, marker in (
-        (rates, [found[name]["HR@10"] for name in names], "o"),
-        (differences, [(found[name]["difference"] or {}).get("HR@10") for name in names], "s"),
-    ):
-        known = [(row, value) for row, value in enumerate(values) if value is not None and value["mean"] is not None]
+    values = [(one["HR@10"], (one["difference"] or {}).get("HR@10")) for one in found.values()]
+    for panel, of_panel, marker in zip((rates, differences), zip(*values, strict=True), "os", strict=True):
+        known = [(row, value) for row, value in enumerate(of_panel) if value is not None and value["mean"] is not None]
         panel.errorbar(
             [100 * value["mean"] for _, value in known],
             [row for row, _ in known],
@@ -128,17 +118,16 @@ def draw(found: Mapping[str, Found], title: str) -> Any:
             color=BLUE,
             capsize=3,
         )
-        panel.set_yticks(range(len(names)), names)
-        panel.set_ylim(len(names) - 0.5, -0.5)
+        panel.set_yticks(range(len(found)), found)
+        panel.set_ylim(len(found) - 0.5, -0.5)
         panel.set_xlabel("%")
     rates.set_title("HR@10, mean ± standard error over seeds")
     differences.set_title(f"Difference to {BASE}, paired by seed")
     differences.axvline(0, color=GREY, linewidth=1)
-    for number, name in enumerate(names):
-        tested = found[name]["windows"]
+    for number, (name, one) in enumerate(found.items()):
         style, colour = ("-", "--", ":")[number // len(CYCLE) % 3], CYCLE[number % len(CYCLE)]
-        means = [100 * value["mean"] if value["mean"] is not None else np.nan for value in tested.values()]
-        windows.plot([int(window) for window in tested], means, style, marker=".", color=colour, label=name)
+        means = [100 * value["mean"] if value["mean"] is not None else np.nan for value in one["windows"].values()]
+        windows.plot([int(window) for window in one["windows"]], means, style, marker=".", color=colour, label=name)
     windows.set(title="HR@10 by tested window, mean over seeds", xlabel="window", ylabel="%", ylim=(0, None))
     windows.xaxis.set_major_locator(MaxNLocator(integer=True))
     windows.legend(fontsize=7)

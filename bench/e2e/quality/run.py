@@ -16,7 +16,7 @@ from bench.e2e.quality.streams import Source
 from bench.e2e.quality.variants import Kind, QualityVariant
 from xsmoe.cli.commands.train import cut_settings
 from xsmoe.cli.run_config import RunConfig
-from xsmoe.data import Dataset, Window
+from xsmoe.data import Dataset
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.nn import ExpertBank, Recommender
 from xsmoe.report import results
@@ -95,27 +95,39 @@ def train_and_test(job: Job) -> Record:
         missing=config.missing,
         **cut_settings(config),
     )
-    tasks: list[RankingTask] = []
-    tests: list[Record] = []
-    states: list[dict[str, Tensor]] = []
+    tasks, tests, states = [], [], []
     with StreamingTrainer(build_model(config, job.variant.kind, job.experts), stream, config.stream) as trainer:
         for number, window in enumerate(stream.windows):
-            task, users = _ranking_task(trainer, window)
+            # The items and the history of the windows before.
+            splits, seen = trainer.config.split(window), trainer.memory
+            task = RankingTask.build(splits.test, seen.known_with(splits), seen.history, trainer.config.repeats)
             tasks.append(task)
             if number > 0:
                 with _without_counting(trainer.model):
                     ranks = rank_with_model(trainer.model, trainer.features, task, trainer.device)
-                tests.append(_test_record(number, stream.user_ids[users], ranks))
+                tests.append(
+                    {
+                        "window": number,
+                        **_means(ranks),
+                        "users": stream.user_ids[splits.test.users].tolist(),
+                        "ranks": np.where(np.isfinite(ranks), ranks, 0).astype(np.int64).tolist(),
+                    }
+                )
             trainer.step(window)
             if job.matrix:
                 states.append(snapshot(trainer.model))
-        lines = [line for line in trainer.metrics if line["kind"] == "test"]
         matrix = None
         if job.matrix:
-            matrix = _test_all_windows(build_model(config, job.variant.kind, job.experts), states, tasks, trainer)
+            model = build_model(config, job.variant.kind, job.experts).to(trainer.device)
+            matrix = _test_all_windows(model, states, tasks, trainer)
+        lines = [line for line in trainer.metrics if line["kind"] == "test"]
         cost = results.cost(trainer.metrics)
         experts = {name: side.num_experts for name, side in trainer.model.items.ladders().items()}
     verdict = asdict(judge(lines))
+    hit_rates = {
+        scoring: {group: one["model"]["HR@10"] for group, one in groups.items() if one["targets"]}
+        for scoring, groups in results.groups(lines).items()
+    }
     return {
         "variant": job.variant.name,
         "seed": job.seed,
@@ -123,7 +135,7 @@ def train_and_test(job: Job) -> Record:
         "key": job.key(),
         "experts": {} if job.variant.kind == "linear" else experts,
         "tests": tests,
-        "groups": _hit_rates_by_group(lines),
+        "groups": hit_rates,
         "verdict": {name: verdict[name] for name in ("verdict", "baseline", "difference", "standard_error")},
         "cost": None if cost is None else asdict(cost),
         "seconds": time.monotonic() - begin,
@@ -180,45 +192,24 @@ def _without_counting(model: Recommender) -> Iterator[None]:
             bank.count_in_eval = counted
 
 
-def _ranking_task(trainer: StreamingTrainer, window: Window) -> tuple[RankingTask, np.ndarray]:
-    """Return the test of the next window, with the items and the history of the windows before it, and its users."""
-    splits, seen = trainer.config.split(window), trainer.memory
-    task = RankingTask.build(splits.test, seen.known_with(splits), seen.history, trainer.config.repeats)
-    return task, splits.test.users
-
-
-def _test_record(window: int, users: np.ndarray, ranks: np.ndarray) -> Record:
-    values = per_user(ranks)
-    return {
-        "window": window,
-        **{metric: _mean(values[metric]) for metric in METRICS},
-        "users": users.tolist(),
-        "ranks": np.where(np.isfinite(ranks), ranks, 0).astype(np.int64).tolist(),
-    }
-
-
 def _test_all_windows(
     model: Recommender, states: list[dict[str, Tensor]], tasks: list[RankingTask], trainer: StreamingTrainer
 ) -> dict[str, list[list[float | None]]]:
     """Rank the test of every window with the model of every window."""
-    model = model.to(trainer.device)
-    rows: dict[str, list[list[float | None]]] = {metric: [] for metric in METRICS}
+    tested = []
     _, conditions = split_state(trainer.model)
     for state in states:
         model.load_state_dict({**state, **conditions})
-        tested = [per_user(rank_with_model(model, trainer.features, task, trainer.device)) for task in tasks]
-        for metric in METRICS:
-            rows[metric].append([_mean(values[metric]) for values in tested])
-    return rows
+        tested.append([_means(rank_with_model(model, trainer.features, task, trainer.device)) for task in tasks])
+    return {metric: [[means[metric] for means in row] for row in tested] for metric in METRICS}
 
 
-def _hit_rates_by_group(tests: list[Record]) -> dict[str, dict[str, float]]:
-    """Return the model's HR@10 by scoring and group over all targets of all tests; {} if no test has groups."""
-    return {
-        scoring: {group: found["model"]["HR@10"] for group, found in groups.items() if found["targets"]}
-        for scoring, groups in results.groups(tests).items()
-    }
+def _means(ranks: np.ndarray) -> dict[str, float | None]:
+    """Return the means of `METRICS`."""
+    values = per_user(ranks)
+    return {metric: mean(values[metric]) for metric in METRICS}
 
 
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
+def mean(values: Sequence[Any] | np.ndarray) -> float | None:
+    """Return the mean; None without values."""
+    return float(np.mean(values)) if len(values) else None

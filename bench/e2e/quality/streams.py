@@ -17,6 +17,7 @@ from xsmoe.data import Dataset, write_catalogue
 from xsmoe.encoders import build_small_image_encoder, build_small_text_encoder
 
 MARKER = "made.json"
+_DEMO = DemoSettings()
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,16 @@ class GeneratedStream:
     users: int
     items: int
     new_items: int
-    returning: int
-    epochs: int
+    returning: int = 0
+    epochs: int = _DEMO.epochs
 
 
-_DEMO = DemoSettings()
-
-CATALOGUE = GeneratedStream(_DEMO.windows, _DEMO.users, _DEMO.items, new_items=80, returning=0, epochs=_DEMO.epochs)
-"""The stream of `xsmoe demo`."""
-
-RETURNING = GeneratedStream(windows=12, users=400, items=500, new_items=40, returning=4, epochs=_DEMO.epochs)
-"""Four regimes. Each is active in three windows, and absent for three windows between two active ones."""
-
-STREAMS = {"catalogue": CATALOGUE, "returning": RETURNING}
+STREAMS = {
+    # The stream of `xsmoe demo`.
+    "catalogue": GeneratedStream(_DEMO.windows, _DEMO.users, _DEMO.items, new_items=80),
+    # Four regimes. Each is active in three windows, and absent for three windows between two active ones.
+    "returning": GeneratedStream(windows=12, users=400, items=500, new_items=40, returning=4),
+}
 
 
 @dataclass(frozen=True)
@@ -86,16 +84,8 @@ def generate(name: str, stream: GeneratedStream, seed: int, folder: Path) -> Sou
             raise ValueError(f"{place} holds data of other parameters, {found}; give another --folder, or remove it")
         return source
     place.mkdir(parents=True, exist_ok=True)
-    write_catalogue(
-        source.dataset,
-        seed=seed,
-        num_windows=stream.windows,
-        users=stream.users,
-        items=stream.items,
-        new_items=stream.new_items,
-        returning=stream.returning,
-        image_size=IMAGE_SIZE,
-    )
+    drawn = {key: value for key, value in parameters.items() if key != "windows"}
+    write_catalogue(source.dataset, num_windows=stream.windows, image_size=IMAGE_SIZE, **drawn)
     texts = [value for value in Dataset.load(source.dataset).items.texts if value]
     text, image = place / "encoders" / "text", place / "encoders" / "image"
     if not text.is_dir():

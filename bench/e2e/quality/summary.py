@@ -1,17 +1,19 @@
 """Summaries of run records: means, standard errors, and paired differences to the base variant."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bench.e2e.quality.run import METRICS, Record
+from bench.e2e.quality.run import METRICS, Record, mean
 from bench.e2e.quality.variants import BASE, VARIANTS
 from xsmoe.stream.evaluation.metrics import clustered_error, per_user
 
 KIND, SCHEMA = "quality", 1
 Found = dict[str, Any]
+Pairs = Sequence[tuple[Record, Record]]
+"""The run of a variant and that of the base, for each seed that both have."""
 
 
 def summarize(records: Sequence[Record], *, shared: bool) -> dict[str, Found]:
@@ -28,72 +30,57 @@ def summarize(records: Sequence[Record], *, shared: bool) -> dict[str, Found]:
         verdict; "experts", "train_seconds" and "peak_rss_mib", means over seeds; "matrix", see `matrix_summary`.
     """
     by_variant: dict[str, dict[int, Record]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record["seed"]):
         by_variant.setdefault(record["variant"], {})[record["seed"]] = record
-    order = [name for name in VARIANTS if name in by_variant]
     base = by_variant.get(BASE, {})
-    return {name: _variant(name, by_variant[name], base, shared) for name in order}
-
-
-def _variant(name: str, runs: Mapping[int, Record], base: Mapping[int, Record], shared: bool) -> Found:
-    runs = dict(sorted(runs.items()))
-    seeds = list(runs)
-    found: Found = {"sentence": VARIANTS[name].sentence, "seeds": seeds}
-    pooled = {seed: pooled_values(runs[seed]) for seed in seeds}
-    for metric in METRICS:
-        found[metric] = over_seeds([pooled[seed][metric] for seed in seeds])
-    common = [seed for seed in seeds if seed in base]
-    found["difference"] = None
-    if name != BASE and common:
-        theirs = {seed: pooled_values(base[seed]) for seed in common}
-        found["difference"] = {
-            metric: {
-                **over_seeds([_minus(pooled[seed][metric], theirs[seed][metric]) for seed in common]),
-                "se_users": user_error([(runs[seed], base[seed]) for seed in common], metric, shared=shared),
-            }
-            for metric in METRICS
-        }
-    found["groups"] = _groups([runs[seed] for seed in seeds], [base[seed] for seed in common] if name != BASE else [])
-    numbers = sorted({test["window"] for run in runs.values() for test in run["tests"]})
-    found["windows"] = {
-        str(number): over_seeds(
-            [test["HR@10"] for seed in seeds for test in runs[seed]["tests"] if test["window"] == number]
-        )
-        for number in numbers
-    }
-    verdicts = [run["verdict"]["verdict"] for run in runs.values() if run["verdict"] is not None]
-    found["verdicts"] = {verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))}
-    experts = [
-        np.mean([count for levels in run["experts"].values() for count in levels])
-        for run in runs.values()
-        if run["experts"]
-    ]
-    found["experts"] = float(np.mean(experts)) if experts else None
-    costs = [run["cost"] for run in runs.values() if run["cost"] is not None]
-    found["train_seconds"] = _mean([cost["seconds"] for cost in costs])
-    found["peak_rss_mib"] = _mean([cost["peak_rss_mib"] for cost in costs])
-    found["commits"] = sorted({str(run["commit"]) for run in runs.values()})
-    matrices = [run["matrix"] for run in runs.values() if run["matrix"] is not None]
-    found["matrix"] = (
-        {metric: matrix_summary([one[metric] for one in matrices]) for metric in METRICS} if matrices else None
-    )
+    found = {}
+    for name in (name for name in VARIANTS if name in by_variant):
+        runs = by_variant[name]
+        pairs = [(run, base[seed]) for seed, run in runs.items() if seed in base and name != BASE]
+        found[name] = {"sentence": VARIANTS[name].sentence, **_variant(list(runs.values()), pairs, shared)}
     return found
 
 
-def pooled_values(record: Record) -> dict[str, float | None]:
-    """Return the mean of each metric over all users of all tests of a run."""
-    values = _values(record)
-    return {metric: float(values[metric].mean()) if len(values[metric]) else None for metric in METRICS}
+def _variant(runs: Sequence[Record], pairs: Pairs, shared: bool) -> Found:
+    pooled = {metric: _pooled(metric) for metric in METRICS}
+    difference = None
+    if pairs:
+        difference = {
+            metric: {**_paired(pairs, value), "se_users": user_error(pairs, metric, shared=shared)}
+            for metric, value in pooled.items()
+        }
+    tests = [test for run in runs for test in run["tests"]]
+    verdicts = sorted(run["verdict"]["verdict"] for run in runs if run["verdict"] is not None)
+    experts = [np.mean([n for levels in run["experts"].values() for n in levels]) for run in runs if run["experts"]]
+    costs = [run["cost"] for run in runs if run["cost"] is not None]
+    matrices = [run["matrix"] for run in runs if run["matrix"] is not None]
+    return {
+        "seeds": [run["seed"] for run in runs],
+        **{metric: over_seeds(map(value, runs)) for metric, value in pooled.items()},
+        "difference": difference,
+        "groups": _groups(runs, pairs),
+        "windows": {
+            str(window): over_seeds(test["HR@10"] for test in tests if test["window"] == window)
+            for window in sorted({test["window"] for test in tests})
+        },
+        "verdicts": {verdict: verdicts.count(verdict) for verdict in verdicts},
+        "experts": mean(experts),
+        "train_seconds": mean([cost["seconds"] for cost in costs]),
+        "peak_rss_mib": mean([cost["peak_rss_mib"] for cost in costs]),
+        "commits": sorted({str(run["commit"]) for run in runs}),
+        "matrix": {metric: matrix_summary([m[metric] for m in matrices]) for metric in METRICS} if matrices else None,
+    }
 
 
-def over_seeds(values: Sequence[float | None]) -> Found:
+def over_seeds(values: Iterable[float | None]) -> Found:
     """Return "values", their "mean" and its standard error "se" over seeds, each None if there are too few values."""
-    known = [value for value in values if value is not None]
+    every = list(values)
+    known = [value for value in every if value is not None]
     error = float(np.std(known, ddof=1) / math.sqrt(len(known))) if len(known) > 1 else None
-    return {"values": list(values), "mean": _mean(known), "se": error}
+    return {"values": every, "mean": mean(known), "se": error}
 
 
-def user_error(pairs: Sequence[tuple[Record, Record]], metric: str, *, shared: bool) -> float | None:
+def user_error(pairs: Pairs, metric: str, *, shared: bool) -> float | None:
     """Return the standard error of a mean difference, clustered by user (`clustered_error`).
 
     Args:
@@ -107,7 +94,7 @@ def user_error(pairs: Sequence[tuple[Record, Record]], metric: str, *, shared: b
     sums: dict[tuple[int, str], float] = {}
     counts: dict[tuple[int, str], int] = {}
     for place, (mine, theirs) in enumerate(pairs):
-        users, others = _users(mine), _users(theirs)
+        users, others = ([user for test in run["tests"] for user in test["users"]] for run in (mine, theirs))
         if users != others:
             return None
         differences = _values(mine)[metric] - _values(theirs)[metric]
@@ -130,55 +117,51 @@ def matrix_summary(matrices: Sequence[Sequence[Sequence[float | None]]]) -> Foun
         "last", the same of the last model only; "forward", models on windows after the next.
     """
     values = np.array(matrices, dtype=float)
-    windows = values.shape[1]
-    model, tested = np.arange(windows)[:, None], np.arange(windows)[None, :]
-    own = np.diagonal(values, axis1=1, axis2=2)
-    change = values - own[:, None, :]
+    _, models, windows = values.shape
+    model, tested = np.arange(models)[:, None], np.arange(windows)[None, :]
+    change = values - np.diagonal(values, axis1=1, axis2=2)[:, None, :]
 
-    def mean(of: np.ndarray, chosen: Any) -> Found:
-        seeds = [float(np.nanmean(one)) if np.isfinite(one).any() else None for one in of[:, chosen]]
-        return over_seeds(seeds)
+    def known_mean(of: np.ndarray) -> float | None:
+        return mean(of[np.isfinite(of)])
 
-    averaged = [
-        [_mean([value for value in values[:, row, column] if np.isfinite(value)]) for column in range(values.shape[2])]
-        for row in range(values.shape[1])
-    ]
+    def over_windows(of: np.ndarray, chosen: np.ndarray) -> Found:
+        return over_seeds(known_mean(one) for one in of[:, chosen])
+
     return {
-        "mean": averaged,
-        "own": mean(values, model == tested),
-        "next": mean(values, tested == model + 1),
-        "backward": mean(change, model > tested),
-        "last": mean(change, (model == windows - 1) & (model > tested)),
-        "forward": mean(values, tested > model + 1),
+        "mean": [[known_mean(values[:, row, column]) for column in range(windows)] for row in range(models)],
+        "own": over_windows(values, model == tested),
+        "next": over_windows(values, tested == model + 1),
+        "backward": over_windows(change, model > tested),
+        "last": over_windows(change, (model == models - 1) & (model > tested)),
+        "forward": over_windows(values, tested > model + 1),
     }
 
 
-def _groups(runs: Sequence[Record], base: Sequence[Record]) -> dict[str, dict[str, Found]]:
+def _groups(runs: Sequence[Record], pairs: Pairs) -> dict[str, dict[str, Found]]:
     found: dict[str, dict[str, Found]] = {}
-    theirs = {run["seed"]: run["groups"] for run in base}
-    for scoring in dict.fromkeys(name for run in runs for name in run["groups"]):
-        for group in dict.fromkeys(name for run in runs for name in run["groups"].get(scoring, {})):
-            values = {run["seed"]: run["groups"].get(scoring, {}).get(group) for run in runs}
-            others = {seed: groups.get(scoring, {}).get(group) for seed, groups in theirs.items()}
-            found.setdefault(scoring, {})[group] = {
-                **over_seeds(list(values.values())),
-                "difference": over_seeds([_minus(values[seed], others[seed]) for seed in others]) if others else None,
-            }
+    for scoring, group in dict.fromkeys((s, g) for run in runs for s, groups in run["groups"].items() for g in groups):
+
+        def value(run: Record, scoring: str = scoring, group: str = group) -> float | None:
+            rate: float | None = run["groups"].get(scoring, {}).get(group)
+            return rate
+
+        difference = _paired(pairs, value) if pairs else None
+        found.setdefault(scoring, {})[group] = {**over_seeds(map(value, runs)), "difference": difference}
     return found
 
 
-def _values(record: Record) -> dict[str, np.ndarray]:
-    ranks = np.array([rank for test in record["tests"] for rank in test["ranks"]], dtype=float)
+def _pooled(metric: str) -> Callable[[Record], float | None]:
+    """Return a function that returns the mean of a metric over all users of all tests of a run."""
+    return lambda run: mean(_values(run)[metric])
+
+
+def _paired(pairs: Pairs, value: Callable[[Record], float | None]) -> Found:
+    """Return the differences of a value between a variant and the base, over seeds."""
+    both = [(value(mine), value(theirs)) for mine, theirs in pairs]
+    return over_seeds(None if mine is None or theirs is None else mine - theirs for mine, theirs in both)
+
+
+def _values(run: Record) -> Mapping[str, np.ndarray]:
+    """Return the metrics of each user of each test of a run."""
+    ranks = np.array([rank for test in run["tests"] for rank in test["ranks"]], dtype=float)
     return per_user(np.where(ranks > 0, ranks, np.inf))
-
-
-def _users(record: Record) -> list[str]:
-    return [user for test in record["tests"] for user in test["users"]]
-
-
-def _minus(mine: float | None, theirs: float | None) -> float | None:
-    return None if mine is None or theirs is None else mine - theirs
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None

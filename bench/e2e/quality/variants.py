@@ -27,66 +27,42 @@ class QualityVariant:
     kind: Kind = "side"
 
 
-_GROWTH_SETTINGS = {"expand": True, "prune": True}
+def _growth(name: str, sentence: str, **settings: str) -> QualityVariant:
+    return QualityVariant(name, sentence, {"expand": True, "prune": True, **settings})
 
-VARIANTS = {
-    one.name: one
-    for one in (
-        QualityVariant(BASE, "The defaults."),
-        QualityVariant(
-            GROWTH,
-            "Every window adds an expert, and little-used experts are dropped, as in the paper.",
-            _GROWTH_SETTINGS,
-        ),
-        QualityVariant(
-            "static",
-            "The experts that growth has at its end, with the same seed, exist from the start.",
-            kind="static",
-        ),
-        QualityVariant("no-prune", "Experts are added and none is dropped.", {"expand": True}),
-        QualityVariant(
-            "mean-gate",
-            "The gate row of a new expert is the mean of the other rows.",
-            _GROWTH_SETTINGS | {"new_gate": "mean"},
-        ),
-        QualityVariant(
-            "copy",
-            "A new expert splits the most used one, which leaves the function unchanged.",
-            _GROWTH_SETTINGS | {"new_gate": "copy"},
-        ),
-        QualityVariant(
-            "merge",
-            "A little-used expert is merged into the nearest one.",
-            _GROWTH_SETTINGS | {"prune_rule": "merge"},
-        ),
-        QualityVariant(
-            "copy-merge",
-            "New experts are splits, and little-used ones are merged.",
-            _GROWTH_SETTINGS | {"new_gate": "copy", "prune_rule": "merge"},
-        ),
-        QualityVariant(
-            "novelty",
-            "Experts change only in windows with data that the model does not fit yet.",
-            _GROWTH_SETTINGS | {"grow": "novelty"},
-        ),
-        QualityVariant("condition-none", "Hidden states are not conditioned.", {"condition": "none"}),
-        QualityVariant("condition-standardize", "Hidden states are standardized.", {"condition": "standardize"}),
-        QualityVariant("no-ids", "Items have no ID embedding.", {"ids": False}),
-        QualityVariant("history-last", "Only the last sequence of a user in a window is used.", {"history": "last"}),
-        QualityVariant("keep-best", "The best epoch by validation is kept.", {"keep": "best"}),
-        QualityVariant("keep-last", "The last epoch is kept, not the average of the epochs.", {"keep": "last"}),
-        QualityVariant(
-            "linear",
-            "A linear head on the conditioned last level, with IDs and history, without a side network.",
-            kind="linear",
-        ),
-        QualityVariant(
-            "paper",
-            "Protocol, conditioning and IDs as in the paper; epochs, batches and sizes are those of the stream.",
-            {"protocol": "paper"},
-        ),
-    )
-}
+
+_ALL = (
+    QualityVariant(BASE, "The defaults."),
+    _growth(GROWTH, "Every window adds an expert, and little-used experts are dropped, as in the paper."),
+    QualityVariant(
+        "static", "The experts that growth has at its end, with the same seed, exist from the start.", kind="static"
+    ),
+    QualityVariant("no-prune", "Experts are added and none is dropped.", {"expand": True}),
+    _growth("mean-gate", "The gate row of a new expert is the mean of the other rows.", new_gate="mean"),
+    _growth("copy", "A new expert splits the most used one, which leaves the function unchanged.", new_gate="copy"),
+    _growth("merge", "A little-used expert is merged into the nearest one.", prune_rule="merge"),
+    _growth(
+        "copy-merge", "New experts are splits, and little-used ones are merged.", new_gate="copy", prune_rule="merge"
+    ),
+    _growth("novelty", "Experts change only in windows with data that the model does not fit yet.", grow="novelty"),
+    QualityVariant("condition-none", "Hidden states are not conditioned.", {"condition": "none"}),
+    QualityVariant("condition-standardize", "Hidden states are standardized.", {"condition": "standardize"}),
+    QualityVariant("no-ids", "Items have no ID embedding.", {"ids": False}),
+    QualityVariant("history-last", "Only the last sequence of a user in a window is used.", {"history": "last"}),
+    QualityVariant("keep-best", "The best epoch by validation is kept.", {"keep": "best"}),
+    QualityVariant("keep-last", "The last epoch is kept, not the average of the epochs.", {"keep": "last"}),
+    QualityVariant(
+        "linear",
+        "A linear head on the conditioned last level, with IDs and history, without a side network.",
+        kind="linear",
+    ),
+    QualityVariant(
+        "paper",
+        "Protocol, conditioning and IDs as in the paper; epochs, batches and sizes are those of the stream.",
+        {"protocol": "paper"},
+    ),
+)
+VARIANTS = {variant.name: variant for variant in _ALL}
 
 
 def select_variants(names: str) -> list[QualityVariant]:
@@ -97,6 +73,6 @@ def select_variants(names: str) -> list[QualityVariant]:
     """
     asked = list(VARIANTS) if names == "all" else names.split(",")
     if unknown := [name for name in asked if name not in VARIANTS]:
-        raise ValueError(f"no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+        raise ValueError(f"--variants: no variant is called {unknown[0]!r}; there are {', '.join(VARIANTS)}")
     grown = [GROWTH] if "static" in asked else []
     return [VARIANTS[name] for name in dict.fromkeys([BASE, *grown, *asked])]

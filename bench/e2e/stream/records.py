@@ -6,18 +6,20 @@ may be added without a new `SCHEMA`: `load` ignores fields that it does not know
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.core import results
-from bench.core.results import Case, Role, Row, Run, Timing, record_from, rounded, write_json
+from bench.core.results import Case, Role, Row, Run, Timing, record_from
 from bench.core.timing import Quantiles, quantiles, ratios
 
 KIND, SCHEMA = "stream", 1
+PARTS = ("data", "encode", "attend", "loss", "backward", "optimizer")
+"""Parts of a step: input of the batch; item encoder; user encoder; loss; backward; optimizer."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunRecord:
     """One formulation in one window.
 
@@ -106,9 +108,7 @@ class WindowRecord:
     def ratio(self, name: str) -> Quantiles | None:
         """Return the speed-up of a run's steps over the paper's: median, p10 and p90 over equal batches."""
         mine, theirs = self.timed(name), self.timed("published")
-        if mine is None or theirs is None:
-            return None
-        return ratios(mine.step_seconds, theirs.step_seconds)
+        return ratios(mine.step_seconds, theirs.step_seconds) if mine and theirs else None
 
 
 @dataclass(frozen=True)
@@ -139,28 +139,19 @@ class StreamRun:
             role = Role.PAPER if record is window.paper else Role.OURS
             if record.refused is not None:
                 rows.append(Row(name, role, "refused", record.refused))
-            elif record.steps:
-                seconds = record.step_seconds
-                passes = {"both": Timing(*quantiles(seconds), seconds, {}, bound=0.0, of_bound=0.0, flop=None)}
-                measured: dict[str, Any] = {
-                    "error": record.error,
-                    "worst": record.worst,
-                    "peak_bytes": record.peak_bytes,
-                }
-                rows.append(Row(name, role, "measured", passes=passes, **measured))
+            elif seconds := record.step_seconds:
+                timing = Timing(*quantiles(seconds), seconds, {}, bound=0.0, of_bound=0.0, flop=None)
+                row = Row(name, role, "measured", error=record.error, worst=record.worst, peak_bytes=record.peak_bytes)
+                row.passes["both"] = timing
+                rows.append(row)
         s = self.settings
         operator, sizes = f"stream_step_{s['pooling']}", {"B": s["batch"], "E": window.experts}
         title, rounds = f"window {window.window}", max((len(row.step.samples) for row in rows if row.step), default=0)
         return Case(operator, title, sizes, s["dtype"], s["device"], 0.0, 0.0, {}, {}, rounds, rows)
 
 
-def save(run: StreamRun, path: Path) -> None:
-    """Write a run. The replacement of an existing file is atomic."""
-    write_json(asdict(run), path)
-
-
 def load(path: Path) -> StreamRun:
-    """Read a file that `save` wrote.
+    """Read a file of `python -m bench stream --json`.
 
     Raises:
         ValueError: the file has other content, or another schema.
@@ -170,24 +161,9 @@ def load(path: Path) -> StreamRun:
         raise ValueError(f"{path} was not written by `python -m bench stream --json`")
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {data.get('schema')}; this version reads {SCHEMA}; measure again")
-    return _run(data)
+    return record_from(StreamRun, data)
 
 
 def load_any(path: Path) -> Run:
     """Read a file of `python -m bench kernels`, `step`, `memory` or `stream`."""
     return load(path).as_run() if f'"kind": "{KIND}"' in path.read_text() else results.load(path)
-
-
-def as_saved(run: StreamRun) -> StreamRun:
-    """Return a run with the digits that `save` keeps, so that its printed tables equal those of the file."""
-    return _run(rounded(asdict(run)))
-
-
-def _run(data: dict[str, Any]) -> StreamRun:
-    windows = [
-        record_from(
-            WindowRecord, one | {"runs": {name: record_from(RunRecord, run) for name, run in one["runs"].items()}}
-        )
-        for one in data["windows"]
-    ]
-    return record_from(StreamRun, data | {"windows": windows})

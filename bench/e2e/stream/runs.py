@@ -1,17 +1,23 @@
-"""The interface of a formulation that is trained on the stream, and our implementation of it."""
+"""The two formulations that are trained on the stream: ours and the paper's, and the clock of their steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.e2e.models import BLOCKS, LEVELS, OUT_DIM, PLACES
+from bench.core.timing import Stopwatch
+from bench.e2e.models import BLOCKS, LEVELS, OUT_DIM, PLACES, paper_model, paper_popularity
 from bench.e2e.step.our_step import raise_capture_failed
 from bench.e2e.stream.data import StreamData
+from bench.e2e.stream.records import PARTS
 from bench.e2e.stream.settings import Settings
-from bench.e2e.stream.step_clock import Clock, StepClock
+from bench.paper import model as paper
+from bench.paper.parameter_names import copy_weights
+from bench.paper.protocol import target_rank
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream.cuda.graph_steps import CapturedSteps
@@ -19,9 +25,54 @@ from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
 from xsmoe.stream.growth import grow
 from xsmoe.stream.hidden_states.device_cache import place
-from xsmoe.stream.state.seeds import seeded
+from xsmoe.stream.precision import autocast
+from xsmoe.stream.state.seeds import derive, seeded
 
 GateRows = Mapping[str, Sequence[Tensor]]
+
+ROWS_PER_CHUNK = 2816
+"""Items that a test of the paper's formulation encodes at once: the rows of a training step."""
+USERS_PER_CHUNK = 1024
+
+
+class StepClock:
+    """The times of training steps in an epoch; of the parts of steps too, after `watch`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._parts = device, 1
+        self._watch: Stopwatch | None = None
+
+    def watch(self, model: nn.Module, items: nn.Module, users: nn.Module) -> None:
+        """Time the parts of each step with hooks. The model calls its encoders once each, in this order."""
+        self._parts = len(PARTS)
+        model.register_forward_pre_hook(self.mark)
+        for module in (items, users, model):
+            module.register_forward_hook(self.mark)
+
+    def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the hooks of a new optimizer, if parts are timed."""
+        if self._parts > 1:
+            optimizer.register_step_pre_hook(self.mark)
+            optimizer.register_step_post_hook(self.mark)
+
+    @contextmanager
+    def epoch(self) -> Iterator[list[list[float]]]:
+        """Yield a list that contains the seconds of each step's parts after the block."""
+        steps: list[list[float]] = []
+        self._watch = Stopwatch(self._device)
+        try:
+            yield steps
+            laps = self._watch.laps()
+        finally:
+            self._watch = None
+        if len(laps) % self._parts:
+            raise RuntimeError(f"{len(laps)} laps are no whole steps of {self._parts} parts")
+        steps += [list(laps[start : start + self._parts]) for start in range(0, len(laps), self._parts)]
+
+    def mark(self, *_: object) -> None:
+        """End a lap. Outside of an epoch nothing is marked, because evaluation calls the encoders too."""
+        if self._watch is not None:
+            self._watch.mark()
 
 
 class Run(ABC):
@@ -29,13 +80,15 @@ class Run(ABC):
 
     Attributes:
         name: used in tables.
-        clock: of its steps.
         optimizer: of the current window.
     """
 
-    name: str
-    clock: Clock
+    model: nn.Module
     optimizer: torch.optim.Optimizer
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name, self.config, self.device = name, settings.config(), torch.device(settings.device)
+        self.clock = StepClock(self.device)
 
     @abstractmethod
     def grow(self, window: int, rows: GateRows | None) -> GateRows | None:
@@ -57,14 +110,16 @@ class Run(ABC):
     def encoded_rows(self, batch: Sequences) -> int:
         """Return the number of rows of each modality that a step on these users encodes."""
 
-    @abstractmethod
+    def weights(self) -> list[Tensor]:
+        """Return parameters, frozen experts, and tensors that are derived from them and kept."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
     def weight_bytes(self) -> int:
-        """Return the bytes of parameters, frozen experts, and tensors that are derived from them and kept."""
+        return _byte_size(self.weights())
 
     def optimizer_bytes(self) -> int:
-        """Return the bytes of the optimizer's state."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
-        return byte_size(value for value in states if isinstance(value, Tensor))
+        return _byte_size(value for value in states if isinstance(value, Tensor))
 
 
 class OurRun(Run):
@@ -75,22 +130,18 @@ class OurRun(Run):
     graphs: CapturedSteps | None = None
 
     def __init__(self, name: str, settings: Settings, data: StreamData, top_k: int | None = None) -> None:
-        self.name, self.top_k = name, top_k
-        self.config = settings.config()
+        super().__init__(name, settings)
+        self.top_k = top_k
         self.features, _ = place(data.features, data.features.modalities, self.config)
-        self.device = torch.device(settings.device)
         with seeded(settings.seed, torch.device("cpu")):
             items = XSMoE(data.features.modalities, settings.dim, LEVELS, settings.rank, OUT_DIM, top_k=top_k)
             users = UserEncoder(OUT_DIM, BLOCKS, dropout=settings.dropout, max_length=PLACES - 1)
-        self.model = Recommender(items, users).to(self.device)
+        self.model: Recommender = Recommender(items, users).to(self.device)
         for _, _, bank in items.banks():
             bank.count_in_eval = True
         # A graph replay runs no hooks.
-        self.clock = (
-            Clock(self.device)
-            if settings.graph
-            else StepClock(self.model, self.model.items, self.model.users, self.device)
-        )
+        if not settings.graph:
+            self.clock.watch(self.model, items, users)
 
     def grow(self, window: int, rows: GateRows | None) -> GateRows:
         # The rows depend on seed and window only, so all our runs draw the same rows.
@@ -101,9 +152,7 @@ class OurRun(Run):
         }
 
     def begin(self, sequences: Sequences, share: np.ndarray) -> None:
-        self.sequences = sequences
-        with np.errstate(divide="ignore"):
-            self.log_share = np.log(share)
+        self.sequences, self.log_share = sequences, log_shares(share)
         self.optimizer = make_optimizer(self.model, self.config)
         self.clock.watch_optimizer(self.optimizer)
         if self.graphs is not None:
@@ -132,8 +181,8 @@ class OurRun(Run):
     def encoded_rows(self, batch: Sequences) -> int:
         return len(np.unique(batch.items))
 
-    def weight_bytes(self) -> int:
-        held = [*self.model.parameters(), *self.model.buffers()]
+    def weights(self) -> list[Tensor]:
+        held = super().weights()
         for _, _, bank in self.model.items.banks():
             # Sparse routing uses the experts without derived tensors.
             frozen = None if bank.top_k is not None else bank.operands(bank.router, bank.router)["frozen"]
@@ -144,7 +193,7 @@ class OurRun(Run):
                 kept.append(frozen.to(torch.bfloat16))
                 held += [kept[-1].down, kept[-1].up]
             held += [packed for packed in (one.pack() for one in kept) if packed is not None]
-        return byte_size(held)
+        return held
 
     def copy(self) -> Recommender:
         """Return a model with the same weights, without hooks and without derived tensors."""
@@ -153,6 +202,100 @@ class OurRun(Run):
         return copied.to(self.device).train()
 
 
-def byte_size(tensors: Iterable[Tensor]) -> int:
+class PaperRun(Run):
+    """One module per expert, all places of a batch encoded, a loop over users in the loss and in the ranking."""
+
+    ids: Tensor
+    popularity: Tensor
+
+    def __init__(self, settings: Settings, data: StreamData, weights: dict[str, Tensor]) -> None:
+        super().__init__("published", settings)
+        self.table = data.table
+        self.model: paper.Recommender = build_paper_model(settings, data, num_experts=1)
+        copy_weights(self.model, weights)
+        self.model.to(self.device)
+        self.clock.watch(self.model, self.model.item_encoder, self.model.user_encoder)
+
+    def grow(self, window: int, rows: GateRows | None) -> GateRows | None:
+        self.model.item_encoder.expand(rows)
+        return rows
+
+    def begin(self, sequences: Sequences, share: np.ndarray) -> None:
+        self.ids = pad(sequences.items, sequences.offsets, PLACES)
+        self.popularity = paper_popularity(share).to(self.device)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=self.config.lr)
+        self.clock.watch_optimizer(self.optimizer)
+
+    def epoch(self, window: int, epoch: int) -> float:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = max(config.min_lr, config.lr * config.lr_decay**epoch)
+        self.model.item_encoder.reset()
+        self.model.train()
+        order = np.random.default_rng(derive(config.seed, window, epoch, "order")).permutation(len(self.ids))
+        losses, weights = [], []
+        with seeded(derive(config.seed, window, epoch, "dropout"), self.device):
+            for start in range(0, len(order), config.batch_size):
+                ids = self.ids[order[start : start + config.batch_size]]
+                batch = gather_batch(self.table, ids, self.popularity)
+                self.optimizer.zero_grad()
+                with autocast(config):
+                    loss = self.model(batch)
+                loss.backward()
+                self.optimizer.step()
+                losses.append(loss.detach())
+                weights.append(int((ids[:, :-1] != paper.PADDING).sum()))
+        return float(np.average(torch.stack(losses).double().cpu().numpy(), weights=weights))
+
+    @torch.no_grad()
+    def ranks(self, task: RankingTask) -> np.ndarray:
+        self.model.eval()
+        chunks = []
+        for start in range(0, len(task.candidates), ROWS_PER_CHUNK):
+            rows = torch.from_numpy(task.candidates[start : start + ROWS_PER_CHUNK] + 1)
+            hidden = {name: table[rows].float().to(self.device) for name, table in self.table.items()}
+            chunks.append(self.model.item_encoder(hidden))
+        embeddings = torch.cat(chunks)
+        found = []
+        for start in range(0, len(task), USERS_PER_CHUNK):
+            part = task.chunk(start, min(start + USERS_PER_CHUNK, len(task)))
+            places = pad(part.inputs, part.offsets, PLACES - 1).to(self.device)
+            inputs = embeddings[(places - 1).clamp(min=0)]
+            queries = self.model.user_encoder(inputs, places != paper.PADDING)[:, -1]
+            scores = (queries @ embeddings.T).cpu()
+            for user in range(len(part)):
+                seen = part.seen[part.seen_offsets[user] : part.seen_offsets[user + 1]].tolist()
+                found.append(target_rank(scores[user], int(part.targets[user]), seen))
+        return np.array(found)
+
+    def encoded_rows(self, batch: Sequences) -> int:
+        return len(batch) * PLACES
+
+
+def build_paper_model(settings: Settings, data: StreamData, num_experts: int) -> paper.Recommender:
+    """Return the paper's model of a stream; all its experts are trainable."""
+    return paper_model(data.table, settings.dim, settings.rank, num_experts, settings.dropout)
+
+
+def pad(items: np.ndarray, offsets: np.ndarray, places: int) -> Tensor:
+    """Return sequences as rows (B, places) of ids, which start at 1, padded at the front."""
+    return paper.pad_sequences([(items[start:end] + 1).tolist() for start, end in pairwise(offsets)], places)
+
+
+def gather_batch(table: dict[str, Tensor], ids: Tensor, popularity: Tensor) -> paper.Batch:
+    """Return a batch (B, places) of the paper's model on the device of `popularity`; row 0 of the table is zeros."""
+    device = popularity.device
+    hidden = {name: rows[ids.flatten()].to(device) for name, rows in table.items()}
+    return paper.Batch(hidden, ids.to(device), popularity)
+
+
+def log_shares(share: np.ndarray) -> np.ndarray:
+    """Return logarithms of shares, -inf for an item without interactions."""
+    with np.errstate(divide="ignore"):
+        return np.log(share)
+
+
+def _byte_size(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors, each counted once."""
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())

@@ -1,7 +1,7 @@
-"""Settings of `python -m bench stream`."""
+"""Settings of `python -m bench stream`, and their declaration as options."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xsmoe.stream import StreamConfig
@@ -9,43 +9,48 @@ if TYPE_CHECKING:
 POOLINGS = ("mean", "cls")
 
 
+def _option(default: Any, help: str, least: int | None = None, quick: int | None = None, **more: Any) -> Any:
+    """Return a field that is an option of the command line.
+
+    Args:
+        default: its value.
+        help: describes it.
+        least: the smallest valid number.
+        quick: its value with --quick, if that differs.
+        more: arguments of `argparse.ArgumentParser.add_argument`.
+    """
+    if least is not None:
+        more |= {"type": int, "metavar": "N"}
+    shown = "" if default is None or default is False else f"; {default}"
+    text = help + shown + (f", quick {quick}" if quick else "")
+    return field(default=default, metadata={"least": least, "quick": quick, "argparse": {"help": text, **more}})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """The stream, and the training on it.
+    """The stream, and the training on it. A window's last epoch is kept, so no time is spent on validation.
 
     Attributes:
-        pooling: "mean", or "cls", where all items share one row at the first level.
-        users: active users of each window, with 6 to 15 interactions each.
-        items, new_items: items at the start, and new items of each later window.
-        windows: number of windows. Each window except the first one tests the model of the window before.
-        epochs: of each window. The last epoch is kept, so no time is spent on validation.
-        batch: users per step.
-        dim, rank: D of the hidden states, and R of an expert.
-        dropout: in the user encoder of both formulations.
-        lr: of Adam; it decays as in the paper.
-        seed: of the stream, the initial weights, the batch order, the gate rows and dropout.
         dtype: "float32", or "bfloat16": autocast with bfloat16 hidden states.
         device: "cpu" or "cuda".
-        top_k: of an additional run of ours, or None.
-        graph: whether our steps are CUDA graphs. The parts of such a step cannot be timed.
     """
 
-    pooling: str = "mean"
-    users: int = 1024
-    items: int = 4000
-    new_items: int = 400
-    windows: int = 10
-    epochs: int = 2
-    batch: int = 256
-    dim: int = 768
-    rank: int = 64
-    dropout: float = 0.1
-    lr: float = 1e-3
-    seed: int = 0
+    users: int = _option(1024, "active users of each window, with 6 to 15 interactions each", least=2, quick=256)
+    items: int = _option(4000, "items at the start; at least 16 for each window", least=0, quick=1000)
+    new_items: int = _option(400, "new items of each later window", least=0, quick=100)
+    windows: int = _option(10, "number of windows; each adds an expert to every level", least=2)
+    epochs: int = _option(2, "of each window", least=1)
+    batch: int = _option(256, "users per step", least=2, quick=64)
+    dim: int = _option(768, "D, width of the hidden states", least=1)
+    rank: int = _option(64, "R, width of an expert", least=1)
+    seed: int = _option(0, "of the stream, weights, batch order, gate rows and dropout", least=0)
+    top_k: int | None = _option(None, "add a run of ours with routing to K experts", least=1)
+    pooling: str = _option("mean", "cls: all items share one row at level 0", choices=POOLINGS)
+    dropout: float = _option(0.1, "in the user encoder of both formulations", type=float)
+    lr: float = _option(1e-3, "of Adam; it decays as in the paper", type=float)
+    graph: bool = _option(False, "ours as CUDA graphs, without times of parts", action="store_true")
     dtype: str = "float32"
     device: str = "cpu"
-    top_k: int | None = None
-    graph: bool = False
 
     def config(self) -> "StreamConfig":
         """Return the training settings of all runs: the paper's protocol, which adds experts and prunes none."""

@@ -4,7 +4,6 @@ import gc
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from bench.core.timing import Say
 from bench.e2e.step.our_step import CaptureFailed
 from bench.e2e.stream.check import WindowCheck
 from bench.e2e.stream.data import StreamData
-from bench.e2e.stream.paper_run import PaperRun
 from bench.e2e.stream.records import RunRecord, WindowRecord
-from bench.e2e.stream.runs import GateRows, OurRun, Run
+from bench.e2e.stream.runs import GateRows, OurRun, PaperRun, Run
 from bench.e2e.stream.settings import Settings
 from xsmoe.data import Sequences, WindowSplits, item_share
 from xsmoe.stream.evaluation.baselines import places
@@ -67,13 +65,9 @@ class StreamBenchmark:
             self._train(number, found)
         self._seen.add_rest(splits)
         for run in self.runs:
-            found[run.name] = replace(
-                found[run.name],
-                grow=growth_seconds[run.name],
-                rows=run.encoded_rows(batch),
-                weight_bytes=run.weight_bytes(),
-                optimizer_bytes=run.optimizer_bytes(),
-            )
+            record = found[run.name]
+            record.grow, record.rows = growth_seconds[run.name], run.encoded_rows(batch)
+            record.weight_bytes, record.optimizer_bytes = run.weight_bytes(), run.optimizer_bytes()
         candidates, popularity = 0, None
         if number + 1 < len(self.data.windows) and self._our_runs():
             candidates, popularity = self._test(number, self.config.split(self.data.windows[number + 1]), found)
@@ -102,8 +96,7 @@ class StreamBenchmark:
         for run in self.runs:
             self._say(f"window {number}: {run.name}, correctness and memory of a step")
             if isinstance(run, OurRun):
-                verdict, peak = check.check(run)
-                found[run.name] = RunRecord(verdict.refused, verdict.ratio, verdict.worst, peak_bytes=peak)
+                found[run.name] = check.check(run)
             else:
                 found[run.name] = RunRecord(peak_bytes=check.paper_peak(self._our_runs()[0]))
         return found
@@ -112,22 +105,21 @@ class StreamBenchmark:
         for epoch in range(self.settings.epochs):
             for run in self._in_random_order():
                 self._say(f"window {number}: {run.name}, epoch {epoch}")
+                record = found[run.name]
                 gc.collect()
                 gc.disable()
                 try:
                     begin = self._now()
                     with run.clock.epoch() as steps:
                         loss = run.epoch(number, epoch)
-                    seconds = self._now() - begin
+                    record.epochs.append(self._now() - begin)
                 except CaptureFailed as error:
-                    found[run.name] = replace(found[run.name], refused=str(error))
+                    record.refused = str(error)
                     self.runs.remove(run)
                     continue
                 finally:
                     gc.enable()
-                record = found[run.name]
                 record.steps.extend(steps)
-                record.epochs.append(seconds)
                 record.losses.append(loss)
 
     def _test(self, number: int, splits: WindowSplits, found: dict[str, RunRecord]) -> tuple[int, dict[str, Any]]:
@@ -142,13 +134,12 @@ class StreamBenchmark:
             self._say(f"window {number}: {run.name}, test on {len(task)} users and {len(task.candidates)} items")
             begin = self._now()
             ranks = run.ranks(task)
-            seconds = self._now() - begin
+            found[run.name].test = self._now() - begin
             scores[run.name] = per_user(ranks)
-            found[run.name] = replace(found[run.name], test=seconds, test_scores=summarize(scores[run.name]))
+            found[run.name].test_scores = summarize(scores[run.name])
+        theirs = scores.pop("published")
         for name, mine in scores.items():
-            if name != "published":
-                difference = {metric: mine[metric] - theirs for metric, theirs in scores["published"].items()}
-                found[name] = replace(found[name], difference=summarize(difference))
+            found[name].difference = summarize({metric: mine[metric] - theirs[metric] for metric in theirs})
         counts = self._seen.popularity(task.candidates)["all_time"]
         return len(task.candidates), summarize(per_user(rank_with_popularity(places(counts, task.candidates), task)))
 
