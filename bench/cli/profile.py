@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from bench.cli.broken_pipe import run_and_exit
-from bench.cli.common import DTYPES, UsageError, check_machine, parse_sizes
+from bench.cli.common import DTYPES, UsageError, check_kinds, check_machine, parse_sizes
 from bench.core import machine
 from bench.core.benchmark import Benchmark, load_benchmark, run_step
 from bench.core.results import sizes_text
@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_machine(options.device)
         given = {**parse_sizes(SIDE_MOE if options.name == "side_moe" else []), **parse_sizes(options.sizes)}
-        if unknown := sorted(set(given) - set(kind.default_sizes)):
-            known = sorted(kind.default_sizes)
-            raise UsageError(f"--sizes: {options.name} has no size {', '.join(unknown)}; it has {known}")
+        check_kinds({options.name: kind}, options.dtype, given)
         if several := [letter for letter, values in given.items() if len(values) > 1]:
             raise UsageError(f"--sizes: only one value of {several[0]}")
     except UsageError as error:
@@ -79,9 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{prog}: the profiler saw no kernel", file=sys.stderr)
         return 1
     title = f"{benchmark.operator} {options.dtype} {sizes_text(sizes)}: one step"
-    text = "\n".join([machine.line(machine.describe(benchmark.device)), "", title, "", *table(kernels)])
-    if busy is not None:
-        text += f"\n\n{busy}"
+    lines = [machine.line(machine.describe(benchmark.device)), "", title, "", *table(kernels)]
+    text = "\n".join(lines if busy is None else [*lines, "", str(busy)])
     print(text)
     if options.out is not None:
         options.out.write_text(text + "\n")
@@ -90,32 +87,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(benchmark: Benchmark) -> tuple[list[KernelTime], Busy | None]:
     """Return each kernel's time in a step of ours, the longest first; on a GPU, also how busy it is."""
-    ours, inputs = benchmark.variant("ours").build(), benchmark.make_inputs()
+    ours, inputs, on_cuda = benchmark.variant("ours").build(), benchmark.make_inputs(), benchmark.on_cuda
 
     def run(count: int) -> float:
         begin = time.perf_counter()
         for _ in range(count):
             run_step(ours, inputs)
-        if benchmark.on_cuda:
+        if on_cuda:
             torch.cuda.synchronize(benchmark.device)
         return time.perf_counter() - begin
 
     run(WARM_UP)
     # The profiler slows the host down, so the wall-clock time is measured without it.
-    wall = statistics.median(run(STEPS) for _ in range(ROUNDS)) / STEPS if benchmark.on_cuda else 0.0
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if benchmark.on_cuda else [])]
-    with torch_profile(activities=activities) as profiler:
+    wall = statistics.median(run(STEPS) for _ in range(ROUNDS)) / STEPS if on_cuda else 0.0
+    with torch_profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profiler:
         run(STEPS)
     found = []
     for event in profiler.key_averages():
         # Host time is not a kernel's time, and an operator's device time counts its kernels a second time.
-        if benchmark.on_cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+        if on_cuda and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
-        spent = event.self_device_time_total if benchmark.on_cuda else event.self_cpu_time_total
+        spent = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         if spent > 0:
             found.append(KernelTime(event.key, event.count / STEPS, spent / STEPS))
     busy = None
-    if benchmark.on_cuda:
+    if on_cuda:
         on_device = [one for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
         busy = Busy(covered([(one.time_range.start, one.time_range.end) for one in on_device]) / STEPS, wall * 1e6)
     return sorted(found, key=lambda one: -one.microseconds), busy
@@ -132,17 +128,19 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def table(kernels: Sequence[KernelTime], max_rows: int = MAX_ROWS) -> list[str]:
     """Return a row for each of the longest kernels, one for the others together, and their sum."""
-    total = sum(one.microseconds for one in kernels)
-    calls = sum(one.calls for one in kernels)
     shown, others = list(kernels[:max_rows]), kernels[max_rows:]
     if others:
-        rest = sum(one.calls for one in others), sum(one.microseconds for one in others)
-        shown.append(KernelTime(f"{len(others)} others", *rest))
-    rows = [
-        [one.name[:80], f"{one.calls:g}", f"{one.microseconds:.1f}", f"{one.microseconds / total:.1%}"] for one in shown
+        shown.append(_sum(f"{len(others)} others", others))
+    whole = _sum("all", kernels)
+    body = [
+        [one.name[:80], f"{one.calls:g}", f"{one.microseconds:.1f}", f"{one.microseconds / whole.microseconds:.1%}"]
+        for one in [*shown, whole]
     ]
-    rows.append(["all", f"{calls:g}", f"{total:.1f}", "100.0%" if kernels else ""])
-    return markdown_table(["kernel", "calls", "us", "share"], rows)
+    return markdown_table(["kernel", "calls", "us", "share"], body)
+
+
+def _sum(name: str, kernels: Sequence[KernelTime]) -> KernelTime:
+    return KernelTime(name, sum(one.calls for one in kernels), sum(one.microseconds for one in kernels))
 
 
 if __name__ == "__main__":

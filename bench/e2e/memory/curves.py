@@ -14,12 +14,7 @@ STRAIGHT = 0.05
 
 @dataclass(frozen=True)
 class Curve:
-    """Cases that differ in one size only, in the order of that size.
-
-    Attributes:
-        letter: of that size.
-        cases: at least one.
-    """
+    """Cases that differ in one size only, that of `letter`, in the order of that size."""
 
     letter: str
     cases: list[Case]
@@ -42,23 +37,23 @@ class Curve:
     def variants(self) -> list[str]:
         return list(dict.fromkeys(row.variant for case in self.cases for row in case.rows))
 
-    def rows(self, variant: str) -> list[Row | None]:
-        """Return a variant's row of each case, or None."""
-        return [next((row for row in case.rows if row.variant == variant), None) for case in self.cases]
+    def rows(self, variant: str) -> dict[int, Row]:
+        """Return a variant's row at each size that has one."""
+        return {
+            size: row
+            for size, case in zip(self.values, self.cases, strict=True)
+            for row in case.rows
+            if row.variant == variant
+        }
 
     def points(self, variant: str, value: Callable[[Row], int | None]) -> list[tuple[int, int]]:
         """Return sizes and bytes of the cases in which a variant was measured."""
-        found = [(size, row) for size, row in zip(self.values, self.rows(variant), strict=True) if row is not None]
-        return [(size, held) for size, row in found if row.status == "measured" and (held := value(row)) is not None]
+        measured = {size: value(row) for size, row in self.rows(variant).items() if row.status == "measured"}
+        return [(size, held) for size, held in measured.items() if held is not None]
 
 
 class Line(NamedTuple):
-    """The straight line through some points.
-
-    Attributes:
-        slope: bytes per unit of the size.
-        straight: whether no point is further from the line than `STRAIGHT`.
-    """
+    """The straight line through some points: bytes per unit of the size, and whether all points are near the line."""
 
     slope: float
     straight: bool

@@ -19,14 +19,7 @@ INPUT_SETS = 2
 
 
 def measure(benchmark: Benchmark, names: Sequence[str], *, resident: bool = True, say: Say = lambda _: None) -> Case:
-    """Measure the memory of the variants whose results are right.
-
-    Args:
-        benchmark: the operator or training step at one size.
-        names: variants, in the order of their rows.
-        resident: whether resident memory is measured too, on a CPU, in a process for each variant.
-        say: called with what happens next.
-    """
+    """Measure the memory of the variants whose results are right; on a CPU with `resident`, resident memory too."""
     variants = benchmark.select(names)
     if any(variant.compiled for variant in variants):
         # Otherwise torch.compile would switch to dynamic shapes at the second size.
@@ -56,6 +49,7 @@ def _measure(benchmark: Benchmark, variant: Variant, inputs: InputSets, truth: T
         warm_up(built, mine)
         return measure_peak(lambda: run_step(built, mine), benchmark.device)
 
+    # The correctness check has measured forward and backward only.
     peak, reason = try_run(whole_step_peak, benchmark.device)
     if peak is None:
         return skipped(variant, reason).row
@@ -63,8 +57,8 @@ def _measure(benchmark: Benchmark, variant: Variant, inputs: InputSets, truth: T
 
 
 def _with_resident(benchmark: Benchmark, row: Row) -> Row:
-    kind = type(benchmark)
-    point = Point(kind, benchmark.sizes, benchmark.dtype, benchmark.seed, row.variant, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    point = Point(type(benchmark), benchmark.sizes, benchmark.dtype, benchmark.seed, row.variant, threads)
     try:
         return replace(row, resident_bytes=resident_growth(point))
     except NotMeasurable as error:

@@ -16,13 +16,7 @@ AXES = {"N": "rows", "E": "experts", "R": "rank", "D": "width", "B": "users", "M
 
 
 class Measure(NamedTuple):
-    """A number of bytes of a row.
-
-    Attributes:
-        name: used in tables.
-        of: returns the bytes of a row; None if they were not measured.
-        title: of its panel; empty if it is not drawn.
-    """
+    """A number of bytes of a row: its name in tables, and the title of its panel, which is empty if it is not drawn."""
 
     name: str
     of: Callable[[Row], int | None]
@@ -55,33 +49,44 @@ def curve_table(curve: Curve) -> str:
     head = ["variant", "MiB", *(f"{curve.letter} {value}" for value in curve.values), _per(curve), "by design"]
     body, notes = [], []
     for name in curve.variants:
-        label = name
+        rows, label = curve.rows(name), name
         for measure in MEASURES:
-            cells = [_cell(row, measure) for row in curve.rows(name)]
             points = curve.points(name, measure.of)
-            if not points and (measure is not SAVED or not any(cells)):
-                continue
-            designed = fit(curve.points(name, expected)) if measure is SAVED else None
-            body.append([label, measure.name, *cells, slope(fit(points)), slope(designed)])
-            label = ""
-        notes += _notes(curve, name)
+            cells = {size: mib(held) for size, held in points}
+            if measure is SAVED:
+                cells |= {size: row.status for size, row in rows.items() if row.status != "measured"}
+            if cells:
+                designed = fit(curve.points(name, expected)) if measure is SAVED else None
+                every = [cells.get(size, "") for size in curve.values]
+                body.append([label, measure.name, *every, slope(fit(points)), slope(designed)])
+                label = ""
+        notes += _notes(curve.letter, name, rows)
     fixed = ", ".join(f"{letter} {size}" for letter, size in curve.fixed.items())
     over = f" over {curve.letter}" if len(curve.cases) > 1 else ""
     title = f"### memory of {curve.first.operator} {curve.first.dtype}{over}, {fixed}"
     return "\n".join([title, "", *markdown_table(head, body), "", *notes])
 
 
+def _notes(letter: str, name: str, rows: Mapping[int, Row]) -> list[str]:
+    errors = [row.error for row in rows.values() if row.status == "measured" and row.error is not None]
+    notes = [f"- {name}: largest error {max(errors):.2f} of the reference's"] if errors else []
+    places: dict[str, list[str]] = {}
+    for size, row in rows.items():
+        for text in (f"{row.status}: {row.reason}" if row.reason else None, row.remark):
+            if text:
+                places.setdefault(text, []).append(f"{letter} {size}")
+    return notes + [f"- {name} at {', '.join(where)} {text}" for text, where in places.items()]
+
+
 def slope_table(sweeps: Sequence[Curve]) -> str:
     """Return a row for each sweep and variant: the slopes of its saved activations and its peak."""
     body = []
     for curve in sweeps:
-        if len(curve.cases) < 2:
-            continue
         label = f"{curve.first.operator} {curve.first.dtype} {sizes_text(curve.fixed)}"
         for name in curve.variants:
-            saved, peak = (slope(fit(curve.points(name, one.of))) for one in (SAVED, PEAK))
+            saved, designed, peak = (slope(fit(curve.points(name, of))) for of in (SAVED.of, expected, PEAK.of))
             if saved or peak:
-                body.append([label, _per(curve), name, saved, slope(fit(curve.points(name, expected))), peak])
+                body.append([label, _per(curve), name, saved, designed, peak])
     return "\n".join(markdown_table(["memory", "unit", "variant", "saved", "by design", "peak"], body)) if body else ""
 
 
@@ -99,38 +104,19 @@ def _per(curve: Curve) -> str:
     return f"per {UNITS.get(curve.letter, curve.letter)}"
 
 
-def _cell(row: Row | None, measure: Measure) -> str:
-    if row is None:
-        return ""
-    if row.status != "measured":
-        return row.status if measure is SAVED else ""
-    return mib(measure.of(row))
-
-
-def _notes(curve: Curve, name: str) -> list[str]:
-    rows = [(size, row) for size, row in zip(curve.values, curve.rows(name), strict=True) if row is not None]
-    errors = [row.error for _, row in rows if row.status == "measured" and row.error is not None]
-    notes = [f"- {name}: largest error {max(errors):.2f} of the reference's"] if errors else []
-    places: dict[str, list[str]] = {}
-    for size, row in rows:
-        for text in (f"{row.status}: {row.reason}" if row.reason else None, row.remark):
-            if text:
-                places.setdefault(text, []).append(f"{curve.letter} {size}")
-    return notes + [f"- {name} at {', '.join(where)} {text}" for text, where in places.items()]
-
-
 def write_plots(curves: Sequence[Curve], machine: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write a PNG file for each sweep of several points; return the paths."""
-    drawn = [curve for curve in curves if len(curve.cases) > 1]
-    names = [f"memory-{curve.first.operator}-{curve.letter}" for curve in drawn]
+    drawn: dict[str, list[Curve]] = {}
+    for curve in curves:
+        if len(curve.cases) > 1:
+            drawn.setdefault(f"memory-{curve.first.operator}-{curve.letter}", []).append(curve)
     # A letter has several curves if other sizes are swept too.
-    unique = [f"{name}-{names[:place].count(name) + 1}" if names.count(name) > 1 else name
-              for place, name in enumerate(names)]  # fmt: skip
-    return [
-        path
-        for name, curve in zip(unique, drawn, strict=True)
-        for path in plots.write(partial(draw, curve, machine), folder / f"{name}.png")
+    paths = [
+        (folder / (f"{name}-{place}.png" if len(alike) > 1 else f"{name}.png"), curve)
+        for name, alike in drawn.items()
+        for place, curve in enumerate(alike, start=1)
     ]
+    return [path for place, curve in paths for path in plots.write(partial(draw, curve, machine), place)]
 
 
 def draw(curve: Curve, machine: Mapping[str, Any]) -> Any:
@@ -141,14 +127,16 @@ def draw(curve: Curve, machine: Mapping[str, Any]) -> Any:
     figure, panels = plots.figure(len(shown))
     for panel, measure in zip(panels, shown, strict=True):
         for place, name in enumerate(curve.variants):
-            colour = CYCLE[place % len(CYCLE)]
-            points = curve.points(name, measure.of)
-            panel.plot([x for x, _ in points], [y / 2**20 for _, y in points], "o-", color=colour, label=name)
-            if measure is SAVED and (designed := curve.points(name, expected)):
-                panel.plot([x for x, _ in designed], [y / 2**20 for _, y in designed], ":", color="black")
+            _line(panel, curve.points(name, measure.of), "o-", color=CYCLE[place % len(CYCLE)], label=name)
+            if measure is SAVED:
+                _line(panel, curve.points(name, expected), ":", color="black")
         panel.set(title=measure.title, ylabel="MiB", xlabel=AXES.get(curve.letter, curve.letter))
         panel.set(xlim=(0, None), ylim=(0, None))
     plots.legend_below(figure, panels[0])
     first = curve.first
     figure.suptitle(f"{first.operator} {first.dtype} {sizes_text(curve.fixed)}; {plots.device_name(machine)}")
     return figure
+
+
+def _line(panel: Any, points: Sequence[tuple[int, int]], style: str, **options: str) -> None:
+    panel.plot([x for x, _ in points], [y / 2**20 for _, y in points], style, **options)

@@ -8,6 +8,7 @@ Therefore each point has a process that has run nothing else, and free memory is
 import ctypes
 import gc
 import multiprocessing
+import re
 import sys
 import tempfile
 import traceback
@@ -23,8 +24,6 @@ from bench.core.out_of_memory import first_line, is_out_of_memory
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Written to clear_refs, it resets the largest resident size to the current one.
 _RESET = "5"
-
-
 # The benchmarks, and a module that the first backward imports.
 PRELOADED = [
     __name__,
@@ -134,8 +133,7 @@ def _trim_heap() -> None:
 
 def _status(field: str) -> int:
     """Return a field of the process's status in bytes."""
-    for row in _STATUS.read_text().splitlines():
-        name, _, amount = row.partition(":")
-        if name == field:
-            return int(amount.split()[0]) << 10
-    raise NotMeasurable(f"{_STATUS} has no {field}")
+    found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    if found is None:
+        raise NotMeasurable(f"{_STATUS} has no {field}")
+    return int(found[1]) << 10

@@ -2,29 +2,30 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.core.benchmark import Benchmark, load_benchmark
 from bench.e2e.step import STEPS
 from bench.ops import OPERATORS
 
+Values = Mapping[str, Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Swept:
-    """A benchmark whose memory is measured.
+    """A benchmark of a registry whose memory is measured.
 
     Attributes:
-        registry, name: the benchmark.
-        centre: the value of each size letter.
-        values: the values of the swept letters.
-        quick_values: `values` with `--quick`.
-        quick_centre, cuda_centre: what differs from `centre` with `--quick` and on a GPU.
+        centre: the value of each size letter; `quick_centre` and `cuda_centre` have what differs with `--quick` and on
+            a GPU.
+        values, quick_values: the values of the swept letters, without and with `--quick`.
     """
 
     registry: Mapping[str, str]
     name: str
     centre: Mapping[str, int]
-    values: Mapping[str, Sequence[int]]
-    quick_values: Mapping[str, Sequence[int]]
+    values: Values
+    quick_values: Values
     quick_centre: Mapping[str, int] = field(default_factory=dict)
     cuda_centre: Mapping[str, int] = field(default_factory=dict)
 
@@ -33,17 +34,12 @@ class Swept:
         return load_benchmark(self.registry, self.name)
 
 
-def _step(pooling: str) -> Swept:
-    return Swept(
-        STEPS,
-        pooling,
-        centre={"B": 256, "I": 5000, "E": 8, "M": 2, "D": 768, "R": 64},
-        values={"E": (1, 2, 4, 8, 12), "B": (32, 64, 128, 256), "M": (1, 2, 3)},
-        quick_centre={"B": 64, "I": 1000, "E": 4},
-        quick_values={"E": (1, 2, 4), "B": (16, 32, 64), "M": (1, 2)},
-    )
-
-
+_STEP: dict[str, Any] = {
+    "centre": {"B": 256, "I": 5000, "E": 8, "M": 2, "D": 768, "R": 64},
+    "values": {"E": (1, 2, 4, 8, 12), "B": (32, 64, 128, 256), "M": (1, 2, 3)},
+    "quick_centre": {"B": 64, "I": 1000, "E": 4},
+    "quick_values": {"E": (1, 2, 4), "B": (16, 32, 64), "M": (1, 2)},
+}
 SWEPT: dict[str, Swept] = {
     "side_moe": Swept(
         OPERATORS,
@@ -54,8 +50,8 @@ SWEPT: dict[str, Swept] = {
         quick_centre={"N": 1408},
         cuda_centre={"M": 2},
     ),
-    "step": _step("mean"),
-    "step_cls": _step("cls"),
+    "step": Swept(STEPS, "mean", **_STEP),
+    "step_cls": Swept(STEPS, "cls", **_STEP),
 }
 
 
@@ -74,16 +70,11 @@ class Plan:
             yield letter, [{**self.centre, letter: value} for value in values]
 
 
-def plan(swept: Swept, asked: Mapping[str, Sequence[int]], *, quick: bool, cuda: bool) -> Plan:
-    """Return the sweeps of a benchmark.
+def plan(swept: Swept, asked: Values, *, quick: bool, cuda: bool) -> Plan:
+    """Return the sweeps of a benchmark for the sizes of a command line.
 
-    Args:
-        swept: the benchmark.
-        asked: sizes of the command line. One value moves the centre and removes the letter's sweep. Several values are
-            swept; the centre is the usual value if it is among them, and the middle value otherwise. Letters that the
-            benchmark does not have are ignored.
-        quick: whether `--quick` was given.
-        cuda: whether the device is a GPU.
+    One value of a letter moves the centre and removes the letter's sweep. Several values are swept; the centre is the
+    usual value if it is among them, and the middle value otherwise. Other benchmarks' letters are ignored.
     """
     centre = {**swept.centre, **(swept.cuda_centre if cuda else {}), **(swept.quick_centre if quick else {})}
     values = {letter: tuple(one) for letter, one in (swept.quick_values if quick else swept.values).items()}
@@ -93,8 +84,5 @@ def plan(swept: Swept, asked: Mapping[str, Sequence[int]], *, quick: bool, cuda:
         chosen = tuple(sorted(set(given)))
         if centre[letter] not in chosen:
             centre[letter] = chosen[len(chosen) // 2]
-        if len(chosen) > 1:
-            values[letter] = chosen
-        else:
-            values.pop(letter, None)
-    return Plan(centre, values)
+        values[letter] = chosen
+    return Plan(centre, {letter: chosen for letter, chosen in values.items() if len(chosen) > 1})

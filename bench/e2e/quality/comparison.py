@@ -27,12 +27,6 @@ def compare(
 ) -> tuple[dict[str, Any], int, bool]:
     """Create the data, perform the unfinished runs, and summarize all runs.
 
-    Args:
-        options: the checked command line.
-        variants: the base first.
-        executor: creates data and performs runs.
-        machine: from `bench.core.machine.describe`.
-
     Returns:
         The content of `--json`; the number of failed runs; whether Ctrl-C stopped the comparison.
 

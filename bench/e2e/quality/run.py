@@ -159,13 +159,7 @@ class LastLevel(ExpertBank):
 
 
 def build_model(config: RunConfig, kind: Kind, experts: Experts | None = None) -> Recommender:
-    """Return a variant's model with the initial weights of the seed.
-
-    Args:
-        config: the run's settings.
-        kind: see `QualityVariant`.
-        experts: number of experts of each level by modality, for "static".
-    """
+    """Return a variant's model with the initial weights of the seed; "static" needs the number of `experts`."""
     model = config.build_model()
     with seeded(derive(config.stream.seed, 0, 0, "experts"), torch.device("cpu")):
         for name, side in model.items.ladders().items():

@@ -63,13 +63,7 @@ class Source:
 
 
 def generate(name: str, stream: GeneratedStream, seed: int, folder: Path) -> Source:
-    """Create a catalogue and its store in a folder, unless they exist.
-
-    Args:
-        name: of the stream.
-        stream: its parameters.
-        seed: of the catalogue and the encoders.
-        folder: of all generated data.
+    """Create a catalogue and its store in a folder of generated data, unless they exist.
 
     Raises:
         ValueError: the folder holds data of other parameters.

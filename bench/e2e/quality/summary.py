@@ -83,13 +83,8 @@ def over_seeds(values: Iterable[float | None]) -> Found:
 def user_error(pairs: Pairs, metric: str, *, shared: bool) -> float | None:
     """Return the standard error of a mean difference, clustered by user (`clustered_error`).
 
-    Args:
-        pairs: the runs of a variant and of the base, for each seed.
-        metric: one of `METRICS`.
-        shared: whether a user name means the same user in all seeds.
-
-    Returns:
-        None if the runs of a pair tested different users, or fewer than two.
+    If `shared`, a user name means the same user in all seeds. The result is None if the runs of a pair tested different
+    users, or fewer than two.
     """
     sums: dict[tuple[int, str], float] = {}
     counts: dict[tuple[int, str], int] = {}

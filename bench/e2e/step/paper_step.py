@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.core.benchmark import Tensors
+from bench.core.benchmark import Implementation, Tensors
 from bench.e2e.models import paper_popularity, set_dropout
 from bench.paper import model as paper
-from bench.paper.parameter_names import recommender_name, to_our_layout
+from bench.paper.parameter_names import paper_counters, recommender_name, to_our_layout
 
 CHECK_LOSS_SCALE = 1024.0
 """Scale of float16 gradients in the correctness check. The timed step uses torch's own loss scaler."""
@@ -21,7 +21,7 @@ class PaperStep:
 
     Args:
         model: on its device.
-        hidden: for each modality (I, levels, D), the content of the store.
+        hidden: for each modality (I + 1, levels, D); row 0 is zeros, for padding, and item i is row i + 1.
         share: (I,) each item's share of the training interactions.
         lr: of Adam.
         dropout: rate in the training step.
@@ -56,24 +56,46 @@ class PaperStep:
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._scaled)
 
     def loss(self, inputs: Tensors, dropout: float) -> Tensor:
-        """Return the loss of users (B, places) at a dropout rate."""
+        """Return the loss of users at a dropout rate; "items" (B, places) are their items, -1 for padding."""
         set_dropout(self.model, dropout)
-        ids = inputs["items"]
+        ids = inputs["items"] + 1
         hidden = {key: table[ids.flatten()].to(self._device) for key, table in self._hidden.items()}
         if self._dtype == torch.float64:
             hidden = {key: states.double() for key, states in hidden.items()}
         with torch.autocast(self._device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return paper.training_loss(self.items, self.users, hidden, ids.to(self._device) + 1, self._popularity)
+            loss: Tensor = self.model(paper.Batch(hidden, ids.to(self._device), self._popularity))
+        return loss
 
-    def train(self, inputs: Tensors) -> None:
-        """Take a training step."""
+    def train(self, inputs: Tensors) -> Tensor:
+        """Run a training step; return its loss."""
         self.optimizer.zero_grad()
-        self._scaler.scale(self.loss(inputs, self.dropout)).backward()
+        loss = self.loss(inputs, self.dropout)
+        self._scaler.scale(loss).backward()
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        return loss.detach()
 
-    def checked_loss(self, inputs: Tensors) -> Tensors:
-        """Return the loss without dropout for the correctness check; `normalize` converts its gradients."""
+    def implementation(self, *, counted: bool = True) -> Implementation:
+        """Return the step for the correctness check, with counters if they are `counted`, and for times."""
+
+        def whole_step(inputs: Tensors) -> None:
+            self.train(inputs)
+
+        return Implementation(
+            self._checked_loss,
+            leaves=lambda _: self.leaves,
+            # The paper's counters are on the host.
+            counters=lambda: {
+                name: mass.to(self._device) for name, mass in paper_counters(self.items).items() if counted
+            },
+            reset=self.items.reset,
+            normalize=self._normalize,
+            owned=lambda: [*self.model.parameters(), *self.model.buffers()],
+            whole_step=whole_step,
+        )
+
+    def _checked_loss(self, inputs: Tensors) -> Tensors:
+        """Return the loss without dropout for the correctness check; `_normalize` converts its gradients."""
         if self._compile_first:
             # The timed step has to be compiled here, and its dropout rate is part of the compiled code.
             self._compile_first = False
@@ -82,8 +104,8 @@ class PaperStep:
         loss = self.loss(inputs, 0.0)
         return {"y": _ScaleGradient.apply(loss) if self._scaled else loss}
 
-    def normalize(self, key: str, gradient: Tensor) -> Tensor:
-        """Return a gradient of `checked_loss` in our layout and scale."""
+    def _normalize(self, key: str, gradient: Tensor) -> Tensor:
+        """Return a gradient of `_checked_loss` in our layout and scale."""
         return to_our_layout(key, gradient / CHECK_LOSS_SCALE if self._scaled else gradient)
 
 

@@ -23,8 +23,7 @@ from bench.e2e.non_differentiable import differentiable_users
 from bench.e2e.step.our_step import ID_TABLE, OurStep, raise_capture_failed, step_input
 from bench.e2e.step.paper_step import PaperStep
 from bench.ops.side_moe import level_backward, level_forward
-from bench.paper import model as paper
-from bench.paper.parameter_names import copy_weights, our_counters, paper_counters
+from bench.paper.parameter_names import copy_weights, our_counters
 from xsmoe.encoders import HiddenStateStore, ItemFeatures, ModalitySpec
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.nn.conditioning import Condition
@@ -155,12 +154,17 @@ class TrainingStep(Benchmark):
 
     @cached_property
     def hidden(self) -> dict[str, Tensor]:
-        """Return the content of the store: (I, levels, D) per modality. With [CLS] pooling all first rows are equal."""
+        """Return (I + 1, levels, D) per modality: zeros, and the content of the store.
+
+        With [CLS] pooling all items have the same first level.
+        """
         shape = self.sizes["I"], LEVELS + 1, self.sizes["D"]
-        tables = {name: torch.randn(shape, generator=self.generator).to(self.dtype) for name in self.modalities}
-        if self.pooling == "cls":
-            for table in tables.values():
-                table[:, 0] = table[0, 0]
+        tables = {}
+        for name in self.modalities:
+            rows = torch.randn(shape, generator=self.generator).to(self.dtype)
+            if self.pooling == "cls":
+                rows[:, 0] = rows[0, 0]
+            tables[name] = torch.cat([torch.zeros_like(rows[:1]), rows])
         return tables
 
     @cached_property
@@ -171,7 +175,7 @@ class TrainingStep(Benchmark):
         spec = ModalitySpec(self.sizes["D"], tuple(range(LEVELS + 1)), self.dtype, pooling=self.pooling)
         store = HiddenStateStore.create(self._folder.name, dict.fromkeys(self.modalities, spec))
         for first in range(0, self.sizes["I"], APPENDED_ROWS):
-            rows = {name: table[first : first + APPENDED_ROWS] for name, table in self.hidden.items()}
+            rows = {name: table[1:][first : first + APPENDED_ROWS] for name, table in self.hidden.items()}
             store.append([str(first + row) for row in range(len(rows[self.modalities[0]]))], rows)
         return store
 
@@ -314,8 +318,11 @@ class TrainingStep(Benchmark):
     ) -> Implementation:
         if autocast_dtype is None and dtype == torch.float32 and self.dtype != torch.float32:
             autocast_dtype = self.dtype
+        dim, rank, experts = (self.sizes[letter] for letter in "DRE")
+        model = paper_model(self.modalities, dim, rank, experts, self.dropout)
+        copy_weights(model, self.weights)
         step = PaperStep(
-            self._paper_model().to(self.device, dtype),
+            model.to(self.device, dtype),
             self.hidden,
             self.share,
             lr=self.config.lr,
@@ -323,24 +330,7 @@ class TrainingStep(Benchmark):
             autocast_dtype=autocast_dtype,
             compiled=compiled,
         )
-        return Implementation(
-            step.checked_loss,
-            leaves=lambda _: step.leaves,
-            # The paper's counters are on the host.
-            counters=lambda: {
-                name: mass.to(self.device) for name, mass in paper_counters(step.items).items() if self.counted
-            },
-            reset=step.items.reset,
-            normalize=step.normalize,
-            owned=lambda: [*step.model.parameters(), *step.model.buffers()],
-            whole_step=step.train,
-        )
-
-    def _paper_model(self) -> paper.Recommender:
-        dim, rank, experts = (self.sizes[letter] for letter in "DRE")
-        model = paper_model(self.modalities, dim, rank, experts, self.dropout)
-        copy_weights(model, self.weights)
-        return model
+        return step.implementation(counted=self.counted)
 
 
 class MeanStep(TrainingStep):

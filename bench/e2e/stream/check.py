@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.core.correctness import judge
+from bench.core.benchmark import Tensors
+from bench.core.correctness import judge, outcome
 from bench.core.memory import measure_peak
-from bench.e2e.models import PLACES, paper_popularity, set_dropout
+from bench.e2e.models import PLACES, set_dropout
 from bench.e2e.non_differentiable import differentiable_users
+from bench.e2e.step.paper_step import PaperStep
 from bench.e2e.step.training_step import TrainingStep
 from bench.e2e.stream.data import StreamData
 from bench.e2e.stream.records import RunRecord
-from bench.e2e.stream.runs import OurRun, build_paper_model, gather_batch, log_shares, pad
+from bench.e2e.stream.runs import OurRun, log_shares, pad, paper_step, paper_with_weights
 from bench.e2e.stream.settings import Settings
-from bench.paper import model as paper
-from bench.paper.parameter_names import copy_weights, our_counters, paper_counters, recommender_name, to_our_layout
+from bench.paper.parameter_names import our_counters
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender
 from xsmoe.stream.batches.builder import StepInput
@@ -35,19 +36,11 @@ CHECKED_USERS = 64
 
 
 class WindowCheck:
-    """The check of one window.
-
-    Args:
-        settings: of the stream.
-        data: the stream.
-        batch: the users of a step.
-        share: (I,) each item's share of the training sequences.
-    """
+    """The check of one window: `batch` are the users of a step, and `share` (I,) is each item's share in training."""
 
     def __init__(self, settings: Settings, data: StreamData, batch: Sequences, share: np.ndarray) -> None:
-        self.settings, self.config, self.data, self.batch = settings, settings.config(), data, batch
-        self.device = torch.device(settings.device)
-        self.popularity, self.log_share = paper_popularity(share).to(self.device), log_shares(share)
+        self.settings, self.config, self.data, self.batch, self.share = settings, settings.config(), data, batch, share
+        self.device, self.log_share = torch.device(settings.device), log_shares(share)
 
     def check(self, run: OurRun) -> RunRecord:
         """Compare loss, gradients and counters of a step of ours; if they are right, measure its peak memory."""
@@ -56,8 +49,7 @@ class WindowCheck:
             bank.count_in_eval = True
         found = self._our_results(model, users)
         if run.top_k is None:
-            exact = self._paper_results(self._paper_model(run).double(), users)
-            reference = self._paper_results(self._paper_model(run), users)
+            exact, reference = (self._paper_results(run, users, one) for one in (torch.float64, torch.float32))
         else:
             with use_backend("reference"):
                 reference = self._our_results(run.copy(), users)
@@ -70,9 +62,8 @@ class WindowCheck:
 
     def paper_peak(self, run: OurRun) -> int:
         """Return the peak memory of a step of the paper's formulation with as many experts as this run."""
-        model = self._paper_model(run)
-        ids = self._ids(self.batch)
-        return self._peak(model, lambda: self._paper_loss(model, ids))
+        step, inputs = self._paper_step(run), {"items": pad(self.batch.items, self.batch.offsets, PLACES)}
+        return self._peak(step.model, lambda: step.loss(inputs, self.settings.dropout))
 
     def _compared_users(self, run: OurRun) -> Sequences:
         users = self.batch.take(np.arange(min(CHECKED_USERS, len(self.batch))))
@@ -97,60 +88,34 @@ class WindowCheck:
         with seeded(self.settings.seed, self.device):
             return measure_peak(step, self.device).growth
 
-    def _paper_model(self, run: OurRun) -> paper.Recommender:
-        (count,) = {bank.num_experts for _, _, bank in run.model.items.banks()}
-        model = build_paper_model(self.settings, self.data, count)
-        copy_weights(model, run.model.state_dict())
-        return model.to(self.device).train()
-
-    def _our_results(self, model: Recommender, users: Sequences, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return loss, gradients and counters of a step without dropout, on the host."""
+    def _our_results(self, model: Recommender, users: Sequences, dtype: torch.dtype | None = None) -> Tensors:
+        """Return loss, gradients and counters of a step without dropout; `dtype` is that of a model in float64."""
         set_dropout(model, 0.0)
         model.items.reset_utilization()
         step = self._step_input(model, users, dtype)
-        loss = self._our_loss(model, step)
+        loss = self._our_loss(model, step, autocast=dtype is None)
         loss.backward()
         count_padding(model.items, step.batch.num_padding(PLACES))
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return _on_host({"loss": loss} | gradients | our_counters(model.items))
+        return {"loss": loss.detach()} | gradients | our_counters(model.items)
 
-    def _paper_results(self, model: paper.Recommender, users: Sequences) -> dict[str, Tensor]:
-        """Return the same of the paper's model under our names."""
-        set_dropout(model, 0.0)
-        loss = self._paper_loss(model, self._ids(users))
-        loss.backward()
-        named = {recommender_name(key): p.grad for key, p in model.named_parameters() if p.grad is not None}
-        gradients = {name: to_our_layout(name, gradient) for name, gradient in named.items()}
-        return _on_host({"loss": loss} | gradients | paper_counters(model.item_encoder))
-
-    def _our_loss(self, model: Recommender, step: StepInput) -> Tensor:
-        with self._autocast(model):
+    def _our_loss(self, model: Recommender, step: StepInput, *, autocast: bool = True) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.half and autocast):
             loss: Tensor = model(step.hidden, step.batch)
         return loss
 
-    def _paper_loss(self, model: paper.Recommender, ids: Tensor) -> Tensor:
-        batch = gather_batch(self.data.table, ids, self.popularity)
-        if _is_double(model):
-            batch = batch._replace(hidden={name: rows.double() for name, rows in batch.hidden.items()})
-        with self._autocast(model):
-            loss: Tensor = model(batch)
-        return loss
+    def _paper_results(self, run: OurRun, users: Sequences, dtype: torch.dtype) -> Tensors:
+        """Return the same of the paper's model."""
+        inputs = {"items": pad(users.items, users.offsets, PLACES), "grad": torch.ones((), device=self.device)}
+        found = outcome(self._paper_step(run, dtype).implementation(), inputs)
+        return {"loss": found.pop("y"), **found}
 
-    def _autocast(self, model: nn.Module) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.half and not _is_double(model))
+    def _paper_step(self, run: OurRun, dtype: torch.dtype = torch.float32) -> PaperStep:
+        (count,) = {bank.num_experts for _, _, bank in run.model.items.banks()}
+        model = paper_with_weights(self.settings, self.data, run.model.state_dict(), count).to(self.device, dtype)
+        return paper_step(self.settings, self.data.table, self.share, model)
 
     def _step_input(self, model: Recommender, users: Sequences, dtype: torch.dtype | None = None) -> StepInput:
         features, modalities = self.data.features, model.items.modalities
         built = StepInput.build(features, modalities, users, self.log_share, dtype or hidden_dtype(model, self.config))
         return built.to(self.device)
-
-    def _ids(self, users: Sequences) -> Tensor:
-        return pad(users.items, users.offsets, PLACES)
-
-
-def _is_double(model: nn.Module) -> bool:
-    return next(model.parameters()).dtype == torch.float64
-
-
-def _on_host(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in results.items()}

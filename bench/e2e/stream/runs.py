@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.core.timing import Stopwatch
-from bench.e2e.models import BLOCKS, LEVELS, OUT_DIM, PLACES, paper_model, paper_popularity
+from bench.e2e.models import BLOCKS, LEVELS, OUT_DIM, PLACES, paper_model
 from bench.e2e.step.our_step import raise_capture_failed
+from bench.e2e.step.paper_step import PaperStep
 from bench.e2e.stream.data import StreamData
 from bench.e2e.stream.records import PARTS
 from bench.e2e.stream.settings import Settings
@@ -25,7 +26,6 @@ from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
 from xsmoe.stream.growth import grow
 from xsmoe.stream.hidden_states.device_cache import place
-from xsmoe.stream.precision import autocast
 from xsmoe.stream.state.seeds import derive, seeded
 
 GateRows = Mapping[str, Sequence[Tensor]]
@@ -205,15 +205,13 @@ class OurRun(Run):
 class PaperRun(Run):
     """One module per expert, all places of a batch encoded, a loop over users in the loss and in the ranking."""
 
-    ids: Tensor
-    popularity: Tensor
+    items: Tensor
+    step: PaperStep
 
     def __init__(self, settings: Settings, data: StreamData, weights: dict[str, Tensor]) -> None:
         super().__init__("published", settings)
-        self.table = data.table
-        self.model: paper.Recommender = build_paper_model(settings, data, num_experts=1)
-        copy_weights(self.model, weights)
-        self.model.to(self.device)
+        self.settings, self.table = settings, data.table
+        self.model: paper.Recommender = paper_with_weights(settings, data, weights, num_experts=1).to(self.device)
         self.clock.watch(self.model, self.model.item_encoder, self.model.user_encoder)
 
     def grow(self, window: int, rows: GateRows | None) -> GateRows | None:
@@ -221,10 +219,9 @@ class PaperRun(Run):
         return rows
 
     def begin(self, sequences: Sequences, share: np.ndarray) -> None:
-        self.ids = pad(sequences.items, sequences.offsets, PLACES)
-        self.popularity = paper_popularity(share).to(self.device)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=self.config.lr)
+        self.items = pad(sequences.items, sequences.offsets, PLACES)
+        self.step = paper_step(self.settings, self.table, share, self.model)
+        self.optimizer = self.step.optimizer
         self.clock.watch_optimizer(self.optimizer)
 
     def epoch(self, window: int, epoch: int) -> float:
@@ -233,19 +230,13 @@ class PaperRun(Run):
             group["lr"] = max(config.min_lr, config.lr * config.lr_decay**epoch)
         self.model.item_encoder.reset()
         self.model.train()
-        order = np.random.default_rng(derive(config.seed, window, epoch, "order")).permutation(len(self.ids))
+        order = np.random.default_rng(derive(config.seed, window, epoch, "order")).permutation(len(self.items))
         losses, weights = [], []
         with seeded(derive(config.seed, window, epoch, "dropout"), self.device):
             for start in range(0, len(order), config.batch_size):
-                ids = self.ids[order[start : start + config.batch_size]]
-                batch = gather_batch(self.table, ids, self.popularity)
-                self.optimizer.zero_grad()
-                with autocast(config):
-                    loss = self.model(batch)
-                loss.backward()
-                self.optimizer.step()
-                losses.append(loss.detach())
-                weights.append(int((ids[:, :-1] != paper.PADDING).sum()))
+                items = self.items[order[start : start + config.batch_size]]
+                losses.append(self.step.train({"items": items}))
+                weights.append(int((items[:, :-1] >= 0).sum()))
         return float(np.average(torch.stack(losses).double().cpu().numpy(), weights=weights))
 
     @torch.no_grad()
@@ -261,8 +252,7 @@ class PaperRun(Run):
         for start in range(0, len(task), USERS_PER_CHUNK):
             part = task.chunk(start, min(start + USERS_PER_CHUNK, len(task)))
             places = pad(part.inputs, part.offsets, PLACES - 1).to(self.device)
-            inputs = embeddings[(places - 1).clamp(min=0)]
-            queries = self.model.user_encoder(inputs, places != paper.PADDING)[:, -1]
+            queries = self.model.user_encoder(embeddings[places.clamp(min=0)], places >= 0)[:, -1]
             scores = (queries @ embeddings.T).cpu()
             for user in range(len(part)):
                 seen = part.seen[part.seen_offsets[user] : part.seen_offsets[user + 1]].tolist()
@@ -273,21 +263,27 @@ class PaperRun(Run):
         return len(batch) * PLACES
 
 
-def build_paper_model(settings: Settings, data: StreamData, num_experts: int) -> paper.Recommender:
-    """Return the paper's model of a stream; all its experts are trainable."""
-    return paper_model(data.table, settings.dim, settings.rank, num_experts, settings.dropout)
+def paper_with_weights(
+    settings: Settings, data: StreamData, weights: Mapping[str, Tensor], num_experts: int
+) -> paper.Recommender:
+    """Return the paper's model with the state of our recommender."""
+    model = paper_model(data.table, settings.dim, settings.rank, num_experts, settings.dropout)
+    copy_weights(model, weights)
+    return model
+
+
+def paper_step(
+    settings: Settings, table: Mapping[str, Tensor], share: np.ndarray, model: paper.Recommender
+) -> PaperStep:
+    """Return the step of the paper's model on the hidden states of the stream; in float64 without autocast."""
+    double = next(model.parameters()).dtype == torch.float64
+    autocast_dtype = torch.bfloat16 if settings.half and not double else None
+    return PaperStep(model, table, share, lr=settings.lr, dropout=settings.dropout, autocast_dtype=autocast_dtype)
 
 
 def pad(items: np.ndarray, offsets: np.ndarray, places: int) -> Tensor:
-    """Return sequences as rows (B, places) of ids, which start at 1, padded at the front."""
-    return paper.pad_sequences([(items[start:end] + 1).tolist() for start, end in pairwise(offsets)], places)
-
-
-def gather_batch(table: dict[str, Tensor], ids: Tensor, popularity: Tensor) -> paper.Batch:
-    """Return a batch (B, places) of the paper's model on the device of `popularity`; row 0 of the table is zeros."""
-    device = popularity.device
-    hidden = {name: rows[ids.flatten()].to(device) for name, rows in table.items()}
-    return paper.Batch(hidden, ids.to(device), popularity)
+    """Return sequences as rows (B, places) of items, padded with -1 at the front."""
+    return paper.pad_sequences([(items[start:end] + 1).tolist() for start, end in pairwise(offsets)], places) - 1
 
 
 def log_shares(share: np.ndarray) -> np.ndarray:

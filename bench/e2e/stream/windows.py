@@ -25,13 +25,7 @@ from xsmoe.stream.state.seeds import derive
 
 
 class StreamBenchmark:
-    """All runs and their common state.
-
-    Args:
-        settings: of the stream.
-        data: the stream.
-        say: called with what happens next.
-    """
+    """All runs and their common state; `say` is called with what happens next."""
 
     def __init__(self, settings: Settings, data: StreamData, say: Say = lambda _: None) -> None:
         self.settings, self.data, self.config, self._say = settings, data, settings.config(), say
