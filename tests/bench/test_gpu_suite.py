@@ -152,7 +152,7 @@ def test_a_part_that_fails_is_shown_and_run_again(suite: Suite) -> None:
     assert not (suite.state / "test_routing.failed").exists()
 
 
-def test_a_part_that_takes_too_long_is_stopped(suite: Suite) -> None:
+def test_a_part_that_exceeds_its_time_is_stopped(suite: Suite) -> None:
     ended = suite.run("build", str(suite.results), SLOW="build_ext", GPU_SUITE_PART_SECONDS="1")
     assert ended.returncode == 1
     assert "build: FAILED (stopped after 1 s)" in ended.stdout
@@ -267,7 +267,7 @@ def test_usage_errors_print_the_usage(suite: Suite, arguments: list[str]) -> Non
 
 
 def selects(expression: str, name: str) -> bool:
-    """What pytest's -k makes of a name."""
+    """Return whether an expression of -k selects a name."""
     return bool(eval(re.sub(r"\w+", lambda word: word[0] if word[0] in WORDS else str(word[0] in name), expression)))
 
 

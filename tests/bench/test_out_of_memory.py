@@ -1,4 +1,4 @@
-"""A built that runs out of memory is skipped, and the others are measured."""
+"""A variant that runs out of memory is skipped, and the others are measured."""
 
 import sys
 from collections.abc import Callable
