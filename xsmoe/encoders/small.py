@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from xsmoe.encoders.loading import quiet_transformers
+from xsmoe.extras import extra
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -54,7 +55,8 @@ def build_small_text_encoder(
     heads = _heads(width, layers)
 
     def write(draft: Path) -> None:
-        from transformers import BertConfig, BertModel
+        with extra("train"):
+            from transformers import BertConfig, BertModel
 
         tokenizer = _tokenizer(texts, vocab_size)
         tokenizer.save_pretrained(draft)
@@ -106,7 +108,8 @@ def build_small_image_encoder(
         raise ValueError(f"image_size must be a multiple of patch_size, not {image_size} with {patch_size}")
 
     def write(draft: Path) -> None:
-        from transformers import ViTConfig, ViTModel
+        with extra("train"):
+            from transformers import ViTConfig, ViTModel
 
         config = ViTConfig(
             image_size=image_size,
@@ -150,8 +153,9 @@ def _build(folder: Path, seed: int, write: Callable[[Path], None]) -> Path:
 
 
 def _tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    with extra("train"):
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
 
     normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))

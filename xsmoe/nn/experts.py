@@ -11,8 +11,7 @@ from xsmoe.nn.expert_state import contradiction, resize
 from xsmoe.nn.gate_offset import widened, with_offset
 from xsmoe.nn.merging import merge_into_nearest
 from xsmoe.nn.optimizer import SECOND_MOMENTS, Carry, Optimizers, require_held, swap_parameter
-from xsmoe.nn.top_k import top_k_mixture
-from xsmoe_kernels import FrozenExperts, Utilization, side_moe
+from xsmoe_kernels import FrozenExperts, Utilization, side_moe, sparse_side_moe
 from xsmoe_kernels.runtime import checks
 
 NewGate = Literal["random", "mean", "copy"]
@@ -115,7 +114,18 @@ class ExpertBank(nn.Module):
             (N, D).
         """
         if self.top_k is not None:
-            return top_k_mixture(self, x, backbone, row_weight, self._counters())
+            return sparse_side_moe(
+                x,
+                backbone,
+                self.router,
+                torch.cat([self.frozen_down, self.down]),
+                torch.cat([self.frozen_up, self.up]),
+                top_k=self.top_k,
+                num_frozen=self.num_frozen,
+                gate_offset=self.gate_offset,
+                utilization=self._counters(),
+                row_weight=row_weight,
+            )
         return self.own_columns(side_moe(**self.operands(x, backbone, row_weight)))
 
     def operands(self, x: Tensor, backbone: Tensor, row_weight: Tensor | None = None) -> dict[str, Any]:

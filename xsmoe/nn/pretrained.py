@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 from xsmoe.atomic_files import replace_file
@@ -33,6 +31,8 @@ class Pretrained(nn.Module, ABC):
 
         Each file is replaced in one step, the weights first.
         """
+        from safetensors.torch import save
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
@@ -47,6 +47,9 @@ class Pretrained(nn.Module, ABC):
         Raises:
             ValueError: a file is missing or damaged, or the folder holds another kind of module.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         folder = Path(folder)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / file).is_file():

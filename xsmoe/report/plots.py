@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xsmoe.atomic_files import replace_file
+from xsmoe.extras import extra
 from xsmoe.report.results import POPULARITY, WindowResult, expert_births
 from xsmoe.report.style import BLUE, CYCLE, DPI, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
 from xsmoe.report.verdict import BASELINES
@@ -32,7 +33,8 @@ def write_plots(results: Sequence[WindowResult], folder: Path) -> list[tuple[Plo
         results: a run's windows.
         folder: made if it is missing.
     """
-    import matplotlib
+    with extra("train"):
+        import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []

@@ -28,10 +28,10 @@ LAUNCHERS = {
     "rank_of_target": "ops.rank_of_target.triton_kernels:forward",
     "route_topk": "ops.route_topk.triton_kernels:forward",
     "route_topk_backward": "ops.route_topk.triton_kernels:backward",
-    "side_moe": "ops.side_moe.triton:forward",
-    "side_moe_backward": "ops.side_moe.triton:backward",
-    "side_moe_group": "ops.side_moe.triton:group_forward",
-    "side_moe_group_backward": "ops.side_moe.triton:group_backward",
+    "side_moe": "ops.side_moe.triton.forward:forward",
+    "side_moe_backward": "ops.side_moe.triton.backward:backward",
+    "side_moe_group": "ops.side_moe.triton.forward:group_forward",
+    "side_moe_group_backward": "ops.side_moe.triton.backward:group_backward",
     "topk_items": "ops.topk_items.triton_launchers:forward",
 }
 """For each operator the function that launches its kernels, by module and name."""

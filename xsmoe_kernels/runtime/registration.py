@@ -1,45 +1,110 @@
-"""Registration of operators with `torch.library`, so that each op.py holds only what is its own."""
+"""Registration of declared operators with `torch.library`: kernels, shapes, checks and autograd."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from xsmoe_kernels.runtime import dispatch, functorch
+from xsmoe_kernels.runtime import autograd, dispatch, functorch
+from xsmoe_kernels.runtime.declaration import Operator, by_name
+
+Arguments = Sequence[Any]
+"""The arguments of an operator in the order of its inputs, without the backend."""
 
 _registrations = functorch.Registrations("xsmoe", "FRAGMENT")
 
 
 def define(
-    name: str,
-    schema: str,
+    operator: Operator,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    check: Callable[..., None],
+    reference_backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register an operator and, if it is differentiable, its backward operator, for every device.
+
+    Args:
+        operator: the declaration.
+        reference: the kernel in plain PyTorch; called with the operator's inputs.
+        fake: called with the inputs that its parameters name; returns empty results.
+        check: called with the inputs that its parameters name, before the kernel, under torch.compile too, where the
+            public function checks nothing, and on the meta device, where no kernel runs; raises on dtypes, shapes,
+            devices and numbers that the kernel does not support, and on bad values where `checks.values_visible` allows
+            a check to read them.
+        reference_backward: the kernel of the backward operator in plain PyTorch; called with the inputs of
+            `operator.backward()`.
+
+    Returns:
+        A function of the inputs and the backend for the public function: the operator, with an autograd that is faster
+        than torch.library's in eager code, and one that torch.func can transform.
+    """
+    setup_context = backward = None
+    if reference_backward is not None:
+        setup_context, backward = autograd.derive(
+            operator, define_backward(operator.backward(), reference=reference_backward)
+        )
+    return register(
+        operator,
+        reference=reference,
+        fake=by_name(fake, operator.names),
+        check=by_name(check, operator.names),
+        setup_context=setup_context,
+        backward=backward,
+    )
+
+
+def define_backward(
+    operator: Operator, *, reference: Callable[..., Any] | None = None, each: str | None = None
+) -> Callable[..., Any]:
+    """Register a backward operator, which cannot be differentiated: trying raises RuntimeError.
+
+    Args:
+        operator: the declaration, as `Operator.backward` derives it.
+        reference, each: as in `register`.
+
+    Returns:
+        A function of the inputs and the backend, for the operator's backward.
+    """
+
+    def reject(*_: Any) -> Any:
+        # Without a backward torch would continue, with gradients that are wrong without an error.
+        raise RuntimeError(f"{operator.name.removesuffix('_backward')} can be differentiated once, not twice")
+
+    fake = autograd.gradient_shapes(operator)
+    return register(
+        operator,
+        reference=reference,
+        each=each,
+        fake=for_each_call(fake) if operator.lists else fake,
+        backward=reject,
+    )
+
+
+def register(
+    operator: Operator,
     *,
     reference: Callable[..., Any] | None = None,
     each: str | None = None,
-    fake: Callable[..., Any],
-    check: Callable[..., None] | None = None,
+    fake: Callable[[Arguments], Any],
+    check: Callable[[Arguments], None] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Registers `xsmoe::name` for every device.
+    """Register an operator whose autograd is given.
 
     Args:
-        name: the operator's name, without the namespace.
-        schema: arguments and results, functional; the first argument is a Tensor, or a list of at least one, that tells
-            device and dtype, the last is `str backend`, the backend that was requested.
-        reference: the kernel in plain PyTorch; called without the `backend` argument.
-        each: instead of a reference, the operator that this one is for each place of its lists.
-        fake: shapes and dtypes of the results; called with every argument of the schema.
-        check: called with the kernel's arguments before it, under torch.compile too, where the public function checks
-            nothing, and on the meta device, where no kernel runs; raises on dtypes, shapes, devices and numbers that
-            the kernel cannot take, and on bad values where `checks.values_visible` says that they may be read.
-        setup_context, backward: as `torch.library.register_autograd` takes them.
+        operator: the declaration.
+        reference: the kernel in plain PyTorch; called with the operator's inputs.
+        each: instead of a reference, the operator to run for each entry of a list operator's lists.
+        fake, check: as in `define`, but functions of all inputs in one sequence.
+        setup_context, backward: as for `torch.library.register_autograd`.
 
     Returns:
-        What the public function and other backwards call with the arguments of the schema: the operator, but that
-        eager code gets an autograd that takes less time than torch.library's, and torch.func one that it can transform.
+        As `define`.
     """
+    name = operator.name
     qualified = f"xsmoe::{name}"
     if each is not None:
         dispatch.register_list(name, each)
@@ -52,7 +117,7 @@ def define(
         first = inputs[0][0] if isinstance(inputs[0], list | tuple) else inputs[0]
         device, dtype = first.device, first.dtype
         if check is not None:
-            check(*inputs)
+            check(inputs)
         # The kernel chose its precisions; autocast is still on below the dispatcher and would cast its products.
         with without_autocast(device.type):
             return dispatch.run(name, requested, device, dtype, *inputs)
@@ -60,58 +125,43 @@ def define(
     def shapes(*arguments: Any) -> Any:
         # One tensor on meta brings an eager call here. A compiler comes here as well, but its sizes may be no numbers.
         if check is not None and any(_on_meta(argument) for argument in arguments):
-            check(*arguments[:-1])
-        return fake(*arguments)
+            check(arguments[:-1])
+        return fake(arguments[:-1])
 
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.define(qualified, operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation)
     torch.library.register_fake(qualified)(shapes)
-    operator = getattr(torch.ops.xsmoe, name)
+    registered = getattr(torch.ops.xsmoe, name)
     if backward is None:
-        return operator
+        return registered
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_registrations)
-    eager = operator if setup_context is None else _eager_function(name, operator, setup_context, backward).apply
-    transformed = functorch.function(name, operator, setup_context, backward)
+    eager = registered if setup_context is None else _eager_function(name, registered, setup_context, backward).apply
+    transformed = functorch.function(name, registered, setup_context, backward)
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            return operator(*arguments)
+            return registered(*arguments)
         return (transformed if torch._C._are_functorch_transforms_active() else eager)(*arguments)
 
     return call
 
 
-def define_backward(
-    operator: str,
-    schema: str,
-    *,
-    reference: Callable[..., Any] | None = None,
-    each: str | None = None,
-    fake: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Registers `xsmoe::<operator>_backward`, which cannot be differentiated: trying raises RuntimeError.
+def for_each_call(function: Callable[[Arguments], Any]) -> Callable[[Arguments], tuple[list[Any], ...]]:
+    """Return the function of a list operator's inputs that calls `function` for each entry of the lists."""
 
-    Args:
-        operator: the forward operator's name, without the namespace.
-        schema, reference, each, fake: as `define` takes them.
+    def lists(columns: Arguments) -> tuple[list[Any], ...]:
+        results = [function(inputs) for inputs in zip(*columns, strict=True)]
+        return tuple(map(list, zip(*results, strict=True)))
 
-    Returns:
-        What the operator's backward calls.
-    """
-
-    def refuse(*_: Any) -> Any:
-        # Without a backward of its own torch would go on, with gradients that are silently wrong.
-        raise RuntimeError(f"{operator} can be differentiated once, not twice")
-
-    return define(f"{operator}_backward", schema, reference=reference, each=each, fake=fake, backward=refuse)
+    return lists
 
 
 def define_in_place(name: str, schema: str, implementation: Callable[..., None]) -> None:
-    """Registers `xsmoe::name`, which changes arguments in place, returns nothing and has no gradient, for every device.
+    """Register `xsmoe::name`, which changes arguments in place, returns nothing and has no gradient, for every device.
 
     Args:
         name: the operator's name, without the namespace.
-        schema: arguments, those that change marked `(a!)`, and no result.
+        schema: arguments, with `(a!)` at those that change, and no result.
         implementation: runs on every device; compiled code calls it too, with real tensors.
     """
     qualified = f"xsmoe::{name}"

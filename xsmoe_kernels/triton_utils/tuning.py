@@ -63,6 +63,11 @@ class Table:
     candidates: tuple[Config, ...] = field(default=())
 
 
+def make_config(names: str, sizes: str, num_warps: int, num_stages: int) -> Config:
+    """Return a Config whose blocks have these names and sizes, both separated by spaces."""
+    return Config(dict(zip(names.split(), map(int, sizes.split()), strict=True)), num_warps, num_stages)
+
+
 def everywhere(config: Config, *precisions: str) -> dict[tuple[str, str], Config]:
     """The same configuration for all architectures and these precisions; for all precisions if none is named."""
     return {(name, precision): config for name in ARCHITECTURES for precision in precisions or PRECISIONS}

@@ -1,12 +1,11 @@
 """Matrix products of consecutive groups of rows, each with its own expert's weight."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from xsmoe_kernels.ops.grouped_mm import reference
 from xsmoe_kernels.runtime import checks, dispatch, registration
+from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, num_frozen: int = 0) -> Tensor:
@@ -49,48 +48,18 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int) -> None:
         checks.ragged("offsets", offsets, x.shape[0])
 
 
-def _fake(x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int, backend: str) -> Tensor:
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, offsets, ctx.num_frozen, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, offsets)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    x, weight, offsets = ctx.saved_tensors
-    need_x, need_weight, *_ = ctx.needs_input_grad
-    grad_x, grad_weight = _backward_operator(grad, x, weight, offsets, ctx.num_frozen, need_x, need_weight, ctx.backend)
-    return grad_x if need_x else None, grad_weight if need_weight else None, None, None, None
-
-
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    num_frozen: int,
-    need_x: bool,
-    need_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
-
-
 _operator = registration.define(
-    "grouped_mm",
-    "(Tensor x, Tensor weight, Tensor offsets, SymInt num_frozen, str backend) -> Tensor",
+    Operator(
+        "grouped_mm",
+        inputs=(Input("x", grad=True), Input("weight", grad=True), Input("offsets"), Input("num_frozen", "SymInt")),
+        outputs=("y",),
+    ),
     reference=reference.forward,
+    reference_backward=reference.backward,
     fake=_fake,
     check=_check,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-_backward_operator = registration.define_backward(
-    "grouped_mm",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor offsets, SymInt num_frozen, bool need_x, bool need_weight,"
-    " str backend) -> (Tensor, Tensor)",
-    reference=reference.backward,
-    fake=_backward_fake,
 )

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from xsmoe_kernels.ops.grouped_mm.triton_kernels import product_kernel, slice_sum_kernel, weight_gradient_kernel
 from xsmoe_kernels.triton_utils import kernel_helpers, tuning
-from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere
+from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere, make_config
 
 
 def _of(sizes: str, num_warps: int, num_stages: int) -> Config:
-    rows, columns, inner = map(int, sizes.split())
-    return Config({"BLOCK_M": rows, "BLOCK_P": columns, "BLOCK_K": inner}, num_warps, num_stages)
+    return make_config("BLOCK_M BLOCK_P BLOCK_K", sizes, num_warps, num_stages)
 
 
 PRODUCT = Table(

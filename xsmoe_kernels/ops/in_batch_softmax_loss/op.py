@@ -7,6 +7,7 @@ from torch import Tensor
 
 from xsmoe_kernels.ops.in_batch_softmax_loss import reference
 from xsmoe_kernels.runtime import checks, dispatch, precision, registration
+from xsmoe_kernels.runtime.declaration import Input, Operator, by_name
 
 _NAME = "in_batch_softmax_loss"
 
@@ -82,8 +83,6 @@ def _check(
     users: Tensor | None,
     logq: Tensor | None,
     counts: Tensor | None,
-    need_queries: bool = False,
-    need_items: bool = False,
 ) -> None:
     num_queries, dim = checks.floating("queries", queries, "M", "d").shape
     num_items, _ = checks.floating("items", items, "C", dim).shape
@@ -118,24 +117,12 @@ def _check(
 
 
 def _fake(
-    queries: Tensor,
-    items: Tensor,
-    targets: Tensor,
-    rejected: Tensor,
-    users: Tensor | None,
-    logq: Tensor | None,
-    counts: Tensor | None,
-    need_queries: bool,
-    need_items: bool,
-    backend: str,
+    queries: Tensor, items: Tensor, need_queries: bool, need_items: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = precision.wide_dtype(items.dtype)
     loss, lse = items.new_empty((), dtype=dtype), items.new_empty(queries.shape[0], dtype=dtype)
-    return loss, lse, *_fake_gradients(queries, items, need_queries, need_items)
-
-
-def _fake_gradients(queries: Tensor, items: Tensor, need_queries: bool, need_items: bool) -> tuple[Tensor, Tensor]:
-    return queries.new_empty(queries.shape if need_queries else 0), items.new_empty(items.shape if need_items else 0)
+    grad_queries = queries.new_empty(queries.shape if need_queries else 0)
+    return loss, lse, grad_queries, items.new_empty(items.shape if need_items else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -170,39 +157,29 @@ def _takes_over(ctx: Any, grad: Tensor) -> bool:
     return type(grad) is Tensor and not torch.is_grad_enabled() and registration.last_backward(ctx, grad)
 
 
-def _backward_fake(
-    queries: Tensor,
-    items: Tensor,
-    targets: Tensor,
-    rejected: Tensor,
-    users: Tensor | None,
-    logq: Tensor | None,
-    counts: Tensor | None,
-    lse: Tensor,
-    ahead_queries: Tensor | None,
-    ahead_items: Tensor | None,
-    grad: Tensor,
-    need_queries: bool,
-    need_items: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _fake_gradients(queries, items, need_queries, need_items)
+_INPUTS = (
+    Input("queries", grad=True),
+    Input("items", grad=True),
+    Input("targets"),
+    Input("rejected"),
+    Input("users", "Tensor?"),
+    Input("logq", "Tensor?"),
+    Input("counts", "Tensor?"),
+)
+_NEEDS = (Input("need_queries", "bool"), Input("need_items", "bool"))
+# Forward may return the gradients, so that the derived autograd does not serve.
+_AHEAD = (Input("lse"), Input("ahead_queries", "Tensor?"), Input("ahead_items", "Tensor?"))
 
-
-_INPUTS = "Tensor queries, Tensor items, Tensor targets, Tensor rejected, Tensor? users, Tensor? logq, Tensor? counts"
-_operator = registration.define(
-    _NAME,
-    f"({_INPUTS}, bool need_queries, bool need_items, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+_forward = Operator(_NAME, inputs=(*_INPUTS, *_NEEDS), outputs=("loss", "lse", "ahead_queries", "ahead_items"))
+_operator = registration.register(
+    _forward,
     reference=reference.forward,
-    fake=_fake,
-    check=_check,
+    fake=by_name(_fake, _forward.names),
+    check=by_name(_check, _forward.names),
     setup_context=_setup_context,
     backward=_backward,
 )
 _backward_operator = registration.define_backward(
-    _NAME,
-    f"({_INPUTS}, Tensor lse, Tensor? ahead_queries, Tensor? ahead_items, Tensor grad, bool need_queries, "
-    "bool need_items, str backend) -> (Tensor, Tensor)",
+    Operator(f"{_NAME}_backward", inputs=(*_INPUTS, *_AHEAD, Input("grad"), *_NEEDS), outputs=("queries", "items")),
     reference=reference.backward,
-    fake=_backward_fake,
 )

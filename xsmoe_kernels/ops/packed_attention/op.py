@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from xsmoe_kernels.ops.packed_attention import reference
 from xsmoe_kernels.runtime import checks, dispatch, registration
+from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 def packed_attention(
@@ -99,7 +99,6 @@ def _check(
     max_length: int,
     keep: Tensor | None,
     dropout_p: float,
-    lengths: Sequence[int] | None,
 ) -> None:
     shape = checks.floating("q", q, "M", "H", "d").shape
     checks.floating("k", k, *shape)
@@ -123,66 +122,27 @@ def _check(
         raise ValueError(f"max_length must be at least {longest}, the longest sequence of offsets, not {max_length}")
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    max_length: int,
-    keep: Tensor | None,
-    dropout_p: float,
-    lengths: Sequence[int] | None,
-    backend: str,
-) -> Tensor:
+def _fake(q: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, ctx.lengths, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, offsets, keep)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, offsets, keep = ctx.saved_tensors
-    need = ctx.needs_input_grad[:3]
-    gradients = _backward_operator(
-        grad, q, k, v, offsets, ctx.max_length, keep, ctx.dropout_p, ctx.lengths, *need, ctx.backend
-    )
-    return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *(None,) * 6
-
-
-def _backward_fake(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor,
-    max_length: int,
-    keep: Tensor | None,
-    dropout_p: float,
-    lengths: Sequence[int] | None,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    return tuple(q.new_empty(q.shape if need else 0) for need in (need_q, need_k, need_v))
-
-
 _operator = registration.define(
-    "packed_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p,"
-    " SymInt[]? lengths, str backend) -> Tensor",
+    Operator(
+        "packed_attention",
+        inputs=(
+            Input("q", grad=True),
+            Input("k", grad=True),
+            Input("v", grad=True),
+            Input("offsets"),
+            Input("max_length", "SymInt"),
+            Input("keep", "Tensor?"),
+            Input("dropout_p", "float"),
+            Input("lengths", "SymInt[]?"),
+        ),
+        outputs=("y",),
+    ),
     reference=reference.forward,
+    reference_backward=reference.backward,
     fake=_fake,
     check=_check,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-_backward_operator = registration.define_backward(
-    "packed_attention",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor offsets, SymInt max_length, Tensor? keep, float dropout_p,"
-    " SymInt[]? lengths, bool need_q, bool need_k, bool need_v, str backend) -> (Tensor, Tensor, Tensor)",
-    reference=reference.backward,
-    fake=_backward_fake,
 )

@@ -6,6 +6,7 @@ from torch import Tensor
 from xsmoe_kernels.ops.rank_of_target import reference
 from xsmoe_kernels.ops.scoring import item_scores
 from xsmoe_kernels.runtime import checks, dispatch, registration
+from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 def rank_of_target(queries: Tensor, items: Tensor, targets: Tensor, seen: item_scores.Seen | None) -> Tensor:
@@ -37,7 +38,8 @@ def rank_of_target(queries: Tensor, items: Tensor, targets: Tensor, seen: item_s
         checks.tensor("targets", targets, "M")
     queries, items = registration.autocast(queries.detach(), items.detach())
     values, offsets = (None, None) if seen is None else seen
-    return torch.ops.xsmoe.rank_of_target(queries, items, targets, values, offsets, dispatch.requested())
+    ranks: Tensor = _operator(queries, items, targets, values, offsets, dispatch.requested())
+    return ranks
 
 
 def _check(queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
@@ -52,15 +54,22 @@ def _check(queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None,
         checks.in_range("targets", targets, 0, items.shape[0])
 
 
-def _fake(
-    queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, seen_offsets: Tensor | None, backend: str
-) -> Tensor:
+def _fake(targets: Tensor) -> Tensor:
     return targets.new_empty(targets.shape)
 
 
-registration.define(
-    "rank_of_target",
-    "(Tensor queries, Tensor items, Tensor targets, Tensor? seen, Tensor? seen_offsets, str backend) -> Tensor",
+_operator = registration.define(
+    Operator(
+        "rank_of_target",
+        inputs=(
+            Input("queries"),
+            Input("items"),
+            Input("targets"),
+            Input("seen", "Tensor?"),
+            Input("seen_offsets", "Tensor?"),
+        ),
+        outputs=("ranks",),
+    ),
     reference=reference.forward,
     fake=_fake,
     check=_check,

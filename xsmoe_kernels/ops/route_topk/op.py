@@ -1,12 +1,13 @@
 """Top-k routing of rows to experts."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xsmoe_kernels.ops.route_topk import reference
 from xsmoe_kernels.runtime import checks, dispatch, registration
+from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 class Routing(NamedTuple):
@@ -50,46 +51,27 @@ def route_topk(logits: Tensor, k: int, *, renormalize: bool = True) -> Routing:
     return Routing(*_operator(logits, k, renormalize, dispatch.requested()))
 
 
-def _check(logits: Tensor, k: int, renormalize: bool) -> None:
+def _check(logits: Tensor, k: int) -> None:
     _, num_experts = checks.floating("logits", logits, "N", "E").shape
     checks.integer("k", k, 1, num_experts, bound="the number of experts")
 
 
-def _fake(logits: Tensor, k: int, renormalize: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_experts = logits.shape
     indices = logits.new_empty((num_rows, k), dtype=torch.int64)
     order, offsets = indices.new_empty(num_rows * k), indices.new_empty(num_experts + 1)
     return logits.new_empty((num_rows, k)), indices, order, offsets
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, ctx.renormalize, ctx.backend = inputs
-    ctx.save_for_backward(logits, output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
-    logits, experts = ctx.saved_tensors
-    grad_logits = _backward_operator(grad, logits, experts, ctx.renormalize, ctx.backend)
-    return grad_logits, None, None, None
-
-
-def _backward_fake(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: bool, backend: str) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 _operator = registration.define(
-    "route_topk",
-    "(Tensor logits, SymInt k, bool renormalize, str backend)"
-    " -> (Tensor gates, Tensor experts, Tensor order, Tensor offsets)",
+    Operator(
+        "route_topk",
+        inputs=(Input("logits", grad=True), Input("k", "SymInt", backward=False), Input("renormalize", "bool")),
+        outputs=("gates", "experts", "order", "offsets"),
+        saved=("experts",),
+    ),
     reference=reference.forward,
+    reference_backward=reference.backward,
     fake=_fake,
     check=_check,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-_backward_operator = registration.define_backward(
-    "route_topk",
-    "(Tensor grad, Tensor logits, Tensor experts, bool renormalize, str backend) -> Tensor",
-    reference=reference.backward,
-    fake=_backward_fake,
 )

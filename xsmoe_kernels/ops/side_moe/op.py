@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from xsmoe_kernels.ops.side_moe import reference
+from xsmoe_kernels.ops.side_moe.checks import check_level, check_types
 from xsmoe_kernels.ops.side_moe.frozen_experts import FrozenExperts
 from xsmoe_kernels.ops.side_moe.utilization import Utilization
 from xsmoe_kernels.runtime import checks, dispatch, registration
+from xsmoe_kernels.runtime.declaration import Input, Operator
 from xsmoe_kernels.runtime.precision import wide_dtype
 
 
@@ -86,25 +88,12 @@ def prepare(
 ) -> tuple[Any, ...]:
     """The operator's arguments from those of `side_moe`, whose types it checks in eager mode."""
     if not torch.compiler.is_compiling():
-        checks.tensor("x", x, "N", "D")
-        checks.tensor("backbone", backbone, "N", "D")
-        checks.tensor("router", router, "E+1", "D")
-        checks.tensor("down", down, "E", "R", "D")
-        checks.tensor("up", up, "E", "R", "D")
+        check_types(x, backbone, router, down, up, utilization, row_weight)
         num_frozen = checks.integer("num_frozen", num_frozen)
         if frozen is not None and not isinstance(frozen, FrozenExperts):
             raise TypeError(f"frozen must be a FrozenExperts or None, not {type(frozen).__name__}")
         if not isinstance(activation, str):
             raise TypeError(f"activation must be a str, not {type(activation).__name__}")
-        if utilization is not None:
-            if not isinstance(utilization, Utilization):
-                raise TypeError(f"utilization must be a Utilization or None, not {type(utilization).__name__}")
-            counted, gated = utilization.num_experts, router.shape[0] - 1
-            if counted != gated:
-                raise ValueError(f"utilization counts {counted} experts, but router has rows for {gated}")
-            checks.together({"x": x, "utilization": utilization.norm})
-        if row_weight is not None:
-            checks.tensor("row_weight", row_weight, "N")
         if recompute is not None:
             checks.flag("recompute", recompute)
     x, backbone, router, down, up = registration.autocast(x, backbone, router, down, up)
@@ -149,73 +138,20 @@ def check(
     up: Tensor,
     frozen_down: Tensor | None,
     frozen_up: Tensor | None,
-    frozen_pack: Tensor | None,
     row_weight: Tensor | None,
     num_frozen: int,
-    recompute: bool,
-    count: bool,
     activation: str,
 ) -> None:
-    """Raises what `side_moe` promises to raise of dtypes, shapes, devices and numbers, after autocast."""
-    rows, dim = checks.floating("backbone", backbone, "N", "D").shape
-    checks.floating("x", x, "N", dim)
-    if x.shape[0] not in (1, rows):
-        raise ValueError(f"x must have the {rows} rows of backbone, or a single row for all of them, not {x.shape[0]}")
-    checks.floating("router", router, "E+1", dim)
-    experts, rank, _ = checks.floating("down", down, "E", "R", dim).shape
-    checks.floating("up", up, experts, rank, dim)
-    held = f"{experts} experts"
-    if frozen_down is not None:
-        ahead, _, _ = checks.floating("frozen.down", frozen_down, "F", rank, dim).shape
-        checks.floating("frozen.up", frozen_up, ahead, rank, dim)
-        experts += ahead
-        held = f"{experts} experts ({ahead} of them frozen)"
-    if experts == 0:
-        raise ValueError("down and up hold no expert, and frozen none either; give at least one")
-    if router.shape[0] != experts + 1:
-        raise ValueError(
-            f"router must have {experts + 1} rows, one for the backbone and one for each of the {held}, "
-            f"not {router.shape[0]}"
-        )
-    if frozen_down is not None and num_frozen != 0:
-        raise ValueError(
-            f"num_frozen must be 0 where frozen is given, not {num_frozen}: frozen holds the frozen experts"
-        )
-    checks.integer("num_frozen", num_frozen, 0, experts, bound="the number of experts")
+    """Check the operator's arguments, with the errors that `side_moe` documents."""
+    check_level(x, backbone, router, down, up, frozen_down, frozen_up, row_weight, num_frozen)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
-    if row_weight is not None:
-        checks.floating("row_weight", row_weight, rows)
-    operands = {
-        "x": x,
-        "backbone": backbone,
-        "router": router,
-        "down": down,
-        "up": up,
-        "frozen.down": frozen_down,
-        "frozen.up": frozen_up,
-    }
-    checks.together(operands | {"row_weight": row_weight})
-    checks.same_dtype(operands)
 
 
 def fake(
-    x: Tensor,
-    backbone: Tensor,
-    router: Tensor,
-    down: Tensor,
-    up: Tensor,
-    frozen_down: Tensor | None,
-    frozen_up: Tensor | None,
-    frozen_pack: Tensor | None,
-    row_weight: Tensor | None,
-    num_frozen: int,
-    recompute: bool,
-    count: bool,
-    activation: str,
-    backend: str,
+    x: Tensor, backbone: Tensor, router: Tensor, down: Tensor, recompute: bool, count: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of the operator's results."""
+    """Return empty results of the operator's shapes and dtypes."""
     gated = router.shape[0]
     gates = x.new_empty((x.shape[0], gated), dtype=wide_dtype(x.dtype))
     hidden_shape = (0,) if recompute else (x.shape[0], (gated - 1) * down.shape[1])
@@ -229,85 +165,30 @@ def fake(
     )
 
 
-def backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    backbone: Tensor,
-    router: Tensor,
-    down: Tensor,
-    up: Tensor,
-    frozen_down: Tensor | None,
-    frozen_up: Tensor | None,
-    frozen_pack: Tensor | None,
-    gates: Tensor,
-    hidden: Tensor,
-    num_frozen: int,
-    recompute: bool,
-    activation: str,
-    need_x: bool,
-    need_backbone: bool,
-    need_router: bool,
-    need_down: bool,
-    need_up: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Shapes and dtypes of the gradients."""
-    inputs = (x, backbone, router, down, up)
-    needed = (need_x, need_backbone, need_router, need_down, need_up)
-    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs, needed, strict=True))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        x,
-        backbone,
-        router,
-        down,
-        up,
-        frozen_down,
-        frozen_up,
-        frozen_pack,
-        _,
-        num_frozen,
-        recompute,
-        _,
-        activation,
-        backend,
-    ) = inputs
-    _, gates, hidden, norm, gate = output
-    # Only y has a gradient; zeros for the others would be tensors of E*R columns.
-    ctx.mark_non_differentiable(gates, hidden, norm, gate)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, backbone, router, down, up, frozen_down, frozen_up, frozen_pack, gates, hidden)
-    ctx.settings = num_frozen, recompute, activation
-    ctx.backend = backend
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 14
-    needed = ctx.needs_input_grad[:5]
-    gradients = _backward_operator(grad, *ctx.saved_tensors, *ctx.settings, *needed, ctx.backend)
-    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 9
-
-
-_operator = registration.define(
+OPERATOR = Operator(
     "side_moe",
-    "(Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, Tensor? frozen_up, "
-    "Tensor? frozen_pack, Tensor? row_weight, SymInt num_frozen, bool recompute, bool count, str activation, "
-    "str backend) -> (Tensor y, Tensor gates, Tensor hidden, Tensor norm, Tensor gate)",
+    inputs=(
+        Input("x", grad=True),
+        Input("backbone", grad=True),
+        Input("router", grad=True),
+        Input("down", grad=True),
+        Input("up", grad=True),
+        Input("frozen_down", "Tensor?"),
+        Input("frozen_up", "Tensor?"),
+        Input("frozen_pack", "Tensor?"),
+        Input("row_weight", "Tensor?", backward=False),
+        Input("num_frozen", "SymInt"),
+        Input("recompute", "bool"),
+        Input("count", "bool", backward=False),
+        Input("activation", "str"),
+    ),
+    outputs=("y", "gates", "hidden", "norm", "gate"),
+    saved=("gates", "hidden"),
+)
+_operator = registration.define(
+    OPERATOR,
     reference=reference.forward,
+    reference_backward=reference.backward,
     fake=fake,
     check=check,
-    setup_context=_setup_context,
-    backward=_backward,
-)
-_backward_operator = registration.define_backward(
-    "side_moe",
-    "(Tensor grad, Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up, Tensor? frozen_down, "
-    "Tensor? frozen_up, Tensor? frozen_pack, Tensor gates, Tensor hidden, SymInt num_frozen, bool recompute, "
-    "str activation, bool need_x, bool need_backbone, bool need_router, bool need_down, bool need_up, str backend) "
-    "-> (Tensor x, Tensor backbone, Tensor router, Tensor down, Tensor up)",
-    reference=reference.backward,
-    fake=backward_fake,
 )

@@ -6,6 +6,7 @@ from torch import Tensor
 from xsmoe_kernels.ops.scoring import item_scores
 from xsmoe_kernels.ops.topk_items import reference
 from xsmoe_kernels.runtime import checks, dispatch, precision, registration
+from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 def topk_items(queries: Tensor, items: Tensor, k: int, seen: item_scores.Seen | None) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,8 @@ def topk_items(queries: Tensor, items: Tensor, k: int, seen: item_scores.Seen | 
         k = checks.integer("k", k)
     queries, items = registration.autocast(queries.detach(), items.detach())
     values, offsets = (None, None) if seen is None else seen
-    return torch.ops.xsmoe.topk_items(queries, items, k, values, offsets, dispatch.requested())
+    scores, ids = _operator(queries, items, k, values, offsets, dispatch.requested())
+    return scores, ids
 
 
 def _check(queries: Tensor, items: Tensor, k: int, seen: Tensor | None, seen_offsets: Tensor | None) -> None:
@@ -43,19 +45,25 @@ def _check(queries: Tensor, items: Tensor, k: int, seen: Tensor | None, seen_off
     checks.integer("k", k, 1)
 
 
-def _fake(
-    queries: Tensor, items: Tensor, k: int, seen: Tensor | None, seen_offsets: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
+def _fake(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=precision.wide_dtype(queries.dtype)), queries.new_empty(
         shape, dtype=torch.int64
     )
 
 
-registration.define(
-    "topk_items",
-    "(Tensor queries, Tensor items, SymInt k, Tensor? seen, Tensor? seen_offsets, str backend)"
-    " -> (Tensor scores, Tensor ids)",
+_operator = registration.define(
+    Operator(
+        "topk_items",
+        inputs=(
+            Input("queries"),
+            Input("items"),
+            Input("k", "SymInt"),
+            Input("seen", "Tensor?"),
+            Input("seen_offsets", "Tensor?"),
+        ),
+        outputs=("scores", "ids"),
+    ),
     reference=reference.forward,
     fake=_fake,
     check=_check,

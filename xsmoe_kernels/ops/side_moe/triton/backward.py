@@ -1,5 +1,6 @@
-"""Launches of the backward of side levels: allocates results and scratch, and says which kernels run on what."""
+"""Launches of the backward of side levels: block sizes, results and scratch, and the order of the kernels."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,24 +9,159 @@ from torch import Tensor
 from triton import cdiv
 
 from xsmoe_kernels.ops.side_moe.triton import backward_kernels as kernels
-from xsmoe_kernels.ops.side_moe.triton import configs
-from xsmoe_kernels.ops.side_moe.triton.launch import Launch, in_launches, nothing, rank_block, strides, variables
-from xsmoe_kernels.ops.side_moe.triton.levels import BackwardLevel, Level, make_level
-from xsmoe_kernels.ops.side_moe.triton.row_kernels import TRITON, GateGradients, RowKernels
-from xsmoe_kernels.ops.side_moe.triton.weight_gradients import weight_gradients
+from xsmoe_kernels.ops.side_moe.triton.forward import TILE, TILE_CANDIDATES, TILE_DEFAULTS
+from xsmoe_kernels.ops.side_moe.triton.launch import (
+    BackwardLevel,
+    Launch,
+    Level,
+    in_launches,
+    make_level,
+    nothing,
+    rank_block,
+    strides,
+    variables,
+)
+from xsmoe_kernels.ops.side_moe.triton.weight_kernels import weight_gradients
 from xsmoe_kernels.triton_utils import kernel_helpers
 from xsmoe_kernels.triton_utils.kernel_helpers import rows_in_place
-from xsmoe_kernels.triton_utils.tuning import Config
+from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere, make_config
+
+# With two products in its epilogue, a wider tile would spill.
+_GRADIENT_DEFAULTS = TILE_DEFAULTS | {
+    ("sm_80", "half"): make_config(TILE, "128 64 32", 8, 4),
+    ("sm_90", "half"): make_config(TILE, "128 64 64", 8, 4),
+    ("sm_100", "half"): make_config(TILE, "128 64 64", 8, 4),
+    ("sm_90", "tf32"): make_config(TILE, "128 64 32", 8, 4),
+    ("sm_100", "tf32"): make_config(TILE, "128 64 32", 8, 4),
+}
+HIDDEN_GRADIENT = Table(
+    "side_moe.hidden_gradient", _GRADIENT_DEFAULTS, make_config(TILE, "32 64 64", 4, 1), TILE_CANDIDATES
+)
+
+_ROWS = "BLOCK_N BLOCK_D BLOCK_K BLOCK_E"
+ROW_GRADIENT = Table(
+    "side_moe.row_gradient",
+    {
+        ("sm_80", "half"): make_config(_ROWS, "128 128 32 16", 8, 3),
+        ("sm_90", "half"): make_config(_ROWS, "128 128 64 16", 8, 4),
+        ("sm_100", "half"): make_config(_ROWS, "128 128 64 16", 8, 4),
+        ("gfx942", "half"): make_config(_ROWS, "128 128 64 16", 8, 2),
+        ("sm_80", "tf32"): make_config(_ROWS, "128 64 32 16", 8, 3),
+        ("sm_90", "tf32"): make_config(_ROWS, "128 64 32 16", 8, 4),
+        ("sm_100", "tf32"): make_config(_ROWS, "128 64 32 16", 8, 4),
+        **everywhere(make_config(_ROWS, "64 64 16 16", 8, 2), "ieee"),
+    },
+    interpreted=make_config(_ROWS, "32 64 32 16", 4, 1),
+    candidates=(
+        make_config(_ROWS, "128 64 64 16", 4, 4),
+        make_config(_ROWS, "64 128 64 16", 4, 4),
+        make_config(_ROWS, "128 256 64 16", 8, 3),
+        make_config(_ROWS, "64 64 32 16", 4, 3),
+    ),
+)
+
+_COLUMNS = "BLOCK_N BLOCK_D SLICE"
+COLUMN_SUM = Table(
+    "side_moe.column_sum",
+    everywhere(make_config(_COLUMNS, "32 128 256", 4, 2)),
+    make_config(_COLUMNS, "16 32 48", 4, 1),
+)
+_SLICES = "BLOCK_N BLOCK_D"
+ROW_SUM = Table(
+    "side_moe.row_sum", everywhere(make_config(_SLICES, "32 64", 4, 2)), make_config(_SLICES, "16 32", 4, 1)
+)
+_LOGITS = "BLOCK_N BLOCK_E BLOCK_D"
+LOGIT_GRADIENT = Table(
+    "side_moe.logit_gradient",
+    everywhere(make_config(_LOGITS, "16 16 64", 4, 2)),
+    make_config(_LOGITS, "32 16 64", 4, 1),
+)
 
 
-def backward(*arguments: Any, rows: RowKernels = TRITON) -> tuple[Tensor, ...]:
-    """The gradients of `side_moe` as `reference.backward` describes them; `rows` does what goes over rows."""
-    return tuple(results[0] for results in group_backward(*([argument] for argument in arguments), rows=rows))
+LogitGradient = Callable[
+    [Launch, Sequence[Tensor], list[Tensor], list[Tensor], list[Tensor], bool, bool],
+    tuple[list[Tensor], list[Tensor]],
+]
+"""Type of `logit_gradient`."""
 
 
-def group_backward(*arguments: list[Any], rows: RowKernels = TRITON) -> tuple[list[Tensor], ...]:
-    """`backward` for lists, of one entry per level."""
-    results = in_launches(list(map(_backward_level, *arguments)), _backward_kind, partial(_backward, rows))
+def logit_gradient(
+    launch: Launch,
+    grad: Sequence[Tensor],
+    gates: list[Tensor],
+    dots: list[Tensor],
+    backbone_dot: list[Tensor],
+    need_logits: bool,
+    need_backbone: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of each level's logits and of its backbone; an empty list for one that is not needed.
+
+    Those of logits are float32, because float16 has too small a range, and (rows of x, 16 ceil((E+1) / 16)), which
+    allows wide loads.
+
+    Args:
+        launch: the levels.
+        grad: the gradient of y, rows of any stride; the sum of the rows in float32 where x is one row.
+        gates: (rows of x, E+1).
+        dots: (rows of x, E * chunks), for each expert the terms of its gate's gradient other than grad . x, by chunk.
+        backbone_dot: (1,), the sum of grad . backbone over all rows, where x is one row; else empty.
+        need_logits, need_backbone: which gradients are needed.
+    """
+    levels = launch.levels
+    grad_logits = (
+        [gate.new_empty(len(gate), 16 * cdiv(level.experts + 1, 16)) for level, gate in zip(levels, gates, strict=True)]
+        if need_logits
+        else []
+    )
+    grad_backbone = [level.backbone.new_empty(level.backbone.shape) for level in levels] if need_backbone else []
+    unused = [nothing(launch.like)] * len(levels)
+    experts = levels[0].experts
+    launch.run(
+        LOGIT_GRADIENT,
+        lambda config: launch.start(
+            kernels.logit_gradient_kernel,
+            cdiv(launch.most_rows, config.blocks["BLOCK_N"]),
+            config,
+            {
+                "x": launch.x,
+                "backbone": tuple(level.backbone for level in levels),
+                "grad": tuple(grad),
+                "gates": tuple(gates),
+                "dots": tuple(dots),
+                "backbone_dot": tuple(backbone_dot or gates),
+                "grad_logits": tuple(grad_logits or gates),
+                "grad_backbone": tuple(grad_backbone or unused),
+                "x_strides": launch.x_strides,
+                "backbone_strides": strides(level.backbone for level in levels),
+                "grad_strides": strides(grad),
+                "rows": launch.rows,
+                "experts": launch.experts,
+                "dims": launch.dims,
+            },
+            ONE_ROW=bool(backbone_dot),
+            NEED_LOGITS=need_logits,
+            NEED_BACKBONE=need_backbone,
+            CHUNKS=dots[0].shape[1] // experts if need_logits else 1,
+        ),
+    )
+    return grad_logits, grad_backbone
+
+
+def backward(*arguments: Any, logit_gradient: LogitGradient = logit_gradient) -> tuple[Tensor, ...]:
+    """Compute the gradients of `side_moe` as `reference.backward` specifies them.
+
+    Args:
+        arguments: those of `reference.backward`.
+        logit_gradient: the kernel for rows; another backend may pass its own.
+    """
+    return tuple(
+        results[0] for results in group_backward(*([argument] for argument in arguments), logit_gradient=logit_gradient)
+    )
+
+
+def group_backward(*arguments: list[Any], logit_gradient: LogitGradient = logit_gradient) -> tuple[list[Tensor], ...]:
+    """Compute `backward` for lists with one entry per level."""
+    results = in_launches(list(map(_backward_level, *arguments)), _backward_kind, partial(_backward, logit_gradient))
     return tuple(map(list, zip(*results, strict=True)))
 
 
@@ -39,7 +175,7 @@ def _backward_kind(part: BackwardLevel) -> tuple[Any, ...]:
     return *part.level.kind, part.recompute, *part.needs
 
 
-def _backward(rows: RowKernels, parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
+def _backward(logit_gradient: LogitGradient, parts: list[BackwardLevel]) -> list[tuple[Tensor, ...]]:
     levels, asked = [part.level for part in parts], parts[0]
     one_row = levels[0].one_row
     launch = Launch(levels, [level.x.shape[0] for level in levels])
@@ -55,17 +191,15 @@ def _backward(rows: RowKernels, parts: list[BackwardLevel]) -> list[tuple[Tensor
     wide_grads: list[Tensor] = grads
     backbone_dots: list[Tensor] = []
     if one_row:
-        grad_backbone, sums, dots, blocks = launch.run(
-            configs.COLUMN_SUM, lambda config: _column_sums(launch, parts, config)
-        )
+        grad_backbone, sums, dots, blocks = launch.run(COLUMN_SUM, lambda config: _column_sums(launch, parts, config))
         if need_rows or need_weights:
             wide_grads, grads, backbone_dots = launch.run(
-                configs.ROW_SUM, lambda config: _row_sums(launch, sums, dots, blocks, config)
+                ROW_SUM, lambda config: _row_sums(launch, sums, dots, blocks, config)
             )
     dots = grad_hidden = gated = grad_logits = [nothing(like)] * len(levels)
     if need_rows or need_weights:
         dots, grad_hidden, gated = launch.run(
-            configs.HIDDEN_GRADIENT,
+            HIDDEN_GRADIENT,
             lambda config: _hidden_gradients(launch, parts, grads, config),
             recompute=asked.recompute,
             rows=need_rows,
@@ -73,12 +207,12 @@ def _backward(rows: RowKernels, parts: list[BackwardLevel]) -> list[tuple[Tensor
         )
     need_backbone = asked.need_backbone and not one_row
     if need_rows or need_backbone:
-        given = GateGradients(wide_grads, [part.gates for part in parts], dots, backbone_dots)
-        logits, backbones = rows.logit_gradient(launch, given, need_rows, need_backbone)
+        gates = [part.gates for part in parts]
+        logits, backbones = logit_gradient(launch, wide_grads, gates, dots, backbone_dots, need_rows, need_backbone)
         grad_logits, grad_backbone = logits or grad_logits, backbones or grad_backbone
     if asked.need_x:
         launch.run(
-            configs.ROW_GRADIENT,
+            ROW_GRADIENT,
             lambda config: _row_gradients(launch, parts, wide_grads, grad_hidden, grad_logits, grad_x, config),
         )
     weights = [(nothing(like), nothing(like), nothing(like)) for _ in levels]

@@ -1,10 +1,42 @@
-"""The gradients of a side level's weights in Triton: sums over slices of rows, then over the slices."""
+"""Gradients of a side level's weights: kernels that sum over slices of rows, then over slices; and their launches."""
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton import cdiv
 
 from xsmoe_kernels.ops.side_moe.triton.device_functions import padded
+from xsmoe_kernels.ops.side_moe.triton.launch import BackwardLevel, Launch, nothing, strides, variables
+from xsmoe_kernels.triton_utils import kernel_helpers
 from xsmoe_kernels.triton_utils.kernel_helpers import narrow, pick, product, variable
+from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere, make_config
+
+_WEIGHT = "BLOCK_C BLOCK_D BLOCK_K"
+WEIGHT_GRADIENT = Table(
+    "side_moe.weight_gradient",
+    {
+        ("sm_80", "half"): make_config(_WEIGHT, "64 128 64", 4, 3),
+        ("sm_90", "half"): make_config(_WEIGHT, "64 128 64", 4, 4),
+        ("sm_100", "half"): make_config(_WEIGHT, "64 128 64", 4, 4),
+        ("gfx942", "half"): make_config(_WEIGHT, "64 128 64", 4, 2),
+        ("sm_80", "tf32"): make_config(_WEIGHT, "64 64 32", 4, 3),
+        ("sm_90", "tf32"): make_config(_WEIGHT, "64 64 32", 4, 4),
+        ("sm_100", "tf32"): make_config(_WEIGHT, "64 64 32", 4, 4),
+        **everywhere(make_config(_WEIGHT, "64 64 16", 8, 2), "ieee"),
+    },
+    interpreted=make_config(_WEIGHT, "32 64 16", 4, 1),
+    candidates=(
+        make_config(_WEIGHT, "64 64 64", 4, 4),
+        make_config(_WEIGHT, "64 256 64", 8, 3),
+        make_config(_WEIGHT, "64 64 32", 4, 4),
+    ),
+)
+WEIGHT_SUM = Table(
+    "side_moe.weight_sum", everywhere(make_config("BLOCK_D", "512", 4, 2)), make_config("BLOCK_D", "32", 4, 1)
+)
 
 
 @triton.jit
@@ -179,3 +211,111 @@ def weight_sum_kernel(
             place = part * height + stacked.to(tl.int64) * dim + column
             total += tl.load(pick(parts, level) + place, mask=inside & (own >= own_zeros), other=0.0)
         tl.store(target + own.to(tl.int64) * dim + column, narrow(total, grad_router[0]), mask=inside)
+
+
+def weight_gradients(
+    launch: Launch,
+    parts: list[BackwardLevel],
+    grads: list[Tensor],
+    grad_hidden: list[Tensor],
+    gated: list[Tensor],
+    grad_logits: list[Tensor],
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The gradients of router, down and up: sums over slices of rows, then over the slices."""
+    levels, asked, like = launch.levels, parts[0], launch.like
+    trained_columns = [(level.experts - level.trained) * level.rank for level in levels]
+    hidden_columns = [number * asked.need_down for number in trained_columns]
+    # Where x takes a gradient, the hidden states of frozen experts have theirs ahead.
+    hidden_offsets = [level.trained * level.rank * asked.need_x for level in levels]
+    gated_columns = [number * asked.need_up for number in trained_columns]
+    logit_columns = [(level.experts + 1) * asked.need_router for level in levels]
+    heights = [sum(columns) for columns in zip(hidden_columns, gated_columns, logit_columns, strict=True)]
+    unit = math.gcd(launch.rank, 16)
+    columns = {
+        "hidden_columns": variables(number // unit for number in hidden_columns),
+        "gated_columns": variables(number // unit for number in gated_columns),
+        "logit_columns": variables(logit_columns),
+    }
+
+    def products(config: Config) -> tuple[list[Tensor], list[int]]:
+        """The sums over slices, and how many slices there are."""
+        blocks = config.blocks
+        tiles = [
+            sum(cdiv(number, blocks["BLOCK_C"]) for number in level_columns) * cdiv(level.dim, blocks["BLOCK_D"])
+            for level, *level_columns in zip(levels, hidden_columns, gated_columns, logit_columns, strict=True)
+        ]
+        # By what the level itself is, so that its sums are the same in any company.
+        slices = [
+            max(
+                1,
+                min(cdiv(kernel_helpers.ENOUGH_PROGRAMS, max(1, tile)), cdiv(level.x.shape[0], 4 * blocks["BLOCK_K"])),
+            )
+            for level, tile in zip(levels, tiles, strict=True)
+        ]
+        sums = [
+            torch.empty(number, height, level.dim, dtype=torch.float32, device=like.device)
+            for number, height, level in zip(slices, heights, levels, strict=True)
+        ]
+        launch.start(
+            weight_gradient_kernel,
+            max(tile * number for tile, number in zip(tiles, slices, strict=True)),
+            config,
+            {
+                "x": launch.x,
+                "grad": tuple(grads),
+                "grad_hidden": tuple(grad_hidden),
+                "gated": tuple(gated),
+                "grad_logits": tuple(grad_logits),
+                "parts": tuple(sums),
+                "x_strides": launch.x_strides,
+                "grad_strides": strides(grads),
+                "hidden_offsets": variables(offset // unit for offset in hidden_offsets),
+                **columns,
+                "rows": launch.rows,
+                "slices": variables(slices),
+                "dims": launch.dims,
+            },
+            **launch.product_constants(config, "BLOCK_D"),
+            WIDE_PRECISION=kernel_helpers.wide_precision(like),
+            RANK_UNIT=unit,
+        )
+        return sums, slices
+
+    sums, slices = launch.run(WEIGHT_GRADIENT, products)
+    routers = [torch.empty_like(level.router) if asked.need_router else nothing(like) for level in levels]
+    # Where nothing is trained no kernel writes.
+    downs, ups = (
+        [
+            (torch.empty_like if number else torch.zeros_like)(weight) if need else nothing(like)
+            for weight, number in zip(weights, trained_columns, strict=True)
+        ]
+        for weights, need in (
+            ([level.down for level in levels], asked.need_down),
+            ([level.up for level in levels], asked.need_up),
+        )
+    )
+    zeros = [(level.trained - level.frozen) * level.rank for level in levels]
+    most = max(
+        (number + zero) * (asked.need_down + asked.need_up) + router
+        for number, zero, router in zip(trained_columns, zeros, logit_columns, strict=True)
+    )
+    launch.run(
+        WEIGHT_SUM,
+        lambda config: launch.start(
+            weight_sum_kernel,
+            most,
+            config,
+            {
+                "parts": tuple(sums),
+                "grad_down": tuple(downs),
+                "grad_up": tuple(ups),
+                "grad_router": tuple(routers),
+                "frozen_columns": variables(zeros),
+                **columns,
+                "slices": variables(slices),
+                "dims": launch.dims,
+            },
+            RANK_UNIT=unit,
+        ),
+    )
+    return list(zip(routers, downs, ups, strict=True))
