@@ -13,9 +13,9 @@ std::string cpu_tier() { return xsmoe::name(xsmoe::isa_level()); }
 
 std::vector<std::string> supported_tiers() {
     std::vector<std::string> names;
-    for (xsmoe::Tier tier : xsmoe::all_tiers) {
-        if (xsmoe::compiled(tier) && xsmoe::supported(tier)) {
-            names.emplace_back(xsmoe::name(tier));
+    for (xsmoe::IsaLevel level : xsmoe::all_isa_levels) {
+        if (xsmoe::compiled(level) && xsmoe::supported(level)) {
+            names.emplace_back(xsmoe::name(level));
         }
     }
     return names;
