@@ -226,7 +226,7 @@ def test_a_library_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     assert f"ImportError: {damaged} cannot be loaded: " in ran.stderr
     built = cpu_backend.describe()["torch"]
     assert f"built against torch {built}" in ran.stderr or built is None
-    assert f"torch {torch.__version__} is running. To build it anew, run `python setup.py" in ran.stderr
+    assert f"torch {torch.__version__} is running. To build it again, run `python setup.py" in ran.stderr
 
 
 @needs_compiler

@@ -318,7 +318,7 @@ def test_auto_goes_on_to_the_reference_where_a_gpu_is_too_old(
 ) -> None:
     device = torch.device(name)
     assert dispatch.select(operator, "auto", device, torch.float32) == "reference"
-    assert "8.0 or newer" in (dispatch.unavailable(operator, "triton", device, torch.float32) or "")
+    assert "8.0 or newer" in (dispatch.unavailable_reason(operator, "triton", device, torch.float32) or "")
     with pytest.raises(BackendUnavailable, match=rf"8\.0 or newer, and {name} has 7\.5"):
         dispatch.select(operator, "triton", device, torch.float32)
     tuning._known_too_old.cache_clear()

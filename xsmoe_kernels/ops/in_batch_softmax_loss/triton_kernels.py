@@ -1,7 +1,7 @@
-"""The in-batch softmax loss in Triton: partial sums over tiles of logits, which never leave the registers.
+"""In-batch softmax loss in Triton: partial sums over tiles of logits, which stay in registers.
 
-A query's target is no negative: `row_kernel` computes its logit apart from the tiles, so that a query without negatives
-has a loss of 0, and gradients of 0, exactly.
+A query's target is not a negative. `logit_lse_kernel` computes its logit apart from the tiles, so that the loss and
+the gradients of a query without negatives are exactly 0.
 """
 
 import triton
@@ -84,7 +84,7 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_slices"])
-def row_kernel(
+def logit_lse_kernel(
     queries,
     items,
     targets,

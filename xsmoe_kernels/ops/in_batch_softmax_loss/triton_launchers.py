@@ -14,7 +14,7 @@ from xsmoe_kernels.ops.in_batch_softmax_loss.triton_gradient_kernels import (
     query_gradient_kernel,
     slice_sum_kernel,
 )
-from xsmoe_kernels.ops.in_batch_softmax_loss.triton_kernels import mean_kernel, row_kernel, sums_kernel
+from xsmoe_kernels.ops.in_batch_softmax_loss.triton_kernels import logit_lse_kernel, mean_kernel, sums_kernel
 from xsmoe_kernels.triton_utils import kernel_helpers, tuning
 from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere
 
@@ -230,7 +230,7 @@ def _rows(batch: Batch, maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(num_queries, config.blocks["BLOCK_M"])
     lse, losses = maxima.new_empty(num_queries), maxima.new_empty(blocks)
     kernel_helpers.launch(
-        row_kernel,
+        logit_lse_kernel,
         (blocks,),
         batch.queries.device,
         {**batch.rows(), "maxima": maxima, "sums": sums, "lse": lse, "losses": losses, "num_slices": len(maxima)},

@@ -67,7 +67,7 @@ def backward(
     return tuple(_unbatch(g, q) if need else q.new_empty(0) for g, need in zip(gradients, needs, strict=True))
 
 
-def refuses_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+def rejects_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
     """Why xformers cannot serve a call of `forward`; without arguments, an ordinary one of that dtype."""
     if isinstance(reason := _fmha(), str):
         return reason
@@ -87,9 +87,9 @@ def refuses_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -
     return None if isinstance(found, _Passes) else found
 
 
-def refuses_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+def rejects_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
     """The same for `backward`, so that it runs where its forward did."""
-    return refuses_forward(device, dtype, *arguments[1:9])
+    return rejects_forward(device, dtype, *arguments[1:9])
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What the kernels of `route_topk` for GPUs cannot take; `refuses` of theirs, as `dispatch.register` takes them."""
+"""What the kernels of `route_topk` for GPUs cannot take; `rejects` of theirs, as `dispatch.register` takes them."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from torch import Tensor
 MOST_EXPERTS = 1024
 
 
-def refuses_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+def rejects_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
     """Why the kernels of `route_topk` cannot serve a call, or None if they can."""
     return _too_many_experts(arguments[0]) if arguments else None
 
 
-def refuses_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+def rejects_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
     """The same of `route_topk_backward`."""
     return _too_many_experts(arguments[1]) if arguments else None
 

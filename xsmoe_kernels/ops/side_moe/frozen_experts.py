@@ -102,7 +102,7 @@ class FrozenExperts:
     def _packable(self) -> bool:
         if self.num_experts == 0 or type(self.down) is not Tensor:
             return False
-        return dispatch.unavailable("side_moe", "native", self.down.device, self.down.dtype) is None
+        return dispatch.unavailable_reason("side_moe", "native", self.down.device, self.down.dtype) is None
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process may run on another processor, and a copied tensor has a version of its own.

@@ -103,7 +103,7 @@ def score_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_item", "length", "slice_length", "k", "done"])
-def best_kernel(
+def topk_merge_kernel(
     source,
     candidates,
     scores,

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from xsmoe_kernels.ops.scoring import triton_scores
-from xsmoe_kernels.ops.topk_items.triton_kernels import best_kernel, score_kernel
+from xsmoe_kernels.ops.topk_items.triton_kernels import score_kernel, topk_merge_kernel
 from xsmoe_kernels.triton_utils import kernel_helpers, tuning
 from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere
 
@@ -132,7 +132,7 @@ def _merge(
 
     def launch(source: Tensor, candidates: Tensor, length: int, slice_length: int, final: bool) -> None:
         kernel_helpers.launch(
-            best_kernel,
+            topk_merge_kernel,
             (row_blocks * triton.cdiv(length, slice_length),),
             scores.device,
             {
