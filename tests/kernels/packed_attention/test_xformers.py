@@ -185,7 +185,7 @@ def test_what_it_cannot_serve_has_a_reason_and_another_backend(fake: Fake) -> No
         backward = (q, q, k, v, *arguments, True, True, True)
         assert dispatch.unavailable_reason(NAMES[1], "cuda", q.device, q.dtype, *backward) is not None
 
-    refused("draws dropout by itself", CASE.offsets, 4, keep, 0.1, lengths)
+    refused("draws its own dropout", CASE.offsets, 4, keep, 0.1, lengths)
     refused("needs lengths", CASE.offsets, 4, None, 0.0, None)
     refused("lengths sum to 7 of 8", torch.tensor([1, 4, 8]), 4, None, 0.0, [3, 4])
     fake.offer(flash="head dimension", cutlass="compute capability")

@@ -136,7 +136,7 @@ def test_other_dtypes_and_more_items_are_left_to_others() -> None:
     with use_backend("cuda"), pytest.raises(BackendUnavailable, match=r"take torch\.float32, not torch\.bfloat16"):
         rank_of_target(*case)
     device, meta = torch.device("cuda"), torch.empty(2, 1, device="meta")
-    for more, reason in ((0, ""), (1, "items has 2147482625 rows, but the cuda kernels take at most 2147482624")):
+    for more, reason in ((0, ""), (1, "items has 2147482625 rows, but the cuda kernels support at most 2147482624")):
         items = torch.empty(item_scores.MOST_ITEMS + more, 1, device="meta")
         found = dispatch.unavailable_reason(
             "rank_of_target", "cuda", device, torch.float32, meta, items, meta, None, None
