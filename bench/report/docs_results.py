@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.core.machine import ROOT
 from bench.core.results import Case, Role, Row, Run, load, load_folder
 from bench.core.timing import Quantiles
 from bench.report import slowdowns
-from bench.report.comparison import FEW_ROUNDS, baseline_role, fastest, speedup
+from bench.report.comparison import FEW_ROUNDS, fastest, speedup
 from bench.report.tables import markdown_table, mib, ms, percent
 
 RESULTS = ROOT / "bench" / "results"
