@@ -19,9 +19,10 @@ CUDA_TESTS := $(filter-out tests/kernels/backends/% %/side_moe/test_cuda.py,$(wi
 # Tests that run the same again in another order show sanitizers nothing new.
 ONCE := not any_order and not order_of_blocks and not catalogue
 
-# Processes of pytest-xdist. A test file stays in one of them, because its tests share what its fixtures build.
+# Processes of pytest-xdist. A test file runs in one process, because its tests share what its fixtures build. Without
+# reordering, the last files are short, so that no process waits long for another.
 WORKERS ?= auto
-PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # What variants of `bench quality` train on MovieLens.
 LEVERS := growth,condition-none,no-ids,history-last,keep-last,keep-best,linear,condition-standardize,paper

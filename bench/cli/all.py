@@ -13,11 +13,9 @@ from typing import NamedTuple
 from bench.cli import kernels, memory, roofline, step, stream
 from bench.cli.common import UsageError, add_machine, check_machine, make_folder
 from bench.core import results
-from bench.core.results import Run
 from bench.e2e.memory.curves import curves
 from bench.e2e.memory.report import slope_table
 from bench.e2e.stream import records, report
-from bench.e2e.stream.records import StreamRun
 from bench.report import summary
 
 
@@ -132,10 +130,7 @@ def summarize(folder: Path, endings: list[str]) -> str:
     files = _files(folder)
     notes = [line for part in PARTS if part.notes for path in files if path.stem == part.name
              for line in part.notes(path)]  # fmt: skip
-    runs: list[Run] = [results.load(path) for path in files if '"cases"' in path.read_text()]
-    is_stream = f'"kind": "{records.KIND}"'
-    streams: list[StreamRun] = [records.load(path) for path in files if is_stream in path.read_text()]
-    return summary.report(runs, streams, notes, endings)
+    return summary.report([records.load_any(path) for path in files], notes, endings)
 
 
 def arguments(part: Part, options: argparse.Namespace, folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from torch.profiler import profile as torch_profile
 from bench.cli.broken_pipe import run_and_exit
 from bench.cli.common import DTYPES, UsageError, check_machine, parse_sizes
 from bench.core import machine
-from bench.core.benchmark import Benchmark, forward_backward, load_benchmark
+from bench.core.benchmark import Benchmark, load_benchmark, run_step
 from bench.core.results import sizes_text
 from bench.e2e.step import STEPS as TRAINING_STEPS
 from bench.ops import OPERATORS
@@ -95,10 +95,7 @@ def measure(benchmark: Benchmark) -> tuple[list[KernelTime], Busy | None]:
     def run(count: int) -> float:
         begin = time.perf_counter()
         for _ in range(count):
-            if ours.whole_step is not None:
-                ours.whole_step(inputs)
-            else:
-                forward_backward(ours, inputs)
+            run_step(ours, inputs)
         if benchmark.on_cuda:
             torch.cuda.synchronize(benchmark.device)
         return time.perf_counter() - begin

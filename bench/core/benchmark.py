@@ -276,6 +276,22 @@ def forward_backward(implementation: Implementation, inputs: Tensors) -> list[Te
     return [*results.values(), *gradients(implementation, inputs, results).values()]
 
 
+def run_step(implementation: Implementation, inputs: Tensors) -> list[Tensor]:
+    """Run a whole step. Return its results and gradients, or nothing if it ends with an optimizer step."""
+    if implementation.whole_step is None:
+        return forward_backward(implementation, inputs)
+    implementation.whole_step(inputs)
+    return []
+
+
+def warm_up(implementation: Implementation, inputs: Tensors) -> None:
+    """Run a step and free its gradients, so that the next step allocates nothing that is allocated only once."""
+    run_step(implementation, inputs)
+    if implementation.whole_step is not None:
+        for leaf in implementation.leaves(inputs).values():
+            leaf.grad = None
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")

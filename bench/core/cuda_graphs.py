@@ -1,12 +1,14 @@
 """CUDA graphs: a step without the host time of Python and of kernel launches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
-from bench.core.benchmark import Absent, Implementation, Tensors, Variant, gradients
+from bench.core.benchmark import Absent, Benchmark, Implementation, Tensors, Variant, gradients
+from bench.core.results import Role
 
 T = TypeVar("T")
 Step = Callable[[], tuple[Tensors, Tensors]]
@@ -88,6 +90,23 @@ def with_graph(variant: Variant, device: torch.device, *, baseline: bool = False
         flop_like=variant.name,
         expected_saved_bytes=None,
     )
+
+
+def our_variants(
+    benchmark: Benchmark, build: Callable[[str], Implementation], backends: Sequence[str] = (), **declared: Any
+) -> list[Variant]:
+    """Return "ours" and, on a GPU, its graph and two variants for each of `backends`.
+
+    Args:
+        benchmark: the operator.
+        build: returns the implementation on a backend; "auto" is that of "ours".
+        backends: backends that are measured by name.
+        declared: more fields of the variants.
+    """
+    names = {"ours": "auto"} | ({f"ours-{one}": one for one in backends} if benchmark.on_cuda else {})
+    found = [Variant(name, Role.OURS, partial(build, backend), **declared) for name, backend in names.items()]
+    graphs = [[one, with_graph(one, benchmark.device)] for one in found]
+    return [variant for pair in graphs for variant in pair] if benchmark.on_cuda else found
 
 
 def at_fixed_addresses(implementation: Implementation) -> Implementation:

@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,24 @@ import torch
 import xsmoe_kernels
 
 ROOT = Path(__file__).parents[2]
-# Environment variables that change times.
-_VARIABLES = (
-    "OMP_",
-    "MKL_",
-    "KMP_",
-    "GOMP_",
-    "MALLOC_",
-    "XSMOE_",
-    "ONEDNN_",
-    "DNNL_",
-    "TORCHINDUCTOR_",
-    "CUDA_VISIBLE",
-    "CUDA_LAUNCH_BLOCKING",
-    "CUBLAS_",
-    "NVIDIA_TF32_OVERRIDE",
-    "PYTORCH_",
-    "TRITON_",
-)
-_GPU_FIELDS = (
-    "driver_version",
-    "clocks.sm",
-    "clocks.max.sm",
-    "clocks.mem",
-    "clocks.max.mem",
-    "power.limit",
-    "temperature.gpu",
-)
 BUSY = "**Other programs use this machine: ratios are more reliable than times, and neither much.**"
+# Prefixes of environment variables that change times.
+_VARIABLES = (
+    "OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "XSMOE_", "ONEDNN_", "DNNL_", "TORCHINDUCTOR_", "CUDA_VISIBLE",
+    "CUDA_LAUNCH_BLOCKING", "CUBLAS_", "NVIDIA_TF32_OVERRIDE", "PYTORCH_", "TRITON_",
+)  # fmt: skip
+_GPU_FIELDS = (
+    "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "temperature.gpu",
+)  # fmt: skip
 _ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return processor, memory, versions, settings and date, for JSON; `info` is that of xsmoe_kernels."""
+    info = xsmoe_kernels.info()
+    # A local path.
+    info["native"].pop("library", None)
+    maps = _read("/proc/self/maps") or ""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -55,7 +41,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": _load(),
         "memory_bytes": _meminfo("MemTotal"),
-        "allocator": _allocator(),
+        "allocator": next((name for name in _ALLOCATORS if name in maps), "system"),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
         "versions": {
@@ -65,7 +51,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "mkl": torch.backends.mkl.is_available(),
             "onednn": torch.backends.mkldnn.is_available(),
         },
-        "info": _info(),
+        "info": info,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -74,29 +60,29 @@ def describe(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
-            "triton": facts["info"].get("versions", {}).get("triton"),
+            "triton": info.get("versions", {}).get("triton"),
             # Not allow_tf32: reading it raises once fp32_precision has been set.
             "fp32_precision": getattr(torch.backends.cuda.matmul, "fp32_precision", None),
-            **_nvidia_smi(device),
+            **_nvidia_smi(getattr(properties, "uuid", None)),
         }
     return facts
 
 
 def line(machine: dict[str, Any]) -> str:
     """Return the facts in one line."""
-    cpu, versions = machine["cpu"], machine["versions"]
+    cpu, versions, info = machine["cpu"], machine["versions"], machine["info"]
     parts = [f"{cpu['model']}, {cpu['cores']} cores, {machine['threads']} threads"]
     if cpu["mhz"]:
         parts[0] += f" at {cpu['mhz']:.0f} MHz"
     if machine["memory_bytes"]:
         parts.append(f"{machine['memory_bytes'] / 2**30:.0f} GiB")
-    parts.append(
-        f"torch uses {cpu['capability']}, we {machine['info'].get('native', {}).get('tier', 'no native tier')}"
-    )
-    if "gpu" in machine:
-        parts.insert(0, _gpu_line(machine["gpu"]))
-    parts.append(f"torch {versions['torch']}, Python {versions['python']}")
-    parts.append(f"commit {machine['commit']}")
+    level = info.get("native", {}).get("tier", "no native kernels")
+    parts.append(f"instruction sets: torch {cpu['capability']}, ours {level}")
+    if gpu := machine.get("gpu"):
+        driver = f", driver {gpu['driver_version']}" if gpu.get("driver_version") else ""
+        clock = f", at {gpu['clocks.sm']} of {gpu['clocks.max.sm']} MHz" if gpu.get("clocks.sm") else ""
+        parts.insert(0, f"{gpu['name']}, CUDA {gpu['cuda']}{driver}{clock}, Triton {gpu.get('triton') or 'absent'}")
+    parts += [f"torch {versions['torch']}, Python {versions['python']}", f"commit {machine['commit']}"]
     if machine["load"] is not None:
         parts.append(f"load {machine['load'][0]:.1f}")
     return "; ".join([*parts, machine["date"]])
@@ -111,8 +97,8 @@ def available_memory(device: torch.device) -> int | None:
     """Return the free bytes of memory on the device, or None if they are unknown."""
     if device.type == "cuda":
         # The cached memory of torch's allocator is free for us.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return _meminfo("MemAvailable")
 
 
@@ -125,25 +111,12 @@ def _meminfo(field: str) -> int | None:
     return None
 
 
-def _gpu_line(gpu: dict[str, Any]) -> str:
-    parts = [gpu["name"], f"CUDA {gpu['cuda']}"]
-    if gpu.get("driver_version"):
-        parts.append(f"driver {gpu['driver_version']}")
-    if gpu.get("clocks.sm"):
-        parts.append(f"at {gpu['clocks.sm']} of {gpu['clocks.max.sm']} MHz")
-    return ", ".join([*parts, f"Triton {gpu.get('triton') or 'absent'}"])
-
-
-def _nvidia_smi(device: torch.device) -> dict[str, str | None]:
+def _nvidia_smi(uuid: object) -> dict[str, str | None]:
     """Return facts from the driver, which are only read; None for unknown ones."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     which = [] if uuid is None else [f"--id=GPU-{uuid}"]
-    command = ["nvidia-smi", *which, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return dict.fromkeys(_GPU_FIELDS)
-    values = [value.strip() for value in (output.splitlines() or [""])[0].split(",")]
+    query = f"--query-gpu={','.join(_GPU_FIELDS)}"
+    output = _output(["nvidia-smi", *which, query, "--format=csv,noheader,nounits"]) or ""
+    values = [value.strip() for value in output.partition("\n")[0].split(",")]
     found = values if len(values) == len(_GPU_FIELDS) else [""] * len(_GPU_FIELDS)
     return {name: value if value and value[0] != "[" else None for name, value in zip(_GPU_FIELDS, found, strict=True)}
 
@@ -159,14 +132,13 @@ def _cpu() -> dict[str, Any]:
     model = fields.get("model name", platform.processor() or platform.machine())
     if "model" in fields:
         model += f" (family {fields.get('cpu family', '?')}, model {fields['model']})"
-    flags = fields.get("flags", "").split()
     return {
         "model": model,
         "architecture": platform.machine(),
         "cores": os.cpu_count() or 1,
         "mhz": max(clocks, default=None),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "features": [flag for flag in flags if flag.startswith(("avx", "amx", "fma"))],
+        "features": [flag for flag in fields.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))],
         "cache": fields.get("cache size"),
     }
 
@@ -176,14 +148,12 @@ def _commit() -> str:
     if given := os.environ.get("GPU_SUITE_COMMIT"):
         return given
     git = ["git", "-C", str(ROOT)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        # Results do not change what is measured, and a run may be writing there.
-        asked = ["status", "--porcelain", "--", ":/", ":!/bench/results"]
-        changed = subprocess.run([*git, *asked], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+    commit = _output([*git, "rev-parse", "--short=12", "HEAD"])
+    # Results do not change what is measured, and a run may be writing there.
+    changed = _output([*git, "status", "--porcelain", "--", ":/", ":!/bench/results"])
+    if commit is None or changed is None:
         return "unknown"
-    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+    return commit.strip() + (" with changes" if changed.strip() else "")
 
 
 @functools.cache
@@ -192,9 +162,12 @@ def _load() -> list[float] | None:
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
-def _allocator() -> str:
-    mapped = _read("/proc/self/maps") or ""
-    return next((name for name in _ALLOCATORS if name in mapped), "system")
+def _output(command: Sequence[str]) -> str | None:
+    """Return a command's output, or None if it fails."""
+    try:
+        return subprocess.run(list(command), capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _read(path: str) -> str | None:
@@ -202,10 +175,3 @@ def _read(path: str) -> str | None:
         return Path(path).read_text().strip()
     except OSError:
         return None
-
-
-def _info() -> dict[str, Any]:
-    """Return `xsmoe_kernels.info()` without local paths."""
-    info = xsmoe_kernels.info()
-    info["native"].pop("library", None)
-    return info

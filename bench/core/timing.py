@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,6 @@ Say = Callable[[str], None]
 
 # More than the second-level cache of any GPU.
 FLUSHED_BYTES = 256 << 20
-
-SAY_SECONDS = 0.5
-"""Short tasks report progress at most this often. Drawing a terminal line would disturb what is timed."""
 
 MIN_ROUNDS = 5
 MIN_LONG_ROUNDS = 3
@@ -110,13 +106,12 @@ def interleave(
         max_rounds: the largest number of rounds.
         warm_up: rounds before these that are not counted.
         seed: of the order.
-        say: called with the next task, between timed tasks.
+        say: called with the progress, before each round.
 
     Returns:
         For each task the laps of each round. All tasks have the same number of rounds.
     """
     samples: Samples = {name: [] for name in tasks}
-    run = _with_progress(tasks, say)
     order, shuffle = list(tasks), random.Random(seed).shuffle
     collecting = gc.isenabled()
     gc.collect()
@@ -124,34 +119,18 @@ def interleave(
     try:
         for turn in range(warm_up):
             for name in order:
-                run(name, turn, f"warming up {name}, {turn + 1} of {warm_up}")
+                say(f"warming up {name}, {turn + 1} of {warm_up}")
+                tasks[name](turn)
         begin = time.perf_counter()
         for turn in range(max_rounds):
             passed = time.perf_counter() - begin
             if (turn >= MIN_ROUNDS and passed > seconds) or (turn >= MIN_LONG_ROUNDS and passed > 2 * seconds):
                 break
+            say(f"timing round {turn + 1}, {passed:.0f} of {seconds:g} s")
             shuffle(order)
             for name in order:
-                text = f"timing {name}, round {turn + 1}, {passed:.0f} of {seconds:g} s"
-                samples[name].append(run(name, warm_up + turn, text))
+                samples[name].append(tasks[name](warm_up + turn))
     finally:
         if collecting:
             gc.enable()
     return samples
-
-
-def _with_progress(tasks: Mapping[str, Task], say: Say) -> Callable[[str, int, str], tuple[float, ...]]:
-    """Return a function that runs a task. It reports long tasks always, and short ones once in `SAY_SECONDS`."""
-    last, durations = -math.inf, dict.fromkeys(tasks, math.inf)
-
-    def run(name: str, turn: int, text: str) -> tuple[float, ...]:
-        nonlocal last
-        begin = time.monotonic()
-        if durations[name] >= SAY_SECONDS or begin - last >= SAY_SECONDS:
-            say(text)
-            last = begin
-        laps = tasks[name](turn)
-        durations[name] = time.monotonic() - begin
-        return laps
-
-    return run

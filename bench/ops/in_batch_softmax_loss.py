@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bench.core.baselines import load_library, try_library
 from bench.core.benchmark import Benchmark, Implementation, Product, Tensors, Variant, Work
-from bench.core.cuda_graphs import with_graph
+from bench.core.cuda_graphs import our_variants
 from bench.core.results import Role
 from xsmoe_kernels import in_batch_softmax_loss, use_backend
 from xsmoe_kernels.runtime import dispatch
@@ -58,15 +58,13 @@ class InBatchSoftmaxLoss(Benchmark):
         def compiled() -> Implementation:
             return _implementation(torch.compile(self._eager, fullgraph=True, dynamic=False))
 
-        ours = Variant("ours", Role.OURS, lambda: self._ours("auto"))
         found = [
             Variant("published", Role.PAPER, lambda: _implementation(self._published), baseline=True,
                     peak_estimate=8 * logits),
             Variant("eager", Role.EAGER, lambda: _implementation(self._eager), baseline=True,
                     peak_estimate=5 * logits),
             Variant("compiled", Role.COMPILED, compiled, compiled=True, flop_like="eager", peak_estimate=5 * logits),
-            ours,
-            *([with_graph(ours, self.device)] if self.on_cuda else []),
+            *our_variants(self, self._ours),
             Variant("ours-plain", Role.OURS, self._ours_plain, default=self.on_cuda),
         ]  # fmt: skip
         for name in LIBRARIES:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bench.core.baselines import load_library
 from bench.core.benchmark import Absent, Benchmark, Implementation, Product, Tensors, Variant, Work
-from bench.core.cuda_graphs import with_graph
+from bench.core.cuda_graphs import our_variants, with_graph
 from bench.core.results import Role
 from xsmoe_kernels import packed_attention, use_backend
 from xsmoe_kernels.runtime import dispatch
@@ -55,18 +55,17 @@ class PackedAttention(Benchmark):
             return _implementation(torch.compile(self._published, fullgraph=True, dynamic=False))
 
         sdpa = Variant("sdpa", Role.EAGER, lambda: _implementation(self._sdpa), baseline=True, peak_estimate=3 * scores)
-        ours = Variant("ours", Role.OURS, lambda: self._ours("auto"))
         found = [
             Variant("published", Role.PAPER, lambda: _implementation(self._published), baseline=True,
                     peak_estimate=5 * scores),
             sdpa,
             Variant("compiled", Role.COMPILED, compiled, compiled=True, flop_like="published",
                     peak_estimate=5 * scores),
-            ours,
+            *our_variants(self, self._ours),
         ]  # fmt: skip
         if self.on_cuda:
             found.append(Variant("flash", Role.LIBRARY, lambda: _implementation(self._flash())))
-            found += [with_graph(sdpa, self.device), with_graph(ours, self.device)]
+            found.append(with_graph(sdpa, self.device))
         return [
             *found,
             Variant("xformers", Role.LIBRARY, lambda: _implementation(self._xformers())),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.core.benchmark import Benchmark, Implementation, Product, Tensors, Variant, Work
-from bench.core.cuda_graphs import with_graph
+from bench.core.cuda_graphs import our_variants
 from bench.core.results import Role
 from xsmoe_kernels import rank_of_target, topk_items, use_backend
 
@@ -60,10 +60,7 @@ class Ranking(Benchmark):
         num_queries, num_items = self.sizes["M"], self.sizes["C"]
         chunk = 24.0 * USERS * num_items
 
-        def ours(name: str, backend: str = "auto") -> Variant:
-            return Variant(name, Role.OURS, lambda: self._ours(backend), peak_estimate=chunk)
-
-        found = [
+        return [
             Variant("published", Role.PAPER, lambda: self._implementation(self._published), baseline=True,
                     peak_estimate=24.0 * num_items),
             Variant("chunked", Role.EAGER, lambda: self._implementation(self._chunked(self._chunk)),
@@ -71,14 +68,9 @@ class Ranking(Benchmark):
             Variant("compiled", Role.COMPILED, self._compiled, compiled=True, peak_estimate=chunk),
             Variant("tiled", Role.EAGER, lambda: self._implementation(self._tiled),
                     peak_estimate=24.0 * num_queries * ITEMS),
-            ours("ours"),
+            *our_variants(self, self._ours, self.named_backends, peak_estimate=chunk),
+            Variant("reference", Role.REFERENCE, self.reference, default=False, peak_estimate=chunk),
         ]  # fmt: skip
-        if self.on_cuda:
-            found.append(with_graph(ours("ours"), self.device))
-            for backend in self.named_backends:
-                found += [ours(f"ours-{backend}", backend), with_graph(ours(f"ours-{backend}", backend), self.device)]
-        reference = Variant("reference", Role.REFERENCE, self.reference, default=False, peak_estimate=chunk)
-        return [*found, reference]
 
     def reference(self) -> Implementation:
         return self._ours("reference")

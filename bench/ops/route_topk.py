@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.core.benchmark import Benchmark, Implementation, Tensors, Variant, Work
-from bench.core.cuda_graphs import with_graph
+from bench.core.cuda_graphs import our_variants, with_graph
 from bench.core.results import Role
 from xsmoe_kernels import route_topk, use_backend
 
@@ -36,16 +36,10 @@ class RouteTopk(Benchmark):
         def eager() -> Implementation:
             return Implementation(lambda inputs: _eager(inputs["logits"], chosen), _leaves)
 
-        def ours(name: str, backend: str = "auto") -> Variant:
-            return Variant(name, Role.OURS, lambda: self._ours(backend))
-
         plain = Variant("eager", Role.EAGER, eager, baseline=True)
         found = [plain, *([with_graph(plain, self.device, baseline=True)] if self.on_cuda else [])]
-        found += [Variant("compiled", Role.COMPILED, compiled, compiled=True), ours("ours")]
-        if self.on_cuda:
-            found.append(with_graph(ours("ours"), self.device))
-            for backend in ("triton", "cuda"):
-                found += [ours(f"ours-{backend}", backend), with_graph(ours(f"ours-{backend}", backend), self.device)]
+        found.append(Variant("compiled", Role.COMPILED, compiled, compiled=True))
+        found += our_variants(self, self._ours, ("triton", "cuda"))
         return [*found, Variant("reference", Role.REFERENCE, self.reference, default=False)]
 
     def make_inputs(self) -> Tensors:

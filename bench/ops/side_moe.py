@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.core.benchmark import Benchmark, Implementation, Product, Tensors, Variant, Work, gradients
-from bench.core.cuda_graphs import at_fixed_addresses, with_graph
+from bench.core.cuda_graphs import at_fixed_addresses, our_variants, with_graph
 from bench.core.results import Role
 from xsmoe_kernels import FrozenExperts, Utilization, side_moe, side_moe_group, use_backend
 
@@ -90,34 +90,20 @@ class SideMoE(Benchmark):
             declared: dict[str, Any] = {"dtype": torch.float32, "compiled": compiled, "peak_estimate": stacks}
             return Variant(name, role, build, **declared | more)
 
-        def ours(name: str, backend: str = "auto", *, recompute: bool = False) -> Variant:
-            def build() -> Implementation:
-                return self._ours(backend, recompute)
-
-            saved = self._saved_by_ours(recompute) if backend == "auto" else None
-            return Variant(name, Role.OURS, build, peak_estimate=lean, expected_saved_bytes=saved)
-
         found = [stacked("naive", Role.PAPER, baseline=True, expected_saved_bytes=self._saved_by_paper())]
         if narrow:
             found.append(stacked("naive-autocast", Role.PAPER, autocast=True, baseline=True))
         found.append(stacked("compiled", Role.COMPILED, autocast=narrow, flop_like=last_paper))
-        graphs = stacked("compiled-graph", Role.COMPILED, autocast=narrow, mode="reduce-overhead", flop_like=last_paper)
-        reduce_overhead = graphs.build
-        found.append(
-            replace(
-                graphs,
-                build=lambda: at_fixed_addresses(reduce_overhead()),
-                cuda_graph=self.on_cuda,
-                default=self.on_cuda,
-            )
-        )
+        on_gpu = {"cuda_graph": self.on_cuda, "default": self.on_cuda, "flop_like": last_paper}
+        found.append(stacked("compiled-graph", Role.COMPILED, autocast=narrow, mode="reduce-overhead", **on_gpu))
         eager = Variant("eager", Role.EAGER, lambda: self._networks(EagerLevel, self.dtype), peak_estimate=lean)
         found += [eager, *([with_graph(eager, self.device)] if self.on_cuda else [])]
-        found += [ours("ours"), ours("ours-recompute", recompute=True)]
-        if self.on_cuda:
-            found.append(with_graph(ours("ours"), self.device))
-            for backend in ("triton", "cuda"):
-                found += [ours(f"ours-{backend}", backend), with_graph(ours(f"ours-{backend}", backend), self.device)]
+        found += our_variants(
+            self, self._ours, ("triton", "cuda"), peak_estimate=lean, expected_saved_bytes=self._saved_by_ours(False)
+        )
+        recompute = partial(self._ours, "auto", recompute=True)
+        saved = self._saved_by_ours(True)
+        found.append(Variant("ours-recompute", Role.OURS, recompute, peak_estimate=lean, expected_saved_bytes=saved))
         if narrow:
             build = partial(self._networks, PublishedLevel, self.dtype)
             found.append(Variant("naive-narrow", Role.PAPER, build, default=False, peak_estimate=stacks))
@@ -152,7 +138,7 @@ class SideMoE(Benchmark):
         return found | {name: paper.normalize(name, gradient) for name, gradient in total.items()} | paper.counters()
 
     def reference(self) -> Implementation:
-        return self._ours("reference", recompute=False)
+        return self._ours("reference")
 
     def work(self) -> Mapping[str, Work]:
         rows, experts, dim, rank = (self.sizes[letter] for letter in "NEDR")
@@ -184,7 +170,7 @@ class SideMoE(Benchmark):
         # Gates are float32 in every dtype.
         return LEVELS * self.sizes["N"] * (self.sizes["E"] + 1) * 4
 
-    def _ours(self, backend: str, recompute: bool) -> Implementation:
+    def _ours(self, backend: str, *, recompute: bool = False) -> Implementation:
         self.require(backend, "side_moe", "side_moe_backward")
         networks = [[_OurLevel(weights, recompute) for weights in levels] for levels in self.weights]
         every = [level for levels in networks for level in levels]
@@ -245,7 +231,7 @@ class SideMoE(Benchmark):
                 level.norm.zero_()
                 level.gate.zero_()
 
-        return Implementation(
+        found = Implementation(
             forward,
             leaves=lambda _: self._named(networks.levels(), lambda level: level.leaves()),
             counters=lambda: self._named(
@@ -258,6 +244,7 @@ class SideMoE(Benchmark):
             ),
             owned=lambda: [*networks.parameters(), *networks.buffers()],
         )
+        return at_fixed_addresses(found) if mode == "reduce-overhead" else found
 
     def _named(self, networks: Sequence[Sequence[T]], tensors: Callable[[T], Tensors]) -> Tensors:
         """Return the tensors of all levels, named as in "modality 2 level 1 router"."""

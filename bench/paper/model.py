@@ -335,13 +335,3 @@ class Recommender(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return training_loss(self.item_encoder, self.user_encoder, *batch)
-
-
-def train_step(model: Recommender, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
-    """Take one optimizer step; return the loss before it."""
-    model.train()
-    optimizer.zero_grad()
-    loss = model(batch)
-    loss.backward()
-    optimizer.step()
-    return loss.item()

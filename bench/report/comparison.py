@@ -183,8 +183,9 @@ def _changes(before: Case, after: Case, least: float) -> Iterator[Change]:
     others = {row.variant: row for row in after.rows if row.status == "measured"}
     pairs = [(row, others[row.variant]) for row in before.rows if row.status == "measured" and row.variant in others]
     for row, other in pairs:
-        for one_pass in row.passes.keys() & other.passes.keys() if _our_code(row) else ():
-            yield _change(before, after, pairs, row, one_pass, least)
+        if _our_code(row):
+            common = [one_pass for one_pass in row.passes if one_pass in other.passes]
+            yield from (_change(before, after, pairs, row, one_pass, least) for one_pass in common)
 
 
 def _change(

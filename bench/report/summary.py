@@ -1,14 +1,12 @@
 """The summary of `python -m bench all`: one table, then what is missing in it, then slowdowns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.core import machine
 from bench.core.results import Case, Role, Row, Run, sizes_text
-from bench.core.timing import quantiles
-from bench.e2e.stream.records import StreamRun, WindowRecord
 from bench.report.comparison import BASELINE_ROLES, FEW_ROUNDS, baseline_role, baselines, fastest, problem_notes
-from bench.report.slowdowns import few_rounds_note, slowdowns
+from bench.report.slowdowns import slowdowns
 from bench.report.tables import markdown_table, mib, ms, percent
 
 NOT_MEASURED = ("refused", "absent", "skipped")
@@ -22,41 +20,41 @@ LEGEND = (
 )
 
 
-def report(runs: Sequence[Run], streams: Sequence[StreamRun], notes: Sequence[str], parts: Sequence[str]) -> str:
+def report(runs: Sequence[Run], notes: Sequence[str], parts: Sequence[str]) -> str:
     """Return the summary in Markdown.
 
     Args:
-        runs: of operators and steps.
-        streams: of whole streams.
+        runs: of operators, training steps and streams.
         notes: more lines about the results, such as a stream's quality.
         parts: what ran, and how it ended.
     """
-    sections = [["# Benchmarks"], _machine([*(run.machine for run in runs), *(stream.machine for stream in streams)])]
-    if body := table(runs, streams):
+    sections = [["# Benchmarks"], _machine([run.machine for run in runs])]
+    if body := table(runs):
         asterisks = problem_notes(row for run in runs for case in run.cases for row in case.rows)
         head = "## Speed-up, memory, and distance from the limit"
         sections.append([head, "", *body, "", LEGEND, *(line for note in asterisks for line in ("", note))])
     if notes:
         sections.append(["## Notes", "", *notes])
-    sections.append(["## Refused, absent, skipped", "", *(missing(runs, streams) or ["none"])])
-    sections.append(["## Slower than a baseline", "", *(slower(runs, streams) or ["none"])])
+    sections.append(["## Refused, absent, skipped", "", *(missing(runs) or ["none"])])
+    sections.append(
+        ["## Slower than a baseline", "", *([f"- {one}" for one in slowdowns(runs, steps=True)] or ["none"])]
+    )
     sections.append(["## What ran", "", *parts])
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
 
-def table(runs: Sequence[Run], streams: Sequence[StreamRun]) -> list[str]:
+def table(runs: Sequence[Run]) -> list[str]:
     """Return a row for each of our variants that was measured."""
     cases = [case for run in runs for case in run.cases]
     measured = {baseline_role(row) for case in cases for row in case.rows}
     roles = [role for role in BASELINE_ROLES if role != Role.LIBRARY or role in measured]
     head = ["what", "variant", "rounds", "ms", *(f"x {role}" for role in roles), "of bound"]
     head += ["peak MiB", "baseline's peak MiB", "error"]
-    body = [_case_cells(case, row, roles) for case in cases for row in case.rows if row.ours and row.passes]
-    body += [_window_cells(stream, window, name, roles) for stream in streams for window, name in _ends(stream)]
+    body = [_cells(case, row, roles) for case in cases for row in case.rows if row.ours and row.passes]
     return markdown_table(head, body) if body else []
 
 
-def missing(runs: Sequence[Run], streams: Sequence[StreamRun]) -> list[str]:
+def missing(runs: Sequence[Run]) -> list[str]:
     """Return a line for each row without a time, with its reason; equal ones of several sizes share a line."""
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for case in (case for run in runs for case in run.cases):
@@ -69,24 +67,6 @@ def missing(runs: Sequence[Run], streams: Sequence[StreamRun]) -> list[str]:
         sizes = found[status, operator, variant, reason]
         where = sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes"
         lines.append(f"- {status}: {operator} {variant}, {where}: {reason}")
-    return lines + [
-        f"- refused: stream {name}, window {window}: {reason}"
-        for stream in streams
-        for window, name, reason in stream.refused()
-    ]
-
-
-def slower(runs: Sequence[Run], streams: Sequence[StreamRun]) -> list[str]:
-    """Return a line for each baseline that is faster than ours in a whole step."""
-    lines = [f"- {one}" for one in slowdowns(runs, steps=True)]
-    for stream in streams:
-        for window in stream.windows:
-            for name in stream.names[1:]:
-                if (ratio := window.ratio(name)) and ratio[0] < 1:
-                    lines.append(
-                        f"- stream, {window.experts} experts: {name} {ratio[0]:.2f} times as fast as published "
-                        f"({ratio[1]:.2f}-{ratio[2]:.2f}){few_rounds_note(window.runs[name].step_seconds)}"
-                    )
     return lines
 
 
@@ -97,13 +77,19 @@ def _machine(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _case_cells(case: Case, row: Row, roles: Sequence[Role]) -> list[str]:
+def _cells(case: Case, row: Row, roles: Sequence[Role]) -> list[str]:
     assert row.step is not None
     cells = [case.label, row.label, _rounds(row.step.samples), ms(row.step.median)]
     cells += [_speedup_cell(case, row, role) for role in roles]
     other = fastest(case, row, Role.PAPER) or fastest(case, row, Role.EAGER)
     peak = "" if other is None or other.row.peak_bytes is None else f"{mib(other.row.peak_bytes)} ({other.row.variant})"
-    return [*cells, percent(row.step.of_bound), mib(row.peak_bytes), peak, _error(row.error)]
+    return [
+        *cells,
+        percent(row.step.of_bound) if row.step.of_bound else "",
+        mib(row.peak_bytes),
+        peak,
+        _error(row.error),
+    ]
 
 
 def _speedup_cell(case: Case, row: Row, role: Role) -> str:
@@ -112,23 +98,6 @@ def _speedup_cell(case: Case, row: Row, role: Role) -> str:
         return _speedup(best.speedup, best.row.label)
     statuses = (other.status for other in baselines(case, row) if baseline_role(other) == role)
     return "/".join(dict.fromkeys(status for status in statuses if status != "measured"))
-
-
-def _ends(stream: StreamRun) -> Iterator[tuple[WindowRecord, str]]:
-    """Yield the first and the last window in which a run of ours was timed."""
-    for name in stream.names[1:]:
-        timed = [window for window in stream.windows if window.timed(name)]
-        yield from ((window, name) for window in {one.window: one for one in timed[:1] + timed[-1:]}.values())
-
-
-def _window_cells(stream: StreamRun, window: WindowRecord, name: str, roles: Sequence[Role]) -> list[str]:
-    mine, theirs, s = window.runs[name], window.runs["published"], stream.settings
-    ratio = window.ratio(name)
-    what = f"stream step {s['dtype']} {s['pooling']} batch={s['batch']} E={window.experts}"
-    cells = [what, name, _rounds(mine.step_seconds), ms(quantiles(mine.step_seconds).median)]
-    cells += [_speedup(ratio, "published") if role == Role.PAPER and ratio else "" for role in roles]
-    peak = "" if theirs.peak_bytes is None else f"{mib(theirs.peak_bytes)} (published)"
-    return [*cells, "", mib(mine.peak_bytes), peak, _error(mine.error)]
 
 
 def _rounds(samples: Sequence[float]) -> str:

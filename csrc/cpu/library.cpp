@@ -1,4 +1,4 @@
-// The library xsmoe_native: functions that belong to no operator. Operators add theirs in csrc/<operator>/cpu.cpp.
+// The library xsmoe_native: functions that belong to no operator. Operators add their own in csrc/<operator>/cpu.cpp.
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,13 +9,13 @@
 
 namespace {
 
-std::string cpu_tier() { return xsmoe::name(xsmoe::tier()); }
+std::string cpu_tier() { return xsmoe::name(xsmoe::isa_level()); }
 
 std::vector<std::string> supported_tiers() {
     std::vector<std::string> names;
-    for (xsmoe::Tier tier : xsmoe::all_tiers) {
-        if (xsmoe::compiled(tier) && xsmoe::supported(tier)) {
-            names.emplace_back(xsmoe::name(tier));
+    for (xsmoe::IsaLevel level : xsmoe::all_isa_levels) {
+        if (xsmoe::compiled(level) && xsmoe::supported(level)) {
+            names.emplace_back(xsmoe::name(level));
         }
     }
     return names;

@@ -58,8 +58,8 @@ def test_all_results_are_in_a_folder_and_in_one_table(
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert [cells[:2] for cells in rows[2:]] == [
         ["grouped_mm float32 M=9 E=2 K=4 P=8", "ours"],
-        ["stream step float32 mean batch=8 E=1", "ours"],
-        ["stream step float32 mean batch=8 E=2", "ours"],
+        ["stream_step_mean float32 B=8 E=1", "ours"],
+        ["stream_step_mean float32 B=8 E=2", "ours"],
     ]
     assert rows[0][2:8] == ["rounds", "ms", "x paper", "x eager", "x compiled", "x library"]
     assert int(rows[2][2].partition(",")[0]) == results.load(folder / "kernels.json").cases[0].rounds
@@ -172,7 +172,7 @@ def test_a_summary_names_what_is_missing_and_what_is_slower() -> None:
             sizes={"N": 7, "E": 2},
         ),
     )
-    text = summary.report([found], [], ["- a line"], ["- a part"])
+    text = summary.report([found], ["- a line"], ["- a part"])
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[3:-1]]
         for line in text.splitlines()
@@ -197,7 +197,7 @@ def test_a_summary_names_what_is_missing_and_what_is_slower() -> None:
 def test_a_summary_marks_variants_of_an_easier_problem() -> None:
     easier = "the same without x"
     liger, plain = row("liger", 1 << 20, easier, both=timing(2.0)), row("ours-plain", 1 << 20, easier, both=timing(1.0))
-    text = summary.report([run(case(row("eager", both=timing(8.0)), liger, row("ours", both=timing(4.0)), plain))], [],
+    text = summary.report([run(case(row("eager", both=timing(8.0)), liger, row("ours", both=timing(4.0)), plain))],
                           [], [])  # fmt: skip
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| s"]
     head = next(line for line in text.splitlines() if line.startswith("| what"))
@@ -209,6 +209,6 @@ def test_a_summary_marks_variants_of_an_easier_problem() -> None:
 
 
 def test_a_summary_of_nothing_says_so() -> None:
-    text = summary.report([], [], [], ["- a part"])
+    text = summary.report([], [], ["- a part"])
     assert "Nothing was measured." in text
     assert text.count("\n\nnone\n") == 2

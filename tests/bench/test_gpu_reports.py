@@ -1,5 +1,6 @@
 """The summary and the profile, from fake results and on a CPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,69 +9,25 @@ import torch
 from bench.cli import profile
 from bench.cli.profile import Busy, KernelTime
 from bench.core import results
-from bench.core.results import Case, Role, Row, Run, Timing
+from bench.core.results import Run
 from bench.e2e.stream import records
 from bench.gpu import name as gpu_name
 from bench.gpu import sanitize as gpu_sanitize
 from bench.gpu import summary as gpu_summary
+from tests.bench import helpers
+from tests.bench.helpers import case, row, timing, unmeasured
 
 ROOT = Path(__file__).parents[2]
 
 
-def timing(seconds: float, share: float = 0.5) -> Timing:
-    return Timing(seconds, seconds, seconds, [seconds, seconds * 2, seconds], {}, seconds * share, share, 4e9)
-
-
 def run(device: str = "cuda", commit: str = "abc") -> Run:
-    rows = [
-        Row(
-            "naive",
-            Role.PAPER,
-            "measured",
-            peak_bytes=96 << 20,
-            dtype="float32",
-            passes={"forward": timing(4e-3), "both": timing(12e-3)},
-        ),
-        Row("compiled-graph", Role.COMPILED, "absent", "torch.compile fails here"),
-        Row("naive-autocast", Role.PAPER, "measured", peak_bytes=128 << 20, passes={"both": timing(4e-3)}),
-        Row("eager", Role.EAGER, "measured", peak_bytes=112 << 20, passes={"both": timing(2e-3)}),
-        Row("ours", Role.OURS, "measured", backend="triton", peak_bytes=8 << 20, passes={"both": timing(1e-3)}),
-        Row("ours-graph", Role.OURS, "measured", backend="triton", passes={"both": timing(5e-4, 0.9)}),
-        Row("ours-recompute", Role.OURS, "refused", "y: error 1"),
-    ]
-    sizes = {"N": 2816, "E": 10, "D": 768, "R": 64, "M": 2}
-    work = {"forward": 1e9, "backward": 3e9}
-    case = Case("side_moe", "title", sizes, "bfloat16", device, 1e13, 2e12, work, {"forward": 4e7}, 3, rows)
-    return Run(["kernels"], {"commit": commit}, [case], 1.0)
-
-
-def test_speeds_are_medians_of_paired_rounds() -> None:
-    text = gpu_summary.speeds(iter([run(), run("cpu")]))
-    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    baselines = ["x naive", "x compiled-graph", "x naive-autocast", "x eager"]
-    assert head == ["case", "variant", "ms", *baselines, "of bound", "peak MiB", "least baseline's"]
-    assert [row[1] for row in rows] == ["ours", "ours-graph", "ours-recompute"]
-    assert rows[0][2:] == ["1.000", "12.00", "absent", "4.00", "2.00", "50%", "8.0", "112.0 (eager)"]
-    assert rows[1][2:] == ["0.500", "24.00", "absent", "8.00", "4.00", "90%", "", "112.0 (eager)"]
-    assert rows[2][2] == "refused"
-    assert "N=2816 E=10 D=768 R=64 M=2" in rows[0][0]
-
-
-def test_speeds_compare_equal_problems_only() -> None:
-    easier = "plain cross-entropy"
-    rows = [
-        Row("eager", Role.EAGER, "measured", peak_bytes=9 << 20, passes={"both": timing(8e-3)}),
-        Row("liger", Role.LIBRARY, "measured", peak_bytes=1 << 20, problem=easier, passes={"both": timing(2e-3)}),
-        Row("ours", Role.OURS, "measured", peak_bytes=4 << 20, passes={"both": timing(4e-3)}),
-        Row("ours-plain", Role.OURS, "measured", peak_bytes=4 << 20, problem=easier, passes={"both": timing(1e-3)}),
-    ]
-    case = Case("loss", "title", {"B": 3}, "float32", "cuda", 1e13, 2e12, {"forward": 1e9}, {"forward": 4e7}, 3, rows)
-    lines = gpu_summary.speeds([Run(["kernels"], {}, [case], 1.0)]).splitlines()
-    head, _, ours, plain = (_cells(line) for line in lines[:4])
-    assert head[3:5] == ["x eager", "x liger"]
-    assert (ours[1], ours[3:5], ours[-1]) == ("ours", ["2.00", ""], "9.0 (eager)")
-    assert (plain[1], plain[3:5], plain[-1]) == ("ours-plain*", ["", "2.00"], "1.0 (liger)")
-    assert lines[-1].startswith("* liger, ours-plain: solves another problem: plain cross-entropy")
+    found = case(
+        row("naive", 96 << 20, both=timing(12e-3)),
+        row("ours", 8 << 20, both=timing(1e-3)),
+        row("ours-graph", both=timing(5e-4)),
+        unmeasured("ours-recompute", "refused", "y: error 1"),
+    )
+    return replace(helpers.run(replace(found, device=device)), machine={"commit": commit})
 
 
 def test_the_summary_lists_parts_and_tests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +56,13 @@ def test_the_summary_lists_parts_and_tests(tmp_path: Path, capsys: pytest.Captur
     assert rows["memcheck"][0] == "left out: compute-sanitizer is not installed"
     assert not rows.keys() & {"profile", "racecheck"}
     assert printed.out.count("ours-graph") == 1
+    assert rows["side_moe float32 N=5 E=2"][:4] == [
+        "ours-graph",
+        "1, few rounds",
+        "0.500",
+        "24.00, 24.00-24.00 (naive)",
+    ]
+    assert "- refused: side_moe ours-recompute, N=5 E=2: y: error 1" in printed.out
     assert "broken.json is left out" in printed.err
     assert "side_moe-old.json is left out: it is of commit def" in printed.err
     assert gpu_summary.main([str(tmp_path)]) == 0
@@ -108,32 +72,40 @@ def test_the_summary_lists_parts_and_tests(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_memory_has_a_separate_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def case(experts: int) -> results.Case:
-        row = results.Row("ours", Role.OURS, "measured", saved_bytes=experts << 21, peak_bytes=experts << 22, error=1.0)
-        sizes = {"N": 3, "E": experts}
-        return results.Case("side_moe", "title", sizes, "bfloat16", "cuda", 0.0, 0.0, {}, {}, 0, [row])
-
-    results.save(results.Run(["memory"], {"commit": "abc"}, [case(1), case(4)], 1.0), tmp_path / "memory-toy.json")
+    cases = [
+        replace(
+            case(replace(row("ours", experts << 22), saved_bytes=experts << 21), sizes={"N": 3, "E": experts}),
+            dtype="bfloat16",
+            device="cuda",
+        )
+        for experts in (1, 4)
+    ]
+    results.save(replace(run(), command=["memory"], cases=cases), tmp_path / "memory-toy.json")
     assert gpu_summary.main([str(tmp_path)]) == 0
     rows = [_cells(line) for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["memory", "unit", "variant", "saved", "by design", "peak"]
-    assert rows[2:] == [["side_moe bfloat16 N=3", "an expert", "ours", "2.00 MiB", "", "4.00 MiB"]]
+    assert rows[2:] == [["side_moe bfloat16 N=3", "per expert", "ours", "2.00 MiB", "", "4.00 MiB"]]
 
 
-def test_streams_have_a_table_of_their_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_windows_of_a_stream_have_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def window(number: int, step: float, epoch: float) -> records.WindowRecord:
         timed = records.RunRecord(steps=[[step]] * 3, epochs=[epoch, epoch], grow=0.5, test=9.0)
         runs = {"published": records.RunRecord(refused="it was wrong"), "ours-top-2": timed}
         return records.WindowRecord(number, number + 1, 8, 3, 0, None, runs)
 
-    windows, settings = [window(0, 2e-3, 1.0), window(1, 2.2e-3, 1.125)], {"device": "cuda", "graph": True}
+    settings = {"device": "cuda", "dtype": "bfloat16", "pooling": "cls", "batch": 4}
+    windows = [window(0, 2e-3, 1.0), window(1, 2.2e-3, 1.125)]
     run = records.StreamRun([], {"commit": "abc"}, settings, [], ["published", "ours-top-2"], windows, 1.0)
     records.save(run, tmp_path / "stream-toy.json")
     assert gpu_summary.main([str(tmp_path), "--commit", "abc"]) == 0
-    rows = [_cells(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["run", "formulation", "experts", "step ms", "in the end", "x", "window s", "in the end", "x"]
-    assert rows[2] == ["stream, graphs", "published", *[""] * 7]
-    assert rows[3] == ["stream, graphs", "ours-top-2", "1 to 2", "2", "2.2", "1.10", "2.5", "2.75", "1.10"]
+    printed = capsys.readouterr().out
+    rows = [_cells(line) for line in printed.splitlines() if line.startswith("| stream")]
+    what = "stream_step_cls bfloat16 B=4 E="
+    assert [row[:4] for row in rows] == [
+        [f"{what}1", "ours-top-2", "3, few rounds", "2.00"],
+        [f"{what}2", "ours-top-2", "3, few rounds", "2.20"],
+    ]
+    assert "- refused: stream_step_cls published, 2 sizes: it was wrong" in printed
 
 
 def _cells(line: str) -> list[str]:
@@ -151,7 +123,6 @@ def test_a_gpu_has_a_short_name(name: str, short: str) -> None:
 def test_committed_results_are_read() -> None:
     for path in (ROOT / "bench/results").glob("*-cpu-*.json"):
         assert results.load(path).cases
-    assert gpu_summary.speeds(iter([run("cpu")])) == ""
 
 
 def test_the_profile_adds_up() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.core.benchmark import Benchmark, Implementation, InputSets, Variant
+from bench.core.benchmark import Benchmark, InputSets, Variant, run_step, warm_up
 from bench.core.correctness import Truth, check, skipped
 from bench.core.measure import inputs_and_truth, untimed
 from bench.core.memory import Peak, measure_peak
@@ -13,7 +13,6 @@ from bench.core.out_of_memory import release, try_run
 from bench.core.results import Case, Row
 from bench.core.timing import Say
 from bench.e2e.memory.resident import NotMeasurable, Point, resident_growth
-from bench.e2e.memory.step import step_function, warm_up
 
 # A CUDA graph is captured on one set and checked on the other.
 INPUT_SETS = 2
@@ -51,16 +50,16 @@ def _measure(benchmark: Benchmark, variant: Variant, inputs: InputSets, truth: T
     built = checked.implementation
     if checked.row.status != "measured" or built is None or built.whole_step is None:
         return checked.row
-    peak, reason = try_run(lambda: _whole_step_peak(benchmark, variant, built, inputs), benchmark.device)
+
+    def whole_step_peak() -> Peak:
+        mine = inputs.get(0, variant.dtype)
+        warm_up(built, mine)
+        return measure_peak(lambda: run_step(built, mine), benchmark.device)
+
+    peak, reason = try_run(whole_step_peak, benchmark.device)
     if peak is None:
         return skipped(variant, reason).row
     return replace(checked.row, peak_bytes=peak.growth, returned_bytes=peak.returned)
-
-
-def _whole_step_peak(benchmark: Benchmark, variant: Variant, built: Implementation, inputs: InputSets) -> Peak:
-    mine = inputs.get(0, variant.dtype)
-    warm_up(built, mine)
-    return measure_peak(step_function(built, mine), benchmark.device)
 
 
 def _with_resident(benchmark: Benchmark, row: Row) -> Row:

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from bench.core.benchmark import Benchmark, InputSets
+from bench.core.benchmark import Benchmark, InputSets, run_step, warm_up
 from bench.core.out_of_memory import first_line, is_out_of_memory
-from bench.e2e.memory.step import step_function, warm_up
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Written to clear_refs, it resets the largest resident size to the current one.
@@ -119,7 +118,7 @@ def growth(point: Point) -> int:
         raise NotMeasurable(f"{_CLEAR} cannot be written: {error.strerror}") from None
     before = _status("VmRSS")
     # The results exist until the peak is read.
-    results = step_function(built, mine)()
+    results = run_step(built, mine)
     after = _status("VmHWM")
     del results
     return max(0, after - before)

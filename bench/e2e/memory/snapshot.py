@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from bench.core.benchmark import Benchmark, Variant
+from bench.core.benchmark import Benchmark, Variant, run_step, warm_up
 from bench.core.results import Case, Role
-from bench.e2e.memory.step import step_function, warm_up
 
 VIEWER = "https://docs.pytorch.org/memory_viz"
 
@@ -52,6 +51,6 @@ def write_snapshot(benchmark: Benchmark, cases: Sequence[Case], path: Path) -> b
     # The first step compiles kernels and allocates the optimizer's state.
     warm_up(built, inputs)
     with record_allocations(path):
-        step_function(built, inputs)()
+        run_step(built, inputs)
     print(f"\nsnapshot of a step of {variant.name}: {path}; open {VIEWER} in a browser and drop the file there")
     return True

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.core.results import record_from, rounded, write_json
-from bench.core.timing import Quantiles, ratios
+from bench.core import results
+from bench.core.results import Case, Role, Row, Run, Timing, record_from, rounded, write_json
+from bench.core.timing import Quantiles, quantiles, ratios
 
 KIND, SCHEMA = "stream", 1
 
@@ -128,6 +129,30 @@ class StreamRun:
         """Return (window, run, reason) of every wrong step."""
         return [(w.window, name, r.refused) for w in self.windows for name, r in w.runs.items() if r.refused]
 
+    def as_run(self) -> Run:
+        """Return the steps of each window as a case, for tables over several kinds of results."""
+        return Run(self.command, self.machine, [self._case(window) for window in self.windows], self.seconds)
+
+    def _case(self, window: WindowRecord) -> Case:
+        rows = []
+        for name, record in window.runs.items():
+            role = Role.PAPER if record is window.paper else Role.OURS
+            if record.refused is not None:
+                rows.append(Row(name, role, "refused", record.refused))
+            elif record.steps:
+                seconds = record.step_seconds
+                passes = {"both": Timing(*quantiles(seconds), seconds, {}, bound=0.0, of_bound=0.0, flop=None)}
+                measured: dict[str, Any] = {
+                    "error": record.error,
+                    "worst": record.worst,
+                    "peak_bytes": record.peak_bytes,
+                }
+                rows.append(Row(name, role, "measured", passes=passes, **measured))
+        s = self.settings
+        operator, sizes = f"stream_step_{s['pooling']}", {"B": s["batch"], "E": window.experts}
+        title, rounds = f"window {window.window}", max((len(row.step.samples) for row in rows if row.step), default=0)
+        return Case(operator, title, sizes, s["dtype"], s["device"], 0.0, 0.0, {}, {}, rounds, rows)
+
 
 def save(run: StreamRun, path: Path) -> None:
     """Write a run. The replacement of an existing file is atomic."""
@@ -146,6 +171,11 @@ def load(path: Path) -> StreamRun:
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {data.get('schema')}; this version reads {SCHEMA}; measure again")
     return _run(data)
+
+
+def load_any(path: Path) -> Run:
+    """Read a file of `python -m bench kernels`, `step`, `memory` or `stream`."""
+    return load(path).as_run() if f'"kind": "{KIND}"' in path.read_text() else results.load(path)
 
 
 def as_saved(run: StreamRun) -> StreamRun:

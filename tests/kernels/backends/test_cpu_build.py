@@ -179,7 +179,7 @@ print(native["left_out"], "amx" in native["compiled"], "baseline" in native["tie
 def test_a_build_names_the_tiers_that_it_does_not_know(tree: Path) -> None:
     ran = build(tree, XSMOE_BUILD_TIERS="baseline sse9")
     assert ran.returncode != 0
-    assert "XSMOE_BUILD_TIERS names no tiers: sse9; there are baseline, avx2" in ran.stderr
+    assert "XSMOE_BUILD_TIERS names unknown instruction sets: sse9; known are baseline, avx2" in ran.stderr
 
 
 @needs_sources
@@ -210,9 +210,9 @@ def test_every_kernel_of_the_library_serves_an_operator() -> None:
 @needs_library
 def test_a_tier_that_cannot_run_is_refused() -> None:
     ran = run(sys.executable, "-c", IMPORT, XSMOE_CPU_TIER="sse9", XSMOE_NATIVE_LIBRARY=str(cpu_backend.library))
-    message = r"ImportError: XSMOE_CPU_TIER must be one of the tiers that can run here (baseline"
+    message = r"ImportError: XSMOE_CPU_TIER must be one of the instruction set levels that can run here (baseline"
     assert message in ran.stderr
-    assert "not 'sse9': it is no tier" in ran.stderr
+    assert "not 'sse9': it is not an instruction set level" in ran.stderr
 
 
 @needs_library

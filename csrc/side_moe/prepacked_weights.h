@@ -1,4 +1,5 @@
-// The weights of a call, packed for its products: when they were frozen, or now.
+// The weights of a call in the layouts of its products. Frozen experts' weights may be prepacked; the others are packed
+// in the call.
 #pragma once
 
 #include <optional>
@@ -12,14 +13,14 @@
 
 namespace xsmoe::side_moe {
 
-// How a product reads a contiguous matrix: as (inner, columns) with these distances between its numbers.
+// The layout in which a product reads a contiguous matrix: (inner, columns) with these strides.
 struct Shape {
     int64_t inner, columns, inner_stride, column_stride;
 };
 
 inline bool reads_down(int part) { return part == down_columns || part == down_rows; }
 
-// An expert's weights (R, D) as a part reads them.
+// Return the layout of an expert's weights (R, D) for a part.
 inline Shape shape_of(int part, Sizes sizes) {
     if (part == down_columns || part == up_columns) return {sizes.dim, sizes.rank, 1, sizes.dim};
     return {sizes.rank, sizes.dim, sizes.dim, 1};
@@ -29,19 +30,19 @@ inline int64_t packed_bytes(const Kernels& kernels, Shape shape) {
     return (kernels.packed_bytes(shape.inner, shape.columns) + 63) / 64 * 64;
 }
 
-// Bytes of one frozen expert: all parts, one after the other.
+// Return the bytes of one frozen expert: all parts, one after the other.
 inline int64_t packed_bytes(const Kernels& kernels, Sizes sizes) {
     int64_t bytes = 0;
     for (int part = 0; part < parts; ++part) bytes += packed_bytes(kernels, shape_of(part, sizes));
     return bytes;
 }
 
-// Matrices to pack, side by side in memory of their own.
+// A list of matrices to pack into one block of memory.
 class Packing {
 public:
     explicit Packing(const Kernels& kernels) : kernels_(kernels) {}
 
-    // `*to` will point at the packed matrix.
+    // After the call of run(), `*to` points to the packed matrix.
     void add(const void* from, Shape shape, const void** to) {
         if (shape.inner == 0 || shape.columns == 0) return;  // no product reads it
         jobs_.push_back({from, shape, to, bytes_});
@@ -93,32 +94,32 @@ public:
         experts.resize(static_cast<size_t>(sizes.experts));
         sources_.resize(experts.size());
         if (frozen > 0 && frozen_pack) {
-            take(*frozen_pack, frozen);
+            use_prepacked(*frozen_pack, frozen);
         } else if (frozen > 0) {
-            hold(*frozen_down, *frozen_up, 0);
+            set_sources(*frozen_down, *frozen_up, 0);
         }
-        hold(down, up, frozen);
+        set_sources(down, up, frozen);
     }
 
-    // The call reads this part of all experts, or of those from `first` on.
-    void need(Part part, int64_t first = 0) {
+    // Request this part of all experts, or of the experts from `first` on.
+    void request(Part part, int64_t first = 0) {
         for (size_t e = static_cast<size_t>(std::max(first, packed_)); e < experts.size(); ++e) {
             const void* from = reads_down(part) ? sources_[e].down : sources_[e].up;
             packing_.add(from, shape_of(part, sizes), &experts[e].part[part]);
         }
     }
 
-    // The call reads the router as (D, E+1), to multiply x, or as (E+1, D), to multiply gradients of logits.
-    void need_router(bool by_columns) {
+    // Request the router as (D, E+1), to multiply x, or as (E+1, D), to multiply gradients of logits.
+    void request_router(bool by_columns) {
         const int64_t gated = sizes.experts + 1;
         const Shape columns{sizes.dim, gated, 1, sizes.dim}, rows{gated, sizes.dim, sizes.dim, 1};
         packing_.add(data(router_), by_columns ? columns : rows, &router);
     }
 
-    // The router as it is, (E+1, D).
+    // Return the router as it is, (E+1, D).
     const void* router_rows() const { return data(router_); }
 
-    // Packs what is needed and is not packed yet.
+    // Pack everything that is requested and not prepacked.
     void pack() {
         memory_.emplace(scratch(router_, packing_.bytes()));
         packing_.run(mutable_data_as<char>(*memory_));
@@ -134,12 +135,12 @@ private:
         const void* up;
     };
 
-    void take(const Tensor& pack, int64_t frozen) {
+    void use_prepacked(const Tensor& pack, int64_t frozen) {
         const int64_t bytes = frozen * packed_bytes(kernels_, sizes);
         if (pack.numel() * element_size(pack) != bytes) {
             throw std::invalid_argument(
                 "frozen_pack has " + std::to_string(pack.numel()) + " elements, but the " + std::to_string(frozen) +
-                " frozen experts take " + std::to_string(bytes) + " bytes; it was packed for others"
+                " frozen experts need " + std::to_string(bytes) + " bytes; it was packed for others"
             );
         }
         const char* at = static_cast<const char*>(data(pack));
@@ -152,7 +153,7 @@ private:
         packed_ = frozen;
     }
 
-    void hold(const Tensor& down, const Tensor& up, int64_t first) {
+    void set_sources(const Tensor& down, const Tensor& up, int64_t first) {
         held_.push_back(torch::stable::contiguous(down));
         const char* from_down = static_cast<const char*>(data(held_.back()));
         held_.push_back(torch::stable::contiguous(up));
