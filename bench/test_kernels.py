@@ -6,10 +6,9 @@ from itertools import count
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.cli.kernels import realistic_sizes
-from bench.core.benchmark import Benchmark, Implementation, InputSets, Variant, gradients, load_benchmark
+from bench.core.benchmark import Benchmark, Implementation, InputSets, Variant, load_benchmark, run_step
 from bench.core.correctness import Checked, check
 from bench.core.measure import inputs_and_truth
 from bench.core.results import sizes_text
@@ -74,15 +73,7 @@ def test_speed(
     benchmark(step, checked.variant, checked.implementation, case.inputs, count(), one_pass)
 
 
-def step(
-    variant: Variant, built: Implementation, inputs: InputSets, turns: Iterator[int], one_pass: str
-) -> Tensor | None:
-    """Run forward, and backward if it is part of the pass; or a whole step."""
+def step(variant: Variant, built: Implementation, inputs: InputSets, turns: Iterator[int], one_pass: str) -> object:
+    """Run forward, or a whole step; return the results, which live until the timer stops."""
     mine = inputs.get(next(turns), variant.dtype)
-    if built.whole_step is not None:
-        built.whole_step(mine)
-        return None
-    results = built.forward(mine)
-    if one_pass == "both":
-        gradients(built, mine, results)
-    return results["y"]
+    return built.forward(mine) if one_pass == "forward" else run_step(built, mine)
