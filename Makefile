@@ -46,6 +46,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/*.py tools/*.py
 
 test: native lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
