@@ -17,12 +17,11 @@ from bench.e2e.stream import data as stream_data
 from bench.e2e.stream import records, report
 from bench.e2e.stream.check import WindowCheck
 from bench.e2e.stream.data import generate_stream
-from bench.e2e.stream.paper_run import PaperRun, pad
+from bench.e2e.stream.paper_run import PaperRun
 from bench.e2e.stream.runs import OurRun
 from bench.e2e.stream.settings import POOLINGS, Settings
 from bench.e2e.stream.step_clock import PARTS
 from bench.e2e.stream.windows import StreamBenchmark
-from bench.paper.model import pad_sequences
 from bench.paper.parameter_names import paper_levels
 from bench.report import plots
 from tests.stand_ins import Cannot, StandIn
@@ -334,13 +333,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"kind": "stream", "schema": 0}))
     with pytest.raises(ValueError, match="schema 0"):
         records.load(path)
-
-
-def test_sequences_are_padded_as_published() -> None:
-    sequences = [[4, 7, 1], [2], list(range(5))]
-    items, offsets = np.concatenate(sequences), np.array([0, 3, 4, 9])
-    expected = pad_sequences([[item + 1 for item in one] for one in sequences], 5)
-    assert pad(items, offsets, 5).tolist() == expected.tolist()
 
 
 def test_hidden_states_have_one_first_level_with_cls_pooling() -> None:

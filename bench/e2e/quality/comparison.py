@@ -172,7 +172,7 @@ def _sources(
     """Return the stream's name, its parameters, and the data of each seed. Missing data are generated."""
     if options.dataset is not None:
         windows = options.windows or DEFAULT_WINDOWS
-        source = Source(options.dataset.resolve(), options.store.resolve(), {"windows": windows}, shared=True)
+        source = Source(options.dataset.resolve(), options.store.resolve(), {"windows": windows})
         return options.dataset.resolve().name, {"windows": windows}, dict.fromkeys(seeds, source)
     stream = stream_of(options)
     name = f"{options.stream}-quick" if options.quick else options.stream

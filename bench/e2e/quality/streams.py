@@ -57,13 +57,11 @@ class Source:
     Attributes:
         dataset, store: folders.
         settings: settings of all variants, by the names that `RunConfig.new` accepts: windows, sizes and epochs.
-        shared: whether all seeds have the same data, so that a user name means the same user in all of them.
     """
 
     dataset: Path
     store: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
-    shared: bool = False
 
 
 def generate(name: str, stream: GeneratedStream, seed: int, folder: Path) -> Source:

@@ -1,5 +1,7 @@
 """The paper's formulation, trained on the stream with the same protocol as our trainer."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -104,11 +106,7 @@ def build_model(settings: Settings, data: StreamData, num_experts: int) -> paper
 
 def pad(items: np.ndarray, offsets: np.ndarray, places: int) -> Tensor:
     """Return sequences as rows (B, places) of ids, which start at 1, padded at the front."""
-    lengths = np.diff(offsets)
-    rows = np.full((len(lengths), places), paper.PADDING, dtype=np.int64)
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    rows[row, places - np.repeat(offsets[1:], lengths) + np.arange(len(items))] = items + 1
-    return torch.from_numpy(rows)
+    return paper.pad_sequences([(items[start:end] + 1).tolist() for start, end in pairwise(offsets)], places)
 
 
 def gather_batch(table: dict[str, Tensor], ids: Tensor, popularity: Tensor) -> paper.Batch:
