@@ -129,6 +129,7 @@ def kernel_table(arguments: str) -> str:
         for title, value in (
             ("saved MiB", lambda row: mib(row.saved_bytes)),
             ("peak MiB", lambda row: mib(row.peak_bytes)),
+            ("returned MiB", lambda row: mib(row.returned_bytes)),
         )
         if any(value(row) for row in rows)
     ]
