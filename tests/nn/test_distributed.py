@@ -1,4 +1,4 @@
-"""The recipe for DistributedDataParallel in docs/architecture.md, on two processes."""
+"""The recipe for DistributedDataParallel in docs/modules.md, on two processes."""
 
 from pathlib import Path
 
