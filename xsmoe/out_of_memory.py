@@ -41,7 +41,7 @@ def requested(error: BaseException) -> int:
 
 
 def allocated(error: BaseException) -> int | None:
-    """Return the bytes of all tensors on the GPU when the allocation failed; None if the message does not state them."""
+    """Return the bytes of all tensors on the GPU when the allocation failed; None if the message lacks them."""
     return _bytes(_ALLOCATED, error)
 
 

@@ -27,9 +27,7 @@ def csv_header(path: Path) -> list[str]:
         if any("\0" in name for name in names):
             raise DataError(nul_byte(path, line))
         if any(newline in name for name in names for newline in "\r\n"):
-            raise DataError(
-                f"{path}: line {line} opens a quoted column name that does not end in that line; remove the quote"
-            )
+            raise DataError(f"{path}: line {line} opens a quoted column name and does not close it; remove the quote")
         return names
     raise DataError(f"{path}: cannot be read as csv: it is empty")
 

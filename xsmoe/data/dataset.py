@@ -177,7 +177,7 @@ def _check(folder: Path, interactions: Interactions, items: Items) -> None:
     if len(listed) < len(items):
         ids, counts = np.unique(items.ids, return_counts=True)
         raise DataError(
-            f"{folder / ITEMS}: item ids must be distinct, but {_some(ids[counts > 1])} occur more than once; list each item once"
+            f"{folder / ITEMS}: item ids must be distinct, but {_some(ids[counts > 1])} occur more than once"
         )
     absolute = np.array([image is not None and PurePath(image).is_absolute() for image in items.images], dtype=bool)
     if absolute.any():

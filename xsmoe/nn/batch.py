@@ -105,7 +105,7 @@ class Batch:
         return packed
 
     def clone(self) -> Self:
-        """A copy of the batch."""
+        """Return a copy of the batch."""
         return self._each(torch.Tensor.clone)
 
     def tensors(self) -> dict[str, Tensor]:

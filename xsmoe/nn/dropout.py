@@ -10,8 +10,8 @@ DRAWS = 1 << 16
 class Dropout(nn.Dropout):
     """`nn.Dropout` with a cheaper mask in eager code on a CPU.
 
-    An element uses 16 bits of torch's generator, so one random word serves four elements. The mask of `nn.Dropout` costs
-    more than a narrow layer's LayerNorm, residual and activation together.
+    An element uses 16 bits of torch's generator, so one random word is enough for four elements. The mask of
+    `nn.Dropout` takes longer than a narrow layer's LayerNorm, residual and activation together.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -174,8 +174,8 @@ class ExpertBank(nn.Module):
             raise ValueError(f"new_gate must be one of {', '.join(get_args(NewGate))}, not {new_gate!r}")
         if new_gate == "copy" and self.top_k is not None:
             raise ValueError(
-                f"new_gate must be 'random' or 'mean' if top_k is set, not 'copy': an expert and its copy would use two "
-                f"of the top {self.top_k} experts, which changes the function"
+                f"new_gate must be 'random' or 'mean' if top_k is set, not 'copy': an expert and its copy would use two"
+                f" of the top {self.top_k} experts, which changes the function"
             )
         self.require_held(optimizer, name)
         with torch.no_grad():
@@ -281,7 +281,7 @@ class ExpertBank(nn.Module):
         if self.num_experts > 1 and not self.counts_are_finite():
             raise ValueError(
                 f"{name}.utilization is not finite, because it counted rows that are not finite, so the least used "
-                "expert is unknown; call reset_utilization() (or utilization.reset() of a single bank), and prune after "
+                "expert is unknown; call reset_utilization() (or utilization.reset() of a single bank) and prune after "
                 "more steps on finite rows"
             )
 

@@ -170,8 +170,8 @@ class XSMoE(Pretrained):
             (N, out_dim).
 
         Raises:
-            TypeError, ValueError: `hidden` lacks a modality, has an extra one, or has other levels or widths; `ids` have
-                another shape or dtype, are out of range, or the model has no IDs.
+            TypeError, ValueError: `hidden` lacks a modality, has an extra one, or has other levels or widths; `ids`
+                have another shape or dtype, are out of range, or the model has no IDs.
         """
         if not isinstance(hidden, Mapping):
             found = type(hidden).__name__

@@ -73,9 +73,7 @@ class ItemIds(nn.Module):
         """
         added = checks.integer("num_items", num_items, 0) - self.num_items
         if added < 0:
-            raise ValueError(
-                f"num_items must be at least {self.num_items}, the current number of rows, not {num_items}"
-            )
+            raise ValueError(f"num_items must be at least {self.num_items}, the current row count, not {num_items}")
         require_held(optimizer, {f"{name}.weight": self.weight})
         if added == 0:
             return

@@ -36,7 +36,7 @@ class Moments:
         values = rows.detach().cpu().double()
         if not values.isfinite().all():
             raise ValueError(
-                "hidden states are not finite, so the conditioning cannot be fitted; check the encoder's output"
+                "hidden states are not finite, so no conditioning can be fitted; check the encoder's output"
             )
         if self.count == 0:
             self._shift = self._low = self._high = values[0]

@@ -15,7 +15,7 @@ Optimizers = Optimizer | Sequence[Optimizer] | None
 Carry = Callable[[str, Tensor], Tensor]
 
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-"""Names of the second moments in optimizers of the Adam family. Their bias correction uses one step count per tensor."""
+"""Names of second moments in optimizers of the Adam family. Their bias correction uses one step count per tensor."""
 
 
 def require_held(optimizers: Optimizers, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -35,9 +35,7 @@ class SideMoE(Pretrained):
         self.num_levels = num_levels = checks.integer("num_levels", num_levels, 1)
         counts = list(num_experts) if isinstance(num_experts, Iterable) else [num_experts] * num_levels
         if len(counts) != num_levels:
-            raise ValueError(
-                f"num_experts must be one number or {num_levels} of them, one for each level, not {counts}"
-            )
+            raise ValueError(f"num_experts must be one number or {num_levels} of them, one per level, not {counts}")
         self.banks = nn.ModuleList(ExpertBank(dim, rank, count, top_k) for count in counts)
         first = self.levels()[0]
         self.dim, self.rank, self.top_k = first.dim, first.rank, first.top_k
@@ -137,9 +135,7 @@ class SideMoE(Pretrained):
             up = torch.stack([pop(f"{key}.fc_up.weight", dim, rank).T for key in keys])
             levels.append((router, down, up))
         if remaining:
-            raise ValueError(
-                f"state_dict has keys that are not in the published module: {', '.join(sorted(remaining))}"
-            )
+            raise ValueError(f"state_dict has keys that the published module lacks: {', '.join(sorted(remaining))}")
 
         side = cls(dim, rank, len(levels), [router.shape[0] - 1 for router, _, _ in levels])
         for bank, (router, down, up) in zip(side.levels(), levels, strict=True):
