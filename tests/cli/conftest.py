@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli.cli_helpers import (
+from tests.cli.helpers import (
     NUM_INTERACTIONS,
     NUM_ITEMS,
     NUM_USERS,

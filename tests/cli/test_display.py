@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.cli_helpers import succeed
-from xsmoe.cli.display import Display, Ticker
+from tests.cli.helpers import succeed
+from xsmoe.cli.display import Display, Throttle
 from xsmoe.report import tables
 
 
@@ -50,7 +50,7 @@ def test_a_ticker_speaks_at_most_once_in_a_while(monkeypatch: pytest.MonkeyPatch
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     told: list[int] = []
-    tick = Ticker(lambda done, total: told.append(done), seconds=10)
+    tick = Throttle(lambda done, total: told.append(done), seconds=10)
     for now in range(35):
         tick(int(now), 35)
     assert told == [10, 20, 30]

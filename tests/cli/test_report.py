@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.cli_helpers import Place, run, succeed, write_log
+from tests.cli.helpers import Place, run, succeed, write_log
 from xsmoe.cli.run_config import RunConfig
 from xsmoe.report import plots, results
 from xsmoe.report.verdict import judge

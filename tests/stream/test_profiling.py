@@ -15,7 +15,7 @@ import torch
 from tests.stream import tiny
 from xsmoe.cli.commands.profile import rows
 from xsmoe.stream import Stream, StreamingTrainer
-from xsmoe.stream.profiling import STEPS, WAIT, WARM_UP, StepProfiler, require_folder
+from xsmoe.stream.profiling import STEPS, WAIT, WARM_UP, StepProfiler, require_writable_folder
 from xsmoe_kernels.runtime.profiler_ranges import each, named_range, opening_ranges, ranges_open
 
 PARTS = ["data", "encode", "attend", "loss", "backward", "optimizer"]
@@ -181,10 +181,10 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match=r"--profile: .*file is a file; give a folder"):
-        require_folder(file)
+        require_writable_folder(file)
     with pytest.raises(ValueError, match=r"--profile: cannot write into .*below: Not a directory; give another"):
-        require_folder(file / "below")
-    require_folder(tmp_path / "new" / "one")
+        require_writable_folder(file / "below")
+    require_writable_folder(tmp_path / "new" / "one")
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "one"]
     assert not list((tmp_path / "new" / "one").iterdir())
     with monkeypatch.context() as patch:
@@ -194,7 +194,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pyte
 
         patch.setattr("tempfile.TemporaryFile", refused)
         with pytest.raises(ValueError, match="--profile: cannot write into .*: Permission denied"):
-            require_folder(tmp_path / "new")
+            require_writable_folder(tmp_path / "new")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

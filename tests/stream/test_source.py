@@ -53,9 +53,9 @@ def test_later_users_are_numbered_behind_known_ones(store: HiddenStateStore) -> 
 
 
 def test_what_leaves_nothing_is_refused(store: HiddenStateStore) -> None:
-    with pytest.raises(DataError, match="the items of 1 are not in the store, those of 1 lack image or text"):
+    with pytest.raises(DataError, match="the items of 1 are not in the store, the items of 1 lack image or text"):
         Stream.build(log([("ann", "x"), ("ann", "b")]), store, 2)
-    with pytest.raises(DataError, match="the store has no audio, only image, text"):
+    with pytest.raises(DataError, match="the store has no modality audio; it has image, text"):
         Stream.build(log(), store, 2, modalities=("audio",))
     with pytest.raises(ValueError, match="missing must be 'drop' or 'zero', not 'keep'"):
         Stream.build(log(), store, 2, missing="keep")  # type: ignore[arg-type]

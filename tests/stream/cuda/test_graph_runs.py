@@ -1,0 +1,167 @@
+"""Runs whose steps are captured, on a stand-in for CUDA graphs: what they say, keep and give back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fakes import FailingCapture, FakeCapture
+from tests.stream.cuda.graph_runs import SHORT, Window, fit, kill_and_resume
+from xsmoe.stream import StreamConfig, epoch, trainer
+from xsmoe.stream.cuda import graph_steps
+from xsmoe.stream.cuda.graph_steps import no_graphs_reason
+from xsmoe.stream.epoch import load_optimizer
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[FakeCapture]:
+    """Has trainers on a CPU capture their steps; gives the stand-ins that they made."""
+    made: list[FakeCapture] = []
+
+    def make(device: torch.device) -> FakeCapture:
+        made.append(FakeCapture(device))
+        return made[-1]
+
+    monkeypatch.setattr(graph_steps, "CudaCapture", make)
+    for module in (trainer, epoch):
+        monkeypatch.setattr(module, "graphs_requested", lambda config: config.graph)
+    monkeypatch.setattr(
+        trainer,
+        "no_graphs_reason",
+        lambda config: no_graphs_reason(StreamConfig.from_dict(config.to_dict() | {"device": "cuda"})),
+    )
+    return made
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_run_that_is_killed_ends_the_same(tmp_path: Path) -> None:
+    lines = fit(graph=True)
+    assert {line["without_graphs"] for line in lines if line["kind"] == "window"} == {None}
+    for after in (2, 17, 30):
+        assert kill_and_resume(tmp_path / str(after), after, graph=True) == lines
+
+
+def warnings_of(work: Callable[..., Any], **options: Any) -> list[str]:
+    warnings = []
+
+    def listener(event: str, fields: dict[str, Any]) -> None:
+        if event == "warning":
+            warnings.append(fields["message"])
+
+    work(listener=listener, **options)
+    return [message for message in warnings if "CUDA graphs" in message]
+
+
+def reasons_of(lines: list[dict[str, Any]]) -> set[str | None]:
+    return {line["without_graphs"] for line in lines if line["kind"] == "window"}
+
+
+def test_graphs_that_were_asked_for_and_cannot_be_are_told_of_once() -> None:
+    assert reasons_of(fit(graph=True)) == {"CUDA graphs need a GPU, and device is cpu"}
+    (message,) = warnings_of(fit, graph=True)
+    assert message.endswith("without CUDA graphs: CUDA graphs need a GPU, and device is cpu")
+    assert reasons_of(fit()) == {"graph is off"}
+    assert warnings_of(fit) == []
+
+
+def test_checks_on_the_host_take_no_graphs_and_change_no_number(
+    stand_ins: list[FakeCapture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured_lines = fit(graph=True)
+    assert stand_ins
+    stand_ins.clear()
+    monkeypatch.setenv("XSMOE_DEBUG", "1")
+    lines = fit(graph=True)
+    assert not stand_ins
+    assert reasons_of(lines) == {"XSMOE_DEBUG=1 enables checks that read values on the host"}
+    for line in (*lines, *captured_lines):
+        line.pop("without_graphs", None)
+    assert lines == captured_lines
+
+
+def test_every_window_gives_back_what_its_graphs_took(stand_ins: list[FakeCapture]) -> None:
+    lines = fit(graph=True)
+    windows = sum(line["kind"] == "window" for line in lines)
+    assert windows == len(stand_ins) > 1
+    assert all(one.captures > 0 and one.freed > 0 for one in stand_ins)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FailingCapture.error, "operation not permitted when stream is capturing"),
+        (SHORT, "not enough memory for CUDA graphs (CUDA out of memory. Tried to allocate 2.50 GiB)"),
+    ],
+)
+def test_a_run_that_cannot_capture_tries_once_and_says_so_once(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = fit(graph=True)
+    made = []
+
+    class Failing(FailingCapture):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.error = error
+            made.append(self)
+
+    monkeypatch.setattr(graph_steps, "CudaCapture", Failing)
+    lines: list[dict[str, Any]] = []
+    (message,) = warnings_of(lambda **options: lines.extend(fit(**options)), graph=True)
+    assert message.endswith(reason)
+    assert sum(one.captures for one in made) == 1
+    assert reasons_of(lines) == {reason}
+    for line in (*lines, *expected):
+        line.pop("without_graphs", None)
+    assert lines == expected
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_rate_of_captured_steps_is_a_tensor_that_stays_in_place() -> None:
+    window = Window(FakeCapture(), lr=0.02, lr_decay=0.5, min_lr=0.004, graph=True)
+    rate = window.optimizer.param_groups[0]["lr"]
+    for number, expected in enumerate([0.02, 0.01, 0.005, 0.004]):
+        window.epoch(number)
+        assert window.optimizer.param_groups[0]["lr"] is rate
+        assert float(rate) == pytest.approx(expected)
+    saved = window.optimizer.state_dict()
+    window.begin()
+    rate = window.optimizer.param_groups[0]["lr"]
+    load_optimizer(window.optimizer, saved)
+    assert window.optimizer.param_groups[0]["lr"] is rate
+    assert len(window.optimizer.state) > 0
+
+
+def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = fit()
+    to_dict = StreamConfig.to_dict
+    with monkeypatch.context() as patch:
+        new = ("graph", "store_gib")
+        patch.setattr(StreamConfig, "to_dict", lambda self: {k: v for k, v in to_dict(self).items() if k not in new})
+        seen: list[str] = []
+
+        def listener(event: str, fields: dict[str, Any]) -> None:
+            seen.append(event)
+            if len(seen) == 9:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path, listener)
+    assert fit(tmp_path) == lines
+    assert StreamConfig.from_dict({"lr": 0.01}) == StreamConfig(lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"graph": 1}, "graph must be True or False, not 1"),
+        ({"store_gib": -1.0}, "store_gib must be a number of GiB of at least 0, or None, not -1.0"),
+        ({"store_gib": float("nan")}, "not nan"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StreamConfig(**settings)
