@@ -1,4 +1,4 @@
-"""What stands in for CUDA graphs on a machine without a GPU."""
+"""Fakes of CUDA graph capture for machines without a GPU."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 class FakeCapture:
-    """Captures by running a step, and replays by running it again into the place of its loss, as a graph does."""
+    """Captures a step by running it. Replays it by running it again and copying its loss, like a graph."""
 
     def __init__(self, device: torch.device = CPU) -> None:
         self.captures = self.freed = 0
@@ -33,7 +33,7 @@ class FakeCapture:
 
 
 class FailingCapture(FakeCapture):
-    """Runs the first step that it is to capture, and fails."""
+    """Runs the first step of a capture, then fails."""
 
     error: Exception = CannotCapture("operation not permitted when stream is capturing")
 

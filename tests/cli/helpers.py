@@ -1,4 +1,4 @@
-"""Running commands in this process, and small raw data for them."""
+"""Helpers that run commands in this process, and small raw data for them."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ TRAIN = {"windows": 3, "epochs": 3, "warmup-epochs": 1, "batch-size": 8, "rank":
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind: exit code, standard output, standard error."""
+    """Result of a command: exit code, standard output, standard error."""
 
     code: int
     out: str
@@ -28,7 +28,7 @@ class Outcome:
 
 
 def run(*arguments: object) -> Outcome:
-    """Runs `xsmoe` with these arguments in this process."""
+    """Run `xsmoe` with these arguments in this process."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -40,7 +40,7 @@ def run(*arguments: object) -> Outcome:
 
 
 def succeed(*arguments: object) -> str:
-    """Standard output of a command that must succeed."""
+    """Run a command, require success, and return its standard output."""
     outcome = run(*arguments)
     assert outcome.code == 0, outcome
     return outcome.out
@@ -48,7 +48,7 @@ def succeed(*arguments: object) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where everything lies."""
+    """Paths of a dataset, a store, a run and raw data."""
 
     root: Path
 
@@ -66,7 +66,7 @@ class Place:
 
     @property
     def more(self) -> Path:
-        """Interactions that come later, with a new user and a new item."""
+        """Later interactions, with a new user and a new item."""
         return self.root / "more.csv"
 
     @property
@@ -75,13 +75,13 @@ class Place:
 
 
 def write_log(path: Path, users: np.ndarray, items: np.ndarray, start: int) -> None:
-    """Interactions as a CSV file."""
+    """Write interactions to a CSV file."""
     times = start + np.arange(len(users)) * 60
     pyarrow.csv.write_csv(pa.table({"user": users, "item": items, "timestamp": times}), path)
 
 
 def write_items(path: Path, numbers: range, rng: np.random.Generator) -> None:
-    """Items as a Parquet file, and pictures of every other one beside it."""
+    """Write items to a Parquet file, and images of every other item next to it."""
     texts = [" ".join(rng.choice(WORDS, 3)) for _ in numbers]
     images = [f"pictures/{number}.png" if number % 2 == 0 else None for number in numbers]
     (path.parent / "pictures").mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,6 @@ def write_items(path: Path, numbers: range, rng: np.random.Generator) -> None:
 
 
 def train_arguments(place: Place) -> list[object]:
-    """The command that trains the run."""
+    """Return the arguments of the command that trains the run."""
     stream = ["--dataset", place.dataset, "--store", place.store, "--missing", "zero", "--expand", "--prune"]
     return ["train", place.run, *stream, *(f"--{name}={value}" for name, value in TRAIN.items())]

@@ -1,4 +1,4 @@
-"""`xsmoe prepare catalogue`: the options reach the generator."""
+"""Command `xsmoe prepare catalogue`: the options are passed to the generator."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from xsmoe.data.catalogue.generator import generate
 
 
 @pytest.mark.parametrize("returning", [0, 2])
-def test_the_command_draws_what_the_generator_does(tmp_path: Path, returning: int) -> None:
+def test_command_equals_the_generator(tmp_path: Path, returning: int) -> None:
     sizes = ["--windows", 3, "--users", 20, "--items", 60]
     succeed("prepare", "catalogue", tmp_path / "out", *sizes, *(["--returning", returning] if returning else []))
     catalogue = generate(num_windows=3, users=20, items=60, returning=returning)

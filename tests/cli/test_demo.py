@@ -1,4 +1,4 @@
-"""The demonstration, small."""
+"""Command `xsmoe demo`, small."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def shown(folder: Path) -> str:
     return succeed("demo", "--folder", folder, *SMALL)
 
 
-def test_it_ends_with_a_comparison_and_says_where_the_report_is(folder: Path, shown: str) -> None:
+def test_demo_ends_with_a_comparison_and_the_path_of_the_report(folder: Path, shown: str) -> None:
     assert "All tests: 2 windows, 80 users tested" in shown
     assert re.search(r"HR@10 +\d+\.\d\d ± ", shown)
     assert re.search(r"Verdict: (above|not_above)\. The model is (NOT )?above the strongest baseline", shown)
@@ -37,11 +37,11 @@ def test_both_modalities_are_used(folder: Path, shown: str) -> None:
     assert set(read_metrics(folder)[-1]["experts"]) == {"image", "text"}
 
 
-def test_its_folder_is_a_run(folder: Path, shown: str) -> None:
+def test_demo_folder_is_a_run(folder: Path, shown: str) -> None:
     assert "Recommended" in succeed("recommend", folder, "user-00001")
 
 
-def test_a_finished_one_is_shown_again_without_work(folder: Path, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_demo_is_shown_again_without_work(folder: Path, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in ("train", "_encode", "_catalogue"):
         monkeypatch.setattr(demo, stage, None)
     again = succeed("demo", "--folder", folder, *SMALL)
@@ -51,13 +51,13 @@ def test_a_finished_one_is_shown_again_without_work(folder: Path, shown: str, mo
     assert [line for line in again.splitlines() if line in table] == table
 
 
-def test_other_settings_are_refused(folder: Path, shown: str) -> None:
+def test_demo_with_other_settings_is_rejected(folder: Path, shown: str) -> None:
     outcome = run("demo", "--folder", folder, *SMALL, "--seed", "5")
     assert outcome.code == 2
     assert "seed 0, not 5" in outcome.err
 
 
-def test_an_interrupted_one_goes_on_and_fresh_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_demo_is_resumed_and_fresh_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "demo"
     with monkeypatch.context() as patch:
 

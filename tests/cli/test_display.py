@@ -42,11 +42,11 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(ours)
     assert "Working" in shown
     assert "1/2" in shown
-    # The bar is gone before the next line comes.
+    # The bar disappears before the next line.
     assert shown.rstrip().endswith("\x1b[2Kdone")
 
 
-def test_a_ticker_speaks_at_most_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throttle_calls_at_most_once_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     told: list[int] = []
@@ -65,6 +65,6 @@ def test_a_table_fits_the_terminal() -> None:
     assert tables.fit(table, 200) == table
 
 
-def test_the_catalogue_command_says_what_it_made(tmp_path: Path) -> None:
+def test_catalogue_command_reports_its_result(tmp_path: Path) -> None:
     out = succeed("prepare", "catalogue", tmp_path / "c", "--windows", 2, "--users", 5, "--items", 32)
     assert "112 items (112 with a text, 112 with an image)" in out

@@ -1,4 +1,4 @@
-"""Help, version and info."""
+"""Help, version and `xsmoe info`."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ COMMANDS = [[name] for name in ORDER] + [["prepare", name] for name in ("moviele
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_and_every_parameter_says_what_it_is(command: list[str]) -> None:
+def test_every_command_and_every_parameter_has_help(command: list[str]) -> None:
     out = succeed(*command, "--help")
     assert "Usage: " + " ".join(["xsmoe", *command]) in out
     found = typer.main.get_command(app)
@@ -31,17 +31,17 @@ def test_every_command_and_every_parameter_says_what_it_is(command: list[str]) -
     assert all(parameter.help for parameter in found.params)
 
 
-def test_commands_come_in_the_order_of_their_use() -> None:
+def test_commands_are_listed_in_the_order_of_use() -> None:
     out = succeed("--help")
     assert sorted(ORDER, key=lambda name: re.search(rf"│ {name} ", out).start()) == list(ORDER)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("arguments", [[], ["prepare"]])
-def test_without_a_command_comes_help(arguments: list[str]) -> None:
+def test_missing_command_shows_help(arguments: list[str]) -> None:
     assert "Usage:" in succeed(*arguments)
 
 
-def test_training_options_state_the_true_defaults() -> None:
+def test_train_options_state_the_true_defaults() -> None:
     stated = {}
     for parameter in typer.main.get_command(app).commands["train"].params:  # type: ignore[attr-defined]
         if match := re.search(r"Default: (.+)\.$", parameter.help or ""):
@@ -75,7 +75,7 @@ def test_info_names_a_backend_for_every_operator() -> None:
     assert json.loads(succeed("info", "--json")) == json.loads(json.dumps(xsmoe_kernels.info()))
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = "import sys, xsmoe, xsmoe.cli; sys.exit(not {'torch', 'numpy'}.isdisjoint(sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert {"XSMoE", "StreamingTrainer"} <= set(dir(xsmoe))

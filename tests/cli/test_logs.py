@@ -1,4 +1,4 @@
-"""Honest logs through the command line: what is counted, dropped, converted and refused."""
+"""Interaction logs in the command line: counts, dropped rows, conversions and errors."""
 
 import shutil
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def test_prepare_keeps_every_row_and_counts(prepared: Place, copy_of: Copy) -> N
     assert table["row"].to_pylist() == [3, 4, 1, 2]
 
 
-def test_prepare_says_what_it_converted(prepared: Place, copy_of: Copy) -> None:
+def test_prepare_reports_conversions(prepared: Place, copy_of: Copy) -> None:
     place = copy_of(prepared)
     rows = [(user, item, 1000 * time) for user, item, time in rows_of(place.root / "raw" / "log.csv")]
     out = prepare(place, write(place.root / "log.csv", rows))
@@ -60,8 +60,8 @@ def test_prepare_says_what_it_converted(prepared: Place, copy_of: Copy) -> None:
     assert pyarrow.parquet.read_table(again).equals(pyarrow.parquet.read_table(before))
 
 
-def test_a_dataset_of_an_earlier_version_is_trained_on(prepared: Place, copy_of: Copy) -> None:
-    """Without a column of rows, and with times in milliseconds that nobody converted."""
+def test_dataset_of_an_earlier_version_can_be_trained(prepared: Place, copy_of: Copy) -> None:
+    """Earlier versions wrote no row numbers and did not convert milliseconds."""
     place = copy_of(prepared)
     path = place.dataset / "interactions.parquet"
     old = pyarrow.parquet.read_table(path)
@@ -72,7 +72,7 @@ def test_a_dataset_of_an_earlier_version_is_trained_on(prepared: Place, copy_of:
     assert read_window(place.run, 0).timestamps[0] == 1_600_000_000
 
 
-def test_training_says_how_many_duplicates_it_dropped(prepared: Place, copy_of: Copy) -> None:
+def test_train_reports_dropped_duplicates(prepared: Place, copy_of: Copy) -> None:
     place = copy_of(prepared)
     rows = rows_of(place.root / "raw" / "log.csv")
     prepare(place, write(place.root / "log.csv", [row for row in rows for _ in range(2)]))
@@ -84,7 +84,7 @@ def test_training_says_how_many_duplicates_it_dropped(prepared: Place, copy_of: 
 
 
 @pytest.mark.parametrize("ties", ["hash", "file"])
-def test_training_warns_where_the_files_order_can_be_learned(prepared: Place, copy_of: Copy, ties: str) -> None:
+def test_train_warns_if_the_file_order_can_be_learned(prepared: Place, copy_of: Copy, ties: str) -> None:
     place = copy_of(prepared)
     rows = rows_of(place.root / "raw" / "log.csv")
     days = [(user, item, time // 86_400 * 86_400) for user, item, time in sorted(rows, key=lambda row: row[1])]
@@ -98,7 +98,7 @@ def test_training_warns_where_the_files_order_can_be_learned(prepared: Place, co
 
 
 @pytest.mark.parametrize("factor", [1, 10**3, 10**6, 10**9])
-def test_update_finds_what_was_given_before_in_any_unit(trained: Place, copy_of: Copy, factor: int) -> None:
+def test_update_detects_repeated_interactions_in_any_unit(trained: Place, copy_of: Copy, factor: int) -> None:
     place = copy_of(trained)
     again = rows_of(place.root / "raw" / "log.csv")[7:10]
     mixed = [(user, item, time * factor) for user, item, time in [*rows_of(place.more), *again]]
@@ -109,8 +109,8 @@ def test_update_finds_what_was_given_before_in_any_unit(trained: Place, copy_of:
 
 
 @pytest.mark.parametrize("unit", [60, 86_400])
-def test_update_refuses_minutes_and_days(trained: Place, copy_of: Copy, unit: int) -> None:
-    """They are too small to be recognized, and the rows that were given before would not be found among them."""
+def test_update_rejects_minutes_and_days(trained: Place, copy_of: Copy, unit: int) -> None:
+    """These units are not recognized, so interactions that were given before would not be found."""
     place = copy_of(trained)
     rows = [(user, item, time // unit) for user, item, time in rows_of(place.root / "raw" / "log.csv")]
     outcome = run("update", place.run, "--interactions", write(place.root / "coarse.csv", rows))
@@ -129,8 +129,8 @@ def test_update_in_another_unit_is_the_same_window(trained: Place, copy_of: Copy
     assert "Nothing to do: the run was already trained on these interactions, as its window 3" in out
 
 
-def test_update_finds_what_was_left_out_of_the_windows(trained: Place, copy_of: Copy) -> None:
-    """Items that were not in the store when they were first given."""
+def test_update_detects_repeated_interactions_outside_of_the_windows(trained: Place, copy_of: Copy) -> None:
+    """Their items were not in the store when they were first given."""
     place = copy_of(trained)
     later = rows_of(place.more)
     unknown = [number for number, row in enumerate(later) if row[1] in ("i60", "i61")]
@@ -145,8 +145,8 @@ def test_update_finds_what_was_left_out_of_the_windows(trained: Place, copy_of: 
     assert [line["window"] for line in read_metrics(place.run) if line["kind"] == "window"] == [0, 1, 2, 3, 4]
 
 
-def test_update_finds_what_an_update_without_a_log_was_given(trained: Place, copy_of: Copy) -> None:
-    """Earlier versions kept the windows only."""
+def test_update_detects_interactions_of_an_update_without_a_log(trained: Place, copy_of: Copy) -> None:
+    """Earlier versions saved the windows only."""
     place = copy_of(trained)
     succeed("update", place.run, "--interactions", place.more)
     shutil.rmtree(place.run / "updates")
@@ -155,8 +155,8 @@ def test_update_finds_what_an_update_without_a_log_was_given(trained: Place, cop
     assert "2 of 3 interactions were given to the run before" in run("update", place.run, "--interactions", again).err
 
 
-def test_windows_in_another_unit_are_refused(trained: Place) -> None:
-    """Earlier versions converted nothing, so that a run may hold milliseconds."""
+def test_windows_in_another_unit_are_rejected(trained: Place) -> None:
+    """Earlier versions did not convert times, so a run may have milliseconds."""
     config = RunConfig.read(trained.run)
     windows = [read_window(trained.run, number) for number in range(3)]
     users, store = read_users(trained.run, windows), HiddenStateStore.open(trained.store)
@@ -166,7 +166,7 @@ def test_windows_in_another_unit_are_refused(trained: Place) -> None:
         read_seen(trained.run, config, windows, users, store)
 
 
-def test_evaluate_reads_in_any_unit_and_refuses_open_quotes(trained: Place, copy_of: Copy) -> None:
+def test_evaluate_reads_all_units_and_rejects_open_quotes(trained: Place, copy_of: Copy) -> None:
     place = copy_of(trained)
     fine = write(place.root / "fine.csv", [(user, item, 1000 * time) for user, item, time in rows_of(place.more)])
     mine, theirs = (succeed("evaluate", place.run, "--interactions", log).splitlines() for log in (place.more, fine))

@@ -1,4 +1,4 @@
-"""A user's mistake: one line that says what is wrong, exit code 2, no traceback."""
+"""User errors: one line with the reason, exit code 2, no traceback."""
 
 import fcntl
 import os
@@ -83,7 +83,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_one_line(mistake: str, trained: Place) -> None:
+def test_user_error_is_one_line(mistake: str, trained: Place) -> None:
     names = {
         "root": trained.root,
         "run": trained.run,
@@ -104,12 +104,12 @@ def test_a_mistake_is_told_in_one_line(mistake: str, trained: Place) -> None:
     assert not (trained.root / "new").exists()
 
 
-def test_an_update_needs_a_run_that_is_done(prepared: Place, copy_of: Callable[[Place], Place]) -> None:
+def test_update_needs_a_finished_run(prepared: Place, copy_of: Callable[[Place], Place]) -> None:
     place = copy_of(prepared)
     assert "is not a run" in run("update", place.run, "--interactions", place.more).err
 
 
-def test_an_update_refuses_other_contents_of_a_known_item(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+def test_update_rejects_other_contents_of_a_known_item(trained: Place, copy_of: Callable[[Place], Place]) -> None:
     place = copy_of(trained)
     changed = place.root / "changed.csv"
     changed.write_text("item,text\ni3,something else\n")
@@ -118,7 +118,7 @@ def test_an_update_refuses_other_contents_of_a_known_item(trained: Place, copy_o
     assert "item 'i3' is known with another text" in outcome.err
 
 
-def test_an_update_refuses_another_encoder(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+def test_update_rejects_another_encoder(trained: Place, copy_of: Callable[[Place], Place]) -> None:
     place = copy_of(trained)
     other = build_small_text_encoder(place.root / "other", ["other"], width=16, layers=2, seed=1)
     command = ["update", place.run, "--interactions", place.more, "--items", place.more_items]
@@ -127,7 +127,7 @@ def test_an_update_refuses_another_encoder(trained: Place, copy_of: Callable[[Pl
     assert "encoded with 'text'" in outcome.err
 
 
-def test_a_damaged_configuration_is_named(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+def test_damaged_config_file_is_reported(trained: Place, copy_of: Callable[[Place], Place]) -> None:
     place = copy_of(trained)
     (place.run / "config.json").write_text("{}")
     outcome = run("train", place.run)
@@ -135,7 +135,7 @@ def test_a_damaged_configuration_is_named(trained: Place, copy_of: Callable[[Pla
     assert "config.json is invalid" in outcome.err
 
 
-def test_a_run_in_use_is_refused(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+def test_run_in_use_is_rejected(trained: Place, copy_of: Callable[[Place], Place]) -> None:
     place = copy_of(trained)
     with open(place.run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -158,7 +158,7 @@ def test_a_bug_keeps_its_traceback(trained: Place, monkeypatch: pytest.MonkeyPat
         run("report", trained.run)
 
 
-def test_training_refuses_a_dataset_that_changed(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+def test_train_rejects_a_changed_dataset(trained: Place, copy_of: Callable[[Place], Place]) -> None:
     place = copy_of(trained)
     (place.run / "users.txt").write_text("somebody\n")
     outcome = run(*train_arguments(place))
@@ -166,7 +166,7 @@ def test_training_refuses_a_dataset_that_changed(trained: Place, copy_of: Callab
     assert "has changed since the run was started" in outcome.err
 
 
-def test_a_shortened_list_of_users_is_refused(trained: Place, copy_of: Callable[[Place], Place]) -> None:
+def test_truncated_users_file_is_rejected(trained: Place, copy_of: Callable[[Place], Place]) -> None:
     place = copy_of(trained)
     users = place.run / "users.txt"
     users.write_text("\n".join(users.read_text().splitlines()[:5]) + "\n")
@@ -186,7 +186,7 @@ def test_damaged_metrics_are_named(trained: Place, copy_of: Callable[[Place], Pl
 
 
 @pytest.mark.parametrize("width", [0, -2, 7])
-def test_an_embedding_that_heads_cannot_share_is_refused(prepared: Place, tmp_path: Path, width: int) -> None:
+def test_odd_embedding_width_is_rejected(prepared: Place, tmp_path: Path, width: int) -> None:
     stream = ["--dataset", prepared.dataset, "--store", prepared.store]
     outcome = run("train", tmp_path / "run", *stream, f"--out-dim={width}")
     assert outcome.code == 2
@@ -197,7 +197,7 @@ def test_an_embedding_that_heads_cannot_share_is_refused(prepared: Place, tmp_pa
     ("option", "needed"),
     [("--new-gate=mean", "expand"), ("--grow=novelty", "expand"), ("--prune-rule=merge", "prune")],
 )
-def test_a_rule_of_growth_without_growth_is_refused(prepared: Place, tmp_path: Path, option: str, needed: str) -> None:
+def test_growth_rule_without_growth_is_rejected(prepared: Place, tmp_path: Path, option: str, needed: str) -> None:
     stream = ["--dataset", prepared.dataset, "--store", prepared.store]
     outcome = run("train", tmp_path / "run", *stream, option)
     assert outcome.code == 2
@@ -206,13 +206,13 @@ def test_a_rule_of_growth_without_growth_is_refused(prepared: Place, tmp_path: P
 
 
 @pytest.mark.parametrize("mistake", ["--items=10", "--epochs=0", "--windows=1"])
-def test_a_mistaken_demo_claims_no_folder(tmp_path: Path, mistake: str) -> None:
+def test_invalid_demo_settings_do_not_mark_the_folder(tmp_path: Path, mistake: str) -> None:
     outcome = run("demo", "--folder", tmp_path / "demo", mistake)
     assert outcome.code == 2
     assert not (tmp_path / "demo" / "demo.json").exists()
 
 
-def test_letters_that_the_output_cannot_show_stop_nothing(trained: Place) -> None:
+def test_characters_outside_the_output_encoding_are_replaced(trained: Place) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "xsmoe", "evaluate", str(trained.run)]
     done = subprocess.run(command, env=environment, capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""From tables to recommendations, and on with what arrives later."""
+"""The workflow from tables to recommendations and updates."""
 
 import json
 import re
@@ -26,12 +26,12 @@ def without_time(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "time"} for line in metrics]
 
 
-def test_encode_reports_counts_and_does_nothing_twice(prepared: Place) -> None:
+def test_encode_reports_counts_and_skips_encoded_items(prepared: Place) -> None:
     encoders = [f"--{name}={prepared.root / 'encoders' / name}" for name in ("text", "image")]
     assert "0 items encoded; 60 were there already" in succeed("encode", prepared.dataset, prepared.store, *encoders)
 
 
-def test_train_writes_everything_and_shows_a_row_a_window(trained: Place) -> None:
+def test_train_writes_all_files_and_shows_a_row_per_window(trained: Place) -> None:
     out = succeed(*train_arguments(trained))
     rows = [line.split() for line in out.splitlines() if re.match(r"\s+\d+ ", line)]
     assert [row[0] for row in rows] == ["0", "1", "2"]
@@ -45,7 +45,7 @@ def test_train_writes_everything_and_shows_a_row_a_window(trained: Place) -> Non
     assert not Path(config["dataset"]).is_absolute()
 
 
-def test_training_again_changes_nothing(trained: Place) -> None:
+def test_training_a_finished_run_changes_nothing(trained: Place) -> None:
     before = (trained.run / "metrics.jsonl").read_bytes()
     succeed("train", trained.run)
     assert (trained.run / "metrics.jsonl").read_bytes() == before
@@ -62,7 +62,7 @@ def test_the_seed_alone_decides_the_initial_weights(prepared: Place, copy_of: Co
     assert metrics[0] == metrics[1] != metrics[2]
 
 
-def test_recommend_leaves_out_what_the_user_has_met(trained: Place) -> None:
+def test_recommend_excludes_seen_items(trained: Place) -> None:
     log = pyarrow.parquet.read_table(trained.dataset / "interactions.parquet").to_pylist()
     mine = [row["item"] for row in log if row["user"] == "u7"]
     out = succeed("recommend", trained.run, "u7", "-k", "8")
@@ -85,20 +85,20 @@ def test_recommend_conditions_hidden_states(trained: Place, monkeypatch: pytest.
     assert succeed("recommend", trained.run, "u7") != shown
 
 
-def test_recommend_says_so_when_few_items_are_left(trained: Place) -> None:
+def test_recommend_with_few_unseen_items(trained: Place) -> None:
     out = succeed("recommend", trained.run, "u7", "-k", "500")
     assert "-inf" not in out
     assert len(re.findall(r"^ +\d+ +-?\d+\.\d{3}", out, re.MULTILINE)) < 60
 
 
-def test_evaluate_shows_what_training_recorded(trained: Place) -> None:
+def test_evaluate_shows_recorded_tests(trained: Place) -> None:
     out = succeed("evaluate", trained.run)
     tests = [line for line in read_metrics(trained.run) if line["kind"] == "test"]
     assert f"{100 * tests[0]['all']['HR@10']:.2f}" in out
     assert "All tests: 2 windows" in out
 
 
-def test_evaluate_on_new_interactions_equals_the_test_that_an_update_makes(trained: Place, copy_of: Copy) -> None:
+def test_evaluate_on_new_interactions_equals_the_test_of_an_update(trained: Place, copy_of: Copy) -> None:
     place = copy_of(trained)
     model = (place.run / "model" / "model.safetensors").read_bytes()
     metrics = (place.run / "metrics.jsonl").read_bytes()
@@ -125,7 +125,7 @@ def test_evaluate_ranks_targets_of_new_interactions_only(trained: Place) -> None
     assert (outcome.code, "targets must be one of last, all" in outcome.err) == (2, True)
 
 
-def test_update_brings_in_users_items_and_a_window(trained: Place, copy_of: Copy) -> None:
+def test_update_adds_users_items_and_a_window(trained: Place, copy_of: Copy) -> None:
     place = copy_of(trained)
     command = ["update", place.run, "--interactions", place.more, "--items", place.more_items]
     out = succeed(*command)
@@ -145,7 +145,7 @@ def test_update_brings_in_users_items_and_a_window(trained: Place, copy_of: Copy
     assert (place.run / "metrics.jsonl").read_bytes() == before
 
 
-def test_update_that_was_interrupted_goes_on_to_the_same_end(
+def test_interrupted_update_is_resumed_with_the_same_results(
     trained: Place, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, undisturbed = copy_of(trained), copy_of(trained)
@@ -188,7 +188,7 @@ def test_a_run_under_the_published_protocol_is_updated_and_evaluated(prepared: P
         (["u1,i1,1800000000"], "nobody to train on, since no user has 5 interactions"),
     ],
 )
-def test_update_refuses_what_was_trained_on_or_cannot_be(
+def test_update_rejects_trained_and_unusable_interactions(
     trained: Place, copy_of: Copy, rows: list[str] | None, message: str
 ) -> None:
     place = copy_of(trained)
@@ -202,7 +202,7 @@ def test_update_refuses_what_was_trained_on_or_cannot_be(
     assert ((place.run / "metrics.jsonl").read_bytes(), (place.run / "users.txt").read_bytes()) == before
 
 
-def test_a_dataset_and_a_store_may_move(trained: Place, copy_of: Copy) -> None:
+def test_dataset_and_store_may_be_moved(trained: Place, copy_of: Copy) -> None:
     place = copy_of(trained)
     moved = [place.root / "moved" / name for name in ("dataset", "store")]
     moved[0].parent.mkdir()
@@ -213,7 +213,7 @@ def test_a_dataset_and_a_store_may_move(trained: Place, copy_of: Copy) -> None:
     assert "Recommended" in succeed("recommend", place.run, "u7")
 
 
-def test_a_modality_that_came_too_late_is_said(prepared: Place, copy_of: Copy) -> None:
+def test_modality_of_an_encoded_item_that_was_added_later_is_reported(prepared: Place, copy_of: Copy) -> None:
     place = copy_of(prepared)
     items = pyarrow.parquet.read_table(place.root / "raw" / "items.parquet").to_pydict()
     (place.root / "raw" / "late.png").write_bytes((place.root / "raw" / items["image"][0]).read_bytes())

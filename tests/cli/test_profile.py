@@ -1,4 +1,4 @@
-"""`--profile`, and too little memory, at the command line."""
+"""Option `--profile`, and out-of-memory errors in the command line."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "time"} for line in read_metrics(folder)]
 
 
-def test_too_little_memory_is_one_line_and_the_same_command_goes_on_with_a_profile_too(
+def test_out_of_memory_is_one_line_and_the_command_can_be_repeated_with_a_profile(
     prepared: Place, trained: Place, copy_of: Callable[[Place], Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = copy_of(prepared)
@@ -44,7 +44,7 @@ def test_too_little_memory_is_one_line_and_the_same_command_goes_on_with_a_profi
     assert len(lines(place.run)) == 1
 
     folder = place.root / "profiles" / "first"
-    # No result depends on this setting, which the run keeps from now on.
+    # Results do not depend on this setting. The run keeps it from now on.
     out = succeed(*train_arguments(place), "--store-gib", "0.5", "--profile", folder)
     assert json.loads((place.run / "config.json").read_text())["stream"]["store_gib"] == 0.5
     assert "Resuming after" in out
@@ -65,7 +65,7 @@ def test_too_little_memory_is_one_line_and_the_same_command_goes_on_with_a_profi
 
 
 @pytest.mark.parametrize("command", ["train", "update"])
-def test_a_folder_that_cannot_be_used_is_told_before_training(
+def test_unusable_profile_folder_is_reported_before_training(
     prepared: Place, trained: Place, copy_of: Callable[[Place], Place], command: str
 ) -> None:
     place = copy_of(prepared if command == "train" else trained)

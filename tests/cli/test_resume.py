@@ -1,4 +1,4 @@
-"""A training that is killed at any moment goes on with the same command, and ends with the same numbers."""
+"""A killed training is resumed by the same command, with the same results."""
 
 import csv
 import os
@@ -28,7 +28,7 @@ def train(place: Place) -> list[str]:
 
 
 def kill_after(training: list[str], run: Path, epochs: int) -> None:
-    """Starts training and kills it without warning once so many epochs are recorded."""
+    """Start a training, and kill it when the given number of epochs is recorded."""
     process = subprocess.Popen(training, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -44,9 +44,7 @@ def lines(run: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name != "time"} for line in read_metrics(run)]
 
 
-def test_killed_and_started_again_it_ends_with_the_same_metrics(
-    prepared: Place, copy_of: Callable[[Place], Place]
-) -> None:
+def test_killed_and_restarted_run_has_the_same_metrics(prepared: Place, copy_of: Callable[[Place], Place]) -> None:
     undisturbed, killed = copy_of(prepared), copy_of(prepared)
     subprocess.run(train(undisturbed), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     kill_after(train(killed), killed.run, epochs=6)
@@ -56,7 +54,7 @@ def test_killed_and_started_again_it_ends_with_the_same_metrics(
     assert done.stderr == ""
     assert lines(killed.run) == lines(undisturbed.run)
 
-    # The epoch that was cut short left no event behind.
+    # The interrupted epoch has no event.
     events = EventAccumulator(str(killed.run / "tensorboard")).Reload()
     losses = events.Scalars("train/loss")
     recorded = [line for line in lines(killed.run) if line["kind"] == "epoch"]
@@ -64,7 +62,7 @@ def test_killed_and_started_again_it_ends_with_the_same_metrics(
 
 
 def often_rated(source: Path, target: Path) -> Path:
-    """MovieLens with films of 20 ratings or more, an eighth of all: each one is encoded, which takes longest."""
+    """Return MovieLens with films of 20 ratings or more, an eighth of all, because encoding needs most of the time."""
     target.mkdir()
     rows = {}
     for name in ("movies.csv", "ratings.csv"):

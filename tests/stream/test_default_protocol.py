@@ -1,4 +1,4 @@
-"""The default protocol against loops: what is ranked, seen, cold and popular; schedule, stopping, fresh optimizers."""
+"""The default protocol compared with loops: targets, seen items, cold items, popularity, schedule, early stopping."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ Pair = tuple[int, int]
 
 
 def kept(window: Window) -> tuple[list[Pair], list[Pair]]:
-    """The training and the validation part of a window after the k-core filter, by loops."""
+    """Return the training and the validation part of a window after the k-core filter, by loops."""
     pairs = list(zip(window.users.tolist(), window.items.tolist(), strict=True))
     users = [user for user, _ in pairs]
     pairs = [pair for pair in pairs if users.count(pair[0]) >= K_CORE]
@@ -27,7 +27,7 @@ def kept(window: Window) -> tuple[list[Pair], list[Pair]]:
 
 
 def last_items(pairs: list[Pair]) -> dict[int, list[int]]:
-    """Users with two items or more, and their last eleven."""
+    """Return the users with two items or more, and their last eleven items."""
     users = sorted({user for user, _ in pairs})
     items = {user: [item for who, item in pairs if who == user] for user in users}
     return {user: taken[-11:] for user, taken in items.items() if len(taken) >= 2}
@@ -49,7 +49,7 @@ def popularity_hits(sequences: dict[int, list[int]], counted: list[Pair], seen: 
     counts = {item: 0 for _, item in known}
     for _, item in counted:
         counts[item] += 1
-    # Items of equal count stand in a fixed pseudorandom order.
+    # Items with equal counts have a fixed pseudorandom order.
     ids = np.array(sorted(counts))
     order = dict(zip(ids.tolist(), places(np.array([counts[item] for item in ids.tolist()]), ids), strict=True))
     assert all((order[a] < order[b]) >= (counts[a] < counts[b]) for a in counts for b in counts)
@@ -61,7 +61,7 @@ def popularity_hits(sequences: dict[int, list[int]], counted: list[Pair], seen: 
     return hits / len(sequences)
 
 
-def test_what_is_ranked_seen_cold_and_popular(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_seen_cold_and_popular_items_equal_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks: dict[str, list[Any]] = {"validation": [], "test": []}
     for module, name, where in (
         (trainer, "rank_with_model", "validation"),
@@ -88,7 +88,7 @@ def test_what_is_ranked_seen_cold_and_popular(monkeypatch: pytest.MonkeyPatch) -
         assert len(known) < len(earlier) + len(windows[number]), "the k-core must drop someone"
         if number:
             sequences = last_items(train + validation)
-            # Last targets come first, and by themselves.
+            # The last targets are first, in separate chunks.
             check_task(next(tasks["test"][number - 1].chunks()).task, sequences, earlier, known)
             line = lines[number - 1]
             cold = sum(items[-1] not in trained for items in sequences.values())
@@ -104,7 +104,7 @@ def test_what_is_ranked_seen_cold_and_popular(monkeypatch: pytest.MonkeyPatch) -
     assert lines[-1]["popularity"]["all_time"] != lines[-1]["popularity"]["last_window"]
 
 
-def test_learning_rate_falls_to_its_floor_and_begins_anew() -> None:
+def test_learning_rate_decays_to_its_minimum_and_restarts() -> None:
     settings = tiny.config(epochs=5, warmup_epochs=5, lr=0.02, lr_decay=0.5, min_lr=0.004)
     lines = StreamingTrainer(tiny.model(), tiny.stream(), settings).fit()
     rates = [line["lr"] for line in lines if line["kind"] == "epoch"]
@@ -149,7 +149,7 @@ def test_each_window_has_a_fresh_optimizer_and_each_epoch_its_own_order(monkeypa
     assert len(set(orders)) == len(orders) > 6
 
 
-def test_seeds_differ_by_each_of_their_parts() -> None:
+def test_seeds_depend_on_all_arguments() -> None:
     base = (0, 0, 0, "order")
     others = [(1, 0, 0, "order"), (0, 1, 0, "order"), (0, 0, 1, "order"), (0, 0, 0, "dropout"), (0, 0, 0, "growth")]
     seeds = [derive(*parts) for parts in [base, *others]]

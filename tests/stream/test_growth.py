@@ -1,4 +1,4 @@
-"""Growth rules beside the published one, in whole runs: when experts change, how, and that a resumed run does alike."""
+"""Growth rules in whole runs: when and how experts change, and that a resumed run does the same."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,12 @@ import pytest
 import torch
 
 from tests.stream import tiny
+from tests.stream.tiny import Killed
 from xsmoe.nn import Recommender
 from xsmoe.stream import StreamConfig, StreamingTrainer
 from xsmoe.stream.growth import NOVELTY_ERRORS, novelty
 
 RULES: dict[str, Any] = {"new_gate": "copy", "prune_rule": "merge", "grow": "novelty", "prune_threshold": 1.0}
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing between the trainer and the test catches it."""
 
 
 def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> tuple[list[dict], Recommender]:
@@ -30,19 +27,19 @@ def summary(value: float, error: float | None) -> dict[str, Any]:
 
 
 def lines(*validations: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Epochs of window 4, behind the lines of another window."""
+    """Return metrics: epochs of window 4 after lines of another window."""
     other = [{"kind": "epoch", "window": 3, "validation": summary(9.0, 0.1)}, {"kind": "test", "window": 3}]
     return [*other, *({"kind": "epoch", "window": 4, "validation": one} for one in validations)]
 
 
-def test_a_window_is_novel_where_the_metric_falls_by_more_than_the_noise() -> None:
+def test_window_is_novel_if_the_metric_decreases_by_more_than_the_noise() -> None:
     noise = NOVELTY_ERRORS * 0.05
     validated = lines(None, summary(0.9, 0.1), summary(0.5, 0.03), None)
     for fall, novel in ((1.01, True), (0.99, False), (-1.0, False)):
         found = novelty(summary(0.5 - fall * noise, 0.04), validated, 5)
         assert found["novel"] is novel
         assert (found["before"], found["noise"]) == (0.5, pytest.approx(noise))
-    # The weights that a window ends with may be those of another epoch than its last.
+    # The weights that a window ends with need not be those of its last epoch.
     kept = [*validated, {"kind": "window", "window": 4, "validation": summary(0.8, 0.03)}]
     assert novelty(summary(0.5, 0.04), kept, 5)["novel"]
 
@@ -55,7 +52,7 @@ def test_a_window_is_novel_where_the_metric_falls_by_more_than_the_noise() -> No
         (summary(0.5, None), lines(summary(0.1, 0.1))),
     ],
 )
-def test_a_window_is_novel_where_nothing_can_be_compared(tested: dict[str, Any], metrics: list[dict]) -> None:
+def test_window_is_novel_without_a_comparison(tested: dict[str, Any], metrics: list[dict]) -> None:
     found = novelty(tested, metrics, 5)
     assert (found["novel"], found["noise"]) == (True, None)
 
@@ -72,7 +69,7 @@ def test_experts_change_in_novel_windows_only(monkeypatch: pytest.MonkeyPatch) -
     assert model.items.ladders()["text"].num_experts == [3, 3]
 
 
-def test_a_split_changes_no_score_and_a_merge_says_where_to() -> None:
+def test_copy_gate_keeps_scores_and_merge_records_its_target() -> None:
     grown: list[tuple[dict, dict]] = []
     before: dict[str, Any] = {}
     model = tiny.model()
@@ -99,7 +96,7 @@ def test_a_split_changes_no_score_and_a_merge_says_where_to() -> None:
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_killed_at_any_event_it_ends_the_same(tmp_path: Path, part: int) -> None:
+def test_run_killed_at_any_event_has_the_same_results(tmp_path: Path, part: int) -> None:
     events: list[str] = []
     undisturbed, model = fit(listener=lambda event, _: events.append(event), **RULES)
     assert any("gate_offset" in name for name in model.state_dict())
@@ -122,12 +119,12 @@ def test_killed_at_any_event_it_ends_the_same(tmp_path: Path, part: int) -> None
     "setting, choices",
     [("new_gate", "random, mean, copy"), ("grow", "every, novelty"), ("prune_rule", "drop, merge")],
 )
-def test_unknown_rules_are_refused(setting: str, choices: str) -> None:
+def test_unknown_rules_are_rejected(setting: str, choices: str) -> None:
     with pytest.raises(ValueError, match=f"{setting} must be one of {choices}, not 'other'"):
         StreamConfig(**{setting: "other"})
 
 
-def test_a_split_is_refused_where_routing_is_sparse_before_anything_is_trained() -> None:
+def test_copy_gate_is_rejected_for_sparse_routing_before_training() -> None:
     with pytest.raises(ValueError, match=r"config\.new_gate is 'copy', .* but its top_k is 1; use new_gate"):
         StreamingTrainer(tiny.model(top_k=1), tiny.stream(), tiny.config(new_gate="copy"))
     StreamingTrainer(tiny.model(top_k=1), tiny.stream(), tiny.config(new_gate="copy", expand=False))

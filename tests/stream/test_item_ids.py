@@ -1,4 +1,4 @@
-"""Item IDs in a run: which are left out, padding, captured steps, growth, resuming, and ranking."""
+"""Item IDs in a run: dropout, padding, graphed steps, growth, resuming and ranking."""
 
 import tracemalloc
 from dataclasses import replace
@@ -14,6 +14,7 @@ from bench.peak import allocations
 from tests.fakes import CPU, FailingCapture, FakeCapture
 from tests.stream import tiny
 from tests.stream.cuda.graph_runs import Window, assert_same
+from tests.stream.tiny import Killed
 from xsmoe.nn import LazyAdam, Recommender, XSMoE, lazy_adam
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream import epoch as epochs
@@ -35,11 +36,11 @@ def left_out(items: np.ndarray = ITEMS, step: int = 0, **changed: Any) -> np.nda
     return dropout(items, step) < 0
 
 
-def test_a_share_of_the_items_goes_without_its_id() -> None:
+def test_ids_of_a_share_of_the_items_are_omitted() -> None:
     for share in (0.0, 0.1, 0.25, 0.9, 1.0):
         out = np.stack([left_out(step=step, share=share) for step in range(20)])
         assert out.mean() == pytest.approx(share, abs=0.01)
-        # Of every item in turn, and not of some for good.
+        # Every item is omitted sometimes, and none always.
         assert out.mean(0).std() == pytest.approx((share * (1 - share) / 20) ** 0.5, abs=0.01)
     ids = IdDropout(0.25, 0, 0, 0)(ITEMS, 3)
     assert ids.dtype == np.int64
@@ -47,19 +48,19 @@ def test_a_share_of_the_items_goes_without_its_id() -> None:
     assert (ids[ids < 0] == -1).all()
 
 
-def test_a_draw_depends_on_seed_window_epoch_step_and_item_only() -> None:
+def test_draw_depends_only_on_seed_window_epoch_step_and_item() -> None:
     out = left_out()
     some = np.random.default_rng(0).permutation(4000)[:100]
     assert (left_out(some) == out[some]).all()
     assert (left_out(some[:1]) == out[some[:1]]).all()
     for change in ({"step": 1}, {"seed": 1}, {"window": 1}, {"epoch": 1}):
         other = left_out(**change)
-        # Independent draws agree in 0.75^2 + 0.25^2 of all items.
+        # Independent draws are equal for 0.75^2 + 0.25^2 of all items.
         assert (other == out).mean() == pytest.approx(0.625, abs=0.03), change
     assert left_out(np.array([], dtype=np.int64)).shape == (0,)
 
 
-def test_draws_are_the_same_wherever_batches_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_do_not_depend_on_the_thread_that_builds_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[Tensor]] = {"here": [], "thread": []}
 
     class Built(StepInput):
@@ -94,7 +95,7 @@ def with_ids(*arguments: Any, **options: Any) -> Window:
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["host", "in place"])
-def test_replayed_steps_end_where_others_do(static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replayed_steps_have_the_same_results(static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if static:
         monkeypatch.setattr(lazy_adam, "_summed", lazy_adam._summed_in_place)
     replayed, eager = with_ids(FakeCapture()), with_ids(FailingCapture())
@@ -111,7 +112,7 @@ def test_replayed_steps_end_where_others_do(static: bool, monkeypatch: pytest.Mo
     assert not table[~trained].any()
 
 
-def test_skipped_steps_are_counted_beside_ids() -> None:
+def test_skipped_steps_are_counted_with_ids() -> None:
     scaler = LossScaler(CPU)
     scaler.load_state_dict(scaler.state_dict() | {"scale": 3e38})
     window = with_ids(FailingCapture(), scaler=scaler)
@@ -144,7 +145,7 @@ def test_a_padded_batch_trains_the_same_rows() -> None:
 
 
 def input_of(users: np.ndarray, capacity: Capacity | None) -> StepInput:
-    """Of these users, with the ID of item 4 left out."""
+    """Return the input of these users, without the ID of item 4."""
     log_share = np.log(np.arange(1, tiny.NUM_ITEMS + 1) / 100)
     sequences = tiny.sequences().take(users)
 
@@ -193,10 +194,6 @@ def test_chunks_of_items_keep_their_ids(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(embed_items(trained, tiny.features(), items, CPU), expected)
 
 
-class Killed(BaseException):
-    """Stands for a kill."""
-
-
 def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> tuple[list[dict], Recommender]:
     trained = tiny.model(ids=True)
     settings = tiny.config(**options)
@@ -227,7 +224,7 @@ def test_a_run_trains_the_ids_of_the_items_that_it_has_seen(undisturbed) -> None
 
 
 @pytest.mark.parametrize("after", [3, 9, 14, 21, 30])
-def test_killed_at_any_event_it_ends_the_same(undisturbed, tmp_path: Path, after: int) -> None:
+def test_run_killed_at_any_event_has_the_same_results(undisturbed, tmp_path: Path, after: int) -> None:
     lines, trained = undisturbed
     seen = []
 
@@ -262,7 +259,7 @@ def test_the_table_grows_with_the_features_and_keeps_its_rows(tmp_path: Path) ->
         assert torch.equal(again.items.ids.weight, trained.items.ids.weight)  # type: ignore[union-attr]
         trainer.fit()
     assert again.items.ids.weight.shape[0] == tiny.NUM_ITEMS  # type: ignore[union-attr]
-    # A table of its whole size from the start ends with the same numbers, as zeros stand for rows that are not there.
+    # A table with its final size from the start has the same results, because missing rows count as zeros.
     expected = fit()[1]
     for name, value in expected.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
@@ -278,7 +275,7 @@ def test_only_models_with_ids_have_a_table_to_grow() -> None:
     assert longer.ids.num_items == tiny.NUM_ITEMS
 
 
-def test_the_state_of_every_row_goes_on_from_a_checkpoint() -> None:
+def test_state_of_every_row_is_restored_from_a_checkpoint() -> None:
     given = input_of(np.array([0, 1, 2]), None)
     trained, optimizers = model(), []
     for _ in range(2):
@@ -304,6 +301,6 @@ def test_a_checkpoint_is_not_copied_in_memory(tmp_path: Path) -> None:
     assert torch.equal(found[1]["table"], table)
 
 
-def test_a_batch_of_another_kind_of_ids_needs_another_graph() -> None:
+def test_batch_with_other_ids_needs_another_graph() -> None:
     given = input_of(np.array([0, 1, 2]), Capacity(5, 10))
     assert given.graph_key() != replace(given, batch=replace(given.batch, ids=None)).graph_key()

@@ -1,4 +1,4 @@
-"""A whole stream under protocol="paper" beside the naive published formulation, compared at every step."""
+"""A whole stream with protocol="paper", compared with the published formulation at every step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,13 +21,13 @@ K_CORE, THRESHOLD = 3, 0.45
 
 
 def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to 1e-5 relative, as norms."""
+    """Assert that the norm of the difference is below 1e-5 of the norm."""
     assert mine.shape == theirs.shape
     assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 class Twin:
-    """The published model, which takes over our weights before every comparison and keeps counters of its own."""
+    """The published model. It copies our weights before every comparison and has separate counters."""
 
     def __init__(self, model: Recommender, table: dict[str, torch.Tensor], log: list[Interaction]) -> None:
         self.model, self.table = model, table
@@ -83,7 +83,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     generator = torch.Generator().manual_seed(0)
     features = tiny.features()
     rows = features.hidden(np.arange(tiny.NUM_ITEMS))
-    # Item 0 of the published code is padding, so that its items are one further on.
+    # Item 0 of the published code is padding, so its item numbers are larger by one.
     table = {
         name: torch.cat([torch.randn(1, 3, tiny.DIMS[name], generator=generator), torch.stack(levels, 1)])
         for name, levels in rows.items()
@@ -177,7 +177,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     return twin, run
 
 
-def test_every_step_prune_and_expansion_is_the_published_one(twin: tuple[Twin, StreamingTrainer]) -> None:
+def test_every_step_prune_and_expansion_equals_the_published_code(twin: tuple[Twin, StreamingTrainer]) -> None:
     naive, run = twin
     lines = run.fit()
     steps = sum(line["steps"] for line in lines if line["kind"] == "epoch")

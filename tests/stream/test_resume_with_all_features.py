@@ -1,4 +1,4 @@
-"""Runs with all of it on: a run that is killed at any moment goes on, and ends with the same numbers."""
+"""Runs with all optional features: a run that is killed at any time is resumed with the same results."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ KNOWN = int(max(window.items.max() for window in WINDOWS[:2])) + 1
 
 
 def source() -> InMemoryFeatures:
-    """Hidden states with a shared lowest level; the first items lack a modality, of which one has rows later only."""
+    """Return hidden states with a shared lowest level. The first items lack a modality that later items have."""
     generator = torch.Generator().manual_seed(0)
     levels = {}
     for name, dim in tiny.DIMS.items():
@@ -45,7 +45,7 @@ def settings(**options: Any) -> StreamConfig:
 
 
 class Run:
-    """A stream of two windows, and a third one that comes with new items."""
+    """A run on two windows, updated with a third window that has new items."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.folder, self.config = folder, settings(**options)
@@ -61,7 +61,7 @@ class Run:
         return store
 
     def go_on(self, listener: Callable[[str, dict[str, Any]], None] | None = None) -> Recommender:
-        """Does what is left to do, as `xsmoe train` and `xsmoe update` do it."""
+        """Do all remaining work, like `xsmoe train` and `xsmoe update`."""
         store = self.store()
         with self.trainer(Stream(WINDOWS[:2], store), listener) as trainer:
             if trainer.windows_done < 2:
@@ -83,7 +83,7 @@ class Run:
 
 
 def moments(run: Run, copies: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recommender, list[Path]]:
-    """Perform a run, and return its model and a copy of its folder for every moment at which the files changed."""
+    """Do a run, and return its model and a copy of its folder after every change of a file."""
     taken: list[Path] = []
     before: list[Any] = []
 
@@ -119,11 +119,11 @@ SLOW = pytest.mark.slow
         pytest.param(True, {"keep": "best", "new_gate": "random", "prune_rule": "drop"}, marks=SLOW),
     ],
 )
-def test_killed_at_any_moment_it_ends_the_same(
+def test_run_killed_at_any_time_has_the_same_results(
     slow: bool, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it is not slow, at every fourth moment."""
-    # Whatever the metrics of so few users are, a comparison of them finds each window novel.
+    """Every fourth copy is tested, and every copy in the slow variant."""
+    # With metrics of so few users, every window is novel.
     monkeypatch.setattr(growth, "NOVELTY_ERRORS", -100.0)
     run = Run(tmp_path / "undisturbed", **options)
     model, taken = moments(run, tmp_path / "copies", monkeypatch)

@@ -1,4 +1,4 @@
-"""The streaming trainer: what it does in which order, and that nothing is lost when it is stopped."""
+"""The streaming trainer: order of events, results, and resuming after an interruption."""
 
 import errno
 import json
@@ -11,15 +11,12 @@ import pytest
 import torch
 
 from tests.stream import tiny
+from tests.stream.tiny import Killed
 from xsmoe.data import Window
 from xsmoe.nn import Recommender
 from xsmoe.stream import CheckpointError, Stream, StreamConfig, StreamingTrainer, TrainingDiverged
 from xsmoe.stream.state.checkpoints import Checkpoints
 from xsmoe.stream.state.run_folder import read_metrics
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing between the trainer and the test catches it."""
 
 
 def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> tuple[list[dict], Recommender]:
@@ -33,7 +30,7 @@ def undisturbed() -> tuple[list[dict], Recommender]:
     return fit()
 
 
-def test_order_of_events_and_what_the_lines_hold(undisturbed) -> None:
+def test_order_of_events_and_fields_of_the_metrics(undisturbed) -> None:
     lines, model = undisturbed
     kinds = [line["kind"] for line in lines if line["kind"] != "epoch"]
     assert kinds == ["window", "test", "window", "test", "window"]
@@ -84,7 +81,7 @@ def count_events() -> int:
 
 
 @pytest.mark.parametrize("part", range(12))
-def test_killed_at_any_event_it_ends_the_same(undisturbed, tmp_path: Path, part: int) -> None:
+def test_run_killed_at_any_event_has_the_same_results(undisturbed, tmp_path: Path, part: int) -> None:
     lines, model = undisturbed
     after = 1 + part * (count_events() - 1) // 11
     seen = []
@@ -103,7 +100,7 @@ def test_killed_at_any_event_it_ends_the_same(undisturbed, tmp_path: Path, part:
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_killed_at_any_write_it_ends_the_same(undisturbed, tmp_path: Path, monkeypatch) -> None:
+def test_run_killed_at_any_write_has_the_same_results(undisturbed, tmp_path: Path, monkeypatch) -> None:
     lines, _ = undisturbed
     synced, replaced = os.fsync, os.replace
     for attempt, (call, after) in enumerate(
@@ -125,7 +122,7 @@ def test_killed_at_any_write_it_ends_the_same(undisturbed, tmp_path: Path, monke
         assert tiny.without_time(fit(folder)[0]) == tiny.without_time(lines)
 
 
-def test_a_finished_run_does_nothing_more(undisturbed, tmp_path: Path) -> None:
+def test_finished_run_does_nothing(undisturbed, tmp_path: Path) -> None:
     lines, _ = fit(tmp_path)
     events = []
     again, _ = fit(tmp_path, lambda event, fields: events.append(event))
@@ -136,7 +133,7 @@ def test_a_finished_run_does_nothing_more(undisturbed, tmp_path: Path) -> None:
     assert loaded.items.sides["text"].num_experts == lines[-1]["experts"]["text"]
 
 
-def test_step_takes_windows_from_anywhere(undisturbed, tmp_path: Path) -> None:
+def test_step_accepts_windows_outside_of_the_stream(undisturbed, tmp_path: Path) -> None:
     lines, _ = undisturbed
     first, second, third = tiny.windows()
     empty = Stream([], tiny.features())
@@ -149,7 +146,7 @@ def test_step_takes_windows_from_anywhere(undisturbed, tmp_path: Path) -> None:
         assert tiny.without_time(trainer.metrics) == tiny.without_time(lines)
 
 
-def test_another_window_cannot_take_the_place_of_one_cut_short(tmp_path: Path) -> None:
+def test_interrupted_window_cannot_be_replaced(tmp_path: Path) -> None:
     def listener(event: str, fields: dict) -> None:
         if event == "epoch":
             raise Killed
@@ -170,7 +167,7 @@ def test_another_window_cannot_take_the_place_of_one_cut_short(tmp_path: Path) -
     "options, experts",
     [({"expand": False}, [1, 1]), ({"prune": False}, [3, 3]), ({"prune_threshold": 1.0}, [2, 2])],
 )
-def test_expansion_and_pruning_can_be_switched_off(options: dict, experts: list[int]) -> None:
+def test_expansion_and_pruning_can_be_disabled(options: dict, experts: list[int]) -> None:
     lines, _ = fit(**options)
     assert lines[-1]["experts"] == {"image": experts, "text": experts}
     tests = [line for line in lines if line["kind"] == "test"]
@@ -178,7 +175,7 @@ def test_expansion_and_pruning_can_be_switched_off(options: dict, experts: list[
     assert all(bool(line["pruned"]) == (options.get("prune") is None) for line in tests)
 
 
-def test_a_run_goes_on_where_counters_are_not_finite_and_says_what_it_did_not_prune() -> None:
+def test_run_with_nonfinite_counters_continues_and_warns_about_skipped_pruning() -> None:
     model, told = tiny.model(), []
 
     def listener(event: str, line: dict) -> None:
@@ -206,7 +203,7 @@ def test_warm_up_only_and_an_empty_validation_split_keep_the_last_epoch() -> Non
     assert reasons == {"the validation split has no user with 2 items"}
 
 
-def test_a_window_without_users_is_passed_over() -> None:
+def test_window_without_users_is_skipped() -> None:
     lines, _ = fit(k_core=10_000)
     window = lines[0]
     assert (window["epochs"], window["users"], window["kept"]) == (0, 0, "last")
@@ -219,7 +216,7 @@ def test_a_window_without_users_is_passed_over() -> None:
     }
 
 
-def test_a_window_that_trains_nobody_changes_no_expert() -> None:
+def test_window_without_training_sequences_does_not_change_experts() -> None:
     first, second, third = tiny.windows()
     alone = Window(0, second.users[:3], second.items[:3], second.timestamps[:3])
     trainer = StreamingTrainer(tiny.model(), tiny.stream(), tiny.config())
@@ -231,7 +228,7 @@ def test_a_window_that_trains_nobody_changes_no_expert() -> None:
     assert trainer.step(third)["experts"]["text"] == [2, 2]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path: Path) -> None:
+def test_nonfinite_loss_stops_the_run(undisturbed, tmp_path: Path) -> None:
     lines, _ = undisturbed
     model = tiny.model()
 
@@ -263,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path: Path) ->
         ({"stream": Stream(tiny.windows(), tiny.features(seed=1))}, "was trained on other hidden states"),
     ],
 )
-def test_a_run_of_another_configuration_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+def test_run_with_another_configuration_is_rejected(tmp_path: Path, change: dict, message: str) -> None:
     lines, _ = fit(tmp_path)
     arguments = {"model": tiny.model(), "stream": tiny.stream(), "config": tiny.config(), **change}
     with pytest.raises(ValueError, match=message):
@@ -271,7 +268,7 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path, change: dict,
     assert fit(tmp_path)[0] == lines
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(undisturbed, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path: Path) -> None:
     lines, _ = undisturbed
 
     def listener(event: str, fields: dict) -> None:
@@ -304,7 +301,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(undisturbed, tmp_path: Pat
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_full_disk_loses_nothing(undisturbed, tmp_path: Path, monkeypatch) -> None:
+def test_full_disk_keeps_saved_files(undisturbed, tmp_path: Path, monkeypatch) -> None:
     lines, _ = undisturbed
     calls = []
     synced = os.fsync
@@ -325,7 +322,7 @@ def test_a_full_disk_loses_nothing(undisturbed, tmp_path: Path, monkeypatch) -> 
     assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
 
 
-def test_weights_that_are_not_finite_are_never_saved(undisturbed, tmp_path: Path) -> None:
+def test_nonfinite_weights_are_never_saved(undisturbed, tmp_path: Path) -> None:
     lines, _ = undisturbed
     model = tiny.model()
 
@@ -340,7 +337,7 @@ def test_weights_that_are_not_finite_are_never_saved(undisturbed, tmp_path: Path
     assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
 
 
-def test_a_trainer_that_was_cut_short_or_closed_takes_no_more_windows(tmp_path: Path) -> None:
+def test_interrupted_or_closed_trainer_rejects_windows(tmp_path: Path) -> None:
     def listener(event: str, fields: dict) -> None:
         if event == "epoch":
             raise Killed
@@ -362,7 +359,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), folder=tmp_path)
 
 
-def test_metrics_and_windows_that_were_tampered_with_are_refused(tmp_path: Path) -> None:
+def test_modified_metrics_and_windows_are_rejected(tmp_path: Path) -> None:
     fit(tmp_path)
     window = tmp_path / "windows" / "0000.npz"
     kept = window.read_bytes()
@@ -378,7 +375,7 @@ def test_metrics_and_windows_that_were_tampered_with_are_refused(tmp_path: Path)
         fit(tmp_path)
 
 
-def test_bad_windows_and_models_are_named() -> None:
+def test_invalid_windows_and_models_are_named() -> None:
     trainer = StreamingTrainer(tiny.model(), tiny.stream(), tiny.config())
     one = np.array([99], dtype=np.int64)
     with pytest.raises(ValueError, match=r"window\.items must be in \[0, 40\), but ranges from 99 to 99"):
@@ -423,7 +420,7 @@ def test_bad_windows_and_models_are_named() -> None:
         ({"keep": "best", "patience": 0}, "patience must be at least 1 where keep is 'best'"),
     ],
 )
-def test_bad_settings_are_named(settings: dict, message: str) -> None:
+def test_invalid_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamConfig(**settings)
 
@@ -445,7 +442,7 @@ def test_settings_follow_the_protocol_and_survive_json() -> None:
         StreamConfig.from_dict({"colour": 1})
 
 
-def test_settings_of_earlier_versions_stay_what_they_were() -> None:
+def test_settings_of_earlier_versions_keep_their_behaviour() -> None:
     saved = StreamConfig(keep="best", history="last").to_dict()
     for name in ("ties", "duplicates", "history", "keep", "targets", "min_steps", "id_dropout", "grow", "prune_rule"):
         del saved[name]
@@ -455,7 +452,7 @@ def test_settings_of_earlier_versions_stay_what_they_were() -> None:
     assert (old.grow, old.prune_rule) == ("every", "drop")
 
 
-def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path: Path) -> None:
+def test_run_of_an_earlier_version_is_resumed_with_its_behaviour(tmp_path: Path) -> None:
     options: dict[str, Any] = {"ties": "file", "duplicates": "keep", "targets": "last", "min_steps": 1}
     options |= {"id_dropout": 0.0}
     old = tiny.config(**options)

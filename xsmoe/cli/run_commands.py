@@ -36,9 +36,7 @@ def train(
     run: Run,
     dataset: Annotated[Path | None, _setting(None, "The dataset's folder; required for a new run.", STREAM)] = None,
     store: Annotated[Path | None, _setting(None, "The hidden-state store; required for a new run.", STREAM)] = None,
-    windows: Annotated[
-        int | None, _setting(10, "Number of windows with equal numbers of interactions.", STREAM)
-    ] = None,
+    windows: Annotated[int | None, _setting(10, "Number of windows of equal interaction counts.", STREAM)] = None,
     modalities: Annotated[str | None, _setting("all", "Modalities of the store, such as image,text.", STREAM)] = None,
     missing: Annotated[str | None, _setting("drop", "Items that lack a modality: drop or zero.", STREAM)] = None,
     protocol: Annotated[

@@ -1,4 +1,4 @@
-"""What a step takes: the batch, as it lies in one tensor too, and hidden states."""
+"""Step inputs: the batch, also packed into one tensor, and hidden states."""
 
 from dataclasses import fields
 from typing import Any
@@ -24,7 +24,7 @@ def test_a_step_gets_the_hidden_states_of_its_distinct_items() -> None:
             assert torch.equal(mine, level)
 
 
-def test_hidden_states_come_in_the_dtype_asked_for() -> None:
+def test_hidden_states_have_the_requested_dtype() -> None:
     given = tiny.step_input(np.array([1]), torch.bfloat16)
     assert {level.dtype for levels in given.hidden.values() for level in levels} == {torch.bfloat16}
 
@@ -35,7 +35,7 @@ def test_lengths_are_those_of_the_offsets() -> None:
     assert batch.num_padding(11) == 3 * 10 - 7
 
 
-def test_moving_a_batch_keeps_what_it_holds() -> None:
+def test_moving_a_batch_keeps_its_values() -> None:
     given = tiny.step_input(np.array([0, 1]))
     moved = given.to(CPU)
     for field in fields(Batch):
@@ -60,7 +60,7 @@ def test_a_packed_batch_is_the_same_in_one_tensor(capacity: Capacity | None) -> 
     assert packed.clone().storage.data_ptr() != packed.storage.data_ptr()  # type: ignore[union-attr]
 
 
-def test_an_input_takes_over_what_another_of_its_kind_holds() -> None:
+def test_input_copies_the_values_of_another_with_the_same_key() -> None:
     room = Capacity(3, 6)
     mine, theirs = (tiny.step_input(np.array(users), capacity=room) for users in ([1], [0, 2]))
     assert mine.graph_key() == theirs.graph_key()
@@ -83,7 +83,7 @@ def test_an_input_takes_over_what_another_of_its_kind_holds() -> None:
         ("cuda", "float32", None, torch.float32),
     ],
 )
-def test_hidden_states_come_in_what_the_step_would_cast_them_to(
+def test_hidden_states_have_the_dtype_of_the_step(
     device: str, precision: Any, top_k: int | None, expected: torch.dtype
 ) -> None:
     config = tiny.config(device=device, precision=precision)

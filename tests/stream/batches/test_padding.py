@@ -1,4 +1,4 @@
-"""Padding that changes nothing: loss, gradients and counters of a padded batch are those of the batch."""
+"""Padding does not change loss, gradients and counters of a batch."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def batch(users: int = 7, seed: int = 0) -> Batch:
 
 
 def recommender(**options: Any) -> Recommender:
-    """With experts, frozen ones among them, that are as large as trained ones."""
+    """Return a recommender with trained and frozen experts of the same scale."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         items = XSMoE(tuple(tiny.DIMS), dim=tiny.DIMS, rank=3, out_dim=8, **options)
@@ -81,7 +81,7 @@ def test_a_padded_step_is_the_step_in_double_precision(users: int, constant: boo
     model, plain = recommender().double(), batch(users)
     padded = ROOM.pad(plain)
     expected = outcome(model, plain, hidden(plain, torch.float64, constant=constant))
-    # The factor is a float32, as the mean's denominator is in every kernel.
+    # The factor is a float32, like the denominator of the mean in every kernel.
     assert worst(outcome(model, padded, hidden(padded, torch.float64, constant=constant)), expected) < 1e-7
 
 
@@ -98,7 +98,7 @@ def test_a_padded_step_is_the_step_to_rounding(backend: str, options: dict[str, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_added_has_a_loss_and_gradients_of_zero_to_the_bit(backend: str, dtype: torch.dtype) -> None:
+def test_padding_has_exactly_zero_loss_and_gradients(backend: str, dtype: torch.dtype) -> None:
     needs(backend, dtype)
     plain = batch(2)
     padded = Capacity(3, 10).pad(plain)
@@ -128,7 +128,7 @@ def test_what_is_added_has_a_loss_and_gradients_of_zero_to_the_bit(backend: str,
     assert not of_items[columns.stop :].any()
 
 
-def test_nothing_depends_on_what_padding_holds() -> None:
+def test_results_do_not_depend_on_padding_values() -> None:
     model, padded = recommender(), ROOM.pad(batch())
     added = padded.counts == 0
     given = hidden(padded, torch.float32)
@@ -141,7 +141,7 @@ def test_nothing_depends_on_what_padding_holds() -> None:
         assert torch.equal(found[name], value), name
 
 
-def test_shapes_depend_on_the_number_of_distinct_items_alone() -> None:
+def test_shapes_depend_only_on_the_number_of_distinct_items() -> None:
     room = Capacity(40, 10)
     shapes = {}
     for seed in range(6):
@@ -159,7 +159,7 @@ def test_shapes_depend_on_the_number_of_distinct_items_alone() -> None:
     assert len(room.pad(whole).items) == 2 * ITEMS
 
 
-def test_items_that_are_added_are_known_and_never_drawn() -> None:
+def test_padding_items_are_valid_and_never_negatives() -> None:
     one = batch()
     padded = ROOM.pad(one)
     added = slice(len(one.items), None)
@@ -170,7 +170,7 @@ def test_items_that_are_added_are_known_and_never_drawn() -> None:
     assert padded.factor == pytest.approx(90 / len(one.inputs))
 
 
-def test_what_there_is_no_room_for_is_refused() -> None:
+def test_batch_larger_than_the_capacity_is_rejected() -> None:
     with pytest.raises(ValueError, match="at most 6 sequences of 10 inputs, not 7 of 9"):
         Capacity(6, 10).pad(batch())
     lengths = Sequences(np.arange(1), np.arange(6), np.array([0, 6]))

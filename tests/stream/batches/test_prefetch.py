@@ -11,7 +11,7 @@ import torch
 
 from tests.stream import tiny
 from tests.stream.tiny import needs_gpu
-from xsmoe.stream.batches import prefetch
+from xsmoe.stream.batches import prefetch as prefetching
 from xsmoe.stream.batches.builder import StepInput
 from xsmoe.stream.batches.padding import Capacity
 from xsmoe.stream.batches.prefetch import HiddenStates, map_ahead, prefetch
@@ -21,13 +21,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 9])
-def test_building_ahead_keeps_the_order(ahead: int) -> None:
+def test_prefetch_keeps_the_order(ahead: int) -> None:
     chosen = [np.array([place]) for place in (2, 0, 1, 0, 2)]
     expected = [tiny.step_input(users).batch.targets.tolist() for users in chosen]
     assert [given.batch.targets.tolist() for given in map_ahead(tiny.step_input, chosen, ahead)] == expected
 
 
-def test_the_next_batches_are_built_while_one_is_used() -> None:
+def test_next_batches_are_built_while_one_is_used() -> None:
     built, others = [], threading.Event()
 
     def note(users: np.ndarray) -> StepInput:
@@ -43,7 +43,7 @@ def test_the_next_batches_are_built_while_one_is_used() -> None:
     assert built[:3] == [(0, False), (1, False), (2, False)]
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_by_the_step_it_was_for() -> None:
+def test_error_in_the_thread_is_raised_at_its_step() -> None:
     def fail(users: np.ndarray) -> StepInput:
         if users[0] == 1:
             raise ValueError("bad batch")
@@ -55,8 +55,8 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_step_it_was_for() -> Non
         next(steps)
 
 
-def test_on_the_cpu_a_batch_is_built_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch, "map_ahead", None)
+def test_on_the_cpu_a_batch_is_built_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetching, "map_ahead", None)
     built = []
 
     def note(users: np.ndarray) -> StepInput:
@@ -68,7 +68,7 @@ def test_on_the_cpu_a_batch_is_built_when_its_turn_comes(monkeypatch: pytest.Mon
     assert len(built) == 1
 
 
-class FakeCapture:
+class FakeCopyStream:
     """A stream for copies on a machine that has none: notes what happens to it, and in which thread."""
 
     done: ClassVar[list[tuple[str, bool]]] = []
@@ -88,18 +88,18 @@ class FakeCapture:
         return given
 
 
-def test_for_cuda_inputs_are_sent_by_the_thread_and_received_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch, "CopyStream", FakeCapture)
+def test_thread_sends_cuda_inputs_and_step_receives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetching, "CopyStream", FakeCopyStream)
     chosen = [np.array([place]) for place in (2, 0, 1, 2)]
     found = [given.batch.targets.tolist() for given in prefetch(tiny.step_input, chosen, torch.device("cuda"))]
     assert found == [tiny.step_input(users).batch.targets.tolist() for users in chosen]
-    assert sorted(set(FakeCapture.done)) == [("received", True), ("sent", False)]
-    assert len(FakeCapture.done) == 2 * len(chosen)
+    assert sorted(set(FakeCopyStream.done)) == [("received", True), ("sent", False)]
+    assert len(FakeCopyStream.done) == 2 * len(chosen)
 
 
 @needs_gpu
 @pytest.mark.parametrize("capacity", [None, Capacity(2, 6)])
-def test_on_a_gpu_inputs_arrive_whole_in_their_order(capacity: Capacity | None) -> None:
+def test_on_a_gpu_inputs_arrive_complete_and_in_order(capacity: Capacity | None) -> None:
     chosen = [np.array([place % 3, (place + 1) % 3]) for place in range(40)]
 
     def build(users: np.ndarray) -> StepInput:
@@ -128,7 +128,7 @@ def test_on_a_gpu_the_host_does_not_run_far_ahead() -> None:
         torch.cuda._sleep(10_000_000)
     torch.cuda.synchronize()
     held = (torch.cuda.max_memory_allocated() - before) / size
-    assert held < prefetch.IN_FLIGHT + 2 * prefetch.AHEAD + 3
+    assert held < prefetching.IN_FLIGHT + 2 * prefetching.AHEAD + 3
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return given
 
 
-def test_every_purpose_has_a_stream_of_its_own(pool: list[int]) -> None:
+def test_every_purpose_has_a_separate_stream(pool: list[int]) -> None:
     pool += [7, 7, 8, 7]
     # The same GPU by two names.
     copies = streams.stream_for("copies", torch.device("cuda"))
@@ -172,7 +172,7 @@ def test_a_stream_is_leased_to_one_owner_at_a_time(pool: list[int]) -> None:
     assert pool == [7]
 
 
-def test_a_pool_without_a_free_stream_gives_one_twice(pool: list[int]) -> None:
+def test_pool_without_a_free_stream_returns_a_used_one(pool: list[int]) -> None:
     pool += [7] * 200
     owners = [threading.Event(), threading.Event()]
     assert [streams.lease(owner, torch.device("cuda", 0)).cuda_stream for owner in owners] == [7, 7]

@@ -1,4 +1,4 @@
-"""Windows whose steps are captured, by CUDA or by what stands in for it on a machine without a GPU."""
+"""Helpers: windows and runs with graphed steps, by CUDA or by a fake capture."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ SHORT = torch.OutOfMemoryError(
 
 
 class Window:
-    """A window that is trained on with graphs, or at least with what makes them."""
+    """Training on one window with graphed steps."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Runs whose steps are captured, on a stand-in for CUDA graphs: what they say, keep and give back."""
+"""Runs with graphed steps and a fake capture: warnings, results and memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from xsmoe.stream.epoch import load_optimizer
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[FakeCapture]:
-    """Has trainers on a CPU capture their steps; gives the stand-ins that they made."""
+    """Make trainers on a CPU capture their steps with fakes, and return the list of these fakes."""
     made: list[FakeCapture] = []
 
     def make(device: torch.device) -> FakeCapture:
@@ -36,7 +36,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[FakeCapture]:
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_a_run_that_is_killed_ends_the_same(tmp_path: Path) -> None:
+def test_killed_run_has_the_same_results(tmp_path: Path) -> None:
     lines = fit(graph=True)
     assert {line["without_graphs"] for line in lines if line["kind"] == "window"} == {None}
     for after in (2, 17, 30):
@@ -58,7 +58,7 @@ def reasons_of(lines: list[dict[str, Any]]) -> set[str | None]:
     return {line["without_graphs"] for line in lines if line["kind"] == "window"}
 
 
-def test_graphs_that_were_asked_for_and_cannot_be_are_told_of_once() -> None:
+def test_unavailable_graphs_cause_one_warning() -> None:
     assert reasons_of(fit(graph=True)) == {"CUDA graphs need a GPU, and device is cpu"}
     (message,) = warnings_of(fit, graph=True)
     assert message.endswith("without CUDA graphs: CUDA graphs need a GPU, and device is cpu")
@@ -66,7 +66,7 @@ def test_graphs_that_were_asked_for_and_cannot_be_are_told_of_once() -> None:
     assert warnings_of(fit) == []
 
 
-def test_checks_on_the_host_take_no_graphs_and_change_no_number(
+def test_debug_checks_disable_graphs_and_do_not_change_results(
     stand_ins: list[FakeCapture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured_lines = fit(graph=True)
@@ -81,7 +81,7 @@ def test_checks_on_the_host_take_no_graphs_and_change_no_number(
     assert lines == captured_lines
 
 
-def test_every_window_gives_back_what_its_graphs_took(stand_ins: list[FakeCapture]) -> None:
+def test_every_window_frees_the_memory_of_its_graphs(stand_ins: list[FakeCapture]) -> None:
     lines = fit(graph=True)
     windows = sum(line["kind"] == "window" for line in lines)
     assert windows == len(stand_ins) > 1
@@ -96,7 +96,7 @@ def test_every_window_gives_back_what_its_graphs_took(stand_ins: list[FakeCaptur
         (SHORT, "not enough memory for CUDA graphs (CUDA out of memory. Tried to allocate 2.50 GiB)"),
     ],
 )
-def test_a_run_that_cannot_capture_tries_once_and_says_so_once(
+def test_run_that_cannot_capture_tries_once_and_warns_once(
     error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = fit(graph=True)
@@ -120,7 +120,7 @@ def test_a_run_that_cannot_capture_tries_once_and_says_so_once(
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_the_rate_of_captured_steps_is_a_tensor_that_stays_in_place() -> None:
+def test_learning_rate_of_graphed_steps_is_a_tensor_with_a_fixed_address() -> None:
     window = Window(FakeCapture(), lr=0.02, lr_decay=0.5, min_lr=0.004, graph=True)
     rate = window.optimizer.param_groups[0]["lr"]
     for number, expected in enumerate([0.02, 0.01, 0.005, 0.004]):
@@ -135,7 +135,7 @@ def test_the_rate_of_captured_steps_is_a_tensor_that_stays_in_place() -> None:
     assert len(window.optimizer.state) > 0
 
 
-def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_without_graph_settings_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = fit()
     to_dict = StreamConfig.to_dict
     with monkeypatch.context() as patch:
@@ -162,6 +162,6 @@ def test_a_checkpoint_from_before_these_settings_goes_on(tmp_path: Path, monkeyp
         ({"store_gib": float("nan")}, "not nan"),
     ],
 )
-def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamConfig(**settings)

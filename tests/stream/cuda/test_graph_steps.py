@@ -1,4 +1,4 @@
-"""Captured steps: what a stand-in for CUDA graphs shows on a CPU."""
+"""Graphed steps on a CPU, with a fake capture."""
 
 import gc
 import weakref
@@ -22,8 +22,8 @@ from xsmoe.stream.precision import LossScaler
 from xsmoe_kernels.runtime.profiler_ranges import opening_ranges
 
 
-def test_replayed_steps_end_where_others_do() -> None:
-    # With dropout: the steps ahead of a capture must draw nothing.
+def test_replayed_steps_have_the_same_results() -> None:
+    # The model has dropout, and warm-up steps must not advance the random state.
     replayed, eager = Window(FakeCapture()), Window(FailingCapture())
     for number in range(3):
         assert replayed.epoch(number) == eager.epoch(number)
@@ -32,7 +32,7 @@ def test_replayed_steps_end_where_others_do() -> None:
     assert len(eager.graphs) == 0
 
 
-def test_a_step_is_captured_once_for_each_kind_of_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_is_captured_once_for_each_input_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xsmoe.stream.batches.padding.ITEMS", 4)
     stand_in = FakeCapture()
     window, kinds = Window(stand_in), set()
@@ -49,13 +49,13 @@ def test_a_step_is_captured_once_for_each_kind_of_input(monkeypatch: pytest.Monk
     assert stand_in.captures == len(window.graphs) == len(kinds)
 
 
-def test_padding_changes_an_epoch_by_no_more_than_rounding() -> None:
+def test_padding_changes_an_epoch_only_by_rounding() -> None:
     padded, plain = Window(FakeCapture()), Window(FailingCapture())
     for window in (padded, plain):
         for module in window.model.modules():
             if hasattr(module, "p"):
                 module.p = 0.0
-    # Adam takes whole steps of gradients that are nothing but rounding: one epoch, and no more.
+    # Adam also makes full steps for gradients that are only rounding errors, so only one epoch is compared.
     assert padded.epoch() == pytest.approx(plain.epoch(graphs=False), rel=1e-5)
     expected = plain.model.state_dict()
     for name, value in padded.model.state_dict().items():
@@ -72,7 +72,7 @@ def move(model: Recommender) -> None:
 
 
 @pytest.mark.parametrize("change", [change_experts, move])
-def test_graphs_are_dropped_when_what_they_read_moves(change: Callable[[Recommender], None]) -> None:
+def test_graphs_are_dropped_when_their_tensors_are_reallocated(change: Callable[[Recommender], None]) -> None:
     stand_in = FakeCapture()
     window = Window(stand_in)
     window.epoch(0)
@@ -97,7 +97,7 @@ def test_graphs_are_dropped_when_frozen_experts_are_loaded() -> None:
     assert stand_in.captures > before, "autocast may have kept what they were cast to"
 
 
-def test_what_cannot_be_captured_runs_all_the_same_and_says_so_once() -> None:
+def test_step_that_cannot_be_captured_runs_eagerly_with_one_warning() -> None:
     window, eager = Window(FailingCapture()), Window(FailingCapture())
     eager.graphs.reason = "never tried"
     for number in range(2):
@@ -109,7 +109,7 @@ def test_what_cannot_be_captured_runs_all_the_same_and_says_so_once() -> None:
     assert not any(group["capturable"] for group in window.optimizer.param_groups)
 
 
-def test_memory_that_is_short_in_a_later_capture_costs_all_graphs_and_no_number(
+def test_out_of_memory_in_a_later_capture_drops_all_graphs_and_keeps_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("xsmoe.stream.batches.padding.ITEMS", 4)
@@ -131,7 +131,7 @@ def test_memory_that_is_short_in_a_later_capture_costs_all_graphs_and_no_number(
     assert len(window.warnings) == 1
 
 
-def test_what_a_failed_step_had_made_is_gone_before_the_next_one() -> None:
+def test_tensors_of_a_failed_step_are_freed_before_the_next_one() -> None:
     kept: list[weakref.ref[Tensor]] = []
 
     class Short(FakeCapture):
@@ -150,7 +150,7 @@ def test_what_a_failed_step_had_made_is_gone_before_the_next_one() -> None:
     assert short.freed == 1
 
 
-def test_work_beside_graphs_gets_their_memory_if_it_needs_it() -> None:
+def test_graphs_are_dropped_if_other_work_needs_their_memory() -> None:
     stand_in = FakeCapture()
     window = Window(stand_in)
     window.epoch()
@@ -192,8 +192,8 @@ def test_work_beside_graphs_gets_their_memory_if_it_needs_it() -> None:
 
 @pytest.mark.parametrize("scale", [65536.0, 3e38])
 @pytest.mark.parametrize("growth_interval", [2000, 2])
-def test_replayed_steps_scale_their_loss_as_others_do(scale: float, growth_interval: int) -> None:
-    # The larger scale has gradients overflow: steps are skipped, and the scale shrinks.
+def test_replayed_steps_have_the_same_loss_scale(scale: float, growth_interval: int) -> None:
+    # With the larger scale gradients overflow: steps are skipped, and the scale decreases.
     def scaler() -> LossScaler:
         made = LossScaler(CPU)
         made.load_state_dict(made.state_dict() | {"scale": scale, "growth_interval": growth_interval})
@@ -211,7 +211,7 @@ def test_replayed_steps_scale_their_loss_as_others_do(scale: float, growth_inter
     assert (replayed.scaler.scale() != scale) == (scale > 1e38 or growth_interval == 2)
 
 
-def test_graphs_hold_the_hidden_states_that_they_read() -> None:
+def test_graphs_keep_their_hidden_states_alive() -> None:
     tables = DeviceCachedFeatures(tiny.features(), tuple(tiny.DIMS), CPU)
     window = Window(FakeCapture(), features=tables)
     window.epoch()
@@ -227,7 +227,7 @@ def test_graphs_hold_the_hidden_states_that_they_read() -> None:
     assert all(weight.grad is None for weight in window.model.parameters())
 
 
-def test_other_errors_of_a_step_are_not_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_a_step_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     window = Window(FakeCapture())
 
     def fail(*_: Any) -> Tensor:
@@ -238,7 +238,7 @@ def test_other_errors_of_a_step_are_not_taken_for_that(monkeypatch: pytest.Monke
         window.epoch()
 
 
-def test_a_profile_sees_the_parts_of_a_step_and_changes_no_number() -> None:
+def test_profile_records_the_parts_of_a_step_and_does_not_change_results() -> None:
     stand_in, opened = FakeCapture(), []
     window, expected = Window(stand_in), Window(FakeCapture())
 
@@ -269,11 +269,11 @@ def test_a_profile_sees_the_parts_of_a_step_and_changes_no_number() -> None:
         ({"device": "cuda", "graph": True}, "", None),
     ],
 )
-def test_why_steps_are_not_captured(
+def test_reasons_without_graphs(
     options: dict[str, Any], debug: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XSMOE_DEBUG", debug)
     config = StreamConfig(**options)
     assert no_graphs_reason(config) == reason
-    # Batches must be the same ones whatever is found out when a run goes on.
+    # Batches must be equal even if a resumed run has another reason.
     assert graphs_requested(config) == (config.graph and config.device == "cuda")

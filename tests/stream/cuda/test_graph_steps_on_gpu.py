@@ -1,4 +1,4 @@
-"""Captured steps, as a GPU shows them."""
+"""Graphed steps on a GPU."""
 
 import warnings
 from collections.abc import Callable
@@ -25,7 +25,7 @@ GPU: dict[str, Any] = {"device": "cuda", "precision": "float32"}
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_on_a_gpu_graphs_end_where_others_do(precision: str) -> None:
+def test_on_a_gpu_graphs_have_the_same_results(precision: str) -> None:
     settings = {"device": "cuda", "precision": precision}
     scalers = [loss_scaler(StreamConfig(**settings)) for _ in range(2)]
     replayed, eager = Window(scaler=scalers[0], **settings), Window(FailingCapture(), scaler=scalers[1], **settings)
@@ -35,7 +35,7 @@ def test_on_a_gpu_graphs_end_where_others_do(precision: str) -> None:
     assert len(replayed.graphs) > 0
     assert not replayed.warnings
     last = weights(eager)
-    # Of how far they went: Adam takes whole steps of gradients that are nothing but rounding.
+    # Relative to the change of the weights, because Adam also makes full steps for rounding errors.
     assert (weights(replayed) - last).norm() < 0.02 * (last - first).norm()
     expected = eager.model.state_dict()
     for name, value in replayed.model.state_dict().items():
@@ -44,7 +44,7 @@ def test_on_a_gpu_graphs_end_where_others_do(precision: str) -> None:
 
 
 @needs_gpu
-def test_on_a_gpu_a_grown_model_is_captured_anew_and_goes_on_learning() -> None:
+def test_on_a_gpu_a_grown_model_is_captured_again_and_trains() -> None:
     window = Window(**GPU)
     first = window.epoch(0)
     window.model.items.expand()
@@ -62,7 +62,7 @@ def test_on_a_gpu_a_grown_model_is_captured_anew_and_goes_on_learning() -> None:
 
 
 @needs_gpu
-def test_on_a_gpu_steps_are_captured_again_in_the_same_window_when_weights_moved() -> None:
+def test_on_a_gpu_steps_are_captured_again_after_weights_are_reallocated() -> None:
     window = Window(**GPU)
     first = window.epoch(0)
     weight = window.model.users.norm.weight
@@ -74,7 +74,7 @@ def test_on_a_gpu_steps_are_captured_again_in_the_same_window_when_weights_moved
 
 @needs_gpu
 @pytest.mark.parametrize("graph", [True, False])
-def test_on_a_gpu_the_allocator_reserves_no_more_from_window_to_window(graph: bool) -> None:
+def test_on_a_gpu_reserved_memory_does_not_grow_between_windows(graph: bool) -> None:
     reserved: list[int] = []
 
     def listener(event: str, fields: dict[str, Any]) -> None:
@@ -84,14 +84,14 @@ def test_on_a_gpu_the_allocator_reserves_no_more_from_window_to_window(graph: bo
 
     config = tiny.config(device="cuda", graph=graph, expand=False, prune=False, epochs=12, warmup_epochs=12)
     stream = Stream(tiny.windows(6), tiny.features())
-    # More epochs than torch has streams to give out.
+    # More epochs than streams in torch's pool.
     StreamingTrainer(tiny.model(), stream, config, listener=listener).fit()
-    # A later window ranks a few items more. What a stream's workspaces take is many times this.
+    # A later window ranks some more items. The workspaces of a stream are many times larger.
     assert max(reserved[2:]) <= max(reserved[:2]) + (8 << 20)
 
 
 @needs_gpu
-def test_on_a_gpu_a_capture_that_runs_out_of_memory_costs_the_graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_out_of_memory_in_a_capture_drops_only_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     real = epoch.train_step
 
     def short(*arguments: Any) -> Tensor:
@@ -110,7 +110,7 @@ def test_on_a_gpu_a_capture_that_runs_out_of_memory_costs_the_graphs_only(monkey
 
 
 @needs_gpu
-def test_on_a_gpu_every_replay_draws_dropout_anew() -> None:
+def test_on_a_gpu_every_replay_draws_new_dropout() -> None:
     window = Window(**GPU, lr=1e-9, min_lr=1e-9)
     given = tiny.step_input(np.array([0, 1, 2]), capacity=epoch.Capacity(3, 6)).pin().to(torch.device("cuda"))
     window.model.train()
@@ -137,14 +137,14 @@ def synchronisations(work: Callable[[], object]) -> int:
 
 @needs_gpu
 @pytest.mark.parametrize("graphs", [True, False])
-def test_on_a_gpu_an_epoch_waits_once(graphs: bool) -> None:
+def test_on_a_gpu_an_epoch_synchronizes_once(graphs: bool) -> None:
     window = Window(**GPU, graph=graphs)
     window.epoch(0, graphs=graphs)
     assert synchronisations(lambda: window.epoch(1, graphs=graphs)) <= 1
 
 
 @needs_gpu
-def test_on_a_gpu_ranking_waits_once() -> None:
+def test_on_a_gpu_ranking_synchronizes_once() -> None:
     window = Window(**GPU)
     seen = SeenItemHistory()
     seen.add_training(window.splits)
@@ -160,7 +160,7 @@ def test_on_a_gpu_ranking_waits_once() -> None:
 
 
 @needs_gpu
-def test_on_a_gpu_a_step_that_waits_is_not_captured_and_trains_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_a_synchronizing_step_trains_without_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     real = epoch.train_step
 
     def waits(*arguments: Any) -> Tensor:
@@ -178,7 +178,7 @@ def test_on_a_gpu_a_step_that_waits_is_not_captured_and_trains_all_the_same(monk
 
 
 @needs_gpu
-def test_on_a_gpu_a_run_that_is_killed_ends_the_same(tmp_path: Path) -> None:
+def test_on_a_gpu_a_killed_run_has_the_same_results(tmp_path: Path) -> None:
     lines = fit(**GPU)
     assert {line["without_graphs"] for line in lines if line["kind"] == "window"} == {None}
     for after in (2, 9, 17, 30):

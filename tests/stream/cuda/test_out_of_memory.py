@@ -1,4 +1,4 @@
-"""When memory does not suffice: what is said, and that nothing is lost."""
+"""Out-of-memory errors: their messages, and that a run can be resumed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +57,7 @@ def failing(real: Callable[..., Any], after: int, error: Exception) -> Callable[
         (window_evaluation, "rank_targets", 0, r"the test on a window does not fit .*--batch-size \(here 5\)"),
     ],
 )
-def test_it_is_explained_and_the_run_goes_on(
+def test_out_of_memory_is_explained_and_the_run_can_be_resumed(
     undisturbed: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -80,7 +80,7 @@ def test_it_is_explained_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("module", [epoch, window_evaluation])
-def test_a_cpu_has_an_error_of_its_own(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_out_of_memory_error_is_recognized(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "train_step" if module is epoch else "rank_targets"
     with pytest.raises(RuntimeError) as short:
         torch.empty(1 << 50)
@@ -94,7 +94,7 @@ def test_a_cpu_has_an_error_of_its_own(module: Any, monkeypatch: pytest.MonkeyPa
             fit()
 
 
-def test_hidden_states_that_do_not_fit_are_explained_and_those_on_the_device_can_leave_it(
+def test_out_of_memory_messages_suggest_the_cache_limit(
     undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     short = torch.OutOfMemoryError(SAID)
@@ -112,17 +112,17 @@ def test_hidden_states_that_do_not_fit_are_explained_and_those_on_the_device_can
 
 
 def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
-    # 4 GiB held and 0.25 GiB a sequence: 128 of them take 36 GiB, 64 take 20.
+    # 4 GiB are held, and each sequence needs 0.25 GiB: 36 GiB for 128 sequences, 20 GiB for 64.
     def fits(users: int, room: int) -> int:
         return fitting_batch(users, MemoryUse(4 * GIB, 68 * GIB, room * GIB))
 
     assert [fits(256, room) for room in (80, 40, 39, 5, 4)] == [128, 128, 64, 2, 0]
     assert fits(1, 80) == 0
-    # Peaks of before may be all that is known.
+    # If only an earlier peak is known, it may be below the held memory.
     assert fitting_batch(8, MemoryUse(4 * GIB, 4 * GIB - 1, 80 * GIB)) == 4
 
 
-def test_the_advice_says_what_it_rests_on() -> None:
+def test_advice_states_its_basis() -> None:
     config, taken = StreamConfig(device="cuda", precision="float32"), MemoryUse(4 * GIB, 68 * GIB, 39 * GIB)
     said = advice(config, taken, sequences=256, cached=False)
     assert said.startswith(
@@ -133,7 +133,7 @@ def test_the_advice_says_what_it_rests_on() -> None:
     there = advice(StreamConfig(device="cuda"), taken, sequences=256, cached=True)
     assert there.startswith("Try --batch-size 64, or --store-gib 0, which keeps the items' hidden states on the host (")
     assert "--precision" not in there
-    # A window of fewer sequences than a batch has.
+    # The window has fewer sequences than a batch.
     assert advice(config, taken, sequences=30, cached=False).startswith("Try --batch-size 7, ")
     full = taken._replace(available=4 * GIB)
     assert "not even one sequence fits" in advice(config, full, sequences=256, cached=False)
@@ -142,7 +142,7 @@ def test_the_advice_says_what_it_rests_on() -> None:
     assert advice(StreamConfig(), None, sequences=256, cached=False).startswith("Try --batch-size 128 (half;")
 
 
-def test_what_torch_says_of_the_tensors_there_were_is_read() -> None:
+def test_allocated_memory_is_parsed_from_the_message() -> None:
     more = " Of the allocated memory 70.50 GiB is allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but"
     assert allocated(torch.OutOfMemoryError(SAID + more)) == 141 * GIB // 2
     # With CUDA graphs.
@@ -151,13 +151,13 @@ def test_what_torch_says_of_the_tensors_there_were_is_read() -> None:
     assert allocated(torch.OutOfMemoryError(SAID)) is None
 
 
-def test_a_small_window_is_told_of_its_own_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_advice_uses_the_sequences_of_a_small_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epoch, "train_step", failing(epoch.train_step, 0, torch.OutOfMemoryError(SAID)))
     with pytest.raises(OutOfMemory, match=r"a training step of 14 sequences .* Try --batch-size 7 "):
         fit(batch_size=256)
 
 
-def test_a_ranking_beside_hidden_states_on_the_device_can_have_their_room(
+def test_out_of_memory_in_ranking_suggests_disabling_the_cache(
     undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for module, name, place in (
@@ -171,7 +171,7 @@ def test_a_ranking_beside_hidden_states_on_the_device_can_have_their_room(
                 OutOfMemory, match=rf"{place} does not fit .*: use --store-gib 0, which .*, free memory"
             ):
                 fit(folder, store_gib=1.0)
-        # The setting may change while the run goes on.
+        # The setting may change when the run is resumed.
         assert fit(folder, store_gib=0.0) == undisturbed
 
 
@@ -184,11 +184,11 @@ def test_a_ranking_beside_hidden_states_on_the_device_can_have_their_room(
         ("CUDA error: an illegal memory access was encountered", False),
     ],
 )
-def test_memory_that_is_short_outside_of_the_allocator_is_known(said: str, short: bool) -> None:
+def test_out_of_memory_outside_of_the_allocator_is_recognized(said: str, short: bool) -> None:
     assert is_shortage(RuntimeError(said)) == short
 
 
-def test_what_was_asked_for_is_read_from_the_message() -> None:
+def test_requested_memory_is_parsed_from_the_message() -> None:
     of_cpu = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"
     for text, size in [
         (SAID, 5 * GIB // 2),

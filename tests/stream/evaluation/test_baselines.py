@@ -1,4 +1,4 @@
-"""Baselines: decayed popularity, the choice of its half-life, and the user's inputs again."""
+"""Baselines: decayed popularity, the choice of its half-life, and the user's own inputs."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def test_decayed_popularity_by_hand() -> None:
     assert SeenItemHistory().decayed(items, [3.0])[0].tolist() == [0] * 5
 
 
-def test_only_what_the_k_core_keeps_counts() -> None:
+def test_only_interactions_in_the_k_core_count() -> None:
     config = StreamConfig(k_core=2)
     seen = seen_items_of(
         Window(0, np.array([0, 1, 0]), np.array([0, 1, 2]), np.array([5, 6, 7])),
@@ -52,7 +52,7 @@ def test_only_what_the_k_core_keeps_counts() -> None:
 
 
 @pytest.mark.parametrize("repeats", ["rank", "miss"])
-def test_global_scores_are_ranked_as_by_the_operator(repeats: Any) -> None:
+def test_global_scores_are_ranked_like_the_operator(repeats: Any) -> None:
     config = StreamConfig(k_core=2, repeats=repeats)
     targets, _, _ = build(config)
     scores = np.random.default_rng(0).integers(0, 4, ITEMS).astype(float)
@@ -63,7 +63,7 @@ def test_global_scores_are_ranked_as_by_the_operator(repeats: Any) -> None:
     assert ranks["a"]["seen"].tolist() != ranks["b"]["seen"].tolist()
 
 
-def test_places_ascend_with_the_scores_and_ties_are_in_no_order_of_ids() -> None:
+def test_places_ascend_with_scores_and_ties_do_not_follow_ids() -> None:
     rng = np.random.default_rng(0)
     items = np.sort(rng.permutation(5000)[:2000])
     scores = rng.integers(0, 3, 2000)
@@ -71,16 +71,16 @@ def test_places_ascend_with_the_scores_and_ties_are_in_no_order_of_ids() -> None
     assert sorted(found.tolist()) == list(range(2000))
     assert (np.diff(scores[np.argsort(found)]) >= 0).all()
     for score in range(3):
-        # Some 670 items: the standard error is about 0.04.
+        # With some 670 items the standard error is about 0.04.
         assert abs(np.corrcoef(items[scores == score], found[scores == score])[0, 1]) < 0.15
-    # The order of items does not depend on which others are there.
+    # The order of items does not depend on the other items.
     few = places(np.zeros(50), items[:50])
     assert (np.argsort(few) == [place for place in np.argsort(places(np.zeros(2000), items)) if place < 50]).all()
 
 
 @pytest.mark.parametrize("size", [40, 100])
-def test_popularity_without_differences_is_as_good_as_chance(size: int) -> None:
-    """Every item is taken equally often in every window, each of one moment: all scores tie."""
+def test_uniform_popularity_equals_chance(size: int) -> None:
+    """Every item is equally frequent in every window, and each window has one timestamp. All scores are equal."""
     config = StreamConfig(k_core=2)
     rng = np.random.default_rng(0)
     windows = []
@@ -100,7 +100,7 @@ def test_popularity_without_differences_is_as_good_as_chance(size: int) -> None:
         assert hits.mean() == pytest.approx(chance, abs=0.1)
 
 
-def test_scores_too_close_for_float32_are_told_apart() -> None:
+def test_scores_too_close_for_float32_are_ordered() -> None:
     targets, _, _ = build(StreamConfig(k_core=2), seen=0)
     scores = 1 + np.arange(ITEMS) * 1e-12
     tiny_ones = np.exp2(-200.0 - np.arange(ITEMS)[::-1])
@@ -110,7 +110,7 @@ def test_scores_too_close_for_float32_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("max_inputs", [2, 10])
-def test_own_inputs_are_ranked_as_by_the_operator_on_one_hot_vectors(
+def test_own_inputs_are_ranked_like_the_operator_on_one_hot_vectors(
     max_inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xsmoe.stream.evaluation.targets.USERS_PER_CHUNK", 5)
@@ -131,7 +131,7 @@ def test_own_inputs_are_ranked_as_by_the_operator_on_one_hot_vectors(
 
 
 def slow_hits(targets: RankedTargets, weights: np.ndarray) -> tuple[float, float]:
-    """HR@10 and MRR on new targets, masked, by loops."""
+    """Return HR@10 and MRR on new targets, masked, by loops."""
     hits, reciprocal = [], []
     place = 0
     for chunk in targets.chunks():
@@ -150,7 +150,7 @@ def slow_hits(targets: RankedTargets, weights: np.ndarray) -> tuple[float, float
 
 
 def drifting(seed: int, items: int, size: int = 240, moving: bool = True) -> Window:
-    """Items whose popularity moves on during the window, or does not."""
+    """Return windows in which the popularity of items changes over time, or is constant."""
     rng = np.random.default_rng(seed)
     centre = np.arange(size) * (items / size) if moving else np.full(size, items / 2)
     taken = (centre + rng.normal(0, 3 if moving else 12, size)).astype(np.int64) % items
@@ -191,14 +191,14 @@ def test_without_validation_the_half_life_is_infinite() -> None:
     assert choose_half_life(lone, config).seconds == INF
 
 
-def test_a_window_of_one_moment_has_a_half_life_above_zero() -> None:
+def test_window_with_one_timestamp_has_a_positive_half_life() -> None:
     config = StreamConfig(k_core=1, train_fraction=0.5)
     moment = Window(0, np.arange(60) % 5, np.arange(60) % 11, np.full(60, 7))
     chosen = choose_half_life(seen_items_of(moment, config=config), config)
     assert chosen.targets == 0 or chosen.seconds > 0
 
 
-def test_a_rebuilt_memory_gives_the_same_baselines() -> None:
+def test_rebuilt_history_gives_the_same_baselines() -> None:
     config = StreamConfig(k_core=2)
     windows = [window(seed, start=1000 * seed) for seed in range(3)]
     grown, rebuilt = SeenItemHistory(), seen_items_of(*windows, config=config)

@@ -19,7 +19,7 @@ def setting() -> tuple[Sequences, np.ndarray, History]:
     return splits.test, np.union1d(first.items, second.items), history
 
 
-def test_task_holds_what_loops_find() -> None:
+def test_task_equals_loops() -> None:
     sequences, candidates, history = setting()
     task = RankingTask.build(sequences, candidates, history, "miss")
     assert len(task) == len(sequences) > 5
@@ -39,14 +39,14 @@ def test_task_holds_what_loops_find() -> None:
     assert (len(part), part.offsets[0], part.seen_offsets[0]) == (3, 0, 0)
 
 
-def test_a_sequence_outside_the_candidates_is_refused() -> None:
+def test_sequence_outside_the_candidates_is_rejected() -> None:
     sequences, candidates, history = setting()
     with pytest.raises(ValueError, match=f"candidates lack item {sequences.items[0]}"):
         RankingTask.build(sequences, candidates[candidates != sequences.items[0]], history, "rank")
 
 
 @pytest.mark.parametrize("repeats", ["rank", "miss"])
-def test_model_ranks_as_the_published_evaluation(repeats: str, monkeypatch) -> None:
+def test_model_ranks_equal_the_published_evaluation(repeats: str, monkeypatch) -> None:
     monkeypatch.setattr("xsmoe.stream.evaluation.full_ranking.USERS_PER_CHUNK", 3)
     monkeypatch.setattr("xsmoe.stream.evaluation.full_ranking.ITEMS_PER_CHUNK", 7)
     sequences, candidates, history = setting()
@@ -86,7 +86,7 @@ def test_metrics_by_hand_and_as_published() -> None:
     assert summary["se"]["HR@10"] == pytest.approx(np.std([1, 1, 1, 0, 0, 0, 0], ddof=1) / 7**0.5)
 
 
-def test_pooling_weighs_users_alike() -> None:
+def test_pooling_weights_users_equally() -> None:
     rng = np.random.default_rng(0)
     parts = [{"HR@10": rng.random(size)} for size in (30, 50, 0, 1)]
     pooled = pool([summarize(part) for part in parts])
@@ -97,7 +97,7 @@ def test_pooling_weighs_users_alike() -> None:
     assert pool([]) == {"users": 0, "se": {}}
 
 
-def test_the_clustered_error_against_a_loop() -> None:
+def test_clustered_error_equals_a_loop() -> None:
     rng = np.random.default_rng(0)
     users = rng.integers(0, 9, 60) * 7
     values = rng.random(60)
@@ -112,7 +112,7 @@ def test_the_clustered_error_against_a_loop() -> None:
     assert summary["se"]["HR@10"] != pytest.approx(np.std(values, ddof=1) / 60**0.5, rel=0.01)
 
 
-def test_with_one_target_a_user_the_error_is_the_plain_one() -> None:
+def test_error_with_one_target_per_user_is_the_plain_error() -> None:
     values = np.random.default_rng(1).random(30)
     plain, clustered = summarize({"MRR": values}), summarize_targets({"MRR": values}, np.arange(30)[::-1])
     assert clustered["se"]["MRR"] == pytest.approx(plain["se"]["MRR"])
@@ -127,7 +127,7 @@ def test_users_who_agree_have_an_error_of_exactly_zero() -> None:
     assert summarize_targets({"MRR": np.empty(0)}, np.empty(0, np.int64)) == nobody
 
 
-def test_pooling_weighs_targets_alike() -> None:
+def test_pooling_weights_targets_equally() -> None:
     parts = [summarize_targets({"HR@10": np.array(v)}, np.arange(len(v)) // 2) for v in ([1.0, 0, 1, 1], [0.0, 1], [])]
     pooled = pool(parts, weight="targets")
     assert (pooled["targets"], pooled["HR@10"]) == (6, pytest.approx(4 / 6))

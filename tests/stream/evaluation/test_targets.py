@@ -1,4 +1,4 @@
-"""The targets of a window against loops: inputs, masks, groups, ranks."""
+"""Targets of a window compared with loops: inputs, masks, groups, ranks."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ def seen_items_of(*windows: Window, config: StreamConfig) -> SeenItemHistory:
     seen = SeenItemHistory()
     for one in windows:
         seen.add(config.split(one))
-    return memory
+    return seen
 
 
 def build(config: StreamConfig, seen: int = 14) -> tuple[RankedTargets, WindowSplits, History]:
-    """Targets of a window whose users have met some items before; user 6 is new."""
+    """Return the targets of a window whose users have seen some items before. User 6 is new."""
     tested = window()
     history = History()
     history.add(*(column[:seen] % 6 for column in (window(1).users, window(1).items)))
@@ -40,7 +40,7 @@ def build(config: StreamConfig, seen: int = 14) -> tuple[RankedTargets, WindowSp
 
 
 def expected(splits: WindowSplits, history: History, config: StreamConfig) -> list[dict[str, Any]]:
-    """Every target by a loop, the users' last ones first."""
+    """Return every target by a loop, the users' last targets first."""
     last, others = [], []
     users, items = splits.all_pairs
     for user in sorted(set(users.tolist())):
@@ -81,9 +81,7 @@ def rows(chunk: Chunk) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("chunk", [None, 4, 30])
 @pytest.mark.parametrize("max_inputs", [3, 10, 40])
 @pytest.mark.parametrize("targets", ["all", "last"])
-def test_targets_are_what_loops_find(
-    targets: Any, max_inputs: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_targets_equal_loops(targets: Any, max_inputs: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if chunk is not None:
         monkeypatch.setattr("xsmoe.stream.evaluation.targets.USERS_PER_CHUNK", chunk)
         monkeypatch.setattr("xsmoe.stream.evaluation.targets.SEEN_PER_CHUNK", chunk)
@@ -102,12 +100,12 @@ def test_targets_are_what_loops_find(
     assert 0 < found.known.sum() < found.repeated.sum() < len(found)
     if chunk is not None:
         assert all(len(c.task) <= chunk and (len(c.task) == 1 or len(c.masked[0]) <= chunk) for c in chunks)
-    # Last targets stand by themselves.
+    # Last targets are in separate chunks.
     borders = np.cumsum([len(c.task) for c in chunks])
     assert len(found.users) in borders
 
 
-def test_nobody_to_test() -> None:
+def test_no_user_to_test() -> None:
     config = StreamConfig(k_core=1)
     nothing = np.empty(0, np.int64)
     found = RankedTargets.build((nothing, nothing), np.arange(3), History(), config)
@@ -117,14 +115,14 @@ def test_nobody_to_test() -> None:
     assert [len(ranks[scoring]) for scoring in ("seen", "masked")] == [0, 0]
 
 
-def test_items_outside_the_candidates_are_refused() -> None:
+def test_items_outside_the_candidates_are_rejected() -> None:
     pairs = np.zeros(2, np.int64), np.array([1, 5])
     with pytest.raises(ValueError, match="candidates lack item 5, which the window holds"):
         RankedTargets.build(pairs, np.arange(3), History(), StreamConfig())
 
 
 @pytest.mark.parametrize("repeats", ["rank", "miss"])
-def test_last_targets_have_the_ranks_of_a_task_of_their_own(repeats: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_targets_have_the_ranks_of_a_separate_task(repeats: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xsmoe.stream.evaluation.targets.USERS_PER_CHUNK", 3)
     monkeypatch.setattr("xsmoe.stream.evaluation.full_ranking.USERS_PER_CHUNK", 3)
     config = StreamConfig(k_core=2, targets="all", repeats=repeats)
@@ -141,7 +139,7 @@ def test_last_targets_have_the_ranks_of_a_task_of_their_own(repeats: Any, monkey
     assert np.isinf(ranks["masked"]).any() == (repeats == "miss")
 
 
-def test_ranks_under_both_masks_are_what_a_loop_finds() -> None:
+def test_ranks_under_both_masks_equal_a_loop() -> None:
     config = StreamConfig(k_core=2, max_inputs=4, targets="all")
     targets, splits, history = build(config)
     model, features = tiny.model(), tiny.features()
@@ -162,14 +160,14 @@ def test_ranks_under_both_masks_are_what_a_loop_finds() -> None:
 
 
 def test_groups_and_users_of_a_test() -> None:
-    """A window in which every group has a target, by hand."""
+    """Every group has a target in this window. The expected values are computed by hand."""
     config = StreamConfig(k_core=1, train_fraction=0.5, max_inputs=10)
     first = Window(0, np.array([0, 0, 1, 1, 0, 1]), np.array([0, 1, 0, 1, 2, 2]), np.arange(6))
     second = Window(1, np.array([0, 0, 0, 0, 1, 1]), np.array([0, 3, 3, 2, 1, 0]), 10 + np.arange(6))
     seen = seen_items_of(first, config=config)
     assert seen.trained.tolist() == [0, 1]
     line = evaluate_window(tiny.model(), tiny.features(), config.split(second), seen, config)
-    # User 0's targets: 3 (new, cold), 3 again, 2 (met before, but never trained on); user 1's: 0, met before.
+    # User 0 has the targets 3 (new, cold), 3 again, and 2 (seen before, not trained on); user 1 has 0 (seen before).
     groups = line["groups"]["seen"]
     assert {name: found["model"]["targets"] for name, found in groups.items()} == {
         "all": 4,
@@ -189,7 +187,7 @@ def test_groups_and_users_of_a_test() -> None:
     assert line["groups"]["seen"]["new"]["model"]["se"]["HR@10"] is None
 
 
-def test_last_targets_alone_give_the_numbers_of_before() -> None:
+def test_last_targets_alone_give_the_same_results() -> None:
     config = tiny.config(targets="last")
     first, second, _ = tiny.windows()
     seen = seen_items_of(first, config=config)

@@ -1,4 +1,4 @@
-"""The verdict: pooled over windows, clustered by user, against the strongest baseline."""
+"""The verdict: pooled over windows, clustered by user, compared with the strongest baseline."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from xsmoe.report.verdict import BASELINES, judge
 
 
 def line(users: list[int], targets: list[int], model: list[int], **hits: list[int]) -> dict[str, Any]:
-    """A line of a test; baselines that are not named hit nothing."""
+    """Return a line of a test. Baselines that are not given have no hits."""
     none = {name: [0] * len(users) for name in BASELINES}
     return {"by_user": {"users": users, "targets": targets, "hits": {"model": model, **none, **hits}}}
 
 
-def test_users_who_come_back_are_one_cluster() -> None:
-    """Against a loop over single targets."""
+def test_returning_users_are_one_cluster() -> None:
+    """Compared with a loop over single targets."""
     rng = np.random.default_rng(0)
     rows: list[tuple[int, int, int, int]] = []  # user, window, model, baseline
     for window in range(3):
@@ -44,7 +44,7 @@ def test_users_who_come_back_are_one_cluster() -> None:
     assert found.standard_error == pytest.approx(error)
     assert found.model_mean == pytest.approx(np.mean([row[2] for row in rows]))
     assert found.baseline_mean == pytest.approx(np.mean([row[3] for row in rows]))
-    # The order of windows, and of users in them, does not matter.
+    # The order of windows and of their users has no influence.
     assert judge(lines[::-1]).standard_error == pytest.approx(error)
 
 
@@ -61,7 +61,7 @@ def test_the_strongest_baseline_is_that_of_all_windows_together() -> None:
     [([1] * 9 + [0], "above"), ([1, 1, 0, 0, 0, 0, 0, 0, 0, 0], "not_above"), ([0] * 9 + [1], "not_above")],
 )
 def test_two_standard_errors_decide(gained: list[int], verdict: str) -> None:
-    """Of ten users with a target each, the error is that of the plain mean."""
+    """For ten users with one target each, the error is that of a plain mean."""
     found = judge([line(list(range(10)), [1] * 10, gained)])
     assert found.verdict == verdict
     assert found.standard_error == pytest.approx(np.std(gained, ddof=1) / 10**0.5)
@@ -75,8 +75,8 @@ def test_two_standard_errors_decide(gained: list[int], verdict: str) -> None:
 @pytest.mark.parametrize(
     ("users", "share", "verdict"), [(6, 1, "above"), (5, 1, "not_above"), (100, 0, "not_above"), (6, -1, "not_above")]
 )
-def test_users_who_all_agree_need_to_be_six(users: int, share: int, verdict: str) -> None:
-    """Their standard error is 0, whatever they agree on."""
+def test_six_equal_users_are_needed_for_a_verdict(users: int, share: int, verdict: str) -> None:
+    """Their standard error is 0 in all cases."""
     targets = [1 + user % 3 for user in range(users)]
     hits, none = targets, [0] * users
     model, baseline = {1: (hits, none), 0: (hits, hits), -1: (none, hits)}[share]
@@ -87,8 +87,8 @@ def test_users_who_all_agree_need_to_be_six(users: int, share: int, verdict: str
 
 
 @pytest.mark.parametrize(("users", "verdict"), [(2, "not_above"), (5, "not_above"), (6, "above")])
-def test_users_who_nearly_agree_need_to_be_six(users: int, verdict: str) -> None:
-    """Of two users, the difference is above two standard errors by chance in 15 % of cases."""
+def test_six_nearly_equal_users_are_needed_for_a_verdict(users: int, verdict: str) -> None:
+    """With two users, the difference exceeds two standard errors by chance in 15 % of cases."""
     old: dict[str, Any] = {"all": {"users": 3}}
     found = judge([old, line(list(range(users)), [100] * users, [50 + user for user in range(users)])])
     assert found.verdict == verdict
@@ -98,7 +98,7 @@ def test_users_who_nearly_agree_need_to_be_six(users: int, verdict: str) -> None
     assert "1 of 2 tests, recorded by an earlier version, are left out" in str(found)
 
 
-def test_nobody_and_one_alone_are_unknown() -> None:
+def test_verdict_is_unknown_for_fewer_than_two_users() -> None:
     assert judge([]).verdict == "unknown"
     assert "no window was tested" in str(judge([]))
     nobody = judge([line([], [], [])])
@@ -109,7 +109,7 @@ def test_nobody_and_one_alone_are_unknown() -> None:
     assert "a single user" in str(alone)
 
 
-def test_lines_of_an_earlier_version_are_left_out_and_that_is_said() -> None:
+def test_lines_of_an_earlier_version_are_excluded_and_reported() -> None:
     old: dict[str, Any] = {"all": {"users": 3}}
     assert judge([old]).verdict == "unknown"
     assert "version that ranked last targets only" in str(judge([old]))

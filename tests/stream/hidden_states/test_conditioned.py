@@ -1,4 +1,4 @@
-"""Conditioned hidden states in a stream: the same bits wherever they lie, and runs that go on exactly."""
+"""Conditioned hidden states in a stream: bitwise equal in every location, and exact when a run is resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -9,29 +9,26 @@ import torch
 from torch import Tensor
 
 from tests.stream import tiny
+from tests.stream.tiny import Killed
 from xsmoe.encoders import HiddenStateStore, InMemoryFeatures, ItemFeatures, ModalitySpec, StoreError
 from xsmoe.nn import Recommender, XSMoE
 from xsmoe.nn.conditioning import BLOCK
 from xsmoe.stream import CheckpointError, Stream, StreamingTrainer
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.hidden_states import conditioned, conditioned_store, device_cache
+from xsmoe.stream.hidden_states import conditioned, conditioned_store, device_cache, placement
 from xsmoe.stream.hidden_states.conditioned import ConditionedFeatures, fit_conditions
 from xsmoe.stream.hidden_states.conditioned_store import ConditionedStore
 from xsmoe.stream.hidden_states.device_cache import DeviceCachedFeatures
 from xsmoe.stream.hidden_states.placement import place
-from xsmoe.stream.state.kept_weights import snapshot
+from xsmoe.stream.state.kept_weights import restore_snapshot, snapshot
 
 CPU = torch.device("cpu")
 NAMES = tuple(tiny.DIMS)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing between the trainer and the test catches it."""
-
-
 def in_memory(dtype: torch.dtype = torch.float32, num_items: int = tiny.NUM_ITEMS) -> InMemoryFeatures:
-    """With a level that all items share, one whose rows are equal, and items that lack a modality."""
+    """Return features with a level that all items share, one with equal rows, and items that lack a modality."""
     generator = torch.Generator().manual_seed(0)
     levels = {}
     for name, dim in tiny.DIMS.items():
@@ -42,7 +39,7 @@ def in_memory(dtype: torch.dtype = torch.float32, num_items: int = tiny.NUM_ITEM
 
 
 def store_of(folder: Path, source: ItemFeatures, names: tuple[str, ...] = NAMES) -> HiddenStateStore:
-    """A store of some features."""
+    """Write features to a store."""
     spec = {
         name: ModalitySpec(source.dims[name], tuple(range(source.num_levels)), source.dtypes[name]) for name in names
     }
@@ -58,7 +55,7 @@ def append(store: HiddenStateStore, source: ItemFeatures, rows: np.ndarray) -> N
 
 
 def encoder(features: ItemFeatures, condition: str = "whiten", rows: np.ndarray | None = None) -> XSMoE:
-    """An item encoder whose conditioning is fitted to items of the features, default all."""
+    """Return an item encoder whose conditioning is fitted to some items of the features, default all."""
     found = XSMoE.from_config(
         {"modalities": NAMES, "dim": tiny.DIMS, "num_levels": features.num_levels - 1, "rank": 2, "out_dim": 8}
         | {"condition": condition}
@@ -78,7 +75,7 @@ def same(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> b
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["memory", "store"])
 @pytest.mark.parametrize("condition", ["whiten", "standardize"])
-def test_the_same_bits_lazily_in_memory_and_on_disk(
+def test_conditioned_features_are_bitwise_equal_lazily_in_memory_and_on_disk(
     condition: str, kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (device_cache, conditioned_store, conditioned):
@@ -88,10 +85,10 @@ def test_the_same_bits_lazily_in_memory_and_on_disk(
     lazy = ConditionedFeatures(features, items)
     others = [DeviceCachedFeatures(lazy, NAMES, CPU), ConditionedStore.open(tmp_path / "companion", lazy)]
     for rows in (np.arange(tiny.NUM_ITEMS), np.array([39, 3, 3, 8]), np.array([0, 1]), np.array([], dtype=np.int64)):
-        for graphs_requested in (dtype, torch.float32):
-            expected = lazy.hidden(rows, dtype=graphs_requested)
+        for wanted in (dtype, torch.float32):
+            expected = lazy.hidden(rows, dtype=wanted)
             for other in others:
-                assert same(other.hidden(rows, dtype=graphs_requested), expected)
+                assert same(other.hidden(rows, dtype=wanted), expected)
     raw = features.hidden(np.arange(40), dtype=dtype)
     found = lazy.hidden(np.arange(40), dtype=dtype)
     for name in NAMES:
@@ -107,7 +104,7 @@ def test_the_same_bits_lazily_in_memory_and_on_disk(
         assert np.array_equal(other.present("text"), lazy.present("text"))
 
 
-def test_a_row_has_the_same_bits_whatever_it_is_asked_with() -> None:
+def test_row_is_bitwise_independent_of_other_requested_rows() -> None:
     count, dim = 3 * BLOCK + 5, 67
     generator = torch.Generator().manual_seed(0)
     features = InMemoryFeatures({"text": torch.randn(count, 3, dim, generator=generator)})
@@ -120,7 +117,7 @@ def test_a_row_has_the_same_bits_whatever_it_is_asked_with() -> None:
             assert torch.equal(found, level[torch.from_numpy(rows)])
 
 
-def test_an_item_has_its_place_in_a_block() -> None:
+def test_item_has_a_fixed_position_in_a_block() -> None:
     rows = np.array([5, 5 + BLOCK, 5, 130, 200, 0])
     places = conditioned._places(rows)
     assert np.array_equal(places % BLOCK, rows % BLOCK)
@@ -141,12 +138,12 @@ def test_an_overflow_names_the_item_and_its_modality(tmp_path: Path) -> None:
         ConditionedFeatures(source, items).hidden(np.array([6, 7]))
 
 
-def test_features_of_another_shape_are_refused() -> None:
+def test_features_of_another_shape_are_rejected() -> None:
     with pytest.raises(ValueError, match="features have widths .* and 3 levels, but the item encoder needs .* and 4"):
         ConditionedFeatures(tiny.features(), encoder(in_memory()))
 
 
-def test_a_fit_counts_each_item_once_and_leaves_out_those_that_lack_the_modality() -> None:
+def test_fit_counts_each_item_once_and_skips_items_without_the_modality() -> None:
     features = in_memory()
     several = encoder(features, rows=np.array([9, 1, 1, 3, 8, 9]))
     once = encoder(features, rows=np.array([1, 3, 8, 9]))
@@ -167,7 +164,7 @@ def same_conditions(first: XSMoE, second: XSMoE) -> bool:
     return all(torch.equal(value, other[name]) for name, value in mine.items())
 
 
-def test_the_companion_goes_on_grows_and_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conditioned_store_is_resumed_extended_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditioned_store, "ITEMS_PER_CHUNK", 7)
     features, folder = in_memory(), tmp_path / "companion"
     store = store_of(tmp_path / "store", in_memory(num_items=22))
@@ -205,7 +202,7 @@ def test_the_companion_goes_on_grows_and_is_replaced(tmp_path: Path, monkeypatch
     replaced = ConditionedStore.open(folder, other)
     assert same(replaced.hidden(np.arange(30)), other.hidden(np.arange(30)))
     assert len(list(folder.iterdir())) == 1
-    # The same encoder and conditioning, but other items in these rows.
+    # Same encoder and conditioning, but other items in these rows.
     reordered = HiddenStateStore.create(tmp_path / "reordered", store.specs)
     append(reordered, features, np.arange(30)[::-1].copy())
     another = ConditionedFeatures(reordered, encoder(store, "standardize"))
@@ -214,7 +211,7 @@ def test_the_companion_goes_on_grows_and_is_replaced(tmp_path: Path, monkeypatch
     assert same(again.hidden(np.arange(30)), another.hidden(np.arange(30)))
 
 
-def test_a_damaged_companion_is_refused_and_can_be_made_anew(tmp_path: Path) -> None:
+def test_damaged_conditioned_store_is_rejected_and_can_be_rebuilt(tmp_path: Path) -> None:
     lazy = ConditionedFeatures(in_memory(), encoder(in_memory()))
     ConditionedStore.open(tmp_path, lazy)
     (place_of,) = tmp_path.iterdir()
@@ -224,12 +221,12 @@ def test_a_damaged_companion_is_refused_and_can_be_made_anew(tmp_path: Path) -> 
     file.write_bytes(content)
     with pytest.raises(StoreError, match=r"conditioned hidden states is damaged: .*image.bin.* checksum .* remove"):
         ConditionedStore.open(tmp_path, lazy)
-    # What a removal leaves that was cut short is no store.
+    # An interrupted removal does not leave a store.
     (place_of / "manifest.json").unlink()
     assert same(ConditionedStore.open(tmp_path, lazy).hidden(np.arange(40)), lazy.hidden(np.arange(40)))
 
 
-def test_a_companion_may_hold_items_without_any_of_the_models_modalities(tmp_path: Path) -> None:
+def test_conditioned_store_may_have_items_without_any_model_modality(tmp_path: Path) -> None:
     features = in_memory()
     items = XSMoE(("text",), tiny.DIMS["text"], num_levels=3, rank=2, out_dim=8, condition="whiten")
     fit_conditions(items, features, np.arange(40))
@@ -239,13 +236,13 @@ def test_a_companion_may_hold_items_without_any_of_the_models_modalities(tmp_pat
     assert same(found.hidden(np.array([3, 4])), lazy.hidden(np.array([3, 4])))
 
 
-def test_where_conditioned_rows_lie_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_location_of_conditioned_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     lazy = ConditionedFeatures(in_memory(), encoder(in_memory()))
     placed, message = place(lazy, NAMES, StreamConfig())
     assert isinstance(placed, DeviceCachedFeatures)
     assert message is None
     assert place(lazy, NAMES, StreamConfig(store_gib=0)) == (lazy, None)
-    monkeypatch.setattr(device_cache, "available_memory", lambda: 4 * device_cache.cached_bytes(lazy, NAMES) - 4)
+    monkeypatch.setattr(placement, "available_memory", lambda: 4 * placement.cached_bytes(lazy, NAMES) - 4)
     placed, message = place(lazy, NAMES, StreamConfig())
     assert placed is lazy
     assert message is not None
@@ -276,7 +273,7 @@ def undisturbed() -> tuple[list[dict[str, Any]], Recommender]:
     return run()
 
 
-def test_a_run_is_fitted_to_the_first_training_split_and_does_not_depend_on_where_rows_lie(
+def test_run_is_fitted_to_the_first_training_split_and_independent_of_row_location(
     undisturbed: tuple[list[dict[str, Any]], Recommender], tmp_path: Path
 ) -> None:
     lines, model = undisturbed
@@ -293,7 +290,7 @@ def test_a_run_is_fitted_to_the_first_training_split_and_does_not_depend_on_wher
 
 @pytest.mark.parametrize("gib", [0, None])
 @pytest.mark.parametrize("part", range(4))
-def test_killed_at_any_event_it_ends_the_same(
+def test_run_killed_at_any_event_has_the_same_results(
     undisturbed: tuple[list[dict[str, Any]], Recommender], tmp_path: Path, part: int, gib: float | None
 ) -> None:
     lines, model = undisturbed
@@ -309,14 +306,14 @@ def test_killed_at_any_event_it_ends_the_same(
 
     with pytest.raises(Killed):
         run(tmp_path, listener, store_gib=gib)
-    # Where they lie may change meanwhile.
+    # The location may change between.
     resumed, again = run(tmp_path, store_gib=None if gib == 0 and part % 2 else gib)
     assert resumed == lines
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_a_modality_that_comes_later_is_fitted_when_two_items_have_it(tmp_path: Path) -> None:
+def test_later_modality_is_fitted_when_two_items_have_it(tmp_path: Path) -> None:
     first, second, _ = (tiny.config().split(window).train_pairs[1] for window in tiny.windows())
     present = np.ones(tiny.NUM_ITEMS, dtype=bool)
     present[first] = False
@@ -359,7 +356,7 @@ def test_a_modality_that_comes_later_is_fitted_when_two_items_have_it(tmp_path: 
     assert run(tmp_path, source=features, windows=3, store_gib=0)[0] == lines
 
 
-def test_items_that_an_update_appends_are_conditioned_like_those_of_before(tmp_path: Path) -> None:
+def test_items_of_an_update_are_conditioned_like_earlier_items(tmp_path: Path) -> None:
     first, second = tiny.windows(2)
     known = int(first.items.max()) + 1
     assert second.items.max() >= known
@@ -389,7 +386,7 @@ def test_items_that_an_update_appends_are_conditioned_like_those_of_before(tmp_p
         assert loaded.items.conditioned() == NAMES
 
 
-def test_without_a_folder_the_companion_goes_with_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_conditioned_store_without_a_folder_is_temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
         conditioned_store.ConditionedStore,
         "open",
@@ -404,7 +401,7 @@ def test_without_a_folder_the_companion_goes_with_the_trainer(monkeypatch: pytes
     assert not opened[0].exists()
 
 
-def test_fitted_statistics_are_in_a_file_that_is_written_once(tmp_path: Path) -> None:
+def test_fitted_statistics_are_written_once(tmp_path: Path) -> None:
     lines, _ = run(tmp_path)
     (file,) = (tmp_path / "checkpoints").glob("*.conditions")
     newest = max((tmp_path / "checkpoints").glob("*.ckpt"))
@@ -422,17 +419,17 @@ def test_fitted_statistics_are_in_a_file_that_is_written_once(tmp_path: Path) ->
     assert run(tmp_path)[0] == lines
 
 
-def test_the_best_epoch_leaves_the_statistics_alone(undisturbed: tuple[list[dict[str, Any]], Recommender]) -> None:
+def test_best_epoch_keeps_the_conditioning_statistics(undisturbed: tuple[list[dict[str, Any]], Recommender]) -> None:
     _, model = undisturbed
     best = snapshot(model)
     assert not any("conditioning" in name for name in best)
     fresh = tiny.model(condition="whiten")
     fresh.items.conditioning.load_state_dict(model.items.conditioning.state_dict())
-    restore(fresh, best, counters=True)
+    restore_snapshot(fresh, best, counters=True)
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]), name
 
 
-def test_a_window_that_trains_nobody_fits_nothing() -> None:
+def test_window_without_training_sequences_fits_nothing() -> None:
     _, model = run(k_core=10_000)
     assert model.items.conditioned() == ()

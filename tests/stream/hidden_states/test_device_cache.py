@@ -1,4 +1,4 @@
-"""Hidden states that lie on the device: the same bits, wherever they are gathered."""
+"""Device cache of hidden states: bitwise equal to the source."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from xsmoe.encoders import HiddenStateStore, InMemoryFeatures, ItemFeatures, Mod
 from xsmoe.stream import Stream, StreamConfig, StreamingTrainer
 from xsmoe.stream.batches.padding import Capacity
 from xsmoe.stream.hidden_states import device_cache
-from xsmoe.stream.hidden_states.device_cache import DeviceCachedFeatures, cached_bytes, place
+from xsmoe.stream.hidden_states.device_cache import DeviceCachedFeatures
+from xsmoe.stream.hidden_states.placement import cached_bytes, place
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,7 +21,7 @@ GIB = 1 << 30
 
 
 def in_memory(dtype: torch.dtype) -> InMemoryFeatures:
-    """With a level that is the same for all items, and items that lack a modality."""
+    """Return features with a level that is equal for all items, and with items that lack a modality."""
     generator = torch.Generator().manual_seed(0)
     levels = {
         name: [torch.randn(size, dim, generator=generator).to(dtype) for size in (1, tiny.NUM_ITEMS, tiny.NUM_ITEMS)]
@@ -43,11 +44,11 @@ def stored(folder: Path, dtype: torch.dtype) -> HiddenStateStore:
     return store
 
 
-@pytest.mark.parametrize("graphs_requested", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["memory", "store"])
-def test_they_are_the_bits_of_the_host(
-    kind: str, dtype: torch.dtype, graphs_requested: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cached_features_are_bitwise_equal_to_the_source(
+    kind: str, dtype: torch.dtype, wanted: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_cache, "ITEMS_PER_CHUNK", 7)
     features: ItemFeatures = in_memory(dtype) if kind == "memory" else stored(tmp_path, dtype)
@@ -55,24 +56,22 @@ def test_they_are_the_bits_of_the_host(
     assert placed.dtypes == dict.fromkeys(tiny.DIMS, dtype)
     shapes = set()
     for items in (np.array([0, 1, 5, 1]), np.array([3, 2, 8]), np.array([39]), np.array([], dtype=np.int64)):
-        expected = features.hidden(items, dtype=graphs_requested)
+        expected = features.hidden(items, dtype=wanted)
         for found in (
-            placed.hidden(items, dtype=graphs_requested),
-            placed.gather(
-                torch.from_numpy(items).to(DEVICE), placed.complete(items, tuple(tiny.DIMS)), graphs_requested
-            ),
+            placed.hidden(items, dtype=wanted),
+            placed.gather(torch.from_numpy(items).to(DEVICE), placed.complete(items, tuple(tiny.DIMS)), wanted),
         ):
             assert found.keys() == expected.keys()
             for name, levels in expected.items():
                 for mine, level in zip(found[name], levels, strict=True):
                     assert mine.device.type == DEVICE.type
-                    assert mine.dtype == graphs_requested
+                    assert mine.dtype == wanted
                     assert torch.equal(mine.cpu(), level), name
                 shapes.add((name, levels[0].shape[0] == 1, len(items)))
     assert {("text", True, 4), ("text", False, 3)} <= shapes, "a constant level of some who lack it, and of others"
 
 
-def test_they_are_features_like_those_they_came_from() -> None:
+def test_cached_features_have_the_interface_of_the_source() -> None:
     features = in_memory(torch.float32)
     placed = DeviceCachedFeatures(features, ["text"], CPU)
     assert placed.modalities == ("text",)
@@ -85,7 +84,7 @@ def test_they_are_features_like_those_they_came_from() -> None:
         placed.hidden(np.array([0]), ["image"])
 
 
-def test_a_step_gathers_what_the_host_would_have() -> None:
+def test_step_gathers_the_same_values_as_the_host() -> None:
     features = in_memory(torch.float16)
     placed = DeviceCachedFeatures(features, tuple(tiny.DIMS), CPU)
     for capacity in (None, Capacity(3, 6)):
@@ -101,7 +100,7 @@ def test_a_step_gathers_what_the_host_would_have() -> None:
     assert len(kinds) == 2, "users 1 has an item without text, so its levels have another shape"
 
 
-def test_what_they_take_is_what_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_respects_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     features, names = in_memory(torch.float16), tuple(tiny.DIMS)
     needed = sum((2 * tiny.NUM_ITEMS + 1) * dim * 2 for dim in tiny.DIMS.values())
     assert cached_bytes(features, names) == needed
@@ -121,7 +120,7 @@ def test_what_they_take_is_what_they_are_allowed(monkeypatch: pytest.MonkeyPatch
     assert "a quarter of the free memory of cuda (store_gib) allows" in message
 
 
-def test_a_run_does_not_depend_on_where_they_lie() -> None:
+def test_results_do_not_depend_on_the_device_cache() -> None:
     told: list[str] = []
     lines = {}
     for gib in (None, 1.0, 1e-9):
@@ -137,7 +136,7 @@ def test_a_run_does_not_depend_on_where_they_lie() -> None:
 
 
 @needs_gpu
-def test_on_a_gpu_a_run_does_not_depend_on_where_they_lie() -> None:
+def test_on_a_gpu_results_do_not_depend_on_the_device_cache() -> None:
     lines = [
         tiny.without_time(
             StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(device="cuda", store_gib=gib, graph=graph)).fit()

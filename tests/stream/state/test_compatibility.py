@@ -1,4 +1,4 @@
-"""Which runs a checkpoint serves."""
+"""Compatibility of checkpoints and runs."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def served(saved: dict[str, Any], **options: Any) -> None:
     require_compatible_checkpoint(Path("run"), state, StreamConfig(**options), model, features)
 
 
-def test_where_hidden_states_lie_and_which_gpu_trains_may_change() -> None:
+def test_cache_limit_and_gpu_may_change() -> None:
     served({"store_gib": 1.0}, store_gib=None)
     served({"device": "cuda"}, device="cuda:3", store_gib=0.0)
 
@@ -30,12 +30,14 @@ def test_where_hidden_states_lie_and_which_gpu_trains_may_change() -> None:
         ({"lr": 0.01}, {"seed": 1}, "config.lr was 0.01, is now 0.001; config.seed was 0, is now 1"),
     ],
 )
-def test_what_results_depend_on_may_not(saved: dict[str, Any], options: dict[str, Any], message: str) -> None:
+def test_settings_that_affect_results_must_not_change(
+    saved: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         served(saved, **options)
 
 
-def test_a_run_knows_all_its_items_but_may_get_more() -> None:
+def test_run_may_get_more_items_but_not_fewer() -> None:
     model, features, config = tiny.model(), tiny.features(), tiny.config()
     state = compatibility_record(config, model, features, num_items=10)
     require_compatible_checkpoint(Path("run"), state, config, model, features)
@@ -47,5 +49,5 @@ def test_a_run_knows_all_its_items_but_may_get_more() -> None:
         require_compatible_checkpoint(Path("run"), state, config, model, features)
 
 
-def test_settings_without_influence_are_left_out() -> None:
+def test_result_settings_exclude_settings_without_influence() -> None:
     assert result_settings({"device": "cuda:1", "store_gib": 2, "lr": 0.1}) == {"device": "cuda", "lr": 0.1}

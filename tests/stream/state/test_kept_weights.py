@@ -1,4 +1,4 @@
-"""Which weights a window ends with, over which sequences an epoch goes, and in batches of which size."""
+"""Weights that a window ends with, sequences of an epoch, and batch sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.stream import tiny
+from tests.stream.tiny import Killed
 from xsmoe.cli.tensorboard import TensorBoard
 from xsmoe.stream import StreamConfig, StreamingTrainer
 from xsmoe.stream.state.kept_weights import DECAY, update_average
-
-
-class Killed(BaseException):
-    """Stands for a kill."""
 
 
 def fit(keep: str, folder: Path | None = None, listener: Any = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -38,7 +35,7 @@ def test_all_epochs_run_and_only_the_kept_weights_are_validated(keep: str) -> No
 
 @pytest.mark.parametrize("keep", ["last", "ema"])
 @pytest.mark.parametrize("after", [3, 12, 17, 23, 29])
-def test_killed_and_resumed_it_ends_the_same(keep: str, after: int, tmp_path: Path) -> None:
+def test_resumed_run_has_the_same_results(keep: str, after: int, tmp_path: Path) -> None:
     lines, weights = fit(keep)
     seen = []
 
@@ -82,7 +79,7 @@ def test_the_first_epoch_is_its_own_average() -> None:
         assert average[name].data_ptr() != value.data_ptr()
 
 
-def test_an_average_from_a_checkpoint_follows_the_model_to_its_device() -> None:
+def test_average_from_a_checkpoint_is_moved_to_the_models_device() -> None:
     average = update_average(None, tiny.model(condition="whiten", ids=True), 0)
     assert "items.ids.weight" in average
     assert all(not name.startswith("items.conditioning.") for name in average)
@@ -99,7 +96,7 @@ def test_batches_of_small_windows_shrink(sequences: int, batch: int, min_steps: 
     assert StreamConfig(batch_size=batch, protocol="paper").batch_for(sequences) >= min(batch, sequences)
 
 
-def test_an_epoch_takes_the_steps_that_the_window_line_says() -> None:
+def test_epoch_has_the_steps_of_the_window_line() -> None:
     settings = tiny.config(history="all", keep="last", batch_size=256, min_steps=3)
     lines = StreamingTrainer(tiny.model(), tiny.stream(users=60, each=60), settings).fit()
     sizes = {line["window"]: (line["sequences"], line["batch_size"]) for line in lines if line["kind"] == "window"}

@@ -58,9 +58,7 @@ def recommend(folder: Path, user: str, count: int, device: str | None, display: 
         for rank, (score, place) in enumerate(places, start=1)
         if place >= 0
     ]
-    display.lines(
-        _table(["rank", "score", "item", "title"], rows) if rows else ["nothing: the user has seen all items"]
-    )
+    display.lines(_table(["rank", "score", "item", "title"], rows) if rows else ["none: the user has seen all items"])
 
 
 @torch.no_grad()

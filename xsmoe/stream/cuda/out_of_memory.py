@@ -127,9 +127,7 @@ def advice(config: StreamConfig, use: MemoryUse | None, *, sequences: int, cache
         return f"The batch size cannot be reduced further: use a device with more memory{others}."
     if use is None:
         fits = sequences // 2
-        return (
-            f"Try --batch-size {fits}{others} (half; not an estimate, because the device does not report its memory)."
-        )
+        return f"Try --batch-size {fits}{others} (half; no estimate, because the device does not report its memory)."
     fits = fitting_batch(sequences, use)
     before = f"{use.held / GIB:.2f} GiB of {use.available / GIB:.2f} GiB are allocated before the first step"
     if fits == 0:
