@@ -148,7 +148,7 @@ def test_update_adds_users_items_and_a_window(trained: Place, copy_of: Copy) -> 
 def test_interrupted_update_is_resumed_with_the_same_results(
     trained: Place, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, undisturbed = copy_of(trained), copy_of(trained)
+    place, uninterrupted = copy_of(trained), copy_of(trained)
     command = ["update", place.run, "--interactions", place.more, "--items", place.more_items]
     whole = StreamingTrainer._epoch
 
@@ -169,8 +169,8 @@ def test_interrupted_update_is_resumed_with_the_same_results(
     assert (place.run / "users.txt").read_bytes() == users, "a refused update leaves no users behind"
     assert "run that update again" in succeed("train", place.run)
     succeed(*command)
-    succeed("update", undisturbed.run, "--interactions", place.more, "--items", undisturbed.more_items)
-    assert without_time(read_metrics(place.run)) == without_time(read_metrics(undisturbed.run))
+    succeed("update", uninterrupted.run, "--interactions", place.more, "--items", uninterrupted.more_items)
+    assert without_time(read_metrics(place.run)) == without_time(read_metrics(uninterrupted.run))
 
 
 def test_a_run_under_the_published_protocol_is_updated_and_evaluated(prepared: Place, copy_of: Copy) -> None:

@@ -45,14 +45,14 @@ def lines(run: Path) -> list[dict[str, object]]:
 
 
 def test_killed_and_restarted_run_has_the_same_metrics(prepared: Place, copy_of: Callable[[Place], Place]) -> None:
-    undisturbed, killed = copy_of(prepared), copy_of(prepared)
-    subprocess.run(train(undisturbed), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    uninterrupted, killed = copy_of(prepared), copy_of(prepared)
+    subprocess.run(train(uninterrupted), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     kill_after(train(killed), killed.run, epochs=6)
     assert not (killed.run / "report" / "report.html").exists()
     done = subprocess.run(train(killed), env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert "Going on" in done.stdout
     assert done.stderr == ""
-    assert lines(killed.run) == lines(undisturbed.run)
+    assert lines(killed.run) == lines(uninterrupted.run)
 
     # The interrupted epoch has no event.
     events = EventAccumulator(str(killed.run / "tensorboard")).Reload()
@@ -82,10 +82,10 @@ def test_movielens_through_all_windows_with_a_pretrained_encoder(tmp_path: Path)
     succeed("prepare", "movielens", often_rated(movielens_folder(), tmp_path / "movielens"), dataset)
     succeed("encode", dataset, store, "--text", "minilm", "--levels", "0,1,2", "--max-tokens", "16")
     settings = ["--dataset", dataset, "--store", store, "--batch-size", 32, "--epochs", 2, "--warmup-epochs", 1]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    subprocess.run(command("train", undisturbed, *settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    subprocess.run(command("train", uninterrupted, *settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     kill_after(command("train", killed, *settings), killed, epochs=11)
     subprocess.run(command("train", killed, *settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    assert lines(killed) == lines(undisturbed)
-    kinds = [line["kind"] for line in lines(undisturbed)]
+    assert lines(killed) == lines(uninterrupted)
+    kinds = [line["kind"] for line in lines(uninterrupted)]
     assert (kinds.count("window"), kinds.count("test")) == (10, 9)

@@ -98,7 +98,7 @@ def test_copy_gate_keeps_scores_and_merge_records_its_target() -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_run_killed_at_any_event_has_the_same_results(tmp_path: Path, part: int) -> None:
     events: list[str] = []
-    undisturbed, model = fit(listener=lambda event, _: events.append(event), **RULES)
+    uninterrupted, model = fit(listener=lambda event, _: events.append(event), **RULES)
     assert any("gate_offset" in name for name in model.state_dict())
     seen: list[str] = []
 
@@ -110,7 +110,7 @@ def test_run_killed_at_any_event_has_the_same_results(tmp_path: Path, part: int)
     with pytest.raises(Killed):
         fit(tmp_path, listener, **RULES)
     resumed, again = fit(tmp_path, **RULES)
-    assert tiny.without_time(resumed) == tiny.without_time(undisturbed)
+    assert tiny.without_time(resumed) == tiny.without_time(uninterrupted)
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 

@@ -202,12 +202,12 @@ def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> tup
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> tuple[list[dict], Recommender]:
+def uninterrupted() -> tuple[list[dict], Recommender]:
     return fit()
 
 
-def test_a_run_trains_the_ids_of_the_items_that_it_has_seen(undisturbed) -> None:
-    lines, trained = undisturbed
+def test_a_run_trains_the_ids_of_the_items_that_it_has_seen(uninterrupted) -> None:
+    lines, trained = uninterrupted
     table = trained.items.ids.weight
     assert table.shape == (tiny.NUM_ITEMS, 8)
     config = tiny.config()
@@ -224,8 +224,8 @@ def test_a_run_trains_the_ids_of_the_items_that_it_has_seen(undisturbed) -> None
 
 
 @pytest.mark.parametrize("after", [3, 9, 14, 21, 30])
-def test_run_killed_at_any_event_has_the_same_results(undisturbed, tmp_path: Path, after: int) -> None:
-    lines, trained = undisturbed
+def test_run_killed_at_any_event_has_the_same_results(uninterrupted, tmp_path: Path, after: int) -> None:
+    lines, trained = uninterrupted
     seen = []
 
     def listener(event: str, fields: dict) -> None:

@@ -125,7 +125,7 @@ def test_run_killed_at_any_time_has_the_same_results(
     """Every fourth copy is tested, and every copy in the slow variant."""
     # With metrics of so few users, every window is novel.
     monkeypatch.setattr(growth, "NOVELTY_ERRORS", -100.0)
-    run = Run(tmp_path / "undisturbed", **options)
+    run = Run(tmp_path / "uninterrupted", **options)
     model, taken = moments(run, tmp_path / "copies", monkeypatch)
     expected, weights = run.result(), model.state_dict()
     assert model.items.conditioned() == ("image", "text")

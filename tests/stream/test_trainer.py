@@ -26,12 +26,12 @@ def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> tup
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> tuple[list[dict], Recommender]:
+def uninterrupted() -> tuple[list[dict], Recommender]:
     return fit()
 
 
-def test_order_of_events_and_fields_of_the_metrics(undisturbed) -> None:
-    lines, model = undisturbed
+def test_order_of_events_and_fields_of_the_metrics(uninterrupted) -> None:
+    lines, model = uninterrupted
     kinds = [line["kind"] for line in lines if line["kind"] != "epoch"]
     assert kinds == ["window", "test", "window", "test", "window"]
     tests = [line for line in lines if line["kind"] == "test"]
@@ -50,8 +50,8 @@ def test_order_of_events_and_fields_of_the_metrics(undisturbed) -> None:
     assert json.loads(json.dumps(lines)) == lines
 
 
-def test_the_best_epoch_is_restored_with_its_counters(undisturbed) -> None:
-    lines, _ = undisturbed
+def test_the_best_epoch_is_restored_with_its_counters(uninterrupted) -> None:
+    lines, _ = uninterrupted
     kept = {}
     model = tiny.model()
 
@@ -81,8 +81,8 @@ def count_events() -> int:
 
 
 @pytest.mark.parametrize("part", range(12))
-def test_run_killed_at_any_event_has_the_same_results(undisturbed, tmp_path: Path, part: int) -> None:
-    lines, model = undisturbed
+def test_run_killed_at_any_event_has_the_same_results(uninterrupted, tmp_path: Path, part: int) -> None:
+    lines, model = uninterrupted
     after = 1 + part * (count_events() - 1) // 11
     seen = []
 
@@ -100,8 +100,8 @@ def test_run_killed_at_any_event_has_the_same_results(undisturbed, tmp_path: Pat
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_run_killed_at_any_write_has_the_same_results(undisturbed, tmp_path: Path, monkeypatch) -> None:
-    lines, _ = undisturbed
+def test_run_killed_at_any_write_has_the_same_results(uninterrupted, tmp_path: Path, monkeypatch) -> None:
+    lines, _ = uninterrupted
     synced, replaced = os.fsync, os.replace
     for attempt, (call, after) in enumerate(
         [("fsync", 3), ("replace", 4), ("fsync", 11), ("replace", 9), ("fsync", 30)]
@@ -122,7 +122,7 @@ def test_run_killed_at_any_write_has_the_same_results(undisturbed, tmp_path: Pat
         assert tiny.without_time(fit(folder)[0]) == tiny.without_time(lines)
 
 
-def test_finished_run_does_nothing(undisturbed, tmp_path: Path) -> None:
+def test_finished_run_does_nothing(uninterrupted, tmp_path: Path) -> None:
     lines, _ = fit(tmp_path)
     events = []
     again, _ = fit(tmp_path, lambda event, fields: events.append(event))
@@ -133,8 +133,8 @@ def test_finished_run_does_nothing(undisturbed, tmp_path: Path) -> None:
     assert loaded.items.sides["text"].num_experts == lines[-1]["experts"]["text"]
 
 
-def test_step_accepts_windows_outside_of_the_stream(undisturbed, tmp_path: Path) -> None:
-    lines, _ = undisturbed
+def test_step_accepts_windows_outside_of_the_stream(uninterrupted, tmp_path: Path) -> None:
+    lines, _ = uninterrupted
     first, second, third = tiny.windows()
     empty = Stream([], tiny.features())
     with StreamingTrainer(tiny.model(), empty, tiny.config(), folder=tmp_path) as trainer:
@@ -228,8 +228,8 @@ def test_window_without_training_sequences_does_not_change_experts() -> None:
     assert trainer.step(third)["experts"]["text"] == [2, 2]
 
 
-def test_nonfinite_loss_stops_the_run(undisturbed, tmp_path: Path) -> None:
-    lines, _ = undisturbed
+def test_nonfinite_loss_stops_the_run(uninterrupted, tmp_path: Path) -> None:
+    lines, _ = uninterrupted
     model = tiny.model()
 
     def poison(event: str, fields: dict) -> None:
@@ -268,8 +268,8 @@ def test_run_with_another_configuration_is_rejected(tmp_path: Path, change: dict
     assert fit(tmp_path)[0] == lines
 
 
-def test_damaged_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path: Path) -> None:
-    lines, _ = undisturbed
+def test_damaged_checkpoint_is_skipped_with_a_warning(uninterrupted, tmp_path: Path) -> None:
+    lines, _ = uninterrupted
 
     def listener(event: str, fields: dict) -> None:
         if event == "begin" and fields["window"] == 1:
@@ -301,8 +301,8 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(undisturbed, tmp_path: Pat
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_full_disk_keeps_saved_files(undisturbed, tmp_path: Path, monkeypatch) -> None:
-    lines, _ = undisturbed
+def test_full_disk_keeps_saved_files(uninterrupted, tmp_path: Path, monkeypatch) -> None:
+    lines, _ = uninterrupted
     calls = []
     synced = os.fsync
 
@@ -322,8 +322,8 @@ def test_full_disk_keeps_saved_files(undisturbed, tmp_path: Path, monkeypatch) -
     assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
 
 
-def test_nonfinite_weights_are_never_saved(undisturbed, tmp_path: Path) -> None:
-    lines, _ = undisturbed
+def test_nonfinite_weights_are_never_saved(uninterrupted, tmp_path: Path) -> None:
+    lines, _ = uninterrupted
     model = tiny.model()
 
     def poison(event: str, fields: dict) -> None:

@@ -17,7 +17,7 @@ from xsmoe.stream.cuda.graph_steps import GraphedSteps
 from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.precision import LossScaler
 
-SHORT = torch.OutOfMemoryError(
+OUT_OF_MEMORY = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB."
 )
 

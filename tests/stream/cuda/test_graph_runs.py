@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.fakes import FailingCapture, FakeCapture
-from tests.stream.cuda.graph_runs import SHORT, Window, fit, kill_and_resume
+from tests.stream.cuda.graph_runs import OUT_OF_MEMORY, Window, fit, kill_and_resume
 from xsmoe.stream import StreamConfig, epoch, trainer
 from xsmoe.stream.cuda import graph_steps
 from xsmoe.stream.cuda.graph_steps import no_graphs_reason
@@ -16,7 +16,7 @@ from xsmoe.stream.epoch import load_optimizer
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[FakeCapture]:
+def fakes(monkeypatch: pytest.MonkeyPatch) -> list[FakeCapture]:
     """Make trainers on a CPU capture their steps with fakes, and return the list of these fakes."""
     made: list[FakeCapture] = []
 
@@ -35,7 +35,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[FakeCapture]:
     return made
 
 
-@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.usefixtures("fakes")
 def test_killed_run_has_the_same_results(tmp_path: Path) -> None:
     lines = fit(graph=True)
     assert {line["without_graphs"] for line in lines if line["kind"] == "window"} == {None}
@@ -67,33 +67,33 @@ def test_unavailable_graphs_cause_one_warning() -> None:
 
 
 def test_debug_checks_disable_graphs_and_do_not_change_results(
-    stand_ins: list[FakeCapture], monkeypatch: pytest.MonkeyPatch
+    fakes: list[FakeCapture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured_lines = fit(graph=True)
-    assert stand_ins
-    stand_ins.clear()
+    assert fakes
+    fakes.clear()
     monkeypatch.setenv("XSMOE_DEBUG", "1")
     lines = fit(graph=True)
-    assert not stand_ins
+    assert not fakes
     assert reasons_of(lines) == {"XSMOE_DEBUG=1 enables checks that read values on the host"}
     for line in (*lines, *captured_lines):
         line.pop("without_graphs", None)
     assert lines == captured_lines
 
 
-def test_every_window_frees_the_memory_of_its_graphs(stand_ins: list[FakeCapture]) -> None:
+def test_every_window_frees_the_memory_of_its_graphs(fakes: list[FakeCapture]) -> None:
     lines = fit(graph=True)
     windows = sum(line["kind"] == "window" for line in lines)
-    assert windows == len(stand_ins) > 1
-    assert all(one.captures > 0 and one.freed > 0 for one in stand_ins)
+    assert windows == len(fakes) > 1
+    assert all(one.captures > 0 and one.freed > 0 for one in fakes)
 
 
-@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (FailingCapture.error, "operation not permitted when stream is capturing"),
-        (SHORT, "not enough memory for CUDA graphs (CUDA out of memory. Tried to allocate 2.50 GiB)"),
+        (OUT_OF_MEMORY, "not enough memory for CUDA graphs (CUDA out of memory. Tried to allocate 2.50 GiB)"),
     ],
 )
 def test_run_that_cannot_capture_tries_once_and_warns_once(
@@ -119,7 +119,7 @@ def test_run_that_cannot_capture_tries_once_and_warns_once(
     assert lines == expected
 
 
-@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.usefixtures("fakes")
 def test_learning_rate_of_graphed_steps_is_a_tensor_with_a_fixed_address() -> None:
     window = Window(FakeCapture(), lr=0.02, lr_decay=0.5, min_lr=0.004, graph=True)
     rate = window.optimizer.param_groups[0]["lr"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.fakes import CPU, FailingCapture, FakeCapture
 from tests.stream import tiny
-from tests.stream.cuda.graph_runs import SHORT, Window, assert_same
+from tests.stream.cuda.graph_runs import OUT_OF_MEMORY, Window, assert_same
 from xsmoe.nn import Recommender
 from xsmoe.stream import StreamConfig, epoch
 from xsmoe.stream.batches.builder import StepInput
@@ -34,8 +34,8 @@ def test_replayed_steps_have_the_same_results() -> None:
 
 def test_step_is_captured_once_for_each_input_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xsmoe.stream.batches.padding.ITEMS", 4)
-    stand_in = FakeCapture()
-    window, kinds = Window(stand_in), set()
+    fake = FakeCapture()
+    window, kinds = Window(fake), set()
     run = GraphedSteps.__call__
 
     def note(graphs: GraphedSteps, step: Any, given: StepInput) -> Tensor:
@@ -46,7 +46,7 @@ def test_step_is_captured_once_for_each_input_shape(monkeypatch: pytest.MonkeyPa
     for number in range(4):
         window.epoch(number)
     assert len(kinds) > 1
-    assert stand_in.captures == len(window.graphs) == len(kinds)
+    assert fake.captures == len(window.graphs) == len(kinds)
 
 
 def test_padding_changes_an_epoch_only_by_rounding() -> None:
@@ -73,28 +73,28 @@ def move(model: Recommender) -> None:
 
 @pytest.mark.parametrize("change", [change_experts, move])
 def test_graphs_are_dropped_when_their_tensors_are_reallocated(change: Callable[[Recommender], None]) -> None:
-    stand_in = FakeCapture()
-    window = Window(stand_in)
+    fake = FakeCapture()
+    window = Window(fake)
     window.epoch(0)
-    before = stand_in.captures
+    before = fake.captures
     window.epoch(0)
-    assert stand_in.captures == before, "nothing moved"
+    assert fake.captures == before, "nothing moved"
     change(window.model)
     window.epoch(0)
-    assert stand_in.captures > before
+    assert fake.captures > before
 
 
 def test_graphs_are_dropped_when_frozen_experts_are_loaded() -> None:
-    stand_in = FakeCapture()
-    window = Window(stand_in)
+    fake = FakeCapture()
+    window = Window(fake)
     window.model.items.expand()
     window.begin()
     window.epoch(0)
-    before = stand_in.captures
+    before = fake.captures
     with torch.no_grad():
         next(iter(window.model.items.banks()))[2].frozen_up.mul_(2)
     window.epoch(0)
-    assert stand_in.captures > before, "autocast may have kept what they were cast to"
+    assert fake.captures > before, "autocast may have kept what they were cast to"
 
 
 def test_step_that_cannot_be_captured_runs_eagerly_with_one_warning() -> None:
@@ -114,14 +114,14 @@ def test_out_of_memory_in_a_later_capture_drops_all_graphs_and_keeps_results(
 ) -> None:
     monkeypatch.setattr("xsmoe.stream.batches.padding.ITEMS", 4)
 
-    class Short(FakeCapture):
+    class OutOfMemoryCapture(FakeCapture):
         def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
             found = super().__call__(step)
             if self.captures == 2:
-                raise SHORT
+                raise OUT_OF_MEMORY
             return found
 
-    short = Short()
+    short = OutOfMemoryCapture()
     window, expected = Window(short), Window(FakeCapture())
     for number in range(3):
         assert window.epoch(number) == expected.epoch(number)
@@ -134,7 +134,7 @@ def test_out_of_memory_in_a_later_capture_drops_all_graphs_and_keeps_results(
 def test_tensors_of_a_failed_step_are_freed_before_the_next_one() -> None:
     kept: list[weakref.ref[Tensor]] = []
 
-    class Short(FakeCapture):
+    class OutOfMemoryCapture(FakeCapture):
         def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
             made = torch.zeros(3)
             kept.append(weakref.ref(made))
@@ -145,27 +145,27 @@ def test_tensors_of_a_failed_step_are_freed_before_the_next_one() -> None:
             assert kept[0]() is None, "the error still holds it"
             super().free()
 
-    short = Short()
+    short = OutOfMemoryCapture()
     Window(short).epoch()
     assert short.freed == 1
 
 
 def test_graphs_are_dropped_if_other_work_needs_their_memory() -> None:
-    stand_in = FakeCapture()
-    window = Window(stand_in)
+    fake = FakeCapture()
+    window = Window(fake)
     window.epoch()
     tries = []
 
     def work() -> str:
         tries.append(len(window.graphs))
         if len(tries) == 1:
-            raise SHORT
+            raise OUT_OF_MEMORY
         return "done"
 
     assert window.graphs.retry_without_graphs("validation", work) == "done"
     assert tries[0] > 0
     assert tries[1:] == [0]
-    assert stand_in.freed == 1
+    assert fake.freed == 1
     (message,) = window.warnings
     assert "not enough memory for CUDA graphs and validation (CUDA out of memory. Tried to allocate 2.50" in message
     expected = Window(FakeCapture())
@@ -175,7 +175,7 @@ def test_graphs_are_dropped_if_other_work_needs_their_memory() -> None:
     assert_same(window, expected)
 
     def short() -> None:
-        raise SHORT
+        raise OUT_OF_MEMORY
 
     with pytest.raises(torch.OutOfMemoryError):
         window.graphs.retry_without_graphs("validation", short)
@@ -199,15 +199,15 @@ def test_replayed_steps_have_the_same_loss_scale(scale: float, growth_interval: 
         made.load_state_dict(made.state_dict() | {"scale": scale, "growth_interval": growth_interval})
         return made
 
-    stand_in = FakeCapture()
-    replayed, eager = Window(stand_in, scaler=scaler()), Window(FailingCapture(), scaler=scaler())
+    fake = FakeCapture()
+    replayed, eager = Window(fake, scaler=scaler()), Window(FailingCapture(), scaler=scaler())
     for number in range(3):
         assert replayed.epoch(number) == eager.epoch(number)
         assert replayed.scaler is not None
         assert eager.scaler is not None
         assert replayed.scaler.state_dict() == eager.scaler.state_dict()
         assert_same(replayed, eager)
-    assert stand_in.captures > 0
+    assert fake.captures > 0
     assert (replayed.scaler.scale() != scale) == (scale > 1e38 or growth_interval == 2)
 
 
@@ -239,8 +239,8 @@ def test_other_errors_of_a_step_are_raised(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_profile_records_the_parts_of_a_step_and_does_not_change_results() -> None:
-    stand_in, opened = FakeCapture(), []
-    window, expected = Window(stand_in), Window(FakeCapture())
+    fake, opened = FakeCapture(), []
+    window, expected = Window(fake), Window(FakeCapture())
 
     def note(name: str) -> nullcontext[None]:
         opened.append(name)
@@ -248,9 +248,9 @@ def test_profile_records_the_parts_of_a_step_and_does_not_change_results() -> No
 
     for number in range(3):
         with opening_ranges(note) if number == 1 else nullcontext():
-            before = stand_in.captures
+            before = fake.captures
             assert window.epoch(number) == expected.epoch(number)
-            assert (stand_in.captures > before) == (number == 0)
+            assert (fake.captures > before) == (number == 0)
     assert_same(window, expected)
     assert {"data", "encode", "attend", "loss", "backward", "optimizer"} <= set(opened)
     assert window.warnings == [

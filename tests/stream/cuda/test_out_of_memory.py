@@ -28,7 +28,7 @@ def fit(folder: Path | None = None, **options: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> list[dict[str, Any]]:
+def uninterrupted() -> list[dict[str, Any]]:
     return fit()
 
 
@@ -58,7 +58,7 @@ def failing(real: Callable[..., Any], after: int, error: Exception) -> Callable[
     ],
 )
 def test_out_of_memory_is_explained_and_the_run_can_be_resumed(
-    undisturbed: list[dict[str, Any]],
+    uninterrupted: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     module: Any,
@@ -75,8 +75,8 @@ def test_out_of_memory_is_explained_and_the_run_can_be_resumed(
     assert "(CUDA out of memory. Tried to allocate 2.50 GiB)" in text
     assert "All saved files are intact: the same command resumes" in text
     kept = tiny.without_time(read_metrics(tmp_path))
-    assert kept == undisturbed[: len(kept)]
-    assert fit(tmp_path) == undisturbed
+    assert kept == uninterrupted[: len(kept)]
+    assert fit(tmp_path) == uninterrupted
 
 
 @pytest.mark.parametrize("module", [epoch, window_evaluation])
@@ -95,7 +95,7 @@ def test_cpu_out_of_memory_error_is_recognized(module: Any, monkeypatch: pytest.
 
 
 def test_out_of_memory_messages_suggest_the_cache_limit(
-    undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    uninterrupted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     short = torch.OutOfMemoryError(SAID)
     with monkeypatch.context() as patch:
@@ -108,7 +108,7 @@ def test_out_of_memory_messages_suggest_the_cache_limit(
         patch.setattr(epoch, "train_step", failing(epoch.train_step, 7, short))
         with pytest.raises(OutOfMemory, match="Try --batch-size 2, or --store-gib 0, which"):
             fit(tmp_path, store_gib=1.0)
-    assert fit(tmp_path, store_gib=1.0) == undisturbed
+    assert fit(tmp_path, store_gib=1.0) == uninterrupted
 
 
 def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
@@ -158,7 +158,7 @@ def test_out_of_memory_advice_uses_the_sequences_of_a_small_window(monkeypatch: 
 
 
 def test_out_of_memory_in_ranking_suggests_disabling_the_cache(
-    undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    uninterrupted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for module, name, place in (
         (trainer, "rank_with_model", "validation"),
@@ -172,7 +172,7 @@ def test_out_of_memory_in_ranking_suggests_disabling_the_cache(
             ):
                 fit(folder, store_gib=1.0)
         # The setting may change when the run is resumed.
-        assert fit(folder, store_gib=0.0) == undisturbed
+        assert fit(folder, store_gib=0.0) == uninterrupted
 
 
 @pytest.mark.parametrize(

@@ -269,14 +269,14 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> tuple[list[dict[str, Any]], Recommender]:
+def uninterrupted() -> tuple[list[dict[str, Any]], Recommender]:
     return run()
 
 
 def test_run_is_fitted_to_the_first_training_split_and_independent_of_row_location(
-    undisturbed: tuple[list[dict[str, Any]], Recommender], tmp_path: Path
+    uninterrupted: tuple[list[dict[str, Any]], Recommender], tmp_path: Path
 ) -> None:
-    lines, model = undisturbed
+    lines, model = uninterrupted
     window = tiny.windows(2)[0]
     expected = tiny.model(condition="whiten").items
     fit_conditions(expected, tiny.features(), tiny.config().split(window).train_pairs[1])
@@ -291,9 +291,9 @@ def test_run_is_fitted_to_the_first_training_split_and_independent_of_row_locati
 @pytest.mark.parametrize("gib", [0, None])
 @pytest.mark.parametrize("part", range(4))
 def test_run_killed_at_any_event_has_the_same_results(
-    undisturbed: tuple[list[dict[str, Any]], Recommender], tmp_path: Path, part: int, gib: float | None
+    uninterrupted: tuple[list[dict[str, Any]], Recommender], tmp_path: Path, part: int, gib: float | None
 ) -> None:
-    lines, model = undisturbed
+    lines, model = uninterrupted
     events: list[str] = []
     run(listener=lambda event, fields: events.append(event))
     after, seen = 1 + part * (len(events) - 1) // 3, 0
@@ -419,8 +419,8 @@ def test_fitted_statistics_are_written_once(tmp_path: Path) -> None:
     assert run(tmp_path)[0] == lines
 
 
-def test_best_epoch_keeps_the_conditioning_statistics(undisturbed: tuple[list[dict[str, Any]], Recommender]) -> None:
-    _, model = undisturbed
+def test_best_epoch_keeps_the_conditioning_statistics(uninterrupted: tuple[list[dict[str, Any]], Recommender]) -> None:
+    _, model = uninterrupted
     best = snapshot(model)
     assert not any("conditioning" in name for name in best)
     fresh = tiny.model(condition="whiten")
