@@ -1,4 +1,4 @@
-"""The arrows of the house: what xsmoe.data may import."""
+"""Test of the layers: the packages that xsmoe.data may import."""
 
 import ast
 import sys
