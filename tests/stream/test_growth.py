@@ -66,7 +66,7 @@ def test_experts_change_in_novel_windows_only(monkeypatch: pytest.MonkeyPatch) -
     assert [bool(line["expanded"]) for line in tests] == [True, False, True, False]
     assert [bool(line["pruned"]) for line in tests] == [True, False, True, False]
     assert tests[0]["novelty"] == {**found, "novel": True}
-    assert model.items.ladders()["text"].num_experts == [3, 3]
+    assert model.items.side_networks()["text"].num_experts == [3, 3]
 
 
 def test_copy_gate_keeps_scores_and_merge_records_its_target() -> None:

@@ -42,10 +42,10 @@ class Twin:
         ours = self.model.users.state_dict()
         self.users.load_state_dict({name: ours[our_name(name)] for name in self.users.state_dict()})
         for modality, level, bank in self.model.items.banks():
-            ladder = self.items.ladders[modality]
-            ladder.routers[level].linear.weight.data.copy_(bank.router)
+            network = self.items.ladders[modality]
+            network.routers[level].linear.weight.data.copy_(bank.router)
             down, up = torch.cat([bank.frozen_down, bank.down]), torch.cat([bank.frozen_up, bank.up])
-            for expert, d, u in zip(ladder.moes[level].experts, down, up, strict=True):
+            for expert, d, u in zip(network.moes[level].experts, down, up, strict=True):
                 expert.fc_down.weight.data.copy_(d)
                 expert.fc_up.weight.data.copy_(u.T)
 
@@ -62,9 +62,9 @@ class Twin:
         for name, parameter in self.users.named_parameters():
             assert_close(ours[our_name(name)].grad, parameter.grad)
         for modality, level, bank in self.model.items.banks():
-            ladder = self.items.ladders[modality]
-            assert_close(bank.router.grad, ladder.routers[level].linear.weight.grad)
-            experts = ladder.moes[level].experts
+            network = self.items.ladders[modality]
+            assert_close(bank.router.grad, network.routers[level].linear.weight.grad)
+            experts = network.moes[level].experts
             assert all(p.grad is None for expert in experts[: bank.num_frozen] for p in expert.parameters())
             for place, expert in enumerate(experts[bank.num_frozen :]):
                 assert_close(bank.down.grad[place], expert.fc_down.weight.grad)
@@ -149,7 +149,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
             assert ours == {level: expert for level, expert in enumerate(levels) if expert is not None}
             twin.compared["pruned"] += len(ours)
         twin.items.expand(
-            {name: [bank.router[-1].detach() for bank in side.levels()] for name, side in items.ladders().items()}
+            {name: [bank.router[-1].detach() for bank in side.levels()] for name, side in items.side_networks().items()}
         )
         for modality, level, bank in items.banks():
             experts = twin.items.ladders[modality].moes[level].experts

@@ -45,7 +45,7 @@ def test_order_of_events_and_fields_of_the_metrics(uninterrupted) -> None:
         )
         assert [e["num_frozen"] for e in line["expanded"]["text"]] == [line["window"] + 1] * 2
     window = [line for line in lines if line["kind"] == "window"][-1]
-    assert window["experts"] == {name: side.num_experts for name, side in model.items.ladders().items()}
+    assert window["experts"] == {name: side.num_experts for name, side in model.items.side_networks().items()}
     assert sum(window["shares"]["image"][0]) == pytest.approx(1)
     assert json.loads(json.dumps(lines)) == lines
 

@@ -238,7 +238,7 @@ class StreamingTrainer:
             },
             "epochs": progress.epoch,
             **kept,
-            "experts": {name: side.num_experts for name, side in self.model.items.ladders().items()},
+            "experts": {name: side.num_experts for name, side in self.model.items.side_networks().items()},
             **shares(self.model.items),
             "without_graphs": self._without_graphs,
             "parameters": {

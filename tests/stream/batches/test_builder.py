@@ -61,11 +61,11 @@ def test_a_packed_batch_is_the_same_in_one_tensor(capacity: Capacity | None) -> 
 
 
 def test_input_copies_the_values_of_another_with_the_same_key() -> None:
-    room = Capacity(3, 6)
-    mine, theirs = (tiny.step_input(np.array(users), capacity=room) for users in ([1], [0, 2]))
+    capacity = Capacity(3, 6)
+    mine, theirs = (tiny.step_input(np.array(users), capacity=capacity) for users in ([1], [0, 2]))
     assert mine.graph_key() == theirs.graph_key()
     assert mine.graph_key() != tiny.step_input(np.array([1])).graph_key()
-    assert mine.graph_key() != tiny.step_input(np.array([1]), torch.bfloat16, room).graph_key()
+    assert mine.graph_key() != tiny.step_input(np.array([1]), torch.bfloat16, capacity).graph_key()
     copy = mine.clone()
     copy.copy_(theirs)
     for one, other in zip(copy.tensors(), theirs.tensors(), strict=True):

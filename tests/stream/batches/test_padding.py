@@ -13,7 +13,7 @@ from xsmoe.stream.batches.padding import ITEMS, Capacity
 from xsmoe_kernels import in_batch_softmax_loss, use_backend
 from xsmoe_kernels.runtime import dispatch
 
-ROOM = Capacity(9, 10)
+CAPACITY = Capacity(9, 10)
 CATALOGUE = 400
 BACKENDS = ("reference", "native", "triton")
 
@@ -79,7 +79,7 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("users", [1, 7, 9])
 def test_a_padded_step_is_the_step_in_double_precision(users: int, constant: bool) -> None:
     model, plain = recommender().double(), batch(users)
-    padded = ROOM.pad(plain)
+    padded = CAPACITY.pad(plain)
     expected = outcome(model, plain, hidden(plain, torch.float64, constant=constant))
     # The factor is a float32, like the denominator of the mean in every kernel.
     assert worst(outcome(model, padded, hidden(padded, torch.float64, constant=constant)), expected) < 1e-7
@@ -90,7 +90,7 @@ def test_a_padded_step_is_the_step_in_double_precision(users: int, constant: boo
 def test_a_padded_step_is_the_step_to_rounding(backend: str, options: dict[str, Any]) -> None:
     needs(backend)
     model, plain = recommender(**options), batch()
-    padded = ROOM.pad(plain).packed()
+    padded = CAPACITY.pad(plain).packed()
     with use_backend(backend):
         expected = outcome(model, plain, hidden(plain, torch.float32))
         assert worst(outcome(model, padded, hidden(padded, torch.float32)), expected) < 5e-6
@@ -129,7 +129,7 @@ def test_padding_has_exactly_zero_loss_and_gradients(backend: str, dtype: torch.
 
 
 def test_results_do_not_depend_on_padding_values() -> None:
-    model, padded = recommender(), ROOM.pad(batch())
+    model, padded = recommender(), CAPACITY.pad(batch())
     added = padded.counts == 0
     given = hidden(padded, torch.float32)
     expected = outcome(model, padded, given)
@@ -142,12 +142,12 @@ def test_results_do_not_depend_on_padding_values() -> None:
 
 
 def test_shapes_depend_only_on_the_number_of_distinct_items() -> None:
-    room = Capacity(40, 10)
+    capacity = Capacity(40, 10)
     shapes = {}
     for seed in range(6):
         for users in (2, 30, 40):
             one = batch(users, seed)
-            padded = room.pad(one)
+            padded = capacity.pad(one)
             (num_items,) = padded.items.shape
             assert 1 <= num_items - len(one.items) <= ITEMS
             assert num_items % ITEMS == 0
@@ -156,12 +156,12 @@ def test_shapes_depend_only_on_the_number_of_distinct_items() -> None:
     assert len(shapes) > 1
     whole = Batch.from_sequences(np.arange(2 * ITEMS) % ITEMS, np.arange(0, 2 * ITEMS + 1, 8), np.zeros(ITEMS))
     assert len(whole.items) == ITEMS
-    assert len(room.pad(whole).items) == 2 * ITEMS
+    assert len(capacity.pad(whole).items) == 2 * ITEMS
 
 
 def test_padding_items_are_valid_and_never_negatives() -> None:
     one = batch()
-    padded = ROOM.pad(one)
+    padded = CAPACITY.pad(one)
     added = slice(len(one.items), None)
     assert set(padded.items[added].tolist()) == {int(one.items[0])}
     assert not padded.counts[added].any()

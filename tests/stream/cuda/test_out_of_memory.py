@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.stream import tiny
-from xsmoe.out_of_memory import allocated, is_shortage, requested
+from xsmoe.out_of_memory import allocated, is_out_of_memory, requested
 from xsmoe.stream import OutOfMemory, Stream, StreamConfig, StreamingTrainer, epoch, trainer
 from xsmoe.stream.cuda.out_of_memory import GIB, MemoryUse, advice, fitting_batch
 from xsmoe.stream.evaluation import window_evaluation
@@ -113,10 +113,10 @@ def test_out_of_memory_messages_suggest_the_cache_limit(
 
 def test_the_estimate_halves_until_it_fits_with_a_tenth_to_spare() -> None:
     # 4 GiB are held, and each sequence needs 0.25 GiB: 36 GiB for 128 sequences, 20 GiB for 64.
-    def fits(users: int, room: int) -> int:
-        return fitting_batch(users, MemoryUse(4 * GIB, 68 * GIB, room * GIB))
+    def fits(users: int, gib: int) -> int:
+        return fitting_batch(users, MemoryUse(4 * GIB, 68 * GIB, gib * GIB))
 
-    assert [fits(256, room) for room in (80, 40, 39, 5, 4)] == [128, 128, 64, 2, 0]
+    assert [fits(256, gib) for gib in (80, 40, 39, 5, 4)] == [128, 128, 64, 2, 0]
     assert fits(1, 80) == 0
     # If only an earlier peak is known, it may be below the held memory.
     assert fitting_batch(8, MemoryUse(4 * GIB, 4 * GIB - 1, 80 * GIB)) == 4
@@ -185,7 +185,7 @@ def test_out_of_memory_in_ranking_suggests_disabling_the_cache(
     ],
 )
 def test_out_of_memory_outside_of_the_allocator_is_recognized(said: str, short: bool) -> None:
-    assert is_shortage(RuntimeError(said)) == short
+    assert is_out_of_memory(RuntimeError(said)) == short
 
 
 def test_requested_memory_is_parsed_from_the_message() -> None:

@@ -83,7 +83,7 @@ def test_conditioned_features_are_bitwise_equal_lazily_in_memory_and_on_disk(
     features = in_memory(dtype) if kind == "memory" else store_of(tmp_path / "store", in_memory(dtype))
     items = encoder(features, condition)
     lazy = ConditionedFeatures(features, items)
-    others = [DeviceCachedFeatures(lazy, NAMES, CPU), ConditionedStore.open(tmp_path / "companion", lazy)]
+    others = [DeviceCachedFeatures(lazy, NAMES, CPU), ConditionedStore.open(tmp_path / "conditioned", lazy)]
     for rows in (np.arange(tiny.NUM_ITEMS), np.array([39, 3, 3, 8]), np.array([0, 1]), np.array([], dtype=np.int64)):
         for wanted in (dtype, torch.float32):
             expected = lazy.hidden(rows, dtype=wanted)
@@ -166,7 +166,7 @@ def same_conditions(first: XSMoE, second: XSMoE) -> bool:
 
 def test_conditioned_store_is_resumed_extended_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditioned_store, "ITEMS_PER_CHUNK", 7)
-    features, folder = in_memory(), tmp_path / "companion"
+    features, folder = in_memory(), tmp_path / "conditioned"
     store = store_of(tmp_path / "store", in_memory(num_items=22))
     items = encoder(store)
     calls = 0

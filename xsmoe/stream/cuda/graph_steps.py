@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xsmoe.nn import Recommender
-from xsmoe.out_of_memory import is_shortage, said
+from xsmoe.out_of_memory import is_out_of_memory, short_message
 from xsmoe.stream.batches.builder import StepInput
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.cuda.graph_capture import CannotCapture, Capture, CudaCapture
@@ -117,9 +117,9 @@ class GraphedSteps:
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
-            if not self._graphs or not is_shortage(error):
+            if not self._graphs or not is_out_of_memory(error):
                 raise
-            reason = f"not enough memory for CUDA graphs and {what} ({said(error)})"
+            reason = f"not enough memory for CUDA graphs and {what} ({short_message(error)})"
         self._disable(reason)
         return work()
 
@@ -130,9 +130,9 @@ class GraphedSteps:
         except CannotCapture as error:
             reason = str(error)
         except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
+            if not is_out_of_memory(error):
                 raise
-            reason = f"not enough memory for CUDA graphs ({said(error)})"
+            reason = f"not enough memory for CUDA graphs ({short_message(error)})"
         self._disable(reason)
         return False
 

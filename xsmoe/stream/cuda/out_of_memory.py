@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from xsmoe.out_of_memory import allocated, is_shortage, requested, said
+from xsmoe.out_of_memory import allocated, is_out_of_memory, requested, short_message
 from xsmoe.stream.config import StreamConfig
 
 GIB = 1 << 30
@@ -24,12 +24,12 @@ def explain_placement_oom(config: StreamConfig) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         allowed = "its default" if config.store_gib is None else config.store_gib
         raise OutOfMemory(
-            f"the items' hidden states do not fit into the memory of {config.device} ({said(error)}), although "
-            f"--store-gib (here {allowed}) allows their size; use --store-gib 0, which keeps them "
+            f"the items' hidden states do not fit into the memory of {config.device} ({short_message(error)}), "
+            f"although --store-gib (here {allowed}) allows their size; use --store-gib 0, which keeps them "
             f"{_uncached_location(config)}. {_RESUME}"
         ) from error
 
@@ -63,7 +63,7 @@ def explain_training_oom(config: StreamConfig, where: str, *, sequences: int, ca
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         use = None
         if device.type == "cuda":
@@ -75,7 +75,7 @@ def explain_training_oom(config: StreamConfig, where: str, *, sequences: int, ca
             use = MemoryUse(held, in_use + requested(error), available)
         raise OutOfMemory(
             f"{where}: a training step of {sequences} sequences does not fit into the memory of {config.device} "
-            f"({said(error)}). {advice(config, use, sequences=sequences, cached=cached)} {_RESUME}"
+            f"({short_message(error)}). {advice(config, use, sequences=sequences, cached=cached)} {_RESUME}"
         ) from error
 
 
@@ -85,12 +85,12 @@ def explain_ranking_oom(config: StreamConfig, what: str, *, cached: bool) -> Ite
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         store = f"use {_uncached(config)}, " if cached else ""
         raise OutOfMemory(
-            f"{what} does not fit into the memory of {config.device} ({said(error)}). It processes items and users in "
-            f"chunks of a fixed size, so neither --batch-size (here {config.batch_size}) nor --precision changes its "
+            f"{what} does not fit into the memory of {config.device} ({short_message(error)}). It processes items and "
+            f"users in chunks of a fixed size, so neither --batch-size (here {config.batch_size}) nor --precision changes its "
             f"memory use: {store}free memory on {config.device}, or select another one with --device. {_RESUME}"
         ) from error
 
