@@ -93,8 +93,8 @@ def test_train_warns_if_the_file_order_can_be_learned(prepared: Place, copy_of: 
     (place.root / "again").rename(place.dataset)
     outcome = run(*train_arguments(place), "--epochs", 1, "--warmup-epochs", 0, "--ties", ties)
     assert outcome.code == 0, outcome
-    said = "100.0 % of interactions share their time with another of the same user and stand in the file's order"
-    assert (said in " ".join((outcome.out + outcome.err).split())) == (ties == "file")
+    message = "100.0 % of interactions have the same time as another one of the same user and keep the file's order"
+    assert (message in " ".join((outcome.out + outcome.err).split())) == (ties == "file")
 
 
 @pytest.mark.parametrize("factor", [1, 10**3, 10**6, 10**9])

@@ -141,7 +141,7 @@ def test_update_adds_users_items_and_a_window(trained: Place, copy_of: Copy) -> 
 
     before = (place.run / "metrics.jsonl").read_bytes()
     assert "Nothing to do" in succeed(*command)
-    assert "windows are done" in succeed("train", place.run)
+    assert "Resuming after 4 windows." in succeed("train", place.run)
     assert (place.run / "metrics.jsonl").read_bytes() == before
 
 
@@ -165,7 +165,7 @@ def test_interrupted_update_is_resumed_with_the_same_results(
     users = (place.run / "users.txt").read_bytes()
     other = place.root / "other.csv"
     other.write_text("user,item,timestamp\nstranger,i1,1800000000\nstranger,i2,1800000001\n")
-    assert "cut short" in run("update", place.run, "--interactions", other).err
+    assert "training of window 3 was interrupted" in run("update", place.run, "--interactions", other).err
     assert (place.run / "users.txt").read_bytes() == users, "a refused update leaves no users behind"
     assert "run that update again" in succeed("train", place.run)
     succeed(*command)
@@ -184,8 +184,8 @@ def test_a_run_under_the_published_protocol_is_updated_and_evaluated(prepared: P
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (None, "900 of 900 interactions are in the run's windows already; give only new ones"),
-        (["u1,i1,1800000000"], "nobody to train on, since no user has 5 interactions"),
+        (None, "900 of 900 interactions were given to the run before"),
+        (["u1,i1,1800000000"], "no training data, because no user has 5 interactions"),
     ],
 )
 def test_update_rejects_trained_and_unusable_interactions(

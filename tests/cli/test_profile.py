@@ -49,7 +49,7 @@ def test_out_of_memory_is_one_line_and_the_command_can_be_repeated_with_a_profil
     assert json.loads((place.run / "config.json").read_text())["stream"]["store_gib"] == 0.5
     assert "Resuming after" in out
     assert lines(place.run) == lines(trained.run)
-    assert len(re.findall(r"^Profile of 10 steps \(window 1, epoch \d\): one step$", out, re.MULTILINE)) == 1
+    assert len(re.findall(r"^Profile of 10 steps \(window 1, epoch \d\), mean per step$", out, re.MULTILINE)) == 1
     for name in ("data", "encode", "  counters", "attend", "loss", "backward", "optimizer", "all"):
         assert re.search(rf"^{name} .*%$", out, re.MULTILINE), name
     assert f"Trace: {folder / 'trace.json.gz'}; open it at https://ui.perfetto.dev" in out

@@ -61,7 +61,7 @@ def test_page_is_self_contained(trained: Place) -> None:
     assert not re.search(r"url\(|@import|https?:", style)
     assert "<script" not in text
     said = " ".join(page.text)
-    sections = ("Against baselines", "Last items, against popularity", "Windows", "Growth", "Time and memory")
+    sections = ("Against baselines", "Last items, compared with popularity", "Windows", "Growth", "Time and memory")
     for part in (*sections, "Settings", "Versions", "batch_size"):
         assert part in said
     tests = [line for line in read_metrics(trained.run) if line["kind"] == "test"]

@@ -50,7 +50,7 @@ def test_killed_and_restarted_run_has_the_same_metrics(prepared: Place, copy_of:
     kill_after(train(killed), killed.run, epochs=6)
     assert not (killed.run / "report" / "report.html").exists()
     done = subprocess.run(train(killed), env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    assert "Going on" in done.stdout
+    assert "Resuming after" in done.stdout
     assert done.stderr == ""
     assert lines(killed.run) == lines(uninterrupted.run)
 

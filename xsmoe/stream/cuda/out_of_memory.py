@@ -90,8 +90,9 @@ def explain_ranking_oom(config: StreamConfig, what: str, *, cached: bool) -> Ite
         store = f"use {_uncached(config)}, " if cached else ""
         raise OutOfMemory(
             f"{what} does not fit into the memory of {config.device} ({short_message(error)}). It processes items and "
-            f"users in chunks of a fixed size, so neither --batch-size (here {config.batch_size}) nor --precision changes its "
-            f"memory use: {store}free memory on {config.device}, or select another one with --device. {_RESUME}"
+            f"users in chunks of a fixed size, so neither --batch-size (here {config.batch_size}) nor --precision "
+            f"changes its memory use: {store}free memory on {config.device}, or select another one with --device. "
+            f"{_RESUME}"
         ) from error
 
 
