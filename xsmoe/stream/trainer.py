@@ -15,7 +15,7 @@ from xsmoe.nn import Recommender
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.cuda.graph_steps import NO_GRAPHS, GraphedSteps, graphs_requested, no_graphs_reason
 from xsmoe.stream.cuda.out_of_memory import explain_ranking_oom, explain_training_oom
-from xsmoe.stream.epoch import train_epoch
+from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
 from xsmoe.stream.evaluation.metrics import per_user, summarize
 from xsmoe.stream.evaluation.seen_items import SeenItemHistory
@@ -213,7 +213,8 @@ class StreamingTrainer:
             log_share = np.log(item_share(splits.train, self.stream.features.num_items))
         task = self._validation_task(splits)
         scaler = loss_scaler(config)
-        optimizer = self._window.make_optimizer(self.model, config, scaler)
+        optimizer = make_optimizer(self.model, config)
+        self._window.restore(optimizer, scaler)
         graphs = None
         if graphs_requested(config):
             graphs = GraphedSteps(self.model, optimizer, scaler, self._warn, reason=self._without_graphs)

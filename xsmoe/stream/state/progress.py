@@ -7,9 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from xsmoe.nn import Recommender
-from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.epoch import load_optimizer, make_optimizer
+from xsmoe.stream.epoch import load_optimizer
 from xsmoe.stream.precision import LossScaler
 
 
@@ -63,16 +61,12 @@ class WindowState:
         """Return the entries of a checkpoint, without copying tensors."""
         return dict(vars(self))
 
-    def make_optimizer(
-        self, model: Recommender, config: StreamConfig, scaler: LossScaler | None
-    ) -> torch.optim.Optimizer:
-        """Return the window's optimizer. Load the saved states into the optimizer and into the scaler."""
-        optimizer = make_optimizer(model, config)
+    def restore(self, optimizer: torch.optim.Optimizer, scaler: LossScaler | None) -> None:
+        """Load the saved states, if there are any, into the window's optimizer and loss scaler."""
         if self.optimizer is not None:
             load_optimizer(optimizer, self.optimizer)
         if scaler is not None and self.scaler is not None:
             scaler.load_state_dict(self.scaler)
-        return optimizer
 
     def update(self, optimizer: torch.optim.Optimizer, scaler: LossScaler | None) -> None:
         """Store the state dicts of optimizer and scaler after an epoch."""
