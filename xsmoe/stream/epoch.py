@@ -86,8 +86,8 @@ def train_epoch(
     def build(numbered: tuple[int, np.ndarray]) -> StepInput:
         number, chosen = numbered
         ids = partial(dropout, step=number) if model.items.with_ids else None
-        modalities, taken = model.items.modalities, sequences.take(chosen)
-        return StepInput.build(features, modalities, taken, log_share, dtype, capacity, ids)
+        modalities, batch = model.items.modalities, sequences.take(chosen)
+        return StepInput.build(features, modalities, batch, log_share, dtype, capacity, ids)
 
     def step(given: StepInput) -> Tensor:
         return train_step(model, given.with_hidden(features, dtype), optimizer, config, scaler)
@@ -132,8 +132,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """Load the moments of a `state_dict`. It may be from a run without graphs, or from another device."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, mine in zip(optimizer.param_groups, settings, strict=True):
-        group.update(mine)
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -39,15 +39,15 @@ def recommend(folder: Path, user: str, count: int, device: str | None, display: 
         np.concatenate([getattr(window, name) for window in run.windows]) for name in ("users", "items", "timestamps")
     )
     found = np.flatnonzero(run.users == user)
-    mine = np.flatnonzero(users == found[0]) if len(found) else found
-    if not len(mine):
+    own = np.flatnonzero(users == found[0]) if len(found) else found
+    if not len(own):
         raise ValueError(f"user {user!r} is in no window of {folder}; {_examples(run, users)}")
-    last = mine[np.argsort(times[mine], kind="stable")][-run.stream.max_inputs :]
+    last = own[np.argsort(times[own], kind="stable")][-run.stream.max_inputs :]
     candidates = np.unique(items)
-    scores, chosen = _best(run, candidates, items[last], np.unique(items[mine]), count)
+    scores, chosen = _best(run, candidates, items[last], np.unique(items[own]), count)
 
     titles = _Titles(run)
-    display.heading(f"User {user}: last {len(last)} of {len(mine)} interactions:")
+    display.heading(f"User {user}: last {len(last)} of {len(own)} interactions:")
     rows = [[_day(times[place]), *titles.of(items[place])] for place in last]
     display.lines(_table(["when", "item", "title"], rows))
     display.say()

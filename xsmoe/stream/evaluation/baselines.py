@@ -129,9 +129,9 @@ def _count_own_inputs(task: RankingTask, excluded: Ragged) -> np.ndarray:
     inputs = (ragged.row_of(task.offsets) * size + task.inputs)[::-1]
     inputs, place = np.unique(inputs, return_index=True)
     recency = len(task.inputs) - 1 - place
-    mine = ragged.find(inputs, goals)
+    found = ragged.find(inputs, goals)
     own = np.full(rows, -1)
-    own[mine >= 0] = recency[mine[mine >= 0]]
+    own[found >= 0] = recency[found[found >= 0]]
 
     seen = np.unique(ragged.row_of(excluded[1]) * size + excluded[0])
     seen = seen[ragged.find(goals, seen) < 0]
@@ -139,7 +139,7 @@ def _count_own_inputs(task: RankingTask, excluded: Ragged) -> np.ndarray:
     row = inputs // size
     higher = np.bincount(row[others & (recency > own[row])], minlength=rows)
     rest = size - 1 - np.bincount(seen // size, minlength=rows) - np.bincount(row[others], minlength=rows)
-    return 1 + higher + np.where(mine >= 0, 0, (rest + 1) // 2)
+    return 1 + higher + np.where(found >= 0, 0, (rest + 1) // 2)
 
 
 def _joined(parts: Mapping[str, Sequence[np.ndarray]], targets: RankedTargets) -> Ranks:

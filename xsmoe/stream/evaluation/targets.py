@@ -1,4 +1,4 @@
-"""The targets of a window's test, and their ranks under two masks."""
+"""Targets of a test window, and their ranks with two maskings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ class RankedTargets:
 
     @property
     def items_to_find(self) -> np.ndarray:
-        """(T,) int64 ids of the targets."""
+        """Item ids of the targets, (T,) int64."""
         return self.candidates[self.items[self.place]]
 
     def chunks(self) -> Iterator[Chunk]:
