@@ -24,7 +24,7 @@ from xsmoe.report.verdict import judge
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
 from xsmoe.stream.evaluation.metrics import per_user
-from xsmoe.stream.state.best_epoch import snapshot
+from xsmoe.stream.state.kept_weights import snapshot
 from xsmoe.stream.state.saved_conditions import split_state
 from xsmoe.stream.state.seeds import derive, seeded
 
@@ -182,7 +182,7 @@ def _without_counting(model: Recommender) -> Iterator[None]:
 
 def _ranking_task(trainer: StreamingTrainer, window: Window) -> tuple[RankingTask, np.ndarray]:
     """Return the test of the next window, with the items and the history of the windows before it, and its users."""
-    splits, seen = trainer.config.split(window), trainer.memory
+    splits, seen = trainer.config.split(window), trainer.seen
     task = RankingTask.build(splits.test, seen.known_with(splits), seen.history, trainer.config.repeats)
     return task, splits.test.users
 
