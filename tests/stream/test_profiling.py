@@ -50,12 +50,12 @@ def test_training_is_equal_with_and_without_profile(profiled: Any) -> None:
 def test_each_part_of_a_step_has_a_range_in_the_table_and_in_the_trace(profiled: Any) -> None:
     found = profiled[0].result
     assert (found.steps, found.problem) == (STEPS, None)
-    assert [one.name for one in found.ranges if one.inside is None] == PARTS
+    assert [one.name for one in found.ranges if one.parent is None] == PARTS
     # Two levels for each of two modalities.
-    assert [(one.name, one.inside, one.calls) for one in found.ranges if one.inside] == [
+    assert [(one.name, one.parent, one.calls) for one in found.ranges if one.parent] == [
         ("counters", "encode", 4 * STEPS)
     ]
-    assert all(one.calls == STEPS for one in found.ranges if one.inside is None)
+    assert all(one.calls == STEPS for one in found.ranges if one.parent is None)
     encode, counters = found.ranges[1:3]
     assert 0 < counters.cpu_seconds < encode.cpu_seconds
     assert all(one.cuda_seconds is None for one in found.ranges)
@@ -84,7 +84,7 @@ def test_the_table_sums_up_to_the_step(tmp_path: Path) -> None:
 
 def test_ranges_on_a_gpu_have_separate_columns(profiled: Any) -> None:
     found = profiled[0].result
-    timed = [replace(one, cuda_seconds=found.steps * (0.25 if one.inside is None else 0.05)) for one in found.ranges]
+    timed = [replace(one, cuda_seconds=found.steps * (0.25 if one.parent is None else 0.05)) for one in found.ranges]
     table = rows(replace(found, ranges=timed))
     assert table[0][4:] == ["CUDA ms", "share"]
     assert table[-1][4:] == ["1500.000", "100.0%"]

@@ -187,7 +187,7 @@ def test_run_with_nonfinite_counters_continues_and_warns_about_skipped_pruning()
 
     trainer = StreamingTrainer(model, tiny.stream(), tiny.config(prune_threshold=1.0), listener=listener)
     tests = [line for line in trainer.fit() if line["kind"] == "test"]
-    assert told == ["window 2 prunes nothing of text 1: rows that were not finite are in the counters"]
+    assert told == ["window 2 does not prune text 1: the utilization counters are not finite"]
     assert [[level["level"] for level in line["pruned"]["text"]] for line in tests] == [[], [0]]
     assert [bank.num_experts for bank in model.items.sides["text"].levels()] == [2, 3]
     assert [bank.num_experts for bank in model.items.sides["image"].levels()] == [2, 2]
@@ -283,7 +283,7 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(uninterrupted, tmp_path: P
     newest.write_bytes(content)
     told = []
     resumed, _ = fit(tmp_path, lambda event, fields: told.append(fields["message"]) if event == "warning" else None)
-    assert f"{newest} is damaged: its content does not match its digest; going on from the checkpoint before" in told[0]
+    assert f"{newest} is damaged: its content does not match its digest; resuming from the previous checkpoint" in told[0]
     assert tiny.without_time(resumed) == tiny.without_time(lines)
 
     for path in (tmp_path / "checkpoints").glob("*.ckpt"):
@@ -406,7 +406,7 @@ def test_invalid_windows_and_models_are_named() -> None:
         ({"protocol": "published"}, "protocol must be one of default, paper, not 'published'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         ({"epochs": 1.5}, "epochs must be a whole number"),
-        ({"train_fraction": 1.0}, "train_fraction must lie between 0 and 1, not 1.0"),
+        ({"train_fraction": 1.0}, "train_fraction must be between 0 and 1, not 1.0"),
         ({"prune_threshold": 2}, "prune_threshold must be a share"),
         ({"lr": 1e-5}, "need 0 < min_lr <= lr"),
         ({"repeats": "drop"}, "repeats must be one of rank, miss, not 'drop'"),
@@ -417,7 +417,7 @@ def test_invalid_windows_and_models_are_named() -> None:
         ({"targets": "first"}, "targets must be one of last, all, not 'first'"),
         ({"min_steps": 0}, "min_steps must be a whole number of at least 1, not 0"),
         ({"id_dropout": 1.5}, "id_dropout must be a share between 0 and 1, not 1.5"),
-        ({"keep": "best", "patience": 0}, "patience must be at least 1 where keep is 'best'"),
+        ({"keep": "best", "patience": 0}, "patience is 0, but must be at least 1 if keep is 'best'"),
     ],
 )
 def test_invalid_settings_are_named(settings: dict, message: str) -> None:

@@ -101,7 +101,7 @@ def test_out_of_memory_messages_suggest_the_cache_limit(
     with monkeypatch.context() as patch:
         patch.setattr(placement, "place", failing(placement.place, 0, short))
         with pytest.raises(
-            OutOfMemory, match=r"hidden states do not fit .* --store-gib \(here 1.0\) .* --store-gib 0 "
+            OutOfMemory, match=r"hidden states do not fit .* --store-gib \(here 1.0\) .* use --store-gib 0, which keeps"
         ):
             fit(tmp_path, store_gib=1.0)
     with monkeypatch.context() as patch:

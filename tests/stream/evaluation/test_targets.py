@@ -117,7 +117,7 @@ def test_no_user_to_test() -> None:
 
 def test_items_outside_the_candidates_are_rejected() -> None:
     pairs = np.zeros(2, np.int64), np.array([1, 5])
-    with pytest.raises(ValueError, match="candidates lack item 5, which the window holds"):
+    with pytest.raises(ValueError, match="candidates lack item 5, which the window contains"):
         RankedTargets.build(pairs, np.arange(3), History(), StreamConfig())
 
 

@@ -112,7 +112,7 @@ def test_cache_respects_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     placed, message = place(features, names, StreamConfig(store_gib=(needed - 1) / GIB))
     assert placed is features
     assert message is not None
-    assert "take 0.00 GiB and store_gib allows 0.00: every step copies its rows from the host" in message
+    assert "need 0.00 GiB, but store_gib allows 0.00 GiB: every step copies its rows from the host" in message
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * needed - 4, 0))
     placed, message = place(features, names, StreamConfig(device="cuda"))
     assert placed is features
