@@ -1,4 +1,4 @@
-"""Readers of logs, and what they say about bad ones."""
+"""Tests of the readers of logs and of their error messages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Cutting a log into windows."""
+"""Tests of cutting a log into windows."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from xsmoe.data import Window, make_windows
 
 
 def log(times: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Users count the interactions, so that a window tells which ones it holds."""
+    """Return a log whose user ids number the interactions, so that they identify a window's content."""
     return np.arange(len(times)), np.arange(len(times)) + 1000, np.array(times, dtype=np.int64)
 
 

@@ -28,7 +28,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, texts: list[str], f
 
 
 def check_that_groups_show(rows: torch.Tensor, groups: torch.Tensor) -> None:
-    """At every level items of one group are alike, and levels differ from one another."""
+    """Assert that items of one group are similar at every level, and that levels differ from each other."""
     same = groups[:, None] == groups
     same.fill_diagonal_(False)
     for level in normalize(rows - rows.mean(0), dim=2).unbind(1):

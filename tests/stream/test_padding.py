@@ -19,7 +19,7 @@ BACKENDS = ("reference", "native", "triton")
 
 
 def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
-    if reason := dispatch.unavailable("in_batch_softmax_loss", backend, "cpu", dtype):
+    if reason := dispatch.unavailable_reason("in_batch_softmax_loss", backend, "cpu", dtype):
         pytest.skip(reason)
 
 

@@ -150,7 +150,7 @@ def _eager_function(
 
         @staticmethod
         def jvp(*_: Any) -> Any:
-            return functorch.refuse_forward_mode(declared.name)
+            return functorch.reject_forward_mode(declared.name)
 
     return Eager
 

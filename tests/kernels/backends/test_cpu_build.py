@@ -226,7 +226,7 @@ def test_a_library_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     assert f"ImportError: {damaged} cannot be loaded: " in ran.stderr
     built = cpu_backend.describe()["torch"]
     assert f"built against torch {built}" in ran.stderr or built is None
-    assert f"torch {torch.__version__} is running. To build it anew, run `python setup.py" in ran.stderr
+    assert f"torch {torch.__version__} is running. To build it again, run `python setup.py" in ran.stderr
 
 
 @needs_compiler
@@ -237,7 +237,7 @@ def test_a_library_that_wants_another_torch_is_refused(tmp_path: Path) -> None:
     ran = run(sys.executable, "-c", IMPORT, XSMOE_NATIVE_LIBRARY=str(tmp_path / "other.so"))
     assert "ImportError: " in ran.stderr
     assert "undefined symbol" in ran.stderr
-    assert "built against a torch that is not known" in ran.stderr
+    assert "built against an unknown torch" in ran.stderr
 
 
 def test_a_library_that_is_not_there_is_refused() -> None:

@@ -113,7 +113,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("none", ""),
         ("b: palette", "the palette must be 1"),
         ("c: reserved byte", "reserved bytes"),
-        ("d: rows without bytes", "a tile without rows has no bytes"),
+        ("d: rows without bytes", "a tile has either both rows and bytes or neither"),
         ("e: rows of operand and sums", "sums must have the rows of the left operand"),
         ("f: inner dimensions", "the right operand must have a row for each word of the left one"),
         ("g: columns of operand and sums", "sums must have the columns of the right operand"),

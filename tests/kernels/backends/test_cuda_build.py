@@ -264,21 +264,21 @@ def test_knows_on_which_gpus_it_runs(capability: tuple[int, int], compiled: tupl
 def test_a_gpu_that_it_was_not_compiled_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    said = cuda_backend._refuses(("9.0",), None, torch.device("cuda", 0), torch.float32)
+    said = cuda_backend._rejects(("9.0",), None, torch.device("cuda", 0), torch.float32)
     assert said is not None
-    assert "were compiled for 9.0, and cuda:0 has 8.0; build them anew with that in TORCH_CUDA_ARCH_LIST" in said
-    assert cuda_backend._refuses(("8.0", "9.0"), None, torch.device("cuda", 0), torch.float32) is None
+    assert "were compiled for 9.0, and cuda:0 has 8.0; build them again with that in TORCH_CUDA_ARCH_LIST" in said
+    assert cuda_backend._rejects(("8.0", "9.0"), None, torch.device("cuda", 0), torch.float32) is None
 
 
 def test_tells_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shared_library, "FOLDER", tmp_path / "xsmoe_kernels")
     (tmp_path / "xsmoe_kernels").mkdir()
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert cuda_backend._absence() == "torch was built without CUDA"
+    assert cuda_backend._missing_reason() == "torch was built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert (cuda_backend._absence() or "").startswith("the CUDA kernels are not built: install xsmoe anew")
+    assert (cuda_backend._missing_reason() or "").startswith("the CUDA kernels are not built: install xsmoe again")
     (tmp_path / "xsmoe_kernels" / cuda_backend.FAILURE).write_text("nvcc was not found\n")
-    assert cuda_backend._absence() == "nvcc was not found"
+    assert cuda_backend._missing_reason() == "nvcc was not found"
 
 
 def test_names_a_library_that_is_not_there() -> None:

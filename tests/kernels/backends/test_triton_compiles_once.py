@@ -87,7 +87,7 @@ SEVERAL = {
     "grouped_mm.product_kernel": 2,  # forward, and the gradient of the rows
     "grouped_mm.weight_gradient_kernel": 2,  # into the result, or into slices that are added up
     "scoring.hidden_keys_kernel": 2,  # with targets, or without
-    "topk_items.best_kernel": 3,  # of scores, into the results or into candidates; and of candidates
+    "topk_items.topk_merge_kernel": 3,  # of scores, into the results or into candidates; and of candidates
 }
 
 

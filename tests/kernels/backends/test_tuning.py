@@ -304,10 +304,10 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]
     # Without kernels of other libraries, which would ask for the GPU as well.
     kernels = {name: {k: v for k, v in own.items() if k != "cuda"} for name, own in dispatch._kernels.items()}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
-    for cached in (tuning._known_too_old, tuning.architecture):
+    for cached in (tuning._cached_too_old, tuning.architecture):
         cached.cache_clear()
     yield capabilities
-    for cached in (tuning._known_too_old, tuning.architecture):
+    for cached in (tuning._cached_too_old, tuning.architecture):
         cached.cache_clear()
 
 
@@ -318,10 +318,10 @@ def test_auto_goes_on_to_the_reference_where_a_gpu_is_too_old(
 ) -> None:
     device = torch.device(name)
     assert dispatch.select(operator, "auto", device, torch.float32) == "reference"
-    assert "8.0 or newer" in (dispatch.unavailable(operator, "triton", device, torch.float32) or "")
+    assert "8.0 or newer" in (dispatch.unavailable_reason(operator, "triton", device, torch.float32) or "")
     with pytest.raises(BackendUnavailable, match=rf"8\.0 or newer, and {name} has 7\.5"):
         dispatch.select(operator, "triton", device, torch.float32)
-    tuning._known_too_old.cache_clear()
+    tuning._cached_too_old.cache_clear()
     capability.append((8, 0))
     assert dispatch.select(operator, "auto", device, torch.float32) == "triton"
 
@@ -370,7 +370,7 @@ def test_auto_goes_on_to_the_reference_for_items_that_32_bits_do_not_count(
         items = torch.empty(item_scores.MOST_ITEMS + more, 1, device="meta")
         arguments = queries, items, torch.empty(2, device="meta"), None, None
         assert dispatch.select(operator, "auto", device, torch.float32, *arguments) == backend
-    with pytest.raises(BackendUnavailable, match=r"items has 2147482625 rows, but the triton kernels take at most"):
+    with pytest.raises(BackendUnavailable, match=r"items has 2147482625 rows, but the triton kernels support at most"):
         dispatch.select(operator, "triton", device, torch.float32, *arguments)
 
 

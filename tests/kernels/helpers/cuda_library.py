@@ -43,6 +43,6 @@ def _emulate() -> str | None:
 reason = None
 if not ON_GPU and cuda_backend.library is None:
     reason = _emulate()
-reason = reason or dispatch.unavailable(next(iter(cuda_backend.OPERATORS)), "cuda", DEVICE, torch.float32)
+reason = reason or dispatch.unavailable_reason(next(iter(cuda_backend.OPERATORS)), "cuda", DEVICE, torch.float32)
 needs_cuda_kernels = pytest.mark.skipif(reason is not None, reason=reason or "")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_reason = dispatch.unavailable("side_moe", "triton", DEVICE, torch.float32)
+_reason = dispatch.unavailable_reason("side_moe", "triton", DEVICE, torch.float32)
 needs_triton = pytest.mark.skipif(_reason is not None, reason=_reason or "")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 

@@ -181,17 +181,17 @@ def test_what_it_cannot_serve_has_a_reason_and_another_backend(fake: Fake) -> No
     def refused(reason: str, *arguments: Any) -> None:
         with pytest.raises(BackendUnavailable, match=reason):
             torch.ops.xsmoe.packed_attention(q, k, v, *arguments, "cuda")
-        assert dispatch.unavailable(NAMES[0], "cuda", q.device, q.dtype, q, k, v, *arguments) is not None
+        assert dispatch.unavailable_reason(NAMES[0], "cuda", q.device, q.dtype, q, k, v, *arguments) is not None
         backward = (q, q, k, v, *arguments, True, True, True)
-        assert dispatch.unavailable(NAMES[1], "cuda", q.device, q.dtype, *backward) is not None
+        assert dispatch.unavailable_reason(NAMES[1], "cuda", q.device, q.dtype, *backward) is not None
 
-    refused("draws dropout by itself", CASE.offsets, 4, keep, 0.1, lengths)
+    refused("draws its own dropout", CASE.offsets, 4, keep, 0.1, lengths)
     refused("needs lengths", CASE.offsets, 4, None, 0.0, None)
     refused("lengths sum to 7 of 8", torch.tensor([1, 4, 8]), 4, None, 0.0, [3, 4])
     fake.offer(flash="head dimension", cutlass="compute capability")
     refused("fa2F: head dimension; .*cutlassB: compute capability", CASE.offsets, 4, None, 0.0, lengths)
     assert fake.ran == []
-    assert "compute capability" in (dispatch.unavailable(NAMES[0], "cuda", "cpu", torch.float32) or "")
+    assert "compute capability" in (dispatch.unavailable_reason(NAMES[0], "cuda", "cpu", torch.float32) or "")
 
 
 def test_auto_on_a_gpu_takes_it_for_calls_that_it_can_serve(fake: Fake) -> None:
@@ -230,8 +230,10 @@ def test_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.metadata, "version", function)
         xformers_backend.load()
         for name in NAMES:
-            assert reason in (dispatch.unavailable(name, "cuda", "cuda", torch.float32) or "")
-    assert "no cuda kernel for topk_items" in (dispatch.unavailable("topk_items", "cuda", "cuda", torch.float32) or "")
+            assert reason in (dispatch.unavailable_reason(name, "cuda", "cuda", torch.float32) or "")
+    assert "no cuda kernel for topk_items" in (
+        dispatch.unavailable_reason("topk_items", "cuda", "cuda", torch.float32) or ""
+    )
 
 
 @pytest.fixture
@@ -262,7 +264,7 @@ def test_one_that_cannot_be_imported_says_so_and_is_tried_once(
 
 
 needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or xformers_backend._absence() is not None, reason="needs a GPU and xformers"
+    not torch.cuda.is_available() or xformers_backend._missing_reason() is not None, reason="needs a GPU and xformers"
 )
 
 

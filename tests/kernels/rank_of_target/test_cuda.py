@@ -136,9 +136,11 @@ def test_other_dtypes_and_more_items_are_left_to_others() -> None:
     with use_backend("cuda"), pytest.raises(BackendUnavailable, match=r"take torch\.float32, not torch\.bfloat16"):
         rank_of_target(*case)
     device, meta = torch.device("cuda"), torch.empty(2, 1, device="meta")
-    for more, reason in ((0, ""), (1, "items has 2147482625 rows, but the cuda kernels take at most 2147482624")):
+    for more, reason in ((0, ""), (1, "items has 2147482625 rows, but the cuda kernels support at most 2147482624")):
         items = torch.empty(item_scores.MOST_ITEMS + more, 1, device="meta")
-        found = dispatch.unavailable("rank_of_target", "cuda", device, torch.float32, meta, items, meta, None, None)
+        found = dispatch.unavailable_reason(
+            "rank_of_target", "cuda", device, torch.float32, meta, items, meta, None, None
+        )
         assert (found or "").split(";")[0] == reason
 
 
@@ -147,12 +149,12 @@ def test_products_in_tf32_are_left_to_triton() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         reasons = [
-            dispatch.unavailable("rank_of_target", "cuda", torch.device(device), torch.float32)
+            dispatch.unavailable_reason("rank_of_target", "cuda", torch.device(device), torch.float32)
             for device in ("cuda", "cpu")
         ]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert "fp32_precision asks for tf32" in (reasons[0] or "")
+    assert "fp32_precision is tf32" in (reasons[0] or "")
     assert "tf32" not in (reasons[1] or "")
 
 

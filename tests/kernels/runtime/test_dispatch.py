@@ -48,7 +48,7 @@ def test_the_reference_serves_forward_and_backward(calls: Counter[tuple[str, str
 def test_every_operator_has_a_reference() -> None:
     assert "side_moe" in dispatch.operators()
     for operator in dispatch.operators():
-        assert dispatch.unavailable(operator, "reference", CPU, torch.float32) is None
+        assert dispatch.unavailable_reason(operator, "reference", CPU, torch.float32) is None
 
 
 def test_float64_is_served_by_the_reference(calls: Counter[tuple[str, str]]) -> None:
@@ -73,7 +73,7 @@ def test_a_named_backend_is_binding_for_each_operator() -> None:
     x, offsets = torch.zeros(2, 3), torch.tensor([0, 2])
     with (
         use_backend("triton"),
-        pytest.raises(BackendUnavailable, match="backend 'triton' cannot serve grouped_mm on cpu torch.float32: this"),
+        pytest.raises(BackendUnavailable, match="backend 'triton' cannot run grouped_mm on cpu torch.float32: this"),
     ):
         grouped_mm(x, torch.zeros(1, 3, 2), offsets)
 
@@ -124,7 +124,7 @@ def test_a_kernel_may_be_for_some_devices_and_dtypes_only(calls: Counter[tuple[s
     assert dispatch.select("side_moe", "auto", CPU, torch.float16) == "reference"
     with pytest.raises(BackendUnavailable, match=r"side_moe on cuda .* kernels run on cpu only, not on cuda"):
         dispatch.select("side_moe", "native", cuda, torch.float32)
-    message = r"the native kernels take torch.float32 and torch.bfloat16, not torch.float64"
+    message = r"the native kernels support torch.float32 and torch.bfloat16, not torch.float64"
     with pytest.raises(BackendUnavailable, match=message), use_backend("native"):
         side_moe(*make_level(3, 4, 2, 2, dtype=torch.float64))
     assert not calls
@@ -134,11 +134,11 @@ def test_a_kernel_may_be_for_some_devices_and_dtypes_only(calls: Counter[tuple[s
 def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "_reasons", {})
-    dispatch.declare_absent("cuda", "its library is not built: build it")
+    dispatch.set_unavailable("cuda", "its library is not built: build it")
     with pytest.raises(BackendUnavailable, match="'cuda' cannot run: its library is not built"), use_backend("cuda"):
         pass
-    assert dispatch.unavailable("side_moe", "cuda", CPU, torch.float32) == "its library is not built: build it"
-    assert dispatch.unavailable("side_moe", "triton", CPU, torch.float32) is None
+    assert dispatch.unavailable_reason("side_moe", "cuda", CPU, torch.float32) == "its library is not built: build it"
+    assert dispatch.unavailable_reason("side_moe", "triton", CPU, torch.float32) is None
 
 
 def test_reasons_of_several_operators_are_said_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +149,14 @@ def test_reasons_of_several_operators_are_said_where_none_is_named(monkeypatch: 
     with pytest.raises(BackendUnavailable, match="has no cuda kernel for any operator"), use_backend("cuda"):
         pass
     for operator, reason in (("side_moe", "too old"), ("side_moe_backward", "too old"), ("grouped_mm", "not built")):
-        dispatch.declare_absent("cuda", reason, operator)
-    dispatch.declare_absent("triton", "not installed")
+        dispatch.set_unavailable("cuda", reason, operator)
+    dispatch.set_unavailable("triton", "not installed")
     with pytest.raises(BackendUnavailable, match="'cuda' cannot run: too old; not built$"), use_backend("cuda"):
         pass
-    assert dispatch.unavailable("grouped_mm", "cuda", CPU, torch.float32) == "not built"
-    assert "no cuda kernel for topk_items" in (dispatch.unavailable("topk_items", "cuda", CPU, torch.float32) or "")
+    assert dispatch.unavailable_reason("grouped_mm", "cuda", CPU, torch.float32) == "not built"
+    assert "no cuda kernel for topk_items" in (
+        dispatch.unavailable_reason("topk_items", "cuda", CPU, torch.float32) or ""
+    )
 
 
 def test_what_is_missing_of_a_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,13 +165,13 @@ def test_what_is_missing_of_a_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dispatch, "_reasons", {("cuda", "grouped_mm"): "not built", ("native", None): "no compiler"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    fix = r'use_backend\("auto"\) takes what serves here$'
+    fix = r'use_backend\("auto"\) selects one that can run here$'
     message = f"'cuda' cannot run: torch finds no CUDA device; not built; {fix}"
     with pytest.raises(BackendUnavailable, match=message), use_backend("cuda"):
         pass
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    dispatch.declare_absent("cuda", "torch was built without CUDA", "grouped_mm")
+    dispatch.set_unavailable("cuda", "torch was built without CUDA", "grouped_mm")
     with pytest.raises(BackendUnavailable, match=f"run: torch was built without CUDA; {fix}"), use_backend("cuda"):
         pass
     with pytest.raises(BackendUnavailable, match="'native' cannot run: no compiler$"), use_backend("native"):
@@ -187,7 +189,9 @@ def test_a_call_on_another_device_says_what_to_do(call: Callable[..., object], m
         (True, "; move the tensors to cuda, or use_"),
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        message = rf'the triton kernels run on cuda only, not on cpu{advice}backend\("auto"\) takes what serves here$'
+        message = (
+            rf'the triton kernels run on cuda only, not on cpu{advice}backend\("auto"\) selects one that can run here$'
+        )
         with pytest.raises(BackendUnavailable, match=message), use_backend("triton"):
             call(**make_level(3, 4, 2, 2, dtype=torch.float32)._asdict())
 

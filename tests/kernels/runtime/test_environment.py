@@ -60,7 +60,7 @@ def test_tells_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(cpu_backend, "library", None)
     monkeypatch.setattr(shared_library, "FOLDER", tmp_path / "xsmoe_kernels")
     (tmp_path / "xsmoe_kernels").mkdir()
-    assert info()["native"]["unavailable"].startswith("the native kernels are not built: install xsmoe anew")
+    assert info()["native"]["unavailable"].startswith("the native kernels are not built: install xsmoe again")
     (tmp_path / "csrc").mkdir()
     (tmp_path / "setup.py").touch()
     reason = f"the native kernels are not built: run `python setup.py build_ext --inplace` in {tmp_path}"
@@ -79,7 +79,7 @@ def test_tells_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(info()["operators"]["side_moe"]["cuda"]["unavailable"].values()) == {"torch finds no CUDA device"}
 
 
-@pytest.mark.skipif(triton_backend._absence() is not None, reason=triton_backend._absence() or "")
+@pytest.mark.skipif(triton_backend._missing_reason() is not None, reason=triton_backend._missing_reason() or "")
 def test_tells_that_a_gpu_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -19,7 +19,7 @@ from xsmoe_kernels import BackendUnavailable, side_moe, side_moe_group, use_back
 from xsmoe_kernels.backends import cuda as cuda_backend
 from xsmoe_kernels.runtime import dispatch
 
-_reason = dispatch.unavailable("side_moe", "cuda", DEVICE, torch.float32)
+_reason = dispatch.unavailable_reason("side_moe", "cuda", DEVICE, torch.float32)
 pytestmark = pytest.mark.skipif(_reason is not None, reason=_reason or "")
 
 # Past a block of rows of Triton's, several kinds of everything.
@@ -132,13 +132,13 @@ def test_a_library_of_other_kernels_is_refused(name: str, schema: str, monkeypat
     changed = served._replace(launched={**served.launched, name: schema})
     monkeypatch.setitem(cuda_backend.OPERATORS, "side_moe", changed)
     monkeypatch.setenv("XSMOE_CUDA_LIBRARY", str(cuda_backend.library))
-    with pytest.raises(ImportError, match=f"another version of xsmoe_kernels, by its {name}"):
+    with pytest.raises(ImportError, match=f"another version of xsmoe_kernels: its schema of {name}"):
         cuda_backend.load()
 
 
 def test_float64_is_refused_by_name() -> None:
     level = make_level(3, 4, 2, 2, requires_grad=False)
-    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="the cuda kernels take"):
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="the cuda kernels support"):
         side_moe(*(tensor.to(DEVICE) for tensor in level))
 
 

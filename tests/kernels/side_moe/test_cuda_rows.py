@@ -12,7 +12,7 @@ from tests.kernels.helpers.cuda_library import DEVICE, ON_GPU
 from tests.kernels.helpers.triton_gpu import DTYPES, spread
 from xsmoe_kernels.runtime import dispatch
 
-_reason = dispatch.unavailable("side_moe", "cuda", DEVICE, torch.float32)
+_reason = dispatch.unavailable_reason("side_moe", "cuda", DEVICE, torch.float32)
 pytestmark = pytest.mark.skipif(_reason is not None, reason=_reason or "")
 
 # rows, dim, gated; past a warp's rows, 16 bytes, a warp's columns, 16 gates, 32 gates.

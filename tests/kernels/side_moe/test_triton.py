@@ -147,7 +147,7 @@ def test_an_expert_that_overflows_spoils_no_other() -> None:
 
 def test_float64_is_refused_by_name() -> None:
     level = make_level(3, 4, 2, 2, requires_grad=False)
-    with use_backend("triton"), pytest.raises(BackendUnavailable, match="the triton kernels take"):
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="the triton kernels support"):
         side_moe(*(tensor.to(DEVICE) for tensor in level))
 
 
