@@ -48,7 +48,3 @@ def allocated(error: BaseException) -> int | None:
 def _bytes(pattern: re.Pattern[str], error: BaseException) -> int | None:
     found = pattern.search(" ".join(str(error).split()))
     return int(float(found[1]) * _UNITS[found[2]]) if found else None
-
-
-# Aliases for callers that still import the old names. Delete them with the last caller.
-is_shortage, said = is_out_of_memory, short_message

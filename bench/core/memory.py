@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from xsmoe.out_of_memory import is_shortage as is_out_of_memory
+from xsmoe.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
 Task = Callable[[int], tuple[float, ...]]

@@ -283,10 +283,12 @@ def test_from_published_loads_the_published_weights() -> None:
 
 
 def test_from_ladder_is_a_deprecated_alias() -> None:
-    from bench.paper.model import SideNetwork
-
-    published = SideNetwork(6, 3, 2, num_experts=3)
-    hidden = torch.randn(4, 3, 6)
+    state = {
+        "routers.0.linear.weight": torch.randn(2, 6),
+        "moes.0.experts.0.fc_down.weight": torch.randn(3, 6),
+        "moes.0.experts.0.fc_up.weight": torch.randn(6, 3),
+    }
+    hidden = torch.randn(4, 2, 6)
     with pytest.warns(DeprecationWarning, match=r"from_ladder is deprecated; call SideMoE\.from_published") as seen:
         side = SideMoE.from_ladder(state, num_frozen=1)
     assert [Path(warning.filename) for warning in seen] == [Path(__file__)]

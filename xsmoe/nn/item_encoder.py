@@ -97,9 +97,6 @@ class XSMoE(Pretrained):
         """Return the side network of each modality."""
         return {name: side for name, side in self.sides.items() if isinstance(side, SideMoE)}
 
-    # Alias for callers that still use the old name. Delete it with the last caller.
-    ladders = side_networks
-
     def banks(self) -> Iterable[tuple[str, int, ExpertBank]]:
         """Yield all expert banks, as (modality, level, bank)."""
         for modality, side in self.side_networks().items():

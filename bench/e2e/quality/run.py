@@ -114,7 +114,7 @@ def train_and_test(job: Job) -> Record:
         if job.matrix:
             matrix = _test_all_windows(build_model(config, job.variant.kind, job.experts), states, tasks, trainer)
         cost = results.cost(trainer.metrics)
-        experts = {name: side.num_experts for name, side in trainer.model.items.ladders().items()}
+        experts = {name: side.num_experts for name, side in trainer.model.items.side_networks().items()}
     verdict = asdict(judge(lines))
     return {
         "variant": job.variant.name,
@@ -156,7 +156,7 @@ def build_model(config: RunConfig, kind: Kind, experts: Experts | None = None) -
     """
     model = config.build_model()
     with seeded(derive(config.stream.seed, 0, 0, "experts"), torch.device("cpu")):
-        for name, side in model.items.ladders().items():
+        for name, side in model.items.side_networks().items():
             for level, bank in enumerate(side.levels()):
                 if kind == "linear":
                     side.banks[level] = LastLevel(bank.dim)

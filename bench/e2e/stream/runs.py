@@ -97,7 +97,7 @@ class OurRun(Run):
         grow(self.model.items, self.config, window, trains=True)
         return {
             name: [bank.router[-1].detach().clone() for bank in side.levels()]
-            for name, side in self.model.items.ladders().items()
+            for name, side in self.model.items.side_networks().items()
         }
 
     def begin(self, sequences: Sequences, share: np.ndarray) -> None:

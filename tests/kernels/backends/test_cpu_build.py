@@ -1,4 +1,4 @@
-"""How the native library is built, left out, loaded and refused."""
+"""Build, loading and error messages of the native library."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g+
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command with environment variables on top of those of the tests; an empty one is taken away."""
+    """Run a command with additional environment variables; an empty value removes one."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -44,7 +44,7 @@ def build(tree: Path, python: str = sys.executable, **variables: str) -> subproc
 
 
 def plant(tree: Path) -> Path:
-    """A copy of the package with the sources that belong to no operator, which compile in seconds."""
+    """Return a copy of the package with the sources of no operator, which compile in seconds."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for name in SOURCES:
@@ -62,7 +62,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that does not know tiles."""
+    """Return a compiler without tile instructions."""
     program = tmp_path_factory.mktemp("compiler") / "c++"
     real = shutil.which("c++") or shutil.which("g++")
     program.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec {real} "$@"\n')
@@ -72,7 +72,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, compiler: Path) -> Path:
-    """A tree in which a build has succeeded, after one that lacked a compiler."""
+    """Return a tree with a successful build after one without a compiler."""
     tree = plant(tmp_path_factory.mktemp("built"))
     (tree / "xsmoe_kernels" / cpu_backend.FAILURE).write_text("no C++ compiler was found")
     ran = build(tree, CXX=str(compiler))
@@ -262,7 +262,7 @@ def test_a_kernel_takes_what_its_operator_takes() -> None:
 @needs_library
 @needs_compiler
 def test_one_binary_serves_two_versions_of_torch(tmp_path: Path) -> None:
-    """Built by this Python and loaded by the second one, and the other way round."""
+    """A library that one Python builds loads in the other, in both directions."""
     second = os.environ.get("XSMOE_SECOND_PYTHON")
     if not second:
         pytest.skip("XSMOE_SECOND_PYTHON names no Python with another torch")

@@ -1,4 +1,4 @@
-"""The native kernels on every tier of instructions, the processor's matrix tiles emulated where it has none."""
+"""The native kernels on every instruction set, with emulated matrix tiles where the processor has none."""
 
 import shutil
 import subprocess
@@ -36,7 +36,7 @@ def test_every_operator_agrees_with_its_reference(tier: str) -> None:
 
 @pytest.fixture(scope="module")
 def emulation() -> Path:
-    """A library whose amx tier runs here; compiled only when sources have changed."""
+    """Return a library whose amx code runs here; compiled only if sources have changed."""
     facts = cpu_backend.describe()
     if not (ROOT / "setup.py").exists():
         pytest.skip("there are no sources beside the package")

@@ -1,7 +1,7 @@
-"""The CUDA kernels compile and link wherever nvcc is, within their budget; and what is said where they cannot.
+"""The CUDA kernels compile and link with nvcc, within their budget; and messages where they cannot.
 
-`python -m tests.kernels.helpers.cuda_offline --write` writes cuda_budget.json, what each kernel may need, again. Its
-numbers are those of one version of nvcc: another one may take more registers, but spills nothing either.
+`python -m tests.kernels.helpers.cuda_offline --write` writes cuda_budget.json, the limits of each kernel. Its
+numbers are those of one version of nvcc. Another version may use more registers, but must not spill either.
 """
 
 import json
@@ -138,7 +138,7 @@ def test_it_serves_no_cpu() -> None:
 
 @pytest.fixture
 def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A toolkit's nvcc that says what it is asked to, and compiles nothing."""
+    """Return a stand-in for nvcc that prints given messages and compiles nothing."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda_runtime.h").touch()

@@ -1,4 +1,4 @@
-"""The emulation of CUDA on a CPU, on which tests of CUDA kernels rest: what it computes, and what it refuses."""
+"""Emulation of CUDA on a CPU, which tests of CUDA kernels use: its results and its errors."""
 
 import math
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", params=["plain", "sanitized"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kernels that try it out, each of which the program runs by its name."""
+    """Return a program that runs each test kernel by name."""
     built = tmp_path_factory.mktemp("emulation") / "emulation"
     sources = (TESTS / "emulation.cpp", ROOT / "csrc" / "cuda" / "emulated.cpp")
     flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", "-o", str(built)]

@@ -1,7 +1,7 @@
-"""The Triton kernels compile for every target, stay within what it has, spill nothing, and keep to their budget.
+"""The Triton kernels compile for every target within its limits, do not spill, and stay within their budget.
 
 `python -m tests.kernels.helpers.triton_offline --write` writes triton_budget.json, the limits of each kernel. Its
-numbers are those of one version of Triton: another one is held to the targets' limits only.
+numbers are those of one version of Triton. Another version is checked against the targets' limits only.
 """
 
 import json
@@ -26,7 +26,7 @@ FEW_ROWS = {"side_moe.gate_kernel"}
 
 
 class Measured(NamedTuple):
-    """What triton_offline found: its version of Triton, all that is launched, and what was compiled."""
+    """The result of triton_offline: the version of Triton, all launches, and all compiled kernels."""
 
     triton: str
     launched: set[tuple[str, str, str]]
@@ -50,7 +50,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 
 def compiled(folder: Path, targets: list[str], *precisions: str) -> Measured:
-    """All scenarios, compiled by another process: the one that tests run in may interpret its kernels."""
+    """Return all scenarios, compiled by another process, because this one may interpret its kernels."""
     targets = [target for target in targets if too_old(target, triton.__version__) is None]
     command = [sys.executable, triton_offline.__file__, "--json", str(folder / "found.json")]
     command += ["--targets", *targets, "--precisions", *precisions]
@@ -67,7 +67,7 @@ def budget() -> dict[str, Any]:
 
 
 def beyond_limits(found: list[Found]) -> list[str]:
-    """What does not compile, spills, or needs more than its target has."""
+    """Return the kernels that do not compile, spill, or need more than their target has."""
     wrong = []
     for one in found:
         limits = TARGETS[one.target].limits
@@ -77,7 +77,7 @@ def beyond_limits(found: list[Found]) -> list[str]:
 
 
 def beyond_budget(found: list[Found], kernels: dict[str, Any]) -> list[str]:
-    """What needs more than its entry grants, has lost its matrix instructions, or has no entry."""
+    """Return the kernels that exceed their entry, have lost their matrix instructions, or have no entry."""
     wrong = []
     for one in found:
         entry = kernels.get(one.kernel, {}).get(one.target, {}).get(one.precision)
@@ -89,7 +89,7 @@ def beyond_budget(found: list[Found], kernels: dict[str, Any]) -> list[str]:
 
 
 def stale(kernels: dict[str, Any], launched: set[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Entries of what nothing launches any more."""
+    """Return the entries of kernels that nothing launches."""
     entries = {
         (kernel, target, precision)
         for kernel, targets in kernels.items()
@@ -111,7 +111,7 @@ def test_half_precision_compiles_within_limits_and_does_not_spill(target: str, r
 
 
 def found_for(measured: Measured, target: str) -> list[Found]:
-    """What was found for a target; skips the test where this Triton is too old for it."""
+    """Return the results for a target; skip the test if this Triton is too old for it."""
     if reason := too_old(target, measured.triton):
         pytest.skip(reason)
     found = [one for one in measured.found if one.target == target]

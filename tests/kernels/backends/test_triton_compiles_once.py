@@ -1,4 +1,4 @@
-"""A stream that grows compiles nothing anew: rows, experts and items are no part of what a kernel is compiled for."""
+"""A growing stream compiles no further binaries: kernels are not specialized for rows, experts and items."""
 
 import json
 import os

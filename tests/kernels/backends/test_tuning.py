@@ -1,4 +1,4 @@
-"""Tuning with a clock of our own: what is tried, what is kept on disk, and when nothing is tuned."""
+"""Tuning with a simulated clock: the configurations tried, the file, and cases without tuning."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ ROWS = torch.empty(2816, 768, device="meta", dtype=torch.bfloat16)
 
 
 class Launcher:
-    """Counts what it is launched with; some configurations do not compile."""
+    """Count launches by configuration; some configurations do not compile."""
 
     def __init__(self) -> None:
         self.launched: list[Config] = []
@@ -56,7 +56,7 @@ class Launcher:
 
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launcher]:
-    """A launcher on a device of a known name whose time depends on the block size alone, and an empty folder."""
+    """Return a launcher on a named device whose time depends on the block size alone, with an empty cache folder."""
     launcher = Launcher()
 
     def median_seconds(launch: object, device: torch.device) -> float:
@@ -296,7 +296,7 @@ def test_triton_tunes_a_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """That of all GPUs, which may be changed."""
+    """Return the compute capability of all GPUs, which may be changed."""
     capabilities = [(7, 5)]
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -20,7 +20,7 @@ from xsmoe_kernels.runtime import dispatch
 
 
 def loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Row by row, in whatever dtype the arguments have; differentiable."""
+    """Compute the result row by row in the arguments' dtype; differentiable."""
     y = x.new_zeros(len(x), weight.shape[2]) + 0 * weight.sum()
     rows = list(y.unbind())
     for expert in range(len(weight)):
@@ -37,7 +37,7 @@ def make(num_rows: int, bounds: list[int], inner: int, outer: int, seed: int = 0
 
 
 def outputs(function: Any, x: Tensor, weight: Tensor, offsets: Tensor, **options: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The result and the gradients of x and weight, for an upstream gradient that differs from place to place."""
+    """Return the result and the gradients of x and weight for an upstream gradient without equal entries."""
     y = function(x, weight, offsets, **options)
     upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
     return y, *torch.autograd.grad(y, (x, weight), upstream, allow_unused=True, materialize_grads=True)
@@ -202,7 +202,7 @@ def test_the_reference_ran() -> None:
 
 
 def on(backend: str, grad: Tensor, *arguments: Any, needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor, ...]:
-    """What the operator and its backward give; `arguments` are x, weight, offsets and num_frozen."""
+    """Return the results of the operator and its backward; `arguments` are x, weight, offsets and num_frozen."""
     y = torch.ops.xsmoe.grouped_mm(*arguments, backend)
     return y, *torch.ops.xsmoe.grouped_mm_backward(grad, *arguments, *needs, backend)
 

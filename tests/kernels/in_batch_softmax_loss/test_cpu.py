@@ -144,7 +144,7 @@ def test_a_query_that_rejects_every_item_costs_nothing(dtype: torch.dtype, items
 
 
 def test_strips_without_a_candidate() -> None:
-    """The running sum begins behind the items that a query rejects."""
+    """The running sum begins after the items that a query rejects."""
     batch = draw(Case(17, 10_500, 8, counts=False)) | {"rejected": torch.arange(5000).expand(17, 5000)}
     batch["targets"] = batch["targets"].clamp(min=5000)
     same_as_reference(batch)

@@ -81,7 +81,7 @@ def test_slices_do_not_change_results(most: int, monkeypatch: pytest.MonkeyPatch
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """The kernels that are launched from now on, and their arguments."""
+    """Return the kernels launched from now on, and their arguments."""
     from xsmoe_kernels.triton_utils import kernel_helpers
 
     launched, launch = [], kernel_helpers.launch

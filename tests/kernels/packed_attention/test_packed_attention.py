@@ -20,7 +20,7 @@ from xsmoe_kernels.runtime import dispatch
 def loop(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, keep: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """Row by row and head by head, in the inputs' dtype; differentiable."""
+    """Compute the result row by row and head by head, in the inputs' dtype; differentiable."""
     result = [[0 * v[m, h] for h in range(q.shape[1])] for m in range(len(q))]
     for b, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         for m in range(first, last):
@@ -40,7 +40,7 @@ def make(num_rows: int, heads: int = 2, dim: int = 3, seed: int = 0) -> list[Ten
 
 
 def outputs(function: Any, inputs: list[Tensor], *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-    """The result and the gradients of q, k and v, for an upstream gradient that differs from place to place."""
+    """Return the result and the gradients of q, k and v for an upstream gradient without equal entries."""
     y = function(*inputs, *arguments, **options)
     upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
     gradients = torch.autograd.grad(y, inputs, upstream, allow_unused=True, materialize_grads=True)

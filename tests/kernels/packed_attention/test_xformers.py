@@ -1,4 +1,4 @@
-"""packed_attention by xformers: what xformers is asked for and when, by a stand-in for it; itself on a GPU."""
+"""packed_attention with xformers: calls of a stand-in for xformers, and xformers itself on a GPU."""
 
 import importlib
 import importlib.metadata
@@ -23,7 +23,7 @@ FMHA = xformers_attention._fmha
 
 
 class Operator:
-    """One of xformers' operators, which takes every call or none."""
+    """One of xformers' operators, which supports every call or none."""
 
     def __init__(self, name: str, reasons: list[str]) -> None:
         self.NAME, self.reasons = name, reasons
@@ -36,7 +36,7 @@ class Operator:
 
 
 class Mask:
-    """xformers' mask: lengths on the host, their sums on the device that was asked for."""
+    """xformers' mask: lengths on the host, their sums on the requested device."""
 
     @classmethod
     def from_seqlens(cls, lengths: list[int], *, device: torch.device) -> "Mask":
@@ -52,7 +52,7 @@ class Mask:
 
 
 class Fake:
-    """As much of xformers.ops.fmha as we call, by the reference."""
+    """The used part of xformers.ops.fmha, implemented with the reference."""
 
     def __init__(self) -> None:
         self.attn_bias = SimpleNamespace(BlockDiagonalCausalMask=Mask)
@@ -60,7 +60,7 @@ class Fake:
         self.offer()
 
     def offer(self, *, flash: str = "", cutlass: str = "") -> None:
-        """Makes the operators refuse everything, for a reason, or nothing."""
+        """Make the operators reject every call, for a reason, or none."""
         self.MemoryEfficientAttentionFlashAttentionOp, self.MemoryEfficientAttentionCutlassOp = (
             tuple(Operator(f"{name}{which}", [reason] if reason else []) for which in "FB")
             for name, reason in (("fa2", flash), ("cutlass", cutlass))
@@ -96,7 +96,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """A stand-in for xformers, which serves CPU tensors."""
+    """Install a stand-in for xformers that runs on CPU tensors."""
     monkeypatch.setattr(dispatch, "_kernels", {name: dict(own) for name, own in dispatch._kernels.items()})
     monkeypatch.setattr(dispatch, "_limits", dict(dispatch._limits))
     monkeypatch.setattr(dispatch, "_reasons", {})
@@ -111,7 +111,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 def attend(*leaves: Tensor, lengths: tuple[int, ...] | None = CASE.lengths, backend: str = "cuda") -> Tensor:
-    """The operator as the public function calls it on CUDA."""
+    """Call the operator as the public function does on CUDA."""
     given = None if lengths is None else list(lengths)
     return torch.ops.xsmoe.packed_attention(*leaves, CASE.offsets, 4, None, 0.0, given, backend)
 
@@ -238,7 +238,7 @@ def test_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """xformers that cannot be imported, and each attempt to do so."""
+    """Make the import of xformers fail, and record each attempt."""
     attempts, import_module = [], importlib.import_module
 
     def fails(name: str, package: str | None = None) -> Any:

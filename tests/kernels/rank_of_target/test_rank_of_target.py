@@ -21,7 +21,7 @@ Seen = tuple[Tensor, Tensor] | None
 
 
 def loop(queries: Tensor, items: Tensor, targets: Tensor, seen: Seen) -> list[int]:
-    """Item by item, in Python floats."""
+    """Compute ranks item by item, in Python floats."""
     ranks = []
     for m, target in enumerate(targets.tolist()):
         left_out = {target}
@@ -39,7 +39,7 @@ def loop(queries: Tensor, items: Tensor, targets: Tensor, seen: Seen) -> list[in
 
 
 def scored(*scores: float) -> tuple[Tensor, Tensor]:
-    """One query, and items that have these scores for it."""
+    """Return one query, and items with these scores for it."""
     return torch.ones(1, 1), torch.tensor(scores)[:, None]
 
 

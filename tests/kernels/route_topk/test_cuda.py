@@ -1,4 +1,4 @@
-"""What only the CUDA kernels of route_topk have; test_gpu_route_topk.py has what all kernels for GPUs do."""
+"""Tests of the CUDA kernels of route_topk only; test_gpu.py tests all GPU kernels."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_all_experts_are_chosen(num_experts: int, dtype: torch.dtype) -> None:
 
 
 def test_numbers_of_16_bits_keep_their_order() -> None:
-    """Neighbours among all that there are; bits of their keys hold the expert."""
+    """Adjacent float values: the expert is stored in bits of their keys."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
         logits = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))].view(dtype)
@@ -78,7 +78,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 def laid_out(grad: Tensor) -> list[Tensor]:
-    """Gradients whose numbers lie elsewhere, or are all the same one."""
+    """Gradients with other strides, or expanded from one number."""
     return [
         grad.T.contiguous().T,
         grad[:, :1].expand(grad.shape),

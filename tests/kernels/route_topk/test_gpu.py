@@ -1,4 +1,4 @@
-"""The kernels of route_topk for GPUs against the reference: where there is no GPU, in emulations."""
+"""The GPU kernels of route_topk against the reference; emulated without a GPU."""
 
 import math
 

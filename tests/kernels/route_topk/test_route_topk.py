@@ -19,7 +19,7 @@ from xsmoe_kernels.runtime import dispatch
 
 
 def loop(logits: Tensor, k: int, renormalize: bool = True) -> tuple[list[list[float]], list[list[int]]]:
-    """Gates and experts, row by row in Python floats."""
+    """Compute gates and experts row by row, in Python floats."""
     all_gates, all_experts = [], []
     for row in logits.tolist():
         largest = max(row)
@@ -178,7 +178,7 @@ def test_the_reference_ran() -> None:
 
 
 def on(backend: str, logits: Tensor, k: int, renormalize: bool, grad: Tensor) -> tuple[Routing, Tensor]:
-    """The routing and the gradient of the logits, for an upstream gradient of the gates."""
+    """Return the routing and the gradient of the logits for an upstream gradient of the gates."""
     logits = logits.detach().requires_grad_()
     with dispatch.use_backend(backend):
         routing = route_topk(logits, k, renormalize=renormalize)
@@ -187,7 +187,7 @@ def on(backend: str, logits: Tensor, k: int, renormalize: bool, grad: Tensor) ->
 
 
 def assert_native_agrees(logits: Tensor, k: int, renormalize: bool, grad: Tensor) -> None:
-    """Choices exactly as the reference makes them, gates and gradients within the error budget."""
+    """Check that choices equal the reference's, and that gates and gradients are within the error budget."""
     native, *others = (
         on(backend, x, k, renormalize, grad)
         for backend, x in (("native", logits), ("reference", logits), ("reference", logits.double()))

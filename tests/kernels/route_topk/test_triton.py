@@ -1,4 +1,4 @@
-"""What only the Triton kernels of route_topk have; test_gpu_route_topk.py has what all kernels for GPUs do."""
+"""Tests of the Triton kernels of route_topk only; test_gpu.py tests all GPU kernels."""
 
 import importlib
 from typing import Any

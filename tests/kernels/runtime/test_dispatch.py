@@ -1,4 +1,4 @@
-"""Which backend serves a call, and what is said where none can."""
+"""Backend selection, and messages where no backend can run a call."""
 
 import threading
 from collections import Counter
@@ -27,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second backend for side_moe, which takes the reference's functions under another name; CUDA has none."""
+    """Register the reference's functions for side_moe as a second backend; CUDA has none."""
     kernels = {operator: dict(backends) for operator, backends in dispatch._kernels.items()}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
     monkeypatch.setattr(dispatch, "_limits", dict(dispatch._limits))
@@ -214,7 +214,7 @@ def test_nests_and_is_undone_after_an_error() -> None:
 
 
 def test_blocks_that_overlap_leave_nothing_behind() -> None:
-    """As two threads may interleave them: the first to be entered is the first to be left."""
+    """Two threads may leave blocks in the order in which they entered them."""
     first, second, third = (use_backend(name) for name in ("reference", "auto", "reference"))
     for block in (first, second, third):
         block.__enter__()

@@ -1,4 +1,4 @@
-"""What info() tells, and what importing the package loads."""
+"""The result of info(), and the modules that importing the package loads."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What holds for every operator alike: views, second derivatives, bad input to compiled code, the meta device."""
+"""Common properties of all operators: views, second derivatives, bad input to compiled code, the meta device."""
 
 import re
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def index(*values: int) -> Tensor:
 
 
 def good(operator: Callable[..., Any], **changes: Any) -> dict[str, Any]:
-    """Arguments that the operator takes, with the changes."""
+    """Return valid arguments of the operator, with the changes."""
     arguments: dict[Callable[..., Any], dict[str, Any]] = {
         side_moe: make_level(6, 5, 2, 4, dtype=torch.float32)._asdict(),
         grouped_mm: {"x": rows(4, 3), "weight": rows(2, 3, 5), "offsets": OFFSETS},

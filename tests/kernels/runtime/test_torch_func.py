@@ -1,4 +1,4 @@
-"""Operators under torch.func and under forward-mode differentiation: what works, and what is said of the rest."""
+"""Operators under torch.func and forward-mode differentiation: supported transforms, and errors."""
 
 from collections.abc import Callable
 from typing import Any

@@ -46,7 +46,7 @@ def step(level: Level, counters: Utilization, **options: Any) -> Tensor:
 
 
 def check(function: Any, level: Level, calls: int = 1, **options: Any) -> None:
-    """`function` gives what `step` gives: the value, the gradients, and `calls` times the counters."""
+    """Check that `function` gives the value and gradients of `step`, and `calls` times the counters."""
     num_experts = level.router.shape[0] - 1
     counters, expected_counters = Utilization(num_experts), Utilization(num_experts)
     expected = step(level, expected_counters, **options)

@@ -1,4 +1,4 @@
-"""What side_moe costs: products, what it keeps for backward, the tensors it makes."""
+"""Cost of side_moe: products, tensors saved for backward, allocations."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ ROWS, DIM, RANK = 40, 24, 8
 
 
 def saved_bytes(level: Level, **options: Any) -> int:
-    """The bytes that a forward keeps for backward beyond its inputs."""
+    """Return the bytes that a forward saves for backward beyond its inputs."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

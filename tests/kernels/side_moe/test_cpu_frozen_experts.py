@@ -1,4 +1,4 @@
-"""FrozenExperts on the native kernels: packed once, and packed or refused anew where they changed."""
+"""FrozenExperts on the native kernels: packed once, and packed again or rejected after changes."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ pytestmark = needs_library
 DTYPES = (torch.float32, torch.bfloat16)
 
 plain_level = partial(make_level, requires_grad=False)
-"""A level none of whose tensors needs a gradient."""
+"""Return a level without gradients."""
 
 
 def test_frozen_experts_give_the_bits_of_experts_that_are_packed_in_every_call() -> None:

@@ -1,6 +1,6 @@
-"""side_moe on backend "cuda": CUDA kernels that go over rows, beside Triton's products.
+"""side_moe on backend "cuda": CUDA kernels for rows, with Triton's products.
 
-Without a GPU both are emulated, on CPU tensors: Triton's kernels by its interpreter, CUDA's by fibers.
+Without a GPU both are emulated on CPU tensors: Triton's kernels by its interpreter, CUDA's by fibers.
 """
 
 import pytest

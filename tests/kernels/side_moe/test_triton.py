@@ -133,7 +133,7 @@ def test_a_gradient_of_equal_rows() -> None:
 
 
 def test_an_expert_that_overflows_spoils_no_other() -> None:
-    """Its own columns become NaN; those of the expert in the same tile do not."""
+    """Only the columns of the NaN expert become NaN, not those of the other expert in the tile."""
     level = plain_level(33, 16, 2, 5)
     down = level.down.clone()
     down[0] = float("nan")

@@ -23,7 +23,7 @@ def test_each_level_has_the_bits_that_it_has_on_its_own() -> None:
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, levels: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """How many levels each launch of a kernel serves."""
+    """Return the number of levels of each launch of a kernel."""
     from xsmoe_kernels.triton_utils import kernel_helpers
 
     seen: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""The counters by themselves."""
+"""Tests of the counters alone."""
 
 import re
 from typing import Any

@@ -22,7 +22,7 @@ Seen = tuple[Tensor, Tensor] | None
 
 
 def loop(queries: Tensor, items: Tensor, k: int, seen: Seen) -> tuple[list[list[float]], list[list[int]]]:
-    """Scores and ids, item by item in Python floats."""
+    """Compute scores and ids item by item, in Python floats."""
     all_scores, all_ids = [], []
     for m, query in enumerate(queries.tolist()):
         left_out = set() if seen is None else set(seen[0][int(seen[1][m]) : int(seen[1][m + 1])].tolist())
@@ -36,7 +36,7 @@ def loop(queries: Tensor, items: Tensor, k: int, seen: Seen) -> tuple[list[list[
 
 
 def best(scores: tuple[float, ...], k: int, seen: list[int] | None = None) -> tuple[list[float], list[int]]:
-    """For one query, and items that have these scores for it."""
+    """Return the results for one query and items with these scores for it."""
     ragged = None if seen is None else (torch.tensor(seen, dtype=torch.int64), torch.tensor([0, len(seen)]))
     values, ids = topk_items(torch.ones(1, 1), torch.tensor(scores)[:, None], k, ragged)
     return values[0].tolist(), ids[0].tolist()
