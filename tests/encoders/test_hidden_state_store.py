@@ -1,3 +1,5 @@
+"""Tests of the hidden-state store: reading, appending, conversion of levels, errors."""
+
 import os
 import shutil
 import tracemalloc

@@ -1,3 +1,5 @@
+"""Tests of the small random encoders."""
+
 from pathlib import Path
 
 import numpy as np
