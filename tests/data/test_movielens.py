@@ -43,7 +43,7 @@ def test_small_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["movies.csv", "ratings.csv"])
-def test_missing_file_says_where_to_get_it(tmp_path: Path, missing: str) -> None:
+def test_missing_file_names_the_download_page(tmp_path: Path, missing: str) -> None:
     (source(tmp_path) / missing).unlink()
     with pytest.raises(DataError, match=rf"{missing}: there is no such file; .*grouplens\.org"):
         prepare_movielens(tmp_path, tmp_path / "out")

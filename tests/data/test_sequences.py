@@ -217,7 +217,7 @@ def test_history_refuses_to_look_up_users_that_it_cannot_hold(user: int) -> None
         history.of(np.array([0, user] if user > 0 else [user, 0]))
 
 
-def test_history_takes_integers_of_any_type_and_nothing_else() -> None:
+def test_history_accepts_integers_of_any_type_only() -> None:
     history = History()
     history.add(np.array([3, 2], np.uint64), np.array([200, 7], np.uint64))
     history.add(np.array([3], np.uint8), np.array([201], np.uint8))

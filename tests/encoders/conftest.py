@@ -1,3 +1,5 @@
+"""Fixtures of the encoder tests: small encoders, images and items."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

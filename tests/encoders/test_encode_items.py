@@ -1,3 +1,5 @@
+"""Tests of encoding items into a store: results, reports, interruptions, errors."""
+
 import os
 import pickle
 import signal

@@ -1,3 +1,5 @@
+"""Tests of image encoders against transformers, and of their errors."""
+
 from pathlib import Path
 
 import numpy as np

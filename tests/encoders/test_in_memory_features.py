@@ -1,3 +1,5 @@
+"""Tests of hidden states in memory, against the store."""
+
 import numpy as np
 import pytest
 import torch

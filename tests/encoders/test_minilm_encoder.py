@@ -1,3 +1,5 @@
+"""Tests of the pretrained MiniLM encoder, if its package is installed."""
+
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Tests of the small random encoders."""
+
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +69,11 @@ def test_rare_words_are_spelled_and_none_is_unknown(tmp_path: Path) -> None:
 
 def test_folders_and_sizes_are_checked(tmp_path: Path, texts: list[str]) -> None:
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not empty; give another one, or load the encoder in it"):
         build_small_text_encoder(tmp_path, texts)
     (tmp_path / "empty").mkdir()
     build_small_image_encoder(tmp_path / "empty", width=8, layers=1)
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not empty; give another one, or load the encoder in it"):
         build_small_image_encoder(tmp_path / "empty", width=8, layers=1)
     with pytest.raises(ValueError, match="width must be a multiple of 4"):
         build_small_text_encoder(tmp_path / "x", texts, width=30)

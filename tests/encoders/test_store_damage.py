@@ -1,3 +1,5 @@
+"""Tests of damaged stores: opening, verifying and appending name the damage."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path

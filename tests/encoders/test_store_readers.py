@@ -93,7 +93,7 @@ def shorten(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [shorten, Path.unlink])
 @pytest.mark.parametrize("name", ["items.jsonl", "text.bin", "text.constant.bin", "text.present.bin"])
-def test_verify_finds_what_was_damaged_since_the_store_was_opened(
+def test_verify_finds_damage_after_opening(
     folder: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     shutil.copytree(folder, tmp_path / "copy")

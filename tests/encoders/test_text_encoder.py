@@ -1,3 +1,5 @@
+"""Tests of text encoders against transformers, and of their errors."""
+
 import shutil
 import socket
 import subprocess

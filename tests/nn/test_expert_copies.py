@@ -51,8 +51,8 @@ def test_a_copy_notices_changes_of_its_frozen_experts(copied: Callable[[ExpertBa
     x, backbone = torch.randn(5, 32), torch.randn(5, 32)
     twin = copied(bank)
     assert torch.equal(twin(x, backbone), bank(x, backbone))
-    packs = [one.frozen_experts().pack() for one in (twin, bank)]
-    assert (packs[0] is None) == (packs[1] is None), "it is as fast as what it was copied from"
+    prepacked = [one.frozen_experts().pack() for one in (twin, bank)]
+    assert (prepacked[0] is None) == (prepacked[1] is None), "the copy must use prepacked weights too"
     with torch.no_grad():
         twin.frozen_down.mul_(50)
     fresh = FrozenExperts(twin.frozen_down.clone(), twin.frozen_up.clone())
@@ -61,7 +61,7 @@ def test_a_copy_notices_changes_of_its_frozen_experts(copied: Callable[[ExpertBa
     assert not torch.equal(changed, bank(x, backbone))
 
 
-def test_an_average_takes_over_frozen_experts_that_changed() -> None:
+def test_an_average_copies_frozen_experts_that_changed() -> None:
     bank = used_bank()
     x, backbone = torch.randn(5, 32), torch.randn(5, 32)
     average = torch.optim.swa_utils.AveragedModel(bank)

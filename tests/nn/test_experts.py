@@ -283,13 +283,17 @@ def test_from_published_loads_the_published_weights() -> None:
 
 
 def test_from_ladder_is_a_deprecated_alias() -> None:
-    published = Ladder(6, 3, 2, num_experts=3)
-    hidden = torch.randn(4, 3, 6)
+    state = {
+        "routers.0.linear.weight": torch.randn(2, 6),
+        "moes.0.experts.0.fc_down.weight": torch.randn(3, 6),
+        "moes.0.experts.0.fc_up.weight": torch.randn(6, 3),
+    }
+    hidden = torch.randn(4, 2, 6)
     with pytest.warns(DeprecationWarning, match=r"from_ladder is deprecated; call SideMoE\.from_published") as seen:
-        side = SideMoE.from_ladder(published.state_dict(), num_frozen=1)
+        side = SideMoE.from_ladder(state, num_frozen=1)
     assert [Path(warning.filename) for warning in seen] == [Path(__file__)]
-    assert [bank.num_frozen for bank in side.levels()] == [1, 1]
-    assert torch.equal(side(hidden), SideMoE.from_published(published.state_dict(), num_frozen=1)(hidden))
+    assert [bank.num_frozen for bank in side.levels()] == [1]
+    assert torch.equal(side(hidden), SideMoE.from_published(state, num_frozen=1)(hidden))
 
 
 def test_from_published_names_keys_that_do_not_fit() -> None:

@@ -85,7 +85,7 @@ def test_a_split_shares_the_gate_mass(bank: ExpertBank) -> None:
 
 
 @pytest.mark.parametrize("rule", ["drop", "merge"])
-def test_a_split_after_a_prune_takes_the_most_used_expert(bank: ExpertBank, rule: PruneRule) -> None:
+def test_a_split_after_a_prune_copies_the_most_used_expert(bank: ExpertBank, rule: PruneRule) -> None:
     used(bank, 0.1, 2.0, 9.0)
     dropped = bank.prune(0.1, rule=rule)
     assert dropped is not None
@@ -139,7 +139,7 @@ def test_a_merge_undoes_a_split(bank: ExpertBank, expert: int) -> None:
         torch.testing.assert_close(twin(x, backbone), before, rtol=0, atol=1e-6)
 
 
-def test_a_merge_takes_the_weighted_mean_of_weights_and_gate_rows(bank: ExpertBank) -> None:
+def test_a_merge_computes_the_weighted_mean_of_weights_and_gate_rows(bank: ExpertBank) -> None:
     with torch.no_grad():
         bank.down[0] = bank.frozen_down[1] + 1e-3
         bank.up[0] = bank.frozen_up[1] - 1e-3
@@ -215,7 +215,9 @@ def test_a_grown_model_is_saved_and_loaded(tmp_path) -> None:
     "build", [torch.optim.Adam, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)], ids=["adam", "sgd"]
 )
 @pytest.mark.parametrize("rule", ["drop", "merge"])
-def test_an_optimizer_goes_on_through_splits_and_merges(build: Callable[..., torch.optim.Optimizer], rule: str) -> None:
+def test_an_optimizer_continues_through_splits_and_merges(
+    build: Callable[..., torch.optim.Optimizer], rule: str
+) -> None:
     torch.manual_seed(0)
     side = SideMoE(DIM, RANK, num_levels=2, num_experts=2)
     hidden, goal = torch.randn(32, 3, DIM), torch.randn(32, DIM)

@@ -121,7 +121,7 @@ def test_wrong_ids_are_named(ids: Tensor, error: type[Exception], message: str) 
         model()(states(), ids=ids)
 
 
-def test_a_model_without_ids_takes_none() -> None:
+def test_a_model_without_ids_refuses_ids() -> None:
     items = XSMoE(("text",), dim=6, rank=2, out_dim=4)
     with pytest.raises(ValueError, match="ids must be None, since this model has no IDs; build it with ids=True"):
         items(states(), ids=IDS)
@@ -163,7 +163,7 @@ def test_growth_carries_the_optimizers_state() -> None:
             assert torch.equal(mine[place][name], value), (place, name)
 
 
-def test_growth_goes_on_with_sparse_adam_for_the_table() -> None:
+def test_growth_supports_sparse_adam_for_the_table() -> None:
     items = model()
     others = [parameter for name, parameter in items.named_parameters() if name != "ids.weight"]
     optimizers = [torch.optim.Adam(others), torch.optim.SparseAdam([table(items)])]

@@ -23,7 +23,7 @@ LR = 1e-3
     ],
     ids=["Adam", "AMSGrad", "AdamW", "NAdam", "RAdam"],
 )
-def test_a_new_gate_takes_steps_of_the_size_of_the_old_ones(build: Callable[..., torch.optim.Optimizer]) -> None:
+def test_steps_of_a_new_gate_row_are_as_large_as_those_of_old_rows(build: Callable[..., torch.optim.Optimizer]) -> None:
     bank = ExpertBank(8, 2)
     optimizer = build(bank.parameters())
 

@@ -193,8 +193,8 @@ class _Runs:
         self._at_start = quoted
         self.begins = quotes[first[odd]]
         self._ends = self.begins + lengths[odd] - 1
-        behind = np.where(self.begins > 0, chunk[self.begins - 1], last)
-        starts_field = (behind == _DELIMITER) | (behind == _LF) | (behind == _CR)
+        preceding = np.where(self.begins > 0, chunk[self.begins - 1], last)
+        starts_field = (preceding == _DELIMITER) | (preceding == _LF) | (preceding == _CR)
         # A run at the start of a field flips the state. Any other run clears it.
         flips = np.cumsum(starts_field) + quoted
         self._state = ((flips - np.maximum.accumulate(np.where(starts_field, 0, flips))) & 1).astype(bool)
@@ -218,9 +218,9 @@ class _Runs:
 
     def malformed(self, closing: np.ndarray) -> np.ndarray:
         """Return whether the field continues after these runs, which close its quotes."""
-        behind = self._ends[closing] + 1
-        inside = behind < len(self._chunk)
-        following = self._chunk[np.where(inside, behind, 0)]
+        after = self._ends[closing] + 1
+        inside = after < len(self._chunk)
+        following = self._chunk[np.where(inside, after, 0)]
         return inside & (following != _DELIMITER) & (following != _LF) & (following != _CR)
 
 
@@ -273,10 +273,10 @@ def _plainly_quoted(chunk: bytes, last: int) -> bool:
     parity[1:] ^= np.uint64(0) - odd[:-1]
     if odd[-1] or (newlines & parity).any():
         return False
-    behind = starts << np.uint64(1)
-    behind[1:] |= starts[:-1] >> np.uint64(63)
-    behind[0] |= np.uint64(last in (_DELIMITER, _CR, _LF))
-    return not (quotes & parity & ~behind).any()
+    after = starts << np.uint64(1)
+    after[1:] |= starts[:-1] >> np.uint64(63)
+    after[0] |= np.uint64(last in (_DELIMITER, _CR, _LF))
+    return not (quotes & parity & ~after).any()
 
 
 def _bits(mask: np.ndarray) -> np.ndarray:

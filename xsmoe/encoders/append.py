@@ -117,13 +117,13 @@ def append_chunk(
     """
     grown = deepcopy(manifest)
     lines = "".join(json.dumps(item) + "\n" for item in ids).encode()
-    chunk = Chunk(len(ids), len(lines), {INDEX: _write_behind(folder / INDEX, manifest.index_bytes, lines)})
+    chunk = Chunk(len(ids), len(lines), {INDEX: _write_after(folder / INDEX, manifest.index_bytes, lines)})
     for name, part in grown.parts.items():
         _fit_layout(folder, grown, part, rows[name][present[name]], committed_present[name])
         data = _raw(rows[name][:, list(part.varying)])
-        chunk.crc32[part.data_file] = _write_behind(folder / part.data_file, grown.items * part.row_bytes, data)
+        chunk.crc32[part.data_file] = _write_after(folder / part.data_file, grown.items * part.row_bytes, data)
         mask = present[name].astype(np.uint8)
-        chunk.crc32[part.present_file] = _write_behind(folder / part.present_file, grown.items, _raw(mask))
+        chunk.crc32[part.present_file] = _write_after(folder / part.present_file, grown.items, _raw(mask))
         part.num_present += int(mask.sum())
     grown.chunks.append(chunk)
     sync_folder(folder)
@@ -169,7 +169,7 @@ def _fit_layout(folder: Path, manifest: Manifest, part: Part, rows: np.ndarray, 
     part.constant = constant
     part.constant_crc32 = None
     if constant:
-        part.constant_crc32 = _write_behind(folder / part.constant_file, 0, _raw(known[same]))
+        part.constant_crc32 = _write_after(folder / part.constant_file, 0, _raw(known[same]))
 
 
 def _rewrite(folder: Path, manifest: Manifest, old: Part, new: Part, known: np.ndarray, committed: np.ndarray) -> None:
@@ -204,7 +204,7 @@ def _raw(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _write_behind(path: Path, committed: int, content: bytes | memoryview) -> int:
+def _write_after(path: Path, committed: int, content: bytes | memoryview) -> int:
     """Write `content` after the first `committed` bytes of a file, over any later bytes. Return its CRC-32."""
     with path.open("r+b" if path.exists() else "w+b") as file:
         file.truncate(committed)
