@@ -61,7 +61,7 @@ def test_out_of_memory_is_one_line_and_the_command_can_be_repeated_with_a_profil
 
     more = ["--interactions", place.more, "--items", place.more_items]
     updated = succeed("update", place.run, *more, "--profile", folder)
-    assert "because this command took 6 training steps, and a profile begins after 8" in updated
+    assert "because this command ran 6 training steps, but the profile starts after 8 steps" in updated
 
 
 @pytest.mark.parametrize("command", ["train", "update"])

@@ -55,7 +55,7 @@ def show(found: StepProfile, display: Display) -> None:
     """Show the table of a step's parts, and the file of the trace."""
     fewer = "" if found.steps == STEPS else f", fewer than {STEPS} because training ended"
     display.heading(
-        f"Profile of {found.steps} steps{fewer} (window {found.window}, epoch {found.epoch}), mean of one step"
+        f"Profile of {found.steps} steps{fewer} (window {found.window}, epoch {found.epoch}), mean per step"
     )
     display.lines(tables.aligned(rows(found)))
     if found.problem is not None:
