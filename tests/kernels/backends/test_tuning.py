@@ -317,7 +317,7 @@ def test_auto_selects_the_reference_on_an_old_gpu(capability: list[tuple[int, in
     device = torch.device(name)
     assert dispatch.select(operator, "auto", device, torch.float32) == "reference"
     assert "8.0 or newer" in (dispatch.unavailable_reason(operator, "triton", device, torch.float32) or "")
-    with pytest.raises(BackendUnavailable, match=rf"8\.0 or newer, and {name} has 7\.5"):
+    with pytest.raises(BackendUnavailable, match=rf"8\.0 or newer, but {name} has 7\.5"):
         dispatch.select(operator, "triton", device, torch.float32)
     tuning._cached_too_old.cache_clear()
     capability.append((8, 0))
@@ -373,5 +373,5 @@ def test_auto_selects_the_reference_above_32_bits_of_items(capability: list[tupl
 
 
 def test_a_gpu_that_is_too_old_is_named(capability: list[tuple[int, int]]) -> None:
-    with pytest.raises(BackendUnavailable, match=r"8\.0 or newer, and cuda:3 has 7\.5; use_backend\(\"reference\"\)"):
+    with pytest.raises(BackendUnavailable, match=r"8\.0 or newer, but cuda:3 has 7\.5; use_backend\(\"reference\"\)"):
         tuning.architecture(torch.device("cuda:3"))
