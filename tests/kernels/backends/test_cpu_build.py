@@ -90,7 +90,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, compiler: Path) -> Path:
     ],
     ids=["CXX", "PATH", "XSMOE_NO_NATIVE"],
 )
-def test_without_a_compiler_the_package_builds_and_keeps_the_reason(
+def test_without_a_compiler_the_package_builds_and_stores_the_reason(
     tree: Path, variables: dict[str, str], reason: str
 ) -> None:
     stale = tree / "xsmoe_kernels" / cpu_backend.LIBRARY
@@ -105,7 +105,7 @@ def test_without_a_compiler_the_package_builds_and_keeps_the_reason(
 
 
 @needs_sources
-def test_what_was_left_out_is_told_at_run_time(tree: Path) -> None:
+def test_skipped_kernels_are_reported_at_run_time(tree: Path) -> None:
     assert build(tree, XSMOE_NO_NATIVE="1").returncode == 0
     script = """
 import torch, xsmoe_kernels
@@ -136,7 +136,7 @@ def test_a_second_build_does_nothing(built: Path, compiler: Path) -> None:
 
 @needs_sources
 @needs_compiler
-def test_what_includes_a_header_follows_it(built: Path) -> None:
+def test_sources_are_rebuilt_after_a_header_changes(built: Path) -> None:
     (ninja,) = built.glob("build/native-*/build.ninja")
     program = shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
     os.utime(built / "csrc/cpu/features.h")
@@ -162,7 +162,7 @@ def test_an_error_in_a_source_fails_the_build(built: Path, tmp_path: Path) -> No
 
 @needs_sources
 @needs_compiler
-def test_a_tier_that_the_compiler_does_not_know_is_left_out(built: Path) -> None:
+def test_an_instruction_set_unknown_to_the_compiler_is_skipped(built: Path) -> None:
     script = """
 import xsmoe_kernels
 native = xsmoe_kernels.info()["native"]
@@ -176,7 +176,7 @@ print(native["left_out"], "amx" in native["compiled"], "baseline" in native["tie
 
 @needs_sources
 @needs_compiler
-def test_a_build_names_the_tiers_that_it_does_not_know(tree: Path) -> None:
+def test_a_build_names_unknown_instruction_sets(tree: Path) -> None:
     ran = build(tree, XSMOE_BUILD_TIERS="baseline sse9")
     assert ran.returncode != 0
     assert "XSMOE_BUILD_TIERS names unknown instruction sets: sse9; known are baseline, avx2" in ran.stderr
@@ -201,14 +201,14 @@ print(*native["compiled"], *native["left_out"], "XSMOE_EMULATE_AMX" in native["f
 
 
 @needs_library
-def test_every_kernel_of_the_library_serves_an_operator() -> None:
+def test_every_kernel_of_the_library_belongs_to_an_operator() -> None:
     held = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("xsmoe_native::")}
     names = {name.removeprefix("xsmoe_native::") for name in held} - FUNCTIONS
     assert names == {operator for operator, kernels in dispatch._kernels.items() if "native" in kernels}
 
 
 @needs_library
-def test_a_tier_that_cannot_run_is_refused() -> None:
+def test_an_instruction_set_that_cannot_run_is_rejected() -> None:
     ran = run(sys.executable, "-c", IMPORT, XSMOE_CPU_TIER="sse9", XSMOE_NATIVE_LIBRARY=str(cpu_backend.library))
     message = r"ImportError: XSMOE_CPU_TIER must be one of the instruction set levels that can run here (baseline"
     assert message in ran.stderr
@@ -216,7 +216,7 @@ def test_a_tier_that_cannot_run_is_refused() -> None:
 
 
 @needs_library
-def test_a_library_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+def test_a_library_that_cannot_be_loaded_is_rejected(tmp_path: Path) -> None:
     assert cpu_backend.library is not None
     for path in cpu_backend.library.parent.glob("libxsmoe_cpu.*"):
         shutil.copy(path, tmp_path)
@@ -230,7 +230,7 @@ def test_a_library_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_library_that_wants_another_torch_is_refused(tmp_path: Path) -> None:
+def test_a_library_for_another_torch_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "other.cpp").write_text("void of_another_torch(); struct S { S() { of_another_torch(); } } s;")
     ran = run("c++", "-shared", "-fPIC", "other.cpp", "-o", "other.so", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
@@ -240,12 +240,12 @@ def test_a_library_that_wants_another_torch_is_refused(tmp_path: Path) -> None:
     assert "built against an unknown torch" in ran.stderr
 
 
-def test_a_library_that_is_not_there_is_refused() -> None:
+def test_a_missing_library_is_rejected() -> None:
     ran = run(sys.executable, "-c", IMPORT, XSMOE_NATIVE_LIBRARY="/no/such/library.so")
     assert "ImportError: XSMOE_NATIVE_LIBRARY names a file that does not exist: /no/such/library.so" in ran.stderr
 
 
-def test_a_kernel_takes_what_its_operator_takes() -> None:
+def test_the_schema_of_a_kernel_matches_its_operator() -> None:
     library = torch.library.Library("xsmoe_test_native", "DEF")
     library.define("operator(Tensor x, SymInt n, str backend) -> (Tensor a, Tensor b)")
     library.define("kernel(Tensor x, SymInt n) -> (Tensor, Tensor)")
@@ -261,7 +261,7 @@ def test_a_kernel_takes_what_its_operator_takes() -> None:
 
 @needs_library
 @needs_compiler
-def test_one_binary_serves_two_versions_of_torch(tmp_path: Path) -> None:
+def test_one_binary_runs_with_two_versions_of_torch(tmp_path: Path) -> None:
     """A library that one Python builds loads in the other, in both directions."""
     second = os.environ.get("XSMOE_SECOND_PYTHON")
     if not second:

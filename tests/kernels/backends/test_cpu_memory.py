@@ -56,7 +56,7 @@ def saved_bytes(level: Level, frozen: FrozenExperts, recompute: bool) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in owned)
 
 
-def test_keeps_little_for_backward_at_the_size_of_the_paper() -> None:
+def test_saves_little_for_backward_at_the_size_of_the_paper() -> None:
     rows, dim, rank, experts = 2816, 768, 64, 10
     level = make_level(rows, dim, experts, rank, dtype=torch.float32, requires_grad=False)
     frozen = FrozenExperts(level.down[:9].clone(), level.up[:9].clone())
@@ -91,7 +91,7 @@ def test_memory_does_not_grow_with_the_product_of_experts_and_width(dtype: torch
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rankings_of_a_large_catalogue_take_little_memory(threads: int) -> None:
+def test_rankings_of_a_large_catalogue_need_little_memory(threads: int) -> None:
     """Neither scores nor items are copied: all scores would be 800 MB, the items are 51 MB."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -93,7 +93,7 @@ def assert_within_budget(found: list[Found]) -> None:
     assert not beyond
 
 
-def test_reads_what_ptxas_says() -> None:
+def test_parses_the_output_of_ptxas() -> None:
     said = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN5xsmoe4rank3oneEv' for 'sm_90'
@@ -113,7 +113,7 @@ ptxas info    : Used 12 registers
 
 @needs_nvcc
 @pytest.mark.usefixtures("found")
-def test_the_library_loads_without_a_gpu_and_holds_our_operators() -> None:
+def test_the_library_loads_without_a_gpu_and_has_the_operators() -> None:
     program = "import json, xsmoe_kernels as x; print(json.dumps(x.info()['cuda_kernels']))"
     told = json.loads(run_python("-c", program, XSMOE_CUDA_LIBRARY=str(LIBRARY)))
     assert told["library"] == str(LIBRARY)
@@ -125,7 +125,7 @@ def test_the_library_loads_without_a_gpu_and_holds_our_operators() -> None:
 
 @needs_nvcc
 @pytest.mark.usefixtures("found")
-def test_it_serves_no_cpu() -> None:
+def test_it_does_not_run_on_a_cpu() -> None:
     program = (
         "import torch, xsmoe_kernels as x\n"
         "try:\n"
@@ -222,7 +222,7 @@ def test_a_toolkit_that_does_not_fit_is_named(nvcc: Path, monkeypatch: pytest.Mo
         build_cuda.toolkit(None)
 
 
-def test_a_compiler_that_the_toolkit_refuses_is_named(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_the_toolkit_rejects_is_named(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = build_cuda.toolkit("13.0")
     build_cuda.try_out(tools, ["g++"])
     assert build_cuda.host_compiler(["/usr/bin/ccache", "g++", "-m64"]) == ["-ccbin", "g++"]
@@ -257,7 +257,7 @@ def test_is_built_where_torch_has_cuda_or_where_it_is_forced(monkeypatch: pytest
         ((12, 0), ("10.0f+PTX",), False),
     ],
 )
-def test_knows_on_which_gpus_it_runs(capability: tuple[int, int], compiled: tuple[str, ...], runs: bool) -> None:
+def test_runs_on_compatible_gpus_only(capability: tuple[int, int], compiled: tuple[str, ...], runs: bool) -> None:
     assert cuda_backend._runs_on(capability, compiled) == runs
 
 
@@ -270,7 +270,7 @@ def test_a_gpu_that_it_was_not_compiled_for_is_named(monkeypatch: pytest.MonkeyP
     assert cuda_backend._rejects(("8.0", "9.0"), None, torch.device("cuda", 0), torch.float32) is None
 
 
-def test_tells_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reports_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shared_library, "FOLDER", tmp_path / "xsmoe_kernels")
     (tmp_path / "xsmoe_kernels").mkdir()
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -295,7 +295,7 @@ def test_forced_without_a_toolkit_is_an_error(tmp_path: Path) -> None:
         )
 
 
-def test_what_cannot_be_allocated_is_out_of_memory() -> None:
+def test_a_failed_allocation_is_out_of_memory() -> None:
     def fails(said: str) -> None:
         raise RuntimeError(said)
 

@@ -89,7 +89,7 @@ def test_copies_arrive_when_they_are_waited_for(program: Path) -> None:
         ("half_a_block", "a block has 48 threads, not a multiple of 32"),
     ],
 )
-def test_what_hangs_or_is_undefined_on_a_gpu_ends_with_a_message(program: Path, name: str, message: str) -> None:
+def test_hangs_and_undefined_behaviour_of_a_gpu_raise_errors(program: Path, name: str, message: str) -> None:
     ran = run(program, name)
     assert ran.returncode != 0
     assert message in ran.stderr

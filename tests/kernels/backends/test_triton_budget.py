@@ -119,12 +119,12 @@ def found_for(measured: Measured, target: str) -> list[Found]:
     return found
 
 
-def test_half_precision_keeps_to_its_budget(half: Measured) -> None:
+def test_half_precision_is_within_the_budget(half: Measured) -> None:
     kept_by(half)
 
 
 @pytest.mark.slow
-def test_half_precision_keeps_to_its_budget_on_other_targets(half_elsewhere: Measured) -> None:
+def test_half_precision_is_within_the_budget_on_other_targets(half_elsewhere: Measured) -> None:
     kept_by(half_elsewhere)
 
 
@@ -159,7 +159,7 @@ def test_float32_compiles_within_limits_and_does_not_spill(wide: Measured, targe
 
 
 @pytest.mark.slow
-def test_float32_keeps_to_its_budget(wide: Measured) -> None:
+def test_float32_is_within_the_budget(wide: Measured) -> None:
     kept_by(wide)
 
 
@@ -182,13 +182,13 @@ KERNELS = {"toy.kernel": {"sm_90": {"half": ENTRY}}}
         ({"precision": "tf32"}, True, False),
     ],
 )
-def test_what_counts_as_too_much(change: dict[str, Any], limits: bool, within: bool) -> None:
+def test_limits_of_a_target(change: dict[str, Any], limits: bool, within: bool) -> None:
     one = triton_offline.replace(GOOD, **change)
     assert (beyond_limits([one]) == []) == limits
     assert (beyond_budget([one], KERNELS) == []) == within
 
 
-def test_an_old_triton_is_not_asked_for_everything() -> None:
+def test_an_old_triton_skips_unsupported_targets() -> None:
     assert [target for target in TARGETS if too_old(target, "3.6.0")] == ["gfx942"]
     assert too_old("gfx942", "3.6.0") == "Triton 3.6.0 is not held to gfx942, which needs 3.7"
     assert not any(too_old(target, version) for target in TARGETS for version in ("3.7.1", "3.10.0+git1", "4.0"))
@@ -205,14 +205,14 @@ def test_launches_of_a_kernel_count_by_the_most_that_one_needs() -> None:
     assert one == triton_offline.replace(GOOD, shared=4096, matrix="plain", spills=4, launches=2)
 
 
-def test_the_file_is_what_was_found() -> None:
+def test_the_file_equals_the_result() -> None:
     failed = triton_offline.replace(GOOD, kernel="toy.failed", error="RuntimeError")
     written = triton_offline.dumps(triton_offline.as_budget([GOOD, failed], "3.7.1"))
     assert json.loads(written) == {"triton": "3.7.1", "kernels": KERNELS}
     assert sum("registers" in row and "matrix" in row for row in written.splitlines()) == 1
 
 
-def test_what_compilers_say_is_read() -> None:
+def test_compiler_output_is_parsed() -> None:
     usage = "Resource usage:\n Function kernel:\n  REG:167 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:664 TEXTURE:0\n"
     assert triton_offline.nvidia_needs(usage) == (167, 16)
     metadata = "  .sgpr_count: 30\n  .sgpr_spill_count: 2\n  .vgpr_count:     126\n  .vgpr_spill_count: 3\n"

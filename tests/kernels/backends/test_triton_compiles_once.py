@@ -91,7 +91,7 @@ SEVERAL = {
 }
 
 
-def test_rows_experts_and_items_compile_nothing_anew() -> None:
+def test_rows_experts_and_items_do_not_recompile() -> None:
     root = Path(__file__).parents[3]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])

@@ -167,7 +167,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.xsmoe.grouped_mm_backward, arguments)
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     x, weight, offsets = make(6, [0, 2, 2, 5], 3, 2)
     expected = outputs(grouped_mm, x, weight, offsets, num_frozen=1)
     unbacked(x, weight, offsets)
@@ -295,7 +295,7 @@ def test_native_does_not_read_rows_outside_the_offsets(dtype: torch.dtype) -> No
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
-def test_native_gives_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, layout: str) -> None:
+def test_native_is_deterministic_for_any_number_of_threads(dtype: torch.dtype, layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(700, 100, generator=generator).to(dtype), torch.randn(700, 200, generator=generator).to(dtype)
     weight = strided(6, 100, 200, dtype=dtype, layout=layout, generator=generator)

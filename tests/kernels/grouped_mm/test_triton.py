@@ -319,7 +319,7 @@ def test_compiles_whole() -> None:
 
 
 @needs_gpu
-def test_more_experts_or_rows_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_experts_or_rows_do_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     def run(num_rows: int, num_experts: int) -> None:

@@ -49,7 +49,7 @@ class RankChecks:
         assert (ranks == ranks[0]).all()
         return int(ranks[0])
 
-    def test_copies_of_one_item_tie_wherever_they_stand(self, dtype: torch.dtype, tie_dim: int) -> None:
+    def test_copies_of_one_item_tie_at_every_position(self, dtype: torch.dtype, tie_dim: int) -> None:
         """Scores are bitwise equal, also to the target's own score, which may be computed separately."""
         for num_queries, num_items in self.tie_sizes:
             self.served.check_copies_tie(num_queries, num_items, tie_dim, dtype)
@@ -105,7 +105,7 @@ class RankChecks:
     def test_rows_of_no_numbers(self) -> None:
         assert self.served.check_rank(make_case(3, 40, 0, torch.float32)).tolist() == [21] * 3
 
-    def test_gives_the_same_bits_twice(self) -> None:
+    def test_is_deterministic(self) -> None:
         case = self.served.random_case(20, 150, 48, torch.float32)
         assert torch.equal(self.served.rank(case), self.served.rank(case))
 

@@ -321,7 +321,7 @@ def test_opcheck() -> None:
         )
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     batch = make(6, 5, 3, 2)
     expected = outputs(in_batch_softmax_loss, batch)
     unbacked(*batch.values())

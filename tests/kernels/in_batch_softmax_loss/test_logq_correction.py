@@ -37,7 +37,7 @@ def make() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def estimate(backend: str, size: float) -> tuple[Tensor, Tensor]:
-    """Return means (1 + d,) and standard errors over trials, of the partition function over exp(z_t) and its gradient."""
+    """Return means (1 + d,) and standard errors of the partition function over exp(z_t) and its gradient."""
     query, items, probability = make()
     generator = torch.Generator().manual_seed(4)
     samples = torch.multinomial(probability.expand(TRIALS, -1), DRAWN, True, generator=generator)

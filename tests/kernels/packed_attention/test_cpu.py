@@ -136,7 +136,7 @@ def test_large_scores_and_scores_that_are_not_finite() -> None:
 
 
 @both_dtypes
-def test_auto_takes_it(dtype: torch.dtype) -> None:
+def test_auto_selects_it(dtype: torch.dtype) -> None:
     rows = torch.ones(3, 1, 4, dtype=dtype)
     before = dispatch.calls.copy()
     packed_attention(rows, rows, rows, torch.tensor([0, 3]), max_length=3)

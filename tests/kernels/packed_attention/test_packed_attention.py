@@ -182,7 +182,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.xsmoe.packed_attention_backward, (*detached, *arguments, *needs, "auto"))
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     inputs, offsets = make(10), OFFSETS.clone()
     expected = outputs(packed_attention, inputs, offsets, max_length=4)
     unbacked(*inputs, offsets)

@@ -131,7 +131,7 @@ def test_forward_and_backward_are_the_references(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_mask_holds_the_devices_offsets(fake: Fake, dtype: torch.dtype) -> None:
+def test_the_mask_contains_the_offsets_of_the_device(fake: Fake, dtype: torch.dtype) -> None:
     # Other lengths than the offsets', as a CUDA graph has after the batch that it was captured with.
     offsets = torch.tensor([0, 5, 6, 8, 8], dtype=dtype)
     mask = xformers_attention._mask(offsets, 6, CASE.lengths)
@@ -167,13 +167,13 @@ def test_strided_rows_and_subsets_of_gradients(fake: Fake) -> None:
     torch.testing.assert_close(backward(*twice, *arguments, "cuda"), expected)
 
 
-def test_cutlass_serves_what_flash_does_not(fake: Fake) -> None:
+def test_cutlass_runs_what_flash_does_not_support(fake: Fake) -> None:
     fake.offer(flash="dtype=torch.float32")
     attend(*draw(CASE)[:3])
     assert fake.ran == ["cutlassF"]
 
 
-def test_what_it_cannot_serve_has_a_reason_and_another_backend(fake: Fake) -> None:
+def test_unsupported_calls_have_a_reason_and_another_backend(fake: Fake) -> None:
     q, k, v, _ = draw(CASE)
     keep = torch.ones(4, 2, 4, 4, dtype=torch.bool)
     lengths = list(CASE.lengths)
@@ -194,7 +194,7 @@ def test_what_it_cannot_serve_has_a_reason_and_another_backend(fake: Fake) -> No
     assert "compute capability" in (dispatch.unavailable_reason(NAMES[0], "cuda", "cpu", torch.float32) or "")
 
 
-def test_auto_on_a_gpu_takes_it_for_calls_that_it_can_serve(fake: Fake) -> None:
+def test_auto_selects_it_on_a_gpu_for_supported_calls(fake: Fake) -> None:
     q, k, v, _ = draw(CASE)
     device = torch.device("cuda")
     good = (q, k, v, CASE.offsets, 4, None, 0.0, list(CASE.lengths))

@@ -163,7 +163,7 @@ def test_strided_inputs_and_int32_offsets() -> None:
     assert rank_of_target(strided(queries), strided(items), strided(targets), seen).tolist() == expected
 
 
-def test_takes_no_part_in_autograd() -> None:
+def test_is_not_differentiable() -> None:
     queries, items = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     assert not rank_of_target(queries, items, torch.tensor([0, 1]), None).requires_grad
 
@@ -183,7 +183,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operator, (*arguments, torch.tensor([1, 2]), torch.tensor([0, 1, 1, 2, 2]), "auto"))
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     queries, items, targets = torch.randn(4, 3), torch.randn(9, 3), torch.tensor([0, 8, 3, 4])
     seen = (torch.tensor([1, 2, 2, 5]), torch.tensor([0, 1, 1, 3, 4]))
     unbacked(queries, items, targets, *seen)

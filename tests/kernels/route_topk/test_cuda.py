@@ -101,7 +101,7 @@ def test_upstream_gradients_of_any_strides(dtype: torch.dtype, renormalize: bool
         assert torch.equal(actual, wanted)
 
 
-def test_gradients_of_another_dtype_are_refused() -> None:
+def test_gradients_of_another_dtype_are_rejected() -> None:
     logits = random_logits(4, 6, torch.bfloat16)
     experts = torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="grad must have the dtype of logits, BFloat16, not Float; convert it"):
@@ -129,7 +129,7 @@ def test_runs_on_the_current_stream() -> None:
 
 @needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_runs_where_its_tensors_lie() -> None:
+def test_runs_on_the_device_of_its_tensors() -> None:
     logits = random_logits(3000, 40, torch.float32)
     grad = torch.randn(3000, 3, device=DEVICE)
     expected = on("cuda", logits, 3, True, grad)

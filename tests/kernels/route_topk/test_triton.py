@@ -39,7 +39,7 @@ def test_programs_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_gpu
-def test_more_experts_or_rows_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_experts_or_rows_do_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     def run(num_rows: int, num_experts: int) -> None:

@@ -38,7 +38,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch.register("side_moe_backward", "triton", reference.backward)
 
 
-def test_the_reference_serves_forward_and_backward(calls: Counter[tuple[str, str]]) -> None:
+def test_the_reference_runs_forward_and_backward(calls: Counter[tuple[str, str]]) -> None:
     with use_backend("reference"):
         y = side_moe(*make_level(3, 4, 2, 2, dtype=torch.float32))
     y.sum().backward()
@@ -51,7 +51,7 @@ def test_every_operator_has_a_reference() -> None:
         assert dispatch.unavailable_reason(operator, "reference", CPU, torch.float32) is None
 
 
-def test_float64_is_served_by_the_reference(calls: Counter[tuple[str, str]]) -> None:
+def test_float64_runs_on_the_reference(calls: Counter[tuple[str, str]]) -> None:
     side_moe(*make_level(3, 4, 2, 2, dtype=torch.float64))
     assert calls == {("side_moe", "reference"): 1}
 
@@ -159,7 +159,7 @@ def test_reasons_of_several_operators_are_said_where_none_is_named(monkeypatch: 
     )
 
 
-def test_what_is_missing_of_a_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported_first(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {operator: {"reference": reference.forward} for operator in dispatch._kernels}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
     monkeypatch.setattr(dispatch, "_reasons", {("cuda", "grouped_mm"): "not built", ("native", None): "no compiler"})
@@ -180,7 +180,7 @@ def test_what_is_missing_of_a_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("call", [side_moe, lambda **level: side_moe_group([level])], ids=["side_moe", "group"])
-def test_a_call_on_another_device_says_what_to_do(call: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_another_device_has_advice(call: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     for operator in ("side_moe", "side_moe_group"):
         dispatch.register(operator, "triton", reference.forward, devices=("cuda",))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -274,7 +274,7 @@ def test_a_block_inside_a_compiled_function_and_around_it(calls: Counter[tuple[s
     assert counter.frame_count == 2, "once for each backend"
 
 
-def test_holds_in_every_thread() -> None:
+def test_applies_in_every_thread() -> None:
     seen: list[str] = []
     with use_backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(dispatch.requested()))

@@ -91,7 +91,7 @@ def test_results_and_gradients_are_no_views_and_may_change_in_place(operator: Ca
 
 
 @pytest.mark.parametrize(("operator", "name"), DIFFERENTIABLE)
-def test_differentiating_twice_is_refused(operator: Callable[..., Any], name: str) -> None:
+def test_differentiating_twice_raises(operator: Callable[..., Any], name: str) -> None:
     arguments = good(operator)
     y = differentiable_result(operator, arguments).square().sum()
     (gradient,) = torch.autograd.grad(y, arguments[name], create_graph=True)
@@ -175,7 +175,7 @@ def test_shapes_are_checked_on_the_meta_device() -> None:
 
 
 @pytest.mark.parametrize("operator", [side_moe, route_topk])
-def test_vmap_goes_through_the_operator(operator: Callable[..., Any]) -> None:
+def test_vmap_runs_the_operator(operator: Callable[..., Any]) -> None:
     if operator is route_topk:
         rows = torch.randn(2, 5, 3)
         found = torch.vmap(lambda logits: route_topk(logits, 2).gates)(rows)

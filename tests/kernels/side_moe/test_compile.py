@@ -66,7 +66,7 @@ def test_compiles_with_the_default_compiler() -> None:
     check(compiled(step, backend="inductor"), level, row_weight=torch.rand(6))
 
 
-def test_one_graph_serves_every_number_of_rows() -> None:
+def test_one_graph_runs_every_number_of_rows() -> None:
     graphs: list[Any] = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -172,7 +172,7 @@ def test_autocast_leaves_row_weight_exact() -> None:
     assert float(counters.gate.sum()) == pytest.approx(301, rel=1e-6), "bfloat16 would have made it 302"
 
 
-def test_autocast_lets_mixed_operands_in_but_no_float64() -> None:
+def test_autocast_accepts_mixed_operands_but_not_float64() -> None:
     level = make_level(2, 5, 3, 4, dtype=torch.float32)
     mixed = level._replace(backbone=level.backbone.detach().bfloat16())
     with torch.autocast("cpu", torch.bfloat16):

@@ -58,7 +58,7 @@ def test_stays_within_the_error_budget(
 
 
 @pytest.mark.parametrize("place", range(len(SELECTION)))
-def test_the_selection_for_every_tier_on_the_best_one(place: int) -> None:
+def test_selected_cases_on_the_best_instruction_set(place: int) -> None:
     check(*SELECTION[place])
 
 
@@ -253,7 +253,7 @@ def test_hidden_states_that_are_huge_or_not_finite(activation: str, value: float
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("field", range(5))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_goes_as_far_as_in_the_reference(dtype: torch.dtype, field: int, value: float) -> None:
+def test_numbers_that_are_not_finite_spread_as_in_the_reference(dtype: torch.dtype, field: int, value: float) -> None:
     """One such number in one input affects the same results as in the reference."""
     level = plain_level(145, 33, 3, 5, dtype=dtype)
     level[field].view(-1)[40] = value
@@ -307,7 +307,7 @@ def test_hidden_states_far_from_unit_scale(dtype: torch.dtype, scale: float, act
     check(level._replace(down=(level.down.double() * scale).to(dtype)), Call(activation=activation, num_frozen=2))
 
 
-def test_experts_keep_their_digits_where_the_backbone_takes_nearly_everything() -> None:
+def test_experts_are_precise_when_the_backbone_gate_is_near_one() -> None:
     level = plain_level(9, 8, 3, 4, dtype=torch.float32)
     level = level._replace(x=level.x.abs(), router=torch.zeros(4, 8), backbone=torch.zeros(9, 8))
     level.router[0] = 20 / level.x.sum(1).min()

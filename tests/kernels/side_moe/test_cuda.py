@@ -127,7 +127,7 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "schema"), [("side_moe_new", "(Tensor x) -> Tensor"), ("side_moe_gate", "(Tensor[] x) -> Tensor[] gates")]
 )
-def test_a_library_of_other_kernels_is_refused(name: str, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_other_kernels_is_rejected(name: str, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served = cuda_backend.OPERATORS["side_moe"]
     changed = served._replace(launched={**served.launched, name: schema})
     monkeypatch.setitem(cuda_backend.OPERATORS, "side_moe", changed)
@@ -136,7 +136,7 @@ def test_a_library_of_other_kernels_is_refused(name: str, schema: str, monkeypat
         cuda_backend.load()
 
 
-def test_float64_is_refused_by_name() -> None:
+def test_float64_is_rejected_by_name() -> None:
     level = make_level(3, 4, 2, 2, requires_grad=False)
     with use_backend("cuda"), pytest.raises(BackendUnavailable, match="the cuda kernels support"):
         side_moe(*(tensor.to(DEVICE) for tensor in level))

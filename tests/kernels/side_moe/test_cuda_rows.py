@@ -237,7 +237,7 @@ def test_the_order_of_blocks_changes_no_bits(monkeypatch: pytest.MonkeyPatch) ->
     assert all(map(torch.equal, first, again))
 
 
-def test_lists_that_do_not_fit_are_refused() -> None:
+def test_lists_that_do_not_fit_are_rejected() -> None:
     x, router = routed(2, 8, 3, torch.float32)
     with pytest.raises(ValueError, match="x must have an entry for each of 1 to 8 levels, not 9"):
         gates_of(*[(x, router)] * 9)

@@ -107,7 +107,7 @@ def test_one_wrong_number_in_one_draw_fails(calls: Callable[[Kernel], list[Level
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_draw_keeps_the_scale_of_every_input(dtype: torch.dtype) -> None:
+def test_another_draw_has_the_same_scale_of_every_input(dtype: torch.dtype) -> None:
     level = to(far_level(), dtype)._replace(backbone=torch.zeros(100, 24, dtype=dtype))
     assert redrawn(level, 0) is level
     again = redrawn(level, 1)

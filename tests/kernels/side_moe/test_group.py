@@ -51,7 +51,7 @@ def test_no_levels() -> None:
     assert side_moe_group([]) == []
 
 
-def test_takes_an_iterator() -> None:
+def test_accepts_an_iterator() -> None:
     first, second = layers(), layers()
     second[0]["row_weight"] = first[0]["row_weight"]
     for y, want in zip(side_moe_group(iter(first)), side_moe_group(second), strict=True):

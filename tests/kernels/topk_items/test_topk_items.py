@@ -133,7 +133,7 @@ def test_strided_inputs_and_int32_offsets() -> None:
     assert topk_items(queries, items, 5, strided)[1].tolist() == loop(queries, items, 5, (values, offsets))[1]
 
 
-def test_takes_no_part_in_autograd() -> None:
+def test_is_not_differentiable() -> None:
     scores, _ = topk_items(torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True), 2, None)
     assert not scores.requires_grad
 
@@ -153,7 +153,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operator, (queries, items, 12, torch.tensor([1, 2]), torch.tensor([0, 1, 1, 2, 2]), "auto"))
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     queries, items = torch.randn(4, 3), torch.randn(9, 3)
     seen = (torch.tensor([1, 2, 2, 5]), torch.tensor([0, 1, 1, 3, 4]))
     expected = topk_items(queries, items, 12, seen)

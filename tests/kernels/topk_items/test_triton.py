@@ -180,7 +180,7 @@ def test_memory_is_bounded(num_queries: int, num_items: int, k: int, monkeypatch
     assert 1 << 20 < largest <= 130 << 20
 
 
-def test_gives_the_same_bits_twice() -> None:
+def test_is_deterministic() -> None:
     case = TRITON.random_case(20, 100, 48, torch.float32)
     first, second = TRITON.topk(case, 10), TRITON.topk(case, 10)
     assert all(torch.equal(*values) for values in zip(first, second, strict=True))

@@ -64,7 +64,7 @@ def _prepared(place: int, layer: Mapping[str, Any]) -> tuple[tuple[Any, ...], Ut
         if not isinstance(layer, Mapping):
             raise TypeError(f"a level must be a mapping of side_moe's arguments, not {type(layer).__name__}")
         if not _REQUIRED <= layer.keys() <= _SIGNATURE.parameters.keys():
-            _SIGNATURE.bind(**layer)  # raises and names what is wrong
+            _SIGNATURE.bind(**layer)  # raises a TypeError that names the argument
         return op.prepare(**{**_DEFAULTS, **layer}), layer.get("utilization")
 
 
