@@ -27,7 +27,7 @@ PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorde
 # What variants of `bench quality` train on MovieLens.
 LEVERS := growth,condition-none,no-ids,history-last,keep-last,keep-best,linear,condition-standardize,paper
 
-.PHONY: demo test test-all wheel native sanitize bench bench-quality bench-quick lint clean
+.PHONY: demo test test-all docs wheel native sanitize bench bench-quality bench-quick lint clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,12 +46,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/*.py tools/*.py
 
 test: native lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-all: native lint
+test-all: native lint docs
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# The documentation as a site in build/site. Warnings are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 # A source distribution and a CPU wheel in dist/, installed and tried in a fresh environment without a compiler.
 wheel: $(STAMP)

@@ -39,8 +39,8 @@ class FusedMixture(EagerMixture):
 
     def forward(self, x: Tensor, backbone: Tensor) -> Tensor:
         """Mix rows x (N, D) with the backbone's rows (N, D)."""
-        down = torch.stack([expert.weight for expert in self.down])  # (E, R, D)
-        up = torch.stack([expert.weight.T for expert in self.up])  # (E, R, D): a row of `up` per bottleneck unit
+        down = torch.stack(list(self.down.parameters()))  # (E, R, D)
+        up = torch.stack([weight.T for weight in self.up.parameters()])  # (E, R, D): a row of `up` per bottleneck unit
         return side_moe(x, backbone, self.router.weight, down, up)
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from bench.core.benchmark import Absent
-from bench.core.out_of_memory import first_line, is_out_of_memory
+from bench.core.memory import first_line, is_out_of_memory
 
 DEVICES = ("cuda",)
 """The devices that the kernels of these libraries support."""

@@ -25,8 +25,7 @@ from bench.core.benchmark import (
     forward_backward,
     gradients,
 )
-from bench.core.memory import count_saved, measure_peak
-from bench.core.out_of_memory import first_line, is_out_of_memory, release, try_run
+from bench.core.memory import count_saved, first_line, is_out_of_memory, measure_peak, release, try_run
 from bench.core.results import Role, Row
 from xsmoe_kernels.runtime import dispatch
 

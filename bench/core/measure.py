@@ -8,7 +8,7 @@ import torch
 from bench.core import bound
 from bench.core.benchmark import Benchmark, Implementation, InputSets, Variant, dtype_name, gradients
 from bench.core.correctness import Checked, Truth, check, skipped
-from bench.core.out_of_memory import OutOfMemory, named, release, try_run
+from bench.core.memory import OutOfMemory, named, release, try_run
 from bench.core.results import Case, Row, Timing
 from bench.core.timing import Samples, Say, Stopwatch, Task, flusher, interleave, quantiles, ratios
 

@@ -1,12 +1,21 @@
-"""Saved activations and peak memory of a step."""
+"""Saved activations, peak memory, and out-of-memory handling.
 
+What does not fit into memory is skipped, and the rest continues.
+"""
+
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from xsmoe.out_of_memory import is_out_of_memory
+
+T = TypeVar("T")
+Task = Callable[[int], tuple[float, ...]]
 
 # The profiler reads it at its first start. Without it, every start and stop is logged.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -96,3 +105,50 @@ def _cuda_growth(call: Callable[[], object], device: torch.device) -> int:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+class OutOfMemory(RuntimeError):
+    """A task ran out of memory; `name` is the task's, and `reason` the first line of torch's message."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name, self.reason = name, reason
+
+
+def named(name: str, task: Task) -> Task:
+    """Return a task that raises `OutOfMemory` with its name if it runs out of memory."""
+
+    def run(turn: int) -> tuple[float, ...]:
+        try:
+            return task(turn)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(name, first_line(error)) from error
+
+    return run
+
+
+def try_run(run: Callable[[], T], device: torch.device) -> tuple[T | None, str]:
+    """Return the result of a function, or None and the reason if it runs out of memory."""
+    try:
+        return run(), ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    # The traceback of the error held tensors, so memory can be released only after the except block.
+    release(device)
+    return None, reason
+
+
+def release(device: torch.device) -> None:
+    """Return unreferenced memory to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bench.core.baselines import load_library, try_library
 from bench.core.benchmark import Absent, Benchmark, Implementation, Product, Tensors, Variant, Work
 from bench.core.cuda_graphs import with_graph
-from bench.core.out_of_memory import is_out_of_memory
+from bench.core.memory import is_out_of_memory
 from bench.core.results import Role
 from xsmoe_kernels import grouped_mm, use_backend
 

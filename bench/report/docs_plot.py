@@ -53,7 +53,7 @@ def write() -> None:
     found = data()
     svg = io.StringIO()
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9, 0.62 * len(found) + 1.1), layout="constrained")
+        figure = Figure(figsize=(9, 0.5 * len(found) + 1.0), layout="constrained")
         FigureCanvasSVG(figure)
         panel = figure.subplots()
         height = 0.26

@@ -2,16 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.core.machine import ROOT
 from bench.core.results import Case, Role, Row, Run, load, load_folder
 from bench.core.timing import Quantiles
 from bench.report import slowdowns
-from bench.report.comparison import FEW_ROUNDS, baseline_role, fastest, speedup
+from bench.report.comparison import FEW_ROUNDS, fastest, speedup
 from bench.report.tables import markdown_table, mib, ms, percent
 
 RESULTS = ROOT / "bench" / "results"
@@ -131,6 +129,7 @@ def kernel_table(arguments: str) -> str:
         for title, value in (
             ("saved MiB", lambda row: mib(row.saved_bytes)),
             ("peak MiB", lambda row: mib(row.peak_bytes)),
+            ("returned MiB", lambda row: mib(row.returned_bytes)),
         )
         if any(value(row) for row in rows)
     ]

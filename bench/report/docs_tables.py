@@ -1,8 +1,8 @@
 """Generated parts of README.md and docs: `python -m bench.report.docs_tables --write` renews them.
 
-A part is between `<!-- KIND: ARGUMENTS -->` and `<!-- end -->`. `TABLES` maps each kind to the function that renders it.
-Every part is a function of committed files only, so that all machines render the same text. `--check` fails if a page or
-the plot of README.md is stale.
+A part is between `<!-- KIND: ARGUMENTS -->` and `<!-- end -->`. `TABLES` maps each kind to the function that renders
+it. Every part is a function of committed files only, so that all machines render the same text. `--check` fails if a
+page or the plot of README.md is stale.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def renewed(page: str, *, root: bool = False) -> str:
             raise ValueError(f"no generated part is of kind {kind!r}; the kinds are {', '.join(TABLES)}")
         text = TABLES[kind](arguments)
         text = text.replace("](../", "](") if root else text
-        return f"<!-- {kind}: {arguments} -->\n{text}\n<!-- end -->"
+        return f"<!-- {kind}: {arguments} -->\n\n{text}\n\n<!-- end -->"
 
     parts = [part for part in TABLE.finditer(page) if not START.search(part["text"])]
     if len(parts) != len(START.findall(page)):

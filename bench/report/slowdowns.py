@@ -1,7 +1,7 @@
 """Slowdowns in bench/results: `python -m bench.report.slowdowns` lists them.
 
 A slowdown is a pass in which one of our rows is slower than a baseline. `bench.report.docs_tables` writes the list into
-docs/kernels.md.
+docs/results.md.
 """
 
 import argparse

@@ -66,11 +66,12 @@ def table(subject: str) -> str:
         raise ValueError(f"the support matrix is of operators, not of {subject!r}")
     head = ["operator", "pass", *(column.title for column in columns()), "PyTorch reference"]
     body = []
+    times = measured()
     for name in operator_names():
         backward = name + BACKWARD in dispatch.operators()
-        passes = {"forward": _cells(name, "forward")}
+        passes = {"forward": _cells(name, "forward", times)}
         if backward:
-            passes["backward"] = _cells(name, "backward")
+            passes["backward"] = _cells(name, "backward", times)
         if backward and passes["forward"] == passes["backward"]:
             passes = {"forward, backward": passes["forward"]}
         dtypes = ", ".join(SHORT[dtype] for dtype in REFERENCE_DTYPES)
@@ -102,8 +103,7 @@ def measured() -> set[tuple[str, str, str, str, str]]:
     return found
 
 
-def _cells(name: str, one_pass: str) -> list[str]:
-    times = measured()
+def _cells(name: str, one_pass: str, times: set[tuple[str, str, str, str, str]]) -> list[str]:
     found = []
     for column in columns():
         operator = name + BACKWARD if one_pass == "backward" else name

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(threads, blocks_each) count_kernel(Call call) 
     const int query = warp() / 2 * 4 + lane() / 8, item = warp() % 2 * 8 + lane() % 8, kept = lane() % 8;
     const int64_t row_blocks = parts_of(call.num_queries, rows), slice = blockIdx.x / row_blocks;
     const int64_t first_query = blockIdx.x % row_blocks * rows;
-    const int queries_there = static_cast<int>(least<int64_t>(rows, call.num_queries - first_query));
+    const int queries_there = static_cast<int>(minimum<int64_t>(rows, call.num_queries - first_query));
     const int begin = static_cast<int>(slice * call.plan.slice_tiles * tile_items);
     const int end = static_cast<int>(minimum(begin + call.plan.slice_tiles * tile_items, call.num_items));
 
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(threads, blocks_each) count_kernel(Call call) 
     const auto begin_next = [&](int stage) {
         if (next_item < end && next_place < dim) {
             float4* to = shared + stage * stage_chunks<queries_each>;
-            const int numbers = static_cast<int>(least<int64_t>(step, dim - next_place));
+            const int numbers = static_cast<int>(minimum<int64_t>(step, dim - next_place));
             const float* queries = call.queries.data + first_query * call.queries.stride + next_place;
             const float* items = call.items.data + next_item * call.items.stride + next_place;
             begin_rows<rows, aligned>(to, queries, call.queries.stride, queries_there, numbers, thread);

@@ -93,7 +93,7 @@ def test_a_part_that_fails_stops_no_other(
     assert "RuntimeError: no such thing" in capsys.readouterr().err
 
 
-def test_the_summary_has_what_was_measured_before_an_interruption(
+def test_the_summary_has_the_results_before_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = kernels.measure
@@ -156,7 +156,7 @@ def test_the_arguments_of_the_parts_are_valid(part: Part, quick: bool, dtype: st
         assert stream.settings_of(options).dtype == dtype
 
 
-def test_a_summary_names_what_is_missing_and_what_is_slower() -> None:
+def test_a_summary_lists_missing_and_slower_rows() -> None:
     found = run(
         case(
             row("naive", 40 << 20, both=timing(4e-3)),
@@ -208,7 +208,7 @@ def test_a_summary_marks_variants_of_an_easier_problem() -> None:
     assert "\n* liger, ours-plain: solves another problem: the same without x; compared with each other only\n" in text
 
 
-def test_a_summary_of_nothing_says_so() -> None:
+def test_a_summary_without_results() -> None:
     text = summary.report([], [], ["- a part"])
     assert "Nothing was measured." in text
     assert text.count("\n\nnone\n") == 2

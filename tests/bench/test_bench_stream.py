@@ -21,7 +21,7 @@ from bench.e2e.stream.runs import OurRun, PaperRun
 from bench.e2e.stream.settings import POOLINGS, Settings
 from bench.e2e.stream.windows import StreamBenchmark
 from bench.paper.parameter_names import paper_levels
-from tests.stand_ins import Cannot, StandIn
+from tests.fakes import FailingCapture, FakeCapture
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.cuda import graph_steps
 
@@ -59,7 +59,7 @@ def test_without_dropout_both_train_and_rank_alike(pooling: str, monkeypatch: py
 
 
 def test_graphs_have_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_steps, "CudaCapture", StandIn)
+    monkeypatch.setattr(graph_steps, "CudaCapture", FakeCapture)
     settings = replace(TINY, windows=2, top_k=1, graph=True)
     found = list(StreamBenchmark(settings, generate_stream(settings)).windows())
     for window in found:
@@ -72,7 +72,7 @@ def test_graphs_have_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_cannot_be_captured_is_refused_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_steps, "CudaCapture", Cannot)
+    monkeypatch.setattr(graph_steps, "CudaCapture", FailingCapture)
     settings = replace(TINY, windows=2, graph=True)
     (window,) = StreamBenchmark(settings, generate_stream(settings)).windows()
     assert "operation not permitted" in (window.runs["ours"].refused or "")

@@ -26,7 +26,7 @@ def test_backward_counts_rows_only_where_they_need_a_gradient() -> None:
 
 
 def test_two_levels_need_sixty_milliseconds_at_the_usual_size(cpu: torch.device) -> None:
-    """docs/architecture.md: about 60 ms in float32 at 350 GFLOP/s."""
+    """About 60 ms in float32 at 350 GFLOP/s."""
     work = bound.total(SideMoE({"N": N, "E": E, "D": D, "R": R}, torch.float32, cpu).work())
     assert bound.seconds(work, bound.Rates(350e9, 20e9)) == pytest.approx(0.060, abs=0.002)
 

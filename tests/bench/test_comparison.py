@@ -1,4 +1,4 @@
-"""Baselines of a row, the fastest of them, slowdowns, and their list in docs/kernels.md."""
+"""Baselines of a row, the fastest of them, slowdowns, and their list in docs/results.md."""
 
 import json
 from dataclasses import asdict, replace

@@ -152,7 +152,7 @@ def test_a_part_that_fails_is_shown_and_run_again(suite: Suite) -> None:
     assert not (suite.state / "test_routing.failed").exists()
 
 
-def test_a_part_that_takes_too_long_is_stopped(suite: Suite) -> None:
+def test_a_part_that_exceeds_its_time_is_stopped(suite: Suite) -> None:
     ended = suite.run("build", str(suite.results), SLOW="build_ext", GPU_SUITE_PART_SECONDS="1")
     assert ended.returncode == 1
     assert "build: FAILED (stopped after 1 s)" in ended.stdout
@@ -267,20 +267,20 @@ def test_usage_errors_print_the_usage(suite: Suite, arguments: list[str]) -> Non
 
 
 def selects(expression: str, name: str) -> bool:
-    """What pytest's -k makes of a name."""
+    """Return whether an expression of -k selects a name."""
     return bool(eval(re.sub(r"\w+", lambda word: word[0] if word[0] in WORDS else str(word[0] in name), expression)))
 
 
 def test_every_test_of_kernels_for_gpus_is_in_one_part(suite: Suite) -> None:
     suite.run("test", str(suite.results))
     asked = Counter(word for call in suite.called() for word in call.split() if word.endswith(".py"))
-    offline = {"test_triton_budget.py", "test_triton_compiles_once.py", "test_cuda_build.py"}
     kernels = ROOT / "tests/kernels"
     expected = {
         str(path.relative_to(ROOT))
         for kind in ("triton", "cuda", "gpu", "xformers")
         for path in kernels.glob(f"*/test_{kind}*.py")
-        if path.name not in offline
+        # Those of backends compile for a GPU that need not be present, or use Triton's interpreter: `make test`.
+        if path.parent.name != "backends" or path.name == "test_cuda_emulation.py"
     }
     assert len(expected) > 10
     assert asked == dict.fromkeys(expected, 1)

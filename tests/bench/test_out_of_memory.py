@@ -1,4 +1,4 @@
-"""A built that runs out of memory is skipped, and the others are measured."""
+"""A variant that runs out of memory is skipped, and the others are measured."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from bench.__main__ import main
 from bench.core import bound, correctness, measure, results
 from bench.core.benchmark import Implementation, Tensors
-from bench.core.out_of_memory import is_out_of_memory
+from bench.core.memory import is_out_of_memory
 from bench.core.results import Row
 from bench.e2e.memory.resident import NotMeasurable, Point, resident_growth
 from bench.ops.side_moe import SideMoE

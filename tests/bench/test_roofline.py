@@ -126,7 +126,7 @@ def test_without_files_the_machine_is_measured(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_a_line_says_so(
+def test_without_matplotlib_there_is_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
@@ -155,6 +155,6 @@ def test_files_without_products_show_nothing(tmp_path: Path, capsys: pytest.Capt
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch finds no CUDA device here")]),
     ],
 )
-def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["roofline", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -14,7 +14,7 @@ from bench.core.measure import measure
 from bench.e2e import non_differentiable
 from bench.e2e.step import STEPS, training_step
 from bench.e2e.step.training_step import TrainingStep
-from tests.stand_ins import Cannot, StandIn
+from tests.fakes import FailingCapture, FakeCapture
 from xsmoe.nn import Recommender
 from xsmoe.stream.cuda import graph_steps
 from xsmoe_kernels import Utilization
@@ -73,7 +73,7 @@ def test_plain_has_our_optimizer_and_the_papers_step_has_torchs_default() -> Non
 
 
 def test_a_captured_step_passes_the_check_and_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_steps, "CudaCapture", StandIn)
+    monkeypatch.setattr(graph_steps, "CudaCapture", FakeCapture)
     monkeypatch.setattr(TrainingStep, "dropout", 0.0)
     benchmark = tiny("mean")
     row = checked(benchmark, "ours", benchmark._ours_captured).row
@@ -88,7 +88,7 @@ def test_a_captured_step_passes_the_check_and_trains_alike(monkeypatch: pytest.M
 
 
 def test_a_step_that_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_steps, "CudaCapture", Cannot)
+    monkeypatch.setattr(graph_steps, "CudaCapture", FailingCapture)
     benchmark = tiny("mean")
     row = checked(benchmark, "ours", benchmark._ours_captured).row
     assert row.status == "refused"
@@ -175,7 +175,7 @@ def test_a_step_without_counters_is_compared_in_everything_else(monkeypatch: pyt
 def test_a_step_with_ids_is_compared_in_everything_else_and_trains_them(
     graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_steps, "CudaCapture", StandIn)
+    monkeypatch.setattr(graph_steps, "CudaCapture", FakeCapture)
     monkeypatch.setattr(TrainingStep, "id_rows", 60)
     if graphs:
         monkeypatch.setattr(TrainingStep, "_ours_default", TrainingStep._ours_captured)

@@ -1,4 +1,4 @@
-"""What xsmoe.data may import: NumPy, Arrow, Pillow, the standard library and itself. No torch."""
+"""Test of the layers: the packages that xsmoe.data may import."""
 
 import ast
 import sys

@@ -21,7 +21,7 @@ K_CORE, THRESHOLD = 3, 0.45
 
 
 def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to 1e-5 relative, as norms."""
+    """Assert that the norm of the difference is below 1e-5 of the norm."""
     assert mine.shape == theirs.shape
     assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
@@ -149,7 +149,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
             assert ours == {level: expert for level, expert in enumerate(levels) if expert is not None}
             twin.compared["pruned"] += len(ours)
         twin.items.expand(
-            {name: [bank.router[-1].detach() for bank in side.levels()] for name, side in items.ladders().items()}
+            {name: [bank.router[-1].detach() for bank in side.levels()] for name, side in items.side_networks().items()}
         )
         for modality, level, bank in items.banks():
             experts = twin.items.sides[modality].moes[level].experts
@@ -177,7 +177,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     return twin, run
 
 
-def test_every_step_prune_and_expansion_is_the_published_one(twin: tuple[Twin, StreamingTrainer]) -> None:
+def test_every_step_prune_and_expansion_equals_the_published_code(twin: tuple[Twin, StreamingTrainer]) -> None:
     naive, run = twin
     lines = run.fit()
     steps = sum(line["steps"] for line in lines if line["kind"] == "epoch")

@@ -1,4 +1,4 @@
-"""Logs of interactions, the items they are about, the windows of a stream and the sequences within them."""
+"""Interaction logs, their items, the windows of a stream, and the sequences within a window."""
 
 from xsmoe.extras import extra
 

@@ -1,6 +1,6 @@
 """Frozen pretrained encoders, and the store of their hidden states.
 
-Importing this package does not import transformers: only building an encoder does.
+Importing this package does not import transformers. Constructing an encoder does.
 """
 
 from xsmoe.extras import extra

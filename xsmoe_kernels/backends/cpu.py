@@ -1,8 +1,8 @@
-"""The native kernels for CPUs: loads their library, registers what it holds, and knows why it is not there.
+"""CPU backend ("native"): load the library of C++ kernels and register them, or the reason why there are none.
 
     XSMOE_NATIVE_LIBRARY    the library to load instead of the package's own, for example one built with sanitizers
-    XSMOE_CPU_TIER          the instructions to use, instead of the best that the processor has: baseline, avx2, avx512,
-                            avx512_bf16 or amx
+    XSMOE_CPU_TIER          the instruction set to use, instead of the best one that the processor supports: baseline,
+                            avx2, avx512, avx512_bf16 or amx
 
 Both are read when xsmoe_kernels is imported.
 """
@@ -21,27 +21,28 @@ FAILURE = "_build_failure.txt"
 DTYPES = (torch.float32, torch.bfloat16)
 
 library: Path | None = None
-"""The library that is loaded, if one is."""
+"""The loaded library, or None."""
 
 
 def load() -> None:
-    """Loads the library, and registers its kernels with `dispatch` for the operators that are defined by now.
+    """Load the library and register its kernels with `dispatch` for the operators that are defined by now.
 
     Raises:
-        ImportError: the library is there, but this torch or this version of xsmoe_kernels cannot use it; or
-            `XSMOE_NATIVE_LIBRARY` names no file, or `XSMOE_CPU_TIER` no tier that can run.
+        ImportError: the library exists, but this torch or this version of xsmoe_kernels cannot use it; or
+            `XSMOE_NATIVE_LIBRARY` is not a file; or the processor does not support the instruction set that
+            `XSMOE_CPU_TIER` names.
     """
     global library
-    path = shared_library.named("XSMOE_NATIVE_LIBRARY") or shared_library.FOLDER / LIBRARY
+    path = shared_library.path_from("XSMOE_NATIVE_LIBRARY") or shared_library.FOLDER / LIBRARY
     if not path.exists():
-        dispatch.declare_absent("native", _absence())
+        dispatch.set_unavailable("native", _missing_reason())
         return
     try:
         torch.ops.load_library(str(path))
         cpu_tier = torch.ops.xsmoe_native.cpu_tier
         _ = torch.ops.xsmoe_native.supported_tiers, torch.ops.xsmoe_native.cpu_features  # older libraries have neither
     except (OSError, AttributeError) as error:
-        raise _unusable(path, f"cannot be loaded: {error.__cause__ or error}") from error
+        raise _load_error(path, f"cannot be loaded: {error.__cause__ or error}") from error
     try:
         cpu_tier()
     except RuntimeError as error:
@@ -50,13 +51,15 @@ def load() -> None:
         if hasattr(torch.ops.xsmoe_native, operator):
             kernel = getattr(torch.ops.xsmoe_native, operator).default
             if not shared_library.matches(kernel, getattr(torch.ops.xsmoe, operator).default):
-                raise _unusable(path, f"belongs to another version of xsmoe_kernels, by its arguments of {operator}")
+                raise _load_error(
+                    path, f"belongs to another version of xsmoe_kernels: its arguments of {operator} are different"
+                )
             dispatch.register(operator, "native", kernel, devices=("cpu",), dtypes=DTYPES)
     library = path
 
 
 def describe() -> dict[str, Any]:
-    """What is loaded, how it was built and what the processor has; or why nothing is loaded. JSON can hold it.
+    """Return what is loaded, how it was built and what the processor supports, or why nothing is loaded; JSON values.
 
     Returns:
         "library", its file; "tier", the instructions in use, and "tiers", all that run here; "compiled", for each
@@ -65,7 +68,7 @@ def describe() -> dict[str, Any]:
         is None if that file is missing. Without a library: "unavailable", why.
     """
     if library is None:
-        return {"unavailable": _absence()}
+        return {"unavailable": _missing_reason()}
     built = _built(library)
     return {
         "library": str(library),
@@ -80,13 +83,13 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _absence() -> str:
-    """Why there is no library."""
-    return shared_library.absence("the native kernels", FAILURE)
+def _missing_reason() -> str:
+    """Return why there is no library."""
+    return shared_library.missing_reason("the native kernels", FAILURE)
 
 
-def _unusable(path: Path, problem: str) -> ImportError:
-    return shared_library.unusable(path, problem, _built(path).get("torch"))
+def _load_error(path: Path, problem: str) -> ImportError:
+    return shared_library.load_error(path, problem, _built(path).get("torch"))
 
 
 def _built(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The Triton kernels for GPUs: registers them, without importing Triton, and knows why there are none.
+"""Triton backend for GPUs: register the kernels without importing Triton, or the reason why there are none.
 
-TRITON_INTERPRET=1    Triton's own setting, read when xsmoe_kernels is imported: kernels run in its interpreter, on
-                      CPU tensors too, where `use_backend("triton")` asks for them; slow, for tests
+TRITON_INTERPRET=1    Triton's own setting, read when xsmoe_kernels is imported: kernels run in Triton's interpreter, on
+                      CPU tensors too, if `use_backend("triton")` selects them. It is slow and meant for tests.
 """
 
 import functools
@@ -34,45 +34,45 @@ LAUNCHERS = {
     "side_moe_group_backward": "ops.side_moe.triton.backward:group_backward",
     "topk_items": "ops.topk_items.triton_launchers:forward",
 }
-"""For each operator the function that launches its kernels, by module and name."""
+"""The function that launches an operator's kernels, as "module:name"."""
 RANKING = ("rank_of_target", "topk_items")
-"""The operators whose second argument is the items that are scored."""
+"""The operators whose second argument is the scored items."""
 
 
 def load() -> None:
-    """Registers the kernels with `dispatch`, or the reason why there are none."""
-    if reason := _absence():
-        dispatch.declare_absent("triton", reason)
+    """Register the kernels with `dispatch`, or the reason why there are none."""
+    if reason := _missing_reason():
+        dispatch.set_unavailable("triton", reason)
         return
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
     for operator, launcher in LAUNCHERS.items():
-        refuses = functools.partial(_refuses, REFUSES.get(operator))
-        kernel = dispatch.when_needed(launcher)
-        dispatch.register(operator, "triton", kernel, devices=devices, dtypes=DTYPES, refuses=refuses)
+        rejects = functools.partial(_rejects, REJECTS.get(operator))
+        kernel = dispatch.lazy_import(launcher)
+        dispatch.register(operator, "triton", kernel, devices=devices, dtypes=DTYPES, rejects=rejects)
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter was asked for."""
+    """Return whether Triton's interpreter is requested."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def _refuses_ranking(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+def _rejects_ranking(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
     return item_scores.too_many_items(arguments[1], "triton") if arguments else None
 
 
-REFUSES: dict[str, dispatch.Refuses] = {
-    **dict.fromkeys(RANKING, _refuses_ranking),
-    "route_topk": route_limits.refuses_forward,
-    "route_topk_backward": route_limits.refuses_backward,
+REJECTS: dict[str, dispatch.Rejects] = {
+    **dict.fromkeys(RANKING, _rejects_ranking),
+    "route_topk": route_limits.rejects_forward,
+    "route_topk_backward": route_limits.rejects_backward,
 }
-"""What some operators' kernels refuse beyond what all do."""
+"""Further limits of some operators' kernels."""
 
 
-def _refuses(others: dispatch.Refuses | None, device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+def _rejects(others: dispatch.Rejects | None, device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
     return tuning.too_old(device) or (others(device, dtype, *arguments) if others else None)
 
 
-def _absence() -> str | None:
+def _missing_reason() -> str | None:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""xformers' attention for NVIDIA GPUs: registers it without importing xformers, and knows why it cannot serve."""
+"""xformers' attention for NVIDIA GPUs: register it without importing xformers, or the reason why it is unavailable."""
 
 import importlib.metadata
 import re
@@ -13,24 +13,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load() -> None:
-    """Registers the kernels with `dispatch`, or the reason why there are none."""
-    reason = _absence()
+    """Register the kernels with `dispatch`, or the reason why there are none."""
+    reason = _missing_reason()
     for name in ("forward", "backward"):
         operator = "packed_attention" + ("_backward" if name == "backward" else "")
         if reason is not None:
-            dispatch.declare_absent("cuda", reason, operator)
+            dispatch.set_unavailable("cuda", reason, operator)
             continue
         dispatch.register(
             operator,
             "cuda",
-            dispatch.when_needed(f"{MODULE}:{name}"),
+            dispatch.lazy_import(f"{MODULE}:{name}"),
             devices=("cuda",),
             dtypes=DTYPES,
-            refuses=dispatch.when_needed(f"{MODULE}:refuses_{name}"),
+            rejects=dispatch.lazy_import(f"{MODULE}:rejects_{name}"),
         )
 
 
-def _absence() -> str | None:
+def _missing_reason() -> str | None:
     if torch.version.cuda is None:
         return "torch was built without CUDA"
     try:

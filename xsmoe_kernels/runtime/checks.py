@@ -1,10 +1,10 @@
-"""Argument checks of the public functions: one voice for every operator.
+"""Argument checks of the public functions.
 
-A public function checks, in eager mode only, what its operator's schema cannot say and what the function itself builds
-on: types and numbers of dimensions. All else is checked by the operator before its kernel, in compiled code too.
+A public function checks, in eager mode only, the types and numbers of dimensions that it relies on and that its
+operator's schema cannot express. The operator checks everything else before its kernel, in compiled code too.
 
-`in_range` and `ragged` read values of tensors; all others look at types, dtypes, shapes and devices, and never
-synchronise a GPU.
+`in_range` and `ragged` read values of tensors. All other checks read types, dtypes, shapes and devices, and never
+synchronize with a GPU.
 """
 
 import operator
@@ -18,17 +18,17 @@ INDEX = (torch.int64, torch.int32)
 
 
 def tensor(name: str, value: object, *shape: int | str) -> torch.Tensor:
-    """`value` if it is a Tensor of the given shape, where a string stands for any size.
+    """Return `value` if it is a Tensor of the given shape, where a string means any size.
 
     Raises:
         TypeError: not a Tensor.
-        ValueError: another rank or size; the message shows the shape that was expected.
+        ValueError: another rank or size; the message contains the expected shape.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a Tensor of shape {_format(shape)}, not {type(value).__name__}")
     right = value.dim() == len(shape)
     if right:
-        # Runs dozens of times in a step: a loop costs half of what a generator does.
+        # Runs dozens of times in a step, and a loop costs half as much as a generator.
         for want, have in zip(shape, value.shape, strict=True):
             if not isinstance(want, str) and have != want:
                 right = False
@@ -39,7 +39,7 @@ def tensor(name: str, value: object, *shape: int | str) -> torch.Tensor:
 
 
 def floating(name: str, value: object, *shape: int | str) -> torch.Tensor:
-    """`tensor`, of a floating dtype that the kernels take."""
+    """Check `tensor`, and that the dtype is floating and supported by the kernels."""
     checked = tensor(name, value, *shape)
     if checked.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {checked.dtype}")
@@ -49,7 +49,7 @@ def floating(name: str, value: object, *shape: int | str) -> torch.Tensor:
 def index(
     name: str, value: object, *shape: int | str, dtypes: tuple[torch.dtype, ...] = (torch.int64,)
 ) -> torch.Tensor:
-    """`tensor`, of an integer dtype that may index."""
+    """Check `tensor`, and that the dtype is one of the integer dtypes for indices."""
     checked = tensor(name, value, *shape)
     if checked.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -58,7 +58,7 @@ def index(
 
 
 def together(tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Raises ValueError unless all tensors, by name, lie on the device of the first one; None is passed over."""
+    """Raise ValueError unless all tensors, by name, are on the device of the first one; None is ignored."""
     first, *others = tensors
     anchor = tensors[first]
     assert anchor is not None
@@ -69,7 +69,7 @@ def together(tensors: Mapping[str, torch.Tensor | None]) -> None:
 
 
 def same_dtype(tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Raises TypeError unless all tensors, by name, have the dtype of the first one; None is passed over."""
+    """Raise TypeError unless all tensors, by name, have the dtype of the first one; None is ignored."""
     first, *others = tensors
     anchor = tensors[first]
     assert anchor is not None
@@ -80,9 +80,9 @@ def same_dtype(tensors: Mapping[str, torch.Tensor | None]) -> None:
 
 
 def integer(name: str, value: object, low: int | None = None, high: int | None = None, *, bound: str = "") -> int:
-    """`value` as an int, from `low` to `high`; None is no limit, `bound` says what `high` is.
+    """Return `value` as an int from `low` to `high`; None is no limit, and `bound` describes `high`.
 
-    NumPy's integers will do; a bool will not, and no Tensor, because to read it may make the host wait for a GPU.
+    NumPy's integers are accepted. A bool is not, nor is a Tensor, because reading it may synchronize with a GPU.
 
     Raises:
         TypeError: not an integer.
@@ -101,22 +101,22 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
 
 
 def flag(name: str, value: object) -> bool:
-    """`value` if it is a bool; raises TypeError otherwise."""
+    """Return `value` if it is a bool; raise TypeError otherwise."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
     return value
 
 
 def values_visible(value: torch.Tensor) -> bool:
-    """Whether checks may read values of this tensor: free on a CPU, a synchronisation elsewhere (XSMOE_DEBUG=1).
+    """Return whether checks may read values of this tensor: on a CPU, and elsewhere with XSMOE_DEBUG=1.
 
-    On the meta device there are none.
+    Reading costs a synchronization on other devices. Tensors on the meta device have no values.
     """
     return value.device.type == "cpu" or (value.device.type != "meta" and os.environ.get("XSMOE_DEBUG") == "1")
 
 
 def in_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
-    """Raises ValueError unless low <= value < high everywhere. Reads values: call it behind `values_visible`."""
+    """Raise ValueError unless low <= value < high everywhere. Reads values: call it only if `values_visible`."""
     if value.numel() == 0:
         return
     least, most = (int(v) for v in torch.aminmax(value))
@@ -125,7 +125,7 @@ def in_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
 
 
 def ragged(name: str, offsets: torch.Tensor, total: int) -> None:
-    """Raises ValueError unless offsets ascend within [0, total]. Reads values: call it behind `values_visible`."""
+    """Raise ValueError unless offsets ascend within [0, total]. Reads values: call it only if `values_visible`."""
     in_range(name, offsets, 0, total + 1)
     if bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError(f"{name} must ascend, but some entry is smaller than the one before it")

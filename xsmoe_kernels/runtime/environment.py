@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, and which backend serves which operator."""
+"""Report versions, devices, and the backend of each operator."""
 
 import importlib.metadata
 import os
@@ -11,25 +11,25 @@ from xsmoe_kernels.backends import cpu as cpu_backend
 from xsmoe_kernels.backends import cuda as cuda_backend
 from xsmoe_kernels.runtime import dispatch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices and backends, as a dict that JSON can hold; what to attach to a report of a problem.
+    """Return versions, devices and backends as a dict that JSON can represent. Attach it to problem reports.
 
     Returns:
-        "versions": of xsmoe_kernels, python, torch and the CUDA it was built for, triton and xformers; None where
-            absent. Triton is not imported, and xformers only to ask what it serves on a CUDA device that is there.
-        "devices": "cpu" (architecture, vector instructions torch uses, threads) and "cuda" (for each GPU its name,
+        "versions": of xsmoe_kernels, python, torch and the CUDA it was built for, triton and xformers; None for what is
+            not installed. Triton is not imported, and xformers only to ask what it supports on an existing CUDA device.
+        "devices": "cpu" (architecture, vector instructions that torch uses, threads) and "cuda" (for each GPU its name,
             compute capability and bytes of memory).
-        "native": what `cpu_backend.describe` returns: "tier", the instructions in use, "tiers", all
-            that run here, "compiler", "flags", "torch" and more of the build; or "unavailable", why there are none.
-        "cuda_kernels": what `cuda_backend.describe` tells of the CUDA kernels: "architectures", "compiler", "torch" and
-            more of the build; or "unavailable", why there are none.
-        "requested": what `use_backend` asks for, else "auto".
-        "operators": for each operator, backward ones included, and each type of device: "backend", the one that serves
-            float32 under "auto"; "unavailable", the reason why each other one that cannot serve does not; "by_name",
-            why each that could serves only where `use_backend` names it.
+        "native": the result of `cpu_backend.describe`: "tier", the instruction set in use, "tiers", all that run here,
+            "compiler", "flags", "torch" and more about the build; or "unavailable", why there are no kernels.
+        "cuda_kernels": the result of `cuda_backend.describe`: "architectures", "compiler", "torch" and more about the
+            build; or "unavailable", why there are no kernels.
+        "requested": the backend that `use_backend` requests, else "auto".
+        "operators": for each operator, backward ones included, and each device type: "backend", the one that runs
+            float32 under "auto"; "unavailable", for each backend that cannot run it the reason; "by_name", for each
+            backend that only `use_backend` selects the reason.
     """
     return {
         "versions": {
@@ -45,7 +45,7 @@ def info() -> dict[str, Any]:
         "cuda_kernels": cuda_backend.describe(),
         "requested": dispatch.requested(),
         "operators": {
-            operator: {device: _service(operator, device) for device in dispatch.PREFERENCE}
+            operator: {device: _backends_of(operator, device) for device in dispatch.PREFERENCE}
             for operator in dispatch.operators()
         },
     }
@@ -76,16 +76,18 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _service(operator: str, device: str) -> dict[str, Any]:
-    if device == "cuda" and (absent := dispatch.no_gpu()) is not None:
+def _backends_of(operator: str, device: str) -> dict[str, Any]:
+    if device == "cuda" and (absent := dispatch.no_gpu_reason()) is not None:
         return {"backend": None, "unavailable": dict.fromkeys(dispatch.BACKENDS, absent), "by_name": {}}
-    reasons = {backend: dispatch.unavailable(operator, backend, device, torch.float32) for backend in dispatch.BACKENDS}
+    reasons = {
+        backend: dispatch.unavailable_reason(operator, backend, device, torch.float32) for backend in dispatch.BACKENDS
+    }
     return {
         "backend": dispatch.select(operator, "auto", torch.device(device), torch.float32),
         "unavailable": {backend: reason for backend, reason in reasons.items() if reason is not None},
         "by_name": {
             backend: why
             for backend, reason in reasons.items()
-            if reason is None and (why := dispatch.by_name_only(operator, backend)) is not None
+            if reason is None and (why := dispatch.explicit_only(operator, backend)) is not None
         },
     }

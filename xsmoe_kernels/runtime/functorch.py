@@ -1,7 +1,6 @@
-"""Operators under torch.func: `vmap` runs them element by element, `grad`, `vjp` and `jacrev` differentiate them once.
+"""Support for torch.func: `vmap` runs operators element by element; `grad`, `vjp`, `jacrev` differentiate them once.
 
-Forward mode is refused, in plain eager code and in compiled code too: what torch makes of an operator without a formula
-for it is a tangent of zeros.
+Forward mode raises, in eager and in compiled code: without a formula, torch would return tangents of zeros.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +13,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 
-def refuse_forward_mode(operator: str) -> Any:
-    """Raises what is said where an operator's input carries a tangent."""
+def reject_forward_mode(operator: str) -> Any:
+    """Raise NotImplementedError for an operator whose input has a tangent."""
     raise NotImplementedError(
         f"{operator}: forward-mode differentiation is not supported (torch.func.jvp, jacfwd, linearize and hessian, "
         "torch.autograd.forward_ad); use reverse mode: backward, or torch.func.grad, vjp or jacrev"
@@ -28,7 +27,7 @@ def function(
     setup_context: Callable[..., None] | None,
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """An operator for code that torch.func transforms; without `setup_context` nothing is saved for `backward`."""
+    """Return an operator that torch.func can transform; without `setup_context` nothing is saved for `backward`."""
 
     class Transformed(torch.autograd.Function):
         @staticmethod
@@ -54,13 +53,13 @@ def function(
 
         @staticmethod
         def jvp(*_: Any) -> Any:
-            return refuse_forward_mode(name)
+            return reject_forward_mode(name)
 
     Transformed.setup_context = staticmethod(setup_context or _save_nothing)  # type: ignore[method-assign]
     Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
 
     def run(*inputs: Any) -> Any:
-        # torch.func.functionalize knows operators only.
+        # torch.func.functionalize supports operators only.
         stack = torch._C._functorch.get_interpreter_stack()
         if any(interpreter.key() == TransformType.Functionalize for interpreter in stack):
             return operator(*inputs)
@@ -70,34 +69,34 @@ def function(
 
 
 class Registrations(torch.library.Library):
-    """Registers what torch.library makes of a backward, such that it says what it cannot do under torch.func."""
+    """A library whose autograd kernels raise a clear error where torch.func does not support them."""
 
     def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", *, with_keyset: bool = False, **options: Any) -> None:
-        def refusing(keyset: Any, *arguments: Any) -> Any:
-            # Free but where forward mode is on, which a compiler takes over from what it traces.
+        def checked(keyset: Any, *arguments: Any) -> Any:
+            # Costs nothing unless forward mode is on; a compiler inherits that from the code it traces.
             if forward_ad._current_level >= 0 and _carries_tangent(arguments):
-                refuse_forward_mode(op_name)
+                reject_forward_mode(op_name)
             try:
                 return fn(keyset, *arguments)
             except RuntimeError as error:
-                # What torch says of the autograd.Function that it has made itself.
+                # torch's message about the autograd.Function that torch.library generated.
                 if "setup_context" not in str(error) or not torch._C._are_functorch_transforms_active():
                     raise
                 raise NotImplementedError(
                     f"{op_name}: torch.func.grad, vjp and jacrev differentiate calls of the public function in eager "
-                    "code, not torch.ops and not what torch.compile traces; take them out of the compiled function"
+                    "code, not torch.ops and not traced code; take them out of the compiled function"
                 ) from error
 
         assert dispatch_key == "Autograd"
         assert with_keyset
-        super().impl(op_name, refusing, dispatch_key, with_keyset=True, **options)
+        super().impl(op_name, checked, dispatch_key, with_keyset=True, **options)
 
 
 def add_in_place(adding: Callable[..., None], counters: Iterable[Tensor], increments: Iterable[Tensor]) -> None:
-    """Calls `adding` with counters, which no transform knows, and increments, which must be the same for all of them.
+    """Call `adding` with counters, which are outside every transform, and with increments that no batch dimension has.
 
     Raises:
-        NotImplementedError: each element of a batch has increments of its own.
+        NotImplementedError: each element of a batch has its own increments.
     """
     plain = []
     for increment in increments:

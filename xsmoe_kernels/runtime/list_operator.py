@@ -123,7 +123,7 @@ def _gradients(
 def _eager_function(
     declared: Operator, operator: Callable[..., Any], backward_operator: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
-    """Return the operator for eager code, with flat arguments: torch.library's autograd takes long to sort lists."""
+    """Return the operator for eager code, with flat arguments: torch.library's autograd is slow with lists."""
     layout = autograd.Layout(declared)
     tensor_places, other_places = _split(declared)
     order = [*tensor_places, *other_places]
@@ -150,7 +150,7 @@ def _eager_function(
 
         @staticmethod
         def jvp(*_: Any) -> Any:
-            return functorch.refuse_forward_mode(declared.name)
+            return functorch.reject_forward_mode(declared.name)
 
     return Eager
 
@@ -166,7 +166,7 @@ def _library_autograd(
 
     def backward(ctx: Any, grads: list[Tensor | None], *_: object) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        # torch takes an optional list for one of tensors, whose gradients are a list, where all of it are tensors.
+        # torch treats an optional list without None as a list of tensors, whose gradients are a list.
         gradients: list[list[Tensor | None] | None] = [
             [None] * ctx.calls if isinstance(need, list) else None for need in needs
         ]

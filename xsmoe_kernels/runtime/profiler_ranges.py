@@ -1,4 +1,4 @@
-"""Named ranges of a training step, for whoever looks at where its time goes."""
+"""Named ranges of a training step, for profilers."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,14 +13,14 @@ _open: Opener | None = None
 
 
 def named_range(name: str) -> AbstractContextManager[object]:
-    """Encloses a part of a step; nothing but a function call while nobody looks, which torch's own range is not."""
+    """Return a block around a part of a step. It costs one function call while no profiler records ranges."""
     if _open is None or torch.compiler.is_compiling():
         return nullcontext()
     return _open(name)
 
 
 def each(name: str, items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, with a range around the making of each."""
+    """Yield the items, with a range around the production of each."""
     iterator = iter(items)
     while True:
         try:
@@ -32,13 +32,13 @@ def each(name: str, items: Iterable[Item]) -> Iterator[Item]:
 
 
 def ranges_open() -> bool:
-    """Whether somebody looks; what hides a step's parts, as a captured graph does, has to be left out then."""
+    """Return whether ranges are recorded. Disable what hides the parts of a step then, such as CUDA graphs."""
     return _open is not None
 
 
 @contextmanager
 def opening_ranges(opener: Opener) -> Iterator[None]:
-    """Inside the block every named range is opened by `opener`, in all threads."""
+    """Open every named range with `opener` inside the block, in all threads."""
     global _open
     if _open is not None:
         raise RuntimeError("named ranges are being recorded already; one profile at a time")

@@ -118,12 +118,12 @@ def register(
         device, dtype = first.device, first.dtype
         if check is not None:
             check(inputs)
-        # The kernel chose its precisions; autocast is still on below the dispatcher and would cast its products.
+        # The kernel chooses its precisions. Autocast is still on below the dispatcher and would cast its products.
         with without_autocast(device.type):
             return dispatch.run(name, requested, device, dtype, *inputs)
 
     def shapes(*arguments: Any) -> Any:
-        # One tensor on meta brings an eager call here. A compiler comes here as well, but its sizes may be no numbers.
+        # Eager calls with a tensor on meta run this. A compiler runs it too, but its sizes may be symbols.
         if check is not None and any(_on_meta(argument) for argument in arguments):
             check(arguments[:-1])
         return fake(arguments[:-1])
@@ -171,14 +171,14 @@ def define_in_place(name: str, schema: str, implementation: Callable[..., None])
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on, as torch's own products cast theirs: float64 stays."""
+    """Cast tensors to autocast's dtype where autocast is on, as torch casts the operands of products; not float64."""
     if not _autocasts(tensors[0].device.type):
         return tensors
     return tuple(t.to(autocast_dtype(t)) for t in tensors)
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype that `autocast` gives a tensor."""
+    """Return the dtype to which `autocast` casts a tensor."""
     device = tensor.device.type
     if not _autocasts(device) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor.dtype
@@ -186,19 +186,20 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A block in which autocast casts nothing, on any type of device."""
+    """Return a block without autocast, on any device type."""
     return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else _UNCHANGED
 
 
 def plain_eager() -> bool:
-    """Whether an autograd.Function of our own serves: not to a compiler, nor to what torch.func makes of a function."""
+    """Return whether code runs eagerly: neither traced by a compiler nor transformed by torch.func."""
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def last_backward(ctx: Any, grad: torch.Tensor) -> bool:
-    """Whether a backward in plain eager code runs for the last time: what it saved for itself is then its to change.
+    """Return whether a backward in plain eager code runs for the last time, so that it may overwrite saved tensors.
 
-    Not where torch.library's autograd runs, which has given that to its caller, nor in batches or under a mode.
+    False where torch.library's autograd runs, which returned those tensors to its caller, in batched gradients, and
+    under a dispatch mode.
     """
     return (
         getattr(ctx, "in_eager_code", False)
@@ -212,7 +213,7 @@ def last_backward(ctx: Any, grad: torch.Tensor) -> bool:
 def _eager_function(
     name: str, operator: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
-    """An operator and its autograd, for eager code: torch.library's own sorts all arguments again in every call."""
+    """Return an operator with autograd for eager code; torch.library's sorts all arguments again in every call."""
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -224,7 +225,7 @@ def _eager_function(
 
         @staticmethod
         def jvp(*_: Any) -> Any:
-            return functorch.refuse_forward_mode(name)
+            return functorch.reject_forward_mode(name)
 
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     return Eager
@@ -240,5 +241,5 @@ def _on_meta(argument: object) -> bool:
 
 
 def _autocasts(device_type: str) -> bool:
-    # Asking is an error on meta, which has no autocast; torch's own test for that cannot be compiled in torch 2.11.
+    # The query raises on meta, which has no autocast; torch's own check for that cannot be compiled in torch 2.11.
     return device_type != "meta" and torch.is_autocast_enabled(device_type)

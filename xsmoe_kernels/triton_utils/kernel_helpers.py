@@ -1,4 +1,4 @@
-"""What Triton kernels share: pieces to build them from, their launch, and the precision of their products."""
+"""Helpers of all Triton kernels: device functions, the launch, and the precision of products."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,23 +10,23 @@ import triton.language as tl
 from xsmoe_kernels.triton_utils.tuning import Config
 
 ENOUGH_PROGRAMS = 264
-"""Two for each multiprocessor of an H100: with fewer, sums over rows are cut into slices."""
+"""Two programs per multiprocessor of an H100; with fewer programs, sums over rows are divided into slices."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def product(left, right, total, PRECISION: tl.constexpr):
-    """`total + left right`, in float32."""
-    if INTERPRETED:  # which multiplies the bits of bfloat16 as integers
+    """Return `total + left right`, in float32."""
+    if INTERPRETED:  # The interpreter multiplies the bits of bfloat16 as integers.
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit
 def narrow(value, like):
-    """float32 in the dtype that a pointer points to, rounded to nearest."""
+    """Round float32 to the dtype of the pointer `like`, to nearest."""
     dtype: tl.constexpr = like.dtype.element_ty
-    if INTERPRETED and dtype == tl.bfloat16:  # which it would cut off
+    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter would truncate.
         bits = value.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)
@@ -35,7 +35,7 @@ def narrow(value, like):
 
 @triton.jit
 def sortable(values):
-    """Integers in the order of float32 values: the two zeros alike, and every NaN above infinity."""
+    """Return integers in the order of float32 values: both zeros are equal, and NaN is above infinity."""
     bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
     keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(values == values, keys, 0x7FFFFFFF)
@@ -43,13 +43,13 @@ def sortable(values):
 
 @triton.jit
 def sorted_value(keys):
-    """The float32 values whose `sortable` these are."""
+    """Return the float32 values for results of `sortable`."""
     return tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def pick(values, index):
-    """`values[index]` of a tuple, for an index that is known at run time only."""
+    """Return `values[index]` of a tuple for a run-time index."""
     picked = values[0]
     for place in tl.static_range(1, len(values)):
         picked = tl.where(index == place, values[place], picked)
@@ -58,14 +58,14 @@ def pick(values, index):
 
 @triton.jit
 def variable(encoded):
-    """The number that `as_variable` was given."""
+    """Decode a result of `as_variable`."""
     return (encoded - 3) // 2
 
 
 def as_variable(number: int) -> int:
-    """A number, coded as one that is odd and above 1.
+    """Encode a number as an odd one above 1.
 
-    Triton compiles a kernel anew for integers that are 1 or divisible by 16, in tuples always; not for these.
+    Triton compiles another binary for integers that are 1 or divisible by 16, and cannot be told otherwise in tuples.
     """
     return 2 * number + 3
 
@@ -78,14 +78,14 @@ def launch(
     constants: Mapping[str, Any],
     config: Config,
 ) -> None:
-    """Starts a kernel on the current stream of `device`; nothing for an empty grid.
+    """Launch a kernel on the current stream of `device`; an empty grid launches nothing.
 
     Args:
-        kernel: what `triton.jit` made.
-        grid: how many programs, on up to three axes.
-        arguments: by name, what it takes at run time.
-        constants: by name, what it is compiled for, other than block sizes.
-        config: block sizes and how it is compiled.
+        kernel: a function decorated with `triton.jit`.
+        grid: the number of programs on up to three axes.
+        arguments: run-time arguments, by name.
+        constants: compile-time arguments other than block sizes, by name.
+        config: block sizes and compile options.
     """
     if 0 in grid:
         return
@@ -98,16 +98,16 @@ def launch(
 
 
 def precision(tensor: torch.Tensor) -> str:
-    """Triton's name for how products of this tensor's dtype multiply: float32 as torch's setting says."""
+    """Return Triton's name for the precision of products of this dtype; torch's setting decides for float32."""
     if tensor.dtype != torch.float32 or not tensor.is_cuda or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def wide_precision(tensor: torch.Tensor) -> str:
-    """How products of float32 multiply that stand beside products of this tensor's dtype.
+    """Return the precision of float32 products next to products of this tensor's dtype.
 
-    16 bits have no more digits than TF32 has.
+    TF32 is enough next to 16-bit operands, which have no more digits.
     """
     if tensor.dtype == torch.float32:
         return precision(tensor)
@@ -115,12 +115,12 @@ def wide_precision(tensor: torch.Tensor) -> str:
 
 
 def rows_in_place(rows: torch.Tensor) -> torch.Tensor:
-    """Rows whose numbers lie next to each other, copied only where they do not."""
+    """Return rows with a stride of 1 between numbers, copied only if necessary."""
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def rows_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether Triton sees that it may load 16 bytes at once from tensors whose rows are in place."""
+    """Return whether Triton may load 16 bytes at once from tensors whose numbers have a stride of 1 in a row."""
     return all(
         tensor.data_ptr() % 16 == 0 and all(number % 16 == 0 for number in (*tensor.stride()[:-1], tensor.shape[-1]))
         for tensor in tensors

@@ -1,6 +1,6 @@
-"""Which block sizes a Triton kernel runs with: fixed by architecture and precision, or tuned where that is asked for.
+"""Block sizes of Triton kernels: fixed by architecture and precision, or autotuned on request.
 
-    XSMOE_AUTOTUNE=1    the first launch of a kernel for a key times its candidates, and what was best is kept on disk
+    XSMOE_AUTOTUNE=1    the first launch of a kernel for a key times its candidates; the fastest is stored on disk
     XSMOE_CACHE         the folder of that file; by default xsmoe in $XDG_CACHE_HOME, or in ~/.cache
 
 Both are read at each launch. Unless the first is set, no file is read or written.
@@ -24,21 +24,21 @@ from xsmoe_kernels.triton_utils import tuning_cache
 Result = TypeVar("Result")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-"""Those with configurations of their own. Other NVIDIA GPUs take those of sm_80, other AMD ones those of gfx942."""
+"""Architectures with their own configurations. Other NVIDIA GPUs use those of sm_80, other AMD GPUs gfx942's."""
 PRECISIONS = ("half", "tf32", "ieee")
-"""Of products: 16-bit operands, float32 rounded to 19 bits, float32 as it is."""
+"""Precisions of products: 16-bit operands, float32 rounded to 19 bits, full float32."""
 FEWEST_ROWS = 256
-"""A launch on fewer rows chooses nothing: what is best there says little of many rows."""
+"""Launches with fewer rows are not tuned: their fastest configuration says little about many rows."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is compiled.
+    """Block sizes and compile options of a kernel.
 
     Attributes:
         blocks: block sizes, by the names of the kernel's arguments.
         num_warps: warps of a program.
-        num_stages: how deep its loads are pipelined.
+        num_stages: the depth of the pipeline of loads.
     """
 
     blocks: Mapping[str, int]
@@ -52,9 +52,9 @@ class Table:
 
     Attributes:
         kernel: its name, which begins with the operator's.
-        defaults: for (architecture, precision) the configuration that is taken.
-        interpreted: the one in Triton's interpreter, small, so that small inputs have several blocks.
-        candidates: further ones for tuning to try; those that do not fit the device are passed over.
+        defaults: the configuration for (architecture, precision).
+        interpreted: the one for Triton's interpreter, small, so that small inputs have several blocks.
+        candidates: further ones for tuning; those that do not fit the device are skipped.
     """
 
     kernel: str
@@ -69,29 +69,29 @@ def make_config(names: str, sizes: str, num_warps: int, num_stages: int) -> Conf
 
 
 def everywhere(config: Config, *precisions: str) -> dict[tuple[str, str], Config]:
-    """The same configuration for all architectures and these precisions; for all precisions if none is named."""
+    """Return one configuration for all architectures and these precisions; all precisions if none is named."""
     return {(name, precision): config for name in ARCHITECTURES for precision in precisions or PRECISIONS}
 
 
 _chosen: dict[tuple[Any, ...], Config] = {}
-"""What was tuned, or read from the file, in this process."""
+"""Choices that were tuned or read from the file in this process."""
 _not_on_disk: set[tuple[Any, ...]] = set()
-"""What was looked for in the file, so that it is not read again for each launch that cannot tune."""
+"""Keys that the file does not contain, so that launches that cannot tune do not read it again."""
 _tuning = threading.Lock()
-"""Backward runs in threads of its own; two that tune at once would measure each other."""
+"""Backward runs in its own threads, and two that tune at once would disturb each other's times."""
 
 
 def run(
     table: Table, like: torch.Tensor, precision: str, key: Mapping[str, int], launch: Callable[[Config], Result]
 ) -> Result:
-    """Calls `launch` with the configuration for a tensor's device and dtype.
+    """Call `launch` with the configuration for a tensor's device and dtype.
 
     Args:
         table: the kernel's configurations.
         like: a tensor on the device, of the products' dtype, with as many rows as the launch has.
-        precision: of products, as `kernel_helpers.precision` gives it.
+        precision: of products, from `kernel_helpers.precision`.
         key: sizes that a tuned choice depends on, D and R; never the number of rows or experts.
-        launch: may be called several times, when tuning; what it gives the last time is returned.
+        launch: called several times when tuning; the last result is returned.
     """
     if table.candidates and like.device.type != "cpu" and os.environ.get("XSMOE_AUTOTUNE") == "1":
         return launch(_tuned(table, like, precision, key, launch))
@@ -99,7 +99,7 @@ def run(
 
 
 def default(table: Table, like: torch.Tensor, precision: str) -> Config:
-    """The fixed configuration for a tensor's device and dtype."""
+    """Return the fixed configuration for a tensor's device and dtype."""
     if like.device.type == "cpu":
         return table.interpreted
     return table.defaults[architecture(like.device), precision if like.dtype == torch.float32 else "half"]
@@ -107,7 +107,7 @@ def default(table: Table, like: torch.Tensor, precision: str) -> Config:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations a GPU takes.
+    """Return the architecture whose configurations a GPU uses.
 
     Raises:
         BackendUnavailable: the GPU is too old for the kernels.
@@ -121,13 +121,13 @@ def architecture(device: torch.device) -> str:
 
 
 def too_old(device: torch.device) -> str | None:
-    """Why a device is too old for the kernels; None if it is not, or if there is no GPU to ask."""
+    """Return why a device is too old for the kernels; None if it is not, or if there is no GPU."""
     if device.type != "cuda":
         return None
-    # Which GPU has no index may change, and a compiler that traces this warns of caches.
+    # A device without an index may mean another GPU later, and a compiler that traces this warns of caches.
     if device.index is None or torch.compiler.is_compiling():
         return _too_old(device)
-    return _known_too_old(device)
+    return _cached_too_old(device)
 
 
 def _too_old(device: torch.device) -> str | None:
@@ -137,29 +137,29 @@ def _too_old(device: torch.device) -> str | None:
     if major >= 8:
         return None
     return (
-        f"the kernels for GPUs need one of compute capability 8.0 or newer, and {device} has {major}.{minor}; "
-        'use_backend("reference") does without them'
+        f"the GPU kernels need compute capability 8.0 or newer, but {device} has {major}.{minor}; "
+        'use_backend("reference") runs on any GPU'
     )
 
 
-_known_too_old = functools.cache(_too_old)
+_cached_too_old = functools.cache(_too_old)
 
 
 def folder() -> Path:
-    """Where tuned choices are kept."""
+    """Return the folder of the tuning cache."""
     if given := os.environ.get("XSMOE_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xsmoe"
 
 
 def forget() -> None:
-    """Forgets what was chosen in this process, but not what is on disk."""
+    """Clear the choices of this process, but not the file."""
     _chosen.clear()
     _not_on_disk.clear()
 
 
 def median_seconds(launch: Callable[[], object], device: torch.device) -> float:
-    """How long a launch takes on the device, its second-level cache emptied before each time."""
+    """Return the median time of a launch on the device, with a cold second-level cache."""
     from triton.testing import do_bench
 
     with torch.cuda.device(device):
@@ -167,12 +167,12 @@ def median_seconds(launch: Callable[[], object], device: torch.device) -> float:
 
 
 def capturing() -> bool:
-    """Whether what is launched now goes into a CUDA graph, where nothing can be timed."""
+    """Return whether launches are captured into a CUDA graph, where they cannot be timed."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls a GPU."""
+    """Return the product name of a GPU."""
     return torch.cuda.get_device_name(device)
 
 
@@ -219,12 +219,12 @@ def _best(configs: list[Config], launch: Callable[[Config], Result], device: tor
 
 
 def _does_not_fit(error: Exception) -> bool:
-    """Whether Triton refused to compile or to load a kernel: too much shared memory, or a pass or ptxas failed."""
+    """Return whether Triton failed to compile or load a kernel: too much shared memory, or a failed pass or ptxas."""
     return type(error).__module__.partition(".")[0] == "triton" or "PassManager" in str(error)
 
 
 def _entry(table: Table, like: torch.Tensor, precision: str, key: Mapping[str, int]) -> str:
-    """What a choice depends on: a changed kernel, table or compiler finds no old one."""
+    """Return the key of a choice; a change of the kernel, table or compiler gives another key."""
     import triton
 
     return " | ".join(
@@ -240,7 +240,7 @@ def _entry(table: Table, like: torch.Tensor, precision: str, key: Mapping[str, i
 
 
 def _fingerprint(table: Table) -> str:
-    """Of the configurations, and of the operator's sources."""
+    """Return a hash of the configurations and of the operator's sources."""
     configs = [f"{place}: {_as_json(config)}" for place, config in sorted(table.defaults.items())]
     configs += [str(_as_json(config)) for config in table.candidates]
     digest = hashlib.sha256("\n".join(configs).encode())

@@ -1,4 +1,4 @@
-"""The file that keeps tuned choices: JSON that several processes may write, and that anyone may delete."""
+"""The file of tuned choices: JSON that several processes may write and that may be deleted at any time."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ _warned: set[str] = set()
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The choices by their entry; none where there is no file, or one that cannot be read, of which a warning tells."""
+    """Return the choices by key; none without a file. Warn if the file cannot be read."""
     path = folder / NAME
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -26,17 +26,17 @@ def read(folder: Path) -> dict[str, Any]:
         _warn(path, f"{path} cannot be read ({error}); its kernels are tuned again")
         return {}
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or not isinstance(data.get("choices"), dict):
-        _warn(path, f"{path} holds no tuned choices of schema {SCHEMA}; its kernels are tuned again")
+        _warn(path, f"{path} has no tuned choices of schema {SCHEMA}; its kernels are tuned again")
         return {}
     return dict(data["choices"])
 
 
 def add(folder: Path, entry: str, choice: Any) -> None:
-    """Puts a choice beside those that are there by now; where the folder cannot be written, a warning tells."""
+    """Add a choice to those in the file. Warn if the folder cannot be written."""
     path = folder / NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _locked(folder):
             choices = read(folder) | {entry: choice}
             _replace(path, json.dumps({"schema": SCHEMA, "choices": choices}, indent=1, sort_keys=True) + "\n")
     except OSError as error:
@@ -44,7 +44,7 @@ def add(folder: Path, entry: str, choice: Any) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Readers see the old file or the new one."""
+    """Replace the file atomically: readers see the old one or the new one."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -57,8 +57,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing, where the file system can; elsewhere one of two choices may be lost."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock the file against other writers if the file system supports it; one of two choices may be lost otherwise."""
     with open(folder / f".{NAME}.lock", "w") as file:
         try:
             import fcntl

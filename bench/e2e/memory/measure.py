@@ -8,8 +8,7 @@ import torch
 from bench.core.benchmark import Benchmark, InputSets, Variant, run_step, warm_up
 from bench.core.correctness import Truth, check, skipped
 from bench.core.measure import inputs_and_truth, untimed
-from bench.core.memory import Peak, measure_peak
-from bench.core.out_of_memory import release, try_run
+from bench.core.memory import Peak, measure_peak, release, try_run
 from bench.core.results import Case, Row
 from bench.core.timing import Say
 from bench.e2e.memory.resident import NotMeasurable, Point, resident_growth

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.core.benchmark import Benchmark, InputSets, run_step, warm_up
-from bench.core.out_of_memory import first_line, is_out_of_memory
+from bench.core.memory import first_line, is_out_of_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Written to clear_refs, it resets the largest resident size to the current one.

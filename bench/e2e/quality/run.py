@@ -24,7 +24,7 @@ from xsmoe.report.verdict import judge
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
 from xsmoe.stream.evaluation.metrics import per_user
-from xsmoe.stream.state.best_epoch import snapshot
+from xsmoe.stream.state.kept_weights import snapshot
 from xsmoe.stream.state.saved_conditions import split_state
 from xsmoe.stream.state.seeds import derive, seeded
 
@@ -99,7 +99,7 @@ def train_and_test(job: Job) -> Record:
     with StreamingTrainer(build_model(config, job.variant.kind, job.experts), stream, config.stream) as trainer:
         for number, window in enumerate(stream.windows):
             # The items and the history of the windows before.
-            splits, seen = trainer.config.split(window), trainer.memory
+            splits, seen = trainer.config.split(window), trainer.seen
             task = RankingTask.build(splits.test, seen.known_with(splits), seen.history, trainer.config.repeats)
             tasks.append(task)
             if number > 0:
@@ -122,7 +122,7 @@ def train_and_test(job: Job) -> Record:
             matrix = _test_all_windows(model, states, tasks, trainer)
         lines = [line for line in trainer.metrics if line["kind"] == "test"]
         cost = results.cost(trainer.metrics)
-        experts = {name: side.num_experts for name, side in trainer.model.items.ladders().items()}
+        experts = {name: side.num_experts for name, side in trainer.model.items.side_networks().items()}
     verdict = asdict(judge(lines))
     hit_rates = {
         scoring: {group: one["model"]["HR@10"] for group, one in groups.items() if one["targets"]}
@@ -162,7 +162,7 @@ def build_model(config: RunConfig, kind: Kind, experts: Experts | None = None) -
     """Return a variant's model with the initial weights of the seed; "static" needs the number of `experts`."""
     model = config.build_model()
     with seeded(derive(config.stream.seed, 0, 0, "experts"), torch.device("cpu")):
-        for name, side in model.items.ladders().items():
+        for name, side in model.items.side_networks().items():
             for level, bank in enumerate(side.levels()):
                 if kind == "linear":
                     side.banks[level] = LastLevel(bank.dim)

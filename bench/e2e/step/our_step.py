@@ -12,12 +12,11 @@ from bench.core.benchmark import Tensors
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
-from xsmoe.stream.batches.builder import StepInput
-from xsmoe.stream.batches.id_dropout import IdDropout
+from xsmoe.stream.batches.builder import IdDropout, StepInput
 from xsmoe.stream.batches.padding import Capacity
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.epoch import make_optimizer, train_step
-from xsmoe.stream.hidden_states.device_cache import place
+from xsmoe.stream.hidden_states.placement import place
 from xsmoe.stream.precision import hidden_dtype
 
 ID_TABLE = "items.ids.weight"
@@ -62,7 +61,7 @@ class OurStep:
 
     def gathered(self, sent: StepInput) -> StepInput:
         """Return the step's input with gathered hidden states."""
-        return sent.gathered(self.features, self._dtype)
+        return sent.with_hidden(self.features, self._dtype)
 
     def input(self, inputs: Tensors) -> StepInput:
         """Return the complete input of a step."""

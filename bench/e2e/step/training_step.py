@@ -30,7 +30,7 @@ from xsmoe.nn.conditioning import Condition
 from xsmoe.stream.batches.builder import StepInput
 from xsmoe.stream.batches.padding import Capacity
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.cuda.graph_steps import CapturedSteps
+from xsmoe.stream.cuda.graph_steps import GraphedSteps
 from xsmoe.stream.hidden_states.conditioned import ConditionedFeatures
 from xsmoe.stream.precision import autocast
 from xsmoe_kernels import use_backend
@@ -249,7 +249,7 @@ class TrainingStep(Benchmark):
     def _ours_captured(self) -> Implementation:
         """Return CUDA graphs of the check, without dropout and optimizer, and others of the timed step."""
         ours = self._our_step(captured=True)
-        checked, timed = (CapturedSteps(ours.model, ours.optimizer, tell=raise_capture_failed) for _ in range(2))
+        checked, timed = (GraphedSteps(ours.model, ours.optimizer, warn=raise_capture_failed) for _ in range(2))
         gradients = {key: torch.empty_like(leaf) for key, leaf in ours.leaves.items()}
 
         def loss_and_gradients(sent: StepInput) -> Tensor:

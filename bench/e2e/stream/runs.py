@@ -21,11 +21,11 @@ from bench.paper.parameter_names import copy_weights
 from bench.paper.protocol import target_rank
 from xsmoe.data import Sequences
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
-from xsmoe.stream.cuda.graph_steps import CapturedSteps
+from xsmoe.stream.cuda.graph_steps import GraphedSteps
 from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
 from xsmoe.stream.growth import grow
-from xsmoe.stream.hidden_states.device_cache import place
+from xsmoe.stream.hidden_states.placement import place
 from xsmoe.stream.state.seeds import derive, seeded
 
 GateRows = Mapping[str, Sequence[Tensor]]
@@ -127,7 +127,7 @@ class OurRun(Run):
 
     sequences: Sequences
     log_share: np.ndarray
-    graphs: CapturedSteps | None = None
+    graphs: GraphedSteps | None = None
 
     def __init__(self, name: str, settings: Settings, data: StreamData, top_k: int | None = None) -> None:
         super().__init__(name, settings)
@@ -148,7 +148,7 @@ class OurRun(Run):
         grow(self.model.items, self.config, window, trains=True)
         return {
             name: [bank.router[-1].detach().clone() for bank in side.levels()]
-            for name, side in self.model.items.ladders().items()
+            for name, side in self.model.items.side_networks().items()
         }
 
     def begin(self, sequences: Sequences, share: np.ndarray) -> None:
@@ -156,9 +156,9 @@ class OurRun(Run):
         self.optimizer = make_optimizer(self.model, self.config)
         self.clock.watch_optimizer(self.optimizer)
         if self.graphs is not None:
-            self.graphs.forget()
+            self.graphs.drop()
         if self.config.graph:
-            self.graphs = CapturedSteps(self.model, self.optimizer, tell=raise_capture_failed)
+            self.graphs = GraphedSteps(self.model, self.optimizer, warn=raise_capture_failed)
 
     def epoch(self, window: int, epoch: int) -> float:
         done = train_epoch(

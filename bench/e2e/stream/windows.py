@@ -20,7 +20,7 @@ from xsmoe.data import Sequences, WindowSplits, item_share
 from xsmoe.stream.evaluation.baselines import places
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_popularity
 from xsmoe.stream.evaluation.metrics import per_user, summarize
-from xsmoe.stream.evaluation.seen_items import StreamMemory
+from xsmoe.stream.evaluation.seen_items import SeenItemHistory
 from xsmoe.stream.state.seeds import derive
 
 
@@ -36,7 +36,7 @@ class StreamBenchmark:
         self.runs: list[Run] = [PaperRun(settings, data, weights), *ours]
         # The first optimizer of a process imports modules, which takes seconds.
         torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-        self._seen, self._shuffle = StreamMemory(), random.Random(settings.seed).shuffle
+        self._seen, self._shuffle = SeenItemHistory(), random.Random(settings.seed).shuffle
 
     def windows(self) -> Iterator[WindowRecord]:
         """Train and test window by window. A run with a wrong step is dropped; the stream ends without our runs."""
@@ -57,7 +57,7 @@ class StreamBenchmark:
         self.runs = [run for run in self.runs if not found[run.name].refused]
         if self._our_runs():
             self._train(number, found)
-        self._seen.add_rest(splits)
+        self._seen.add_validation(splits)
         for run in self.runs:
             record = found[run.name]
             record.grow, record.rows = growth_seconds[run.name], run.encoded_rows(batch)

@@ -1,4 +1,4 @@
-"""How the native library is built, left out, loaded and refused."""
+"""Build, loading and error messages of the native library."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g+
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command with environment variables on top of those of the tests; an empty one is taken away."""
+    """Run a command with additional environment variables; an empty value removes one."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -44,7 +44,7 @@ def build(tree: Path, python: str = sys.executable, **variables: str) -> subproc
 
 
 def plant(tree: Path) -> Path:
-    """A copy of the package with the sources that belong to no operator, which compile in seconds."""
+    """Return a copy of the package with the sources of no operator, which compile in seconds."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for name in SOURCES:
@@ -62,7 +62,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that does not know tiles."""
+    """Return a compiler without tile instructions."""
     program = tmp_path_factory.mktemp("compiler") / "c++"
     real = shutil.which("c++") or shutil.which("g++")
     program.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec {real} "$@"\n')
@@ -72,7 +72,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, compiler: Path) -> Path:
-    """A tree in which a build has succeeded, after one that lacked a compiler."""
+    """Return a tree with a successful build after one without a compiler."""
     tree = plant(tmp_path_factory.mktemp("built"))
     (tree / "xsmoe_kernels" / cpu_backend.FAILURE).write_text("no C++ compiler was found")
     ran = build(tree, CXX=str(compiler))
@@ -90,7 +90,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, compiler: Path) -> Path:
     ],
     ids=["CXX", "PATH", "XSMOE_NO_NATIVE"],
 )
-def test_without_a_compiler_the_package_builds_and_keeps_the_reason(
+def test_without_a_compiler_the_package_builds_and_stores_the_reason(
     tree: Path, variables: dict[str, str], reason: str
 ) -> None:
     stale = tree / "xsmoe_kernels" / cpu_backend.LIBRARY
@@ -105,7 +105,7 @@ def test_without_a_compiler_the_package_builds_and_keeps_the_reason(
 
 
 @needs_sources
-def test_what_was_left_out_is_told_at_run_time(tree: Path) -> None:
+def test_skipped_kernels_are_reported_at_run_time(tree: Path) -> None:
     assert build(tree, XSMOE_NO_NATIVE="1").returncode == 0
     script = """
 import torch, xsmoe_kernels
@@ -136,7 +136,7 @@ def test_a_second_build_does_nothing(built: Path, compiler: Path) -> None:
 
 @needs_sources
 @needs_compiler
-def test_what_includes_a_header_follows_it(built: Path) -> None:
+def test_sources_are_rebuilt_after_a_header_changes(built: Path) -> None:
     (ninja,) = built.glob("build/native-*/build.ninja")
     program = shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
     os.utime(built / "csrc/cpu/features.h")
@@ -162,7 +162,7 @@ def test_an_error_in_a_source_fails_the_build(built: Path, tmp_path: Path) -> No
 
 @needs_sources
 @needs_compiler
-def test_a_tier_that_the_compiler_does_not_know_is_left_out(built: Path) -> None:
+def test_an_instruction_set_unknown_to_the_compiler_is_skipped(built: Path) -> None:
     script = """
 import xsmoe_kernels
 native = xsmoe_kernels.info()["native"]
@@ -176,7 +176,7 @@ print(native["left_out"], "amx" in native["compiled"], "baseline" in native["tie
 
 @needs_sources
 @needs_compiler
-def test_a_build_names_the_tiers_that_it_does_not_know(tree: Path) -> None:
+def test_a_build_names_unknown_instruction_sets(tree: Path) -> None:
     ran = build(tree, XSMOE_BUILD_TIERS="baseline sse9")
     assert ran.returncode != 0
     assert "XSMOE_BUILD_TIERS names unknown instruction sets: sse9; known are baseline, avx2" in ran.stderr
@@ -201,14 +201,14 @@ print(*native["compiled"], *native["left_out"], "XSMOE_EMULATE_AMX" in native["f
 
 
 @needs_library
-def test_every_kernel_of_the_library_serves_an_operator() -> None:
+def test_every_kernel_of_the_library_belongs_to_an_operator() -> None:
     held = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("xsmoe_native::")}
     names = {name.removeprefix("xsmoe_native::") for name in held} - FUNCTIONS
     assert names == {operator for operator, kernels in dispatch._kernels.items() if "native" in kernels}
 
 
 @needs_library
-def test_a_tier_that_cannot_run_is_refused() -> None:
+def test_an_instruction_set_that_cannot_run_is_rejected() -> None:
     ran = run(sys.executable, "-c", IMPORT, XSMOE_CPU_TIER="sse9", XSMOE_NATIVE_LIBRARY=str(cpu_backend.library))
     message = r"ImportError: XSMOE_CPU_TIER must be one of the instruction set levels that can run here (baseline"
     assert message in ran.stderr
@@ -216,7 +216,7 @@ def test_a_tier_that_cannot_run_is_refused() -> None:
 
 
 @needs_library
-def test_a_library_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+def test_a_library_that_cannot_be_loaded_is_rejected(tmp_path: Path) -> None:
     assert cpu_backend.library is not None
     for path in cpu_backend.library.parent.glob("libxsmoe_cpu.*"):
         shutil.copy(path, tmp_path)
@@ -226,26 +226,26 @@ def test_a_library_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     assert f"ImportError: {damaged} cannot be loaded: " in ran.stderr
     built = cpu_backend.describe()["torch"]
     assert f"built against torch {built}" in ran.stderr or built is None
-    assert f"torch {torch.__version__} is running. To build it anew, run `python setup.py" in ran.stderr
+    assert f"torch {torch.__version__} is running. To build it again, run `python setup.py" in ran.stderr
 
 
 @needs_compiler
-def test_a_library_that_wants_another_torch_is_refused(tmp_path: Path) -> None:
+def test_a_library_for_another_torch_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "other.cpp").write_text("void of_another_torch(); struct S { S() { of_another_torch(); } } s;")
     ran = run("c++", "-shared", "-fPIC", "other.cpp", "-o", "other.so", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     ran = run(sys.executable, "-c", IMPORT, XSMOE_NATIVE_LIBRARY=str(tmp_path / "other.so"))
     assert "ImportError: " in ran.stderr
     assert "undefined symbol" in ran.stderr
-    assert "built against a torch that is not known" in ran.stderr
+    assert "built against an unknown torch" in ran.stderr
 
 
-def test_a_library_that_is_not_there_is_refused() -> None:
+def test_a_missing_library_is_rejected() -> None:
     ran = run(sys.executable, "-c", IMPORT, XSMOE_NATIVE_LIBRARY="/no/such/library.so")
     assert "ImportError: XSMOE_NATIVE_LIBRARY names a file that does not exist: /no/such/library.so" in ran.stderr
 
 
-def test_a_kernel_takes_what_its_operator_takes() -> None:
+def test_the_schema_of_a_kernel_matches_its_operator() -> None:
     library = torch.library.Library("xsmoe_test_native", "DEF")
     library.define("operator(Tensor x, SymInt n, str backend) -> (Tensor a, Tensor b)")
     library.define("kernel(Tensor x, SymInt n) -> (Tensor, Tensor)")
@@ -261,8 +261,8 @@ def test_a_kernel_takes_what_its_operator_takes() -> None:
 
 @needs_library
 @needs_compiler
-def test_one_binary_serves_two_versions_of_torch(tmp_path: Path) -> None:
-    """Built by this Python and loaded by the second one, and the other way round."""
+def test_one_binary_runs_with_two_versions_of_torch(tmp_path: Path) -> None:
+    """A library that one Python builds loads in the other, in both directions."""
     second = os.environ.get("XSMOE_SECOND_PYTHON")
     if not second:
         pytest.skip("XSMOE_SECOND_PYTHON names no Python with another torch")

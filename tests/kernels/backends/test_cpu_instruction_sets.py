@@ -1,4 +1,4 @@
-"""The native kernels on every tier of instructions, the processor's matrix tiles emulated where it has none."""
+"""The native kernels on every instruction set, with emulated matrix tiles where the processor has none."""
 
 import shutil
 import subprocess
@@ -36,7 +36,7 @@ def test_every_operator_agrees_with_its_reference(tier: str) -> None:
 
 @pytest.fixture(scope="module")
 def emulation() -> Path:
-    """A library whose amx tier runs here; compiled only when sources have changed."""
+    """Return a library whose amx code runs here; compiled only if sources have changed."""
     facts = cpu_backend.describe()
     if not (ROOT / "setup.py").exists():
         pytest.skip("there are no sources beside the package")
@@ -113,7 +113,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("none", ""),
         ("b: palette", "the palette must be 1"),
         ("c: reserved byte", "reserved bytes"),
-        ("d: rows without bytes", "a tile without rows has no bytes"),
+        ("d: rows without bytes", "a tile has either both rows and bytes or neither"),
         ("e: rows of operand and sums", "sums must have the rows of the left operand"),
         ("f: inner dimensions", "the right operand must have a row for each word of the left one"),
         ("g: columns of operand and sums", "sums must have the columns of the right operand"),

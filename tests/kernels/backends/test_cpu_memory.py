@@ -1,4 +1,4 @@
-"""What memory the native kernels take: all of it from torch, nothing that grows with E * D and N at once."""
+"""Memory of the native kernels: all of it comes from torch, and none grows with the product of E, D and N."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def test_outputs_and_scratch_are_filled_with_nan_while_tests_run() -> None:
-    """The fill sees what the kernels take, so that the other tests would see what they do not write."""
+    """The fill covers what the kernels allocate, so that the other tests detect entries that they do not write."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.are_deterministic_algorithms_enabled()
     level = make_level(5, 7, 2, 3, dtype=torch.float32)
@@ -38,7 +38,7 @@ def descendants(event: torch.autograd.profiler_util.FunctionEvent) -> list[torch
 
 
 def saved_bytes(level: Level, frozen: FrozenExperts, recompute: bool) -> int:
-    """What two levels keep for backward beyond their inputs, the frozen experts and their pack."""
+    """Return the bytes that two levels save for backward beyond inputs, frozen experts and prepacked weights."""
     pack = frozen.pack()
     assert pack is not None
     owned = {t.untyped_storage().data_ptr() for t in (*level, frozen.down, frozen.up, pack)}
@@ -56,7 +56,7 @@ def saved_bytes(level: Level, frozen: FrozenExperts, recompute: bool) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in owned)
 
 
-def test_keeps_little_for_backward_at_the_size_of_the_paper() -> None:
+def test_saves_little_for_backward_at_the_size_of_the_paper() -> None:
     rows, dim, rank, experts = 2816, 768, 64, 10
     level = make_level(rows, dim, experts, rank, dtype=torch.float32, requires_grad=False)
     frozen = FrozenExperts(level.down[:9].clone(), level.up[:9].clone())
@@ -91,8 +91,8 @@ def test_memory_does_not_grow_with_the_product_of_experts_and_width(dtype: torch
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rankings_of_a_large_catalogue_take_little_memory(threads: int) -> None:
-    """Neither scores nor items are kept: all scores would be 800 MB, the items are 51."""
+def test_rankings_of_a_large_catalogue_need_little_memory(threads: int) -> None:
+    """Neither scores nor items are copied: all scores would be 800 MB, the items are 51 MB."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

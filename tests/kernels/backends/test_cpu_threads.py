@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def level(dtype: torch.dtype, seed: int = 0, one_row: bool = False) -> Level:
-    """Rows enough for seven threads: a stretch of a thread takes about a million operations."""
+    """Return rows for seven threads: a thread processes about a million operations at a time."""
     return make_level(700, 50, 3, 17, dtype=dtype, one_row=one_row, seed=seed, requires_grad=False)
 
 
@@ -35,7 +35,7 @@ def test_stays_within_the_error_budget_on_any_number_of_threads(dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
-    """Nor on their neighbours: only what is summed over rows does."""
+    """Results do not depend on other rows; only sums over rows do."""
     call = Call(num_frozen=1)
     torch.set_num_threads(1)
     alone = native_results(level(dtype), call)

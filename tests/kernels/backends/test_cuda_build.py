@@ -1,7 +1,7 @@
-"""The CUDA kernels compile and link wherever nvcc is, within their budget; and what is said where they cannot.
+"""The CUDA kernels compile and link with nvcc, within their budget; and messages where they cannot.
 
-`python -m tests.kernels.helpers.cuda_offline --write` writes cuda_budget.json, what each kernel may need, again. Its
-numbers are those of one version of nvcc: another one may take more registers, but spills nothing either.
+`python -m tests.kernels.helpers.cuda_offline --write` writes cuda_budget.json, the limits of each kernel. Its
+numbers are those of one version of nvcc. Another version may use more registers, but must not spill either.
 """
 
 import json
@@ -93,7 +93,7 @@ def assert_within_budget(found: list[Found]) -> None:
     assert not beyond
 
 
-def test_reads_what_ptxas_says() -> None:
+def test_parses_the_output_of_ptxas() -> None:
     said = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN5xsmoe4rank3oneEv' for 'sm_90'
@@ -113,7 +113,7 @@ ptxas info    : Used 12 registers
 
 @needs_nvcc
 @pytest.mark.usefixtures("found")
-def test_the_library_loads_without_a_gpu_and_holds_our_operators() -> None:
+def test_the_library_loads_without_a_gpu_and_has_the_operators() -> None:
     program = "import json, xsmoe_kernels as x; print(json.dumps(x.info()['cuda_kernels']))"
     told = json.loads(run_python("-c", program, XSMOE_CUDA_LIBRARY=str(LIBRARY)))
     assert told["library"] == str(LIBRARY)
@@ -125,7 +125,7 @@ def test_the_library_loads_without_a_gpu_and_holds_our_operators() -> None:
 
 @needs_nvcc
 @pytest.mark.usefixtures("found")
-def test_it_serves_no_cpu() -> None:
+def test_it_does_not_run_on_a_cpu() -> None:
     program = (
         "import torch, xsmoe_kernels as x\n"
         "try:\n"
@@ -138,7 +138,7 @@ def test_it_serves_no_cpu() -> None:
 
 @pytest.fixture
 def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A toolkit's nvcc that says what it is asked to, and compiles nothing."""
+    """Return a stand-in for nvcc that prints given messages and compiles nothing."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda_runtime.h").touch()
@@ -222,7 +222,7 @@ def test_a_toolkit_that_does_not_fit_is_named(nvcc: Path, monkeypatch: pytest.Mo
         build_cuda.toolkit(None)
 
 
-def test_a_compiler_that_the_toolkit_refuses_is_named(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_the_toolkit_rejects_is_named(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = build_cuda.toolkit("13.0")
     build_cuda.try_out(tools, ["g++"])
     assert build_cuda.host_compiler(["/usr/bin/ccache", "g++", "-m64"]) == ["-ccbin", "g++"]
@@ -257,28 +257,28 @@ def test_is_built_where_torch_has_cuda_or_where_it_is_forced(monkeypatch: pytest
         ((12, 0), ("10.0f+PTX",), False),
     ],
 )
-def test_knows_on_which_gpus_it_runs(capability: tuple[int, int], compiled: tuple[str, ...], runs: bool) -> None:
+def test_runs_on_compatible_gpus_only(capability: tuple[int, int], compiled: tuple[str, ...], runs: bool) -> None:
     assert cuda_backend._runs_on(capability, compiled) == runs
 
 
 def test_a_gpu_that_it_was_not_compiled_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    said = cuda_backend._refuses(("9.0",), None, torch.device("cuda", 0), torch.float32)
+    said = cuda_backend._rejects(("9.0",), None, torch.device("cuda", 0), torch.float32)
     assert said is not None
-    assert "were compiled for 9.0, and cuda:0 has 8.0; build them anew with that in TORCH_CUDA_ARCH_LIST" in said
-    assert cuda_backend._refuses(("8.0", "9.0"), None, torch.device("cuda", 0), torch.float32) is None
+    assert "were compiled for 9.0, and cuda:0 has 8.0; build them again with that in TORCH_CUDA_ARCH_LIST" in said
+    assert cuda_backend._rejects(("8.0", "9.0"), None, torch.device("cuda", 0), torch.float32) is None
 
 
-def test_tells_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reports_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shared_library, "FOLDER", tmp_path / "xsmoe_kernels")
     (tmp_path / "xsmoe_kernels").mkdir()
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert cuda_backend._absence() == "torch was built without CUDA"
+    assert cuda_backend._missing_reason() == "torch was built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert (cuda_backend._absence() or "").startswith("the CUDA kernels are not built: install xsmoe anew")
+    assert (cuda_backend._missing_reason() or "").startswith("the CUDA kernels are not built: install xsmoe again")
     (tmp_path / "xsmoe_kernels" / cuda_backend.FAILURE).write_text("nvcc was not found\n")
-    assert cuda_backend._absence() == "nvcc was not found"
+    assert cuda_backend._missing_reason() == "nvcc was not found"
 
 
 def test_names_a_library_that_is_not_there() -> None:
@@ -295,7 +295,7 @@ def test_forced_without_a_toolkit_is_an_error(tmp_path: Path) -> None:
         )
 
 
-def test_what_cannot_be_allocated_is_out_of_memory() -> None:
+def test_a_failed_allocation_is_out_of_memory() -> None:
     def fails(said: str) -> None:
         raise RuntimeError(said)
 

@@ -1,4 +1,4 @@
-"""The emulation of CUDA on a CPU, on which tests of CUDA kernels rest: what it computes, and what it refuses."""
+"""Emulation of CUDA on a CPU, which tests of CUDA kernels use: its results and its errors."""
 
 import math
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", params=["plain", "sanitized"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kernels that try it out, each of which the program runs by its name."""
+    """Return a program that runs each test kernel by name."""
     built = tmp_path_factory.mktemp("emulation") / "emulation"
     sources = (TESTS / "emulation.cpp", ROOT / "csrc" / "cuda" / "emulated.cpp")
     flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", "-o", str(built)]
@@ -89,7 +89,7 @@ def test_copies_arrive_when_they_are_waited_for(program: Path) -> None:
         ("half_a_block", "a block has 48 threads, not a multiple of 32"),
     ],
 )
-def test_what_hangs_or_is_undefined_on_a_gpu_ends_with_a_message(program: Path, name: str, message: str) -> None:
+def test_hangs_and_undefined_behaviour_of_a_gpu_raise_errors(program: Path, name: str, message: str) -> None:
     ran = run(program, name)
     assert ran.returncode != 0
     assert message in ran.stderr

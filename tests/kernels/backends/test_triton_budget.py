@@ -1,7 +1,7 @@
-"""The Triton kernels compile for every target, stay within what it has, spill nothing, and keep to their budget.
+"""The Triton kernels compile for every target within its limits, do not spill, and stay within their budget.
 
 `python -m tests.kernels.helpers.triton_offline --write` writes triton_budget.json, the limits of each kernel. Its
-numbers are those of one version of Triton: another one is held to the targets' limits only.
+numbers are those of one version of Triton. Another version is checked against the targets' limits only.
 """
 
 import json
@@ -26,7 +26,7 @@ FEW_ROWS = {"side_moe.gate_kernel"}
 
 
 class Measured(NamedTuple):
-    """What triton_offline found: its version of Triton, all that is launched, and what was compiled."""
+    """The result of triton_offline: the version of Triton, all launches, and all compiled kernels."""
 
     triton: str
     launched: set[tuple[str, str, str]]
@@ -50,7 +50,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 
 def compiled(folder: Path, targets: list[str], *precisions: str) -> Measured:
-    """All scenarios, compiled by another process: the one that tests run in may interpret its kernels."""
+    """Return all scenarios, compiled by another process, because this one may interpret its kernels."""
     targets = [target for target in targets if too_old(target, triton.__version__) is None]
     command = [sys.executable, triton_offline.__file__, "--json", str(folder / "found.json")]
     command += ["--targets", *targets, "--precisions", *precisions]
@@ -67,7 +67,7 @@ def budget() -> dict[str, Any]:
 
 
 def beyond_limits(found: list[Found]) -> list[str]:
-    """What does not compile, spills, or needs more than its target has."""
+    """Return the kernels that do not compile, spill, or need more than their target has."""
     wrong = []
     for one in found:
         limits = TARGETS[one.target].limits
@@ -77,7 +77,7 @@ def beyond_limits(found: list[Found]) -> list[str]:
 
 
 def beyond_budget(found: list[Found], kernels: dict[str, Any]) -> list[str]:
-    """What needs more than its entry grants, has lost its matrix instructions, or has no entry."""
+    """Return the kernels that exceed their entry, have lost their matrix instructions, or have no entry."""
     wrong = []
     for one in found:
         entry = kernels.get(one.kernel, {}).get(one.target, {}).get(one.precision)
@@ -89,7 +89,7 @@ def beyond_budget(found: list[Found], kernels: dict[str, Any]) -> list[str]:
 
 
 def stale(kernels: dict[str, Any], launched: set[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Entries of what nothing launches any more."""
+    """Return the entries of kernels that nothing launches."""
     entries = {
         (kernel, target, precision)
         for kernel, targets in kernels.items()
@@ -111,7 +111,7 @@ def test_half_precision_compiles_within_limits_and_does_not_spill(target: str, r
 
 
 def found_for(measured: Measured, target: str) -> list[Found]:
-    """What was found for a target; skips the test where this Triton is too old for it."""
+    """Return the results for a target; skip the test if this Triton is too old for it."""
     if reason := too_old(target, measured.triton):
         pytest.skip(reason)
     found = [one for one in measured.found if one.target == target]
@@ -119,12 +119,12 @@ def found_for(measured: Measured, target: str) -> list[Found]:
     return found
 
 
-def test_half_precision_keeps_to_its_budget(half: Measured) -> None:
+def test_half_precision_is_within_the_budget(half: Measured) -> None:
     kept_by(half)
 
 
 @pytest.mark.slow
-def test_half_precision_keeps_to_its_budget_on_other_targets(half_elsewhere: Measured) -> None:
+def test_half_precision_is_within_the_budget_on_other_targets(half_elsewhere: Measured) -> None:
     kept_by(half_elsewhere)
 
 
@@ -159,7 +159,7 @@ def test_float32_compiles_within_limits_and_does_not_spill(wide: Measured, targe
 
 
 @pytest.mark.slow
-def test_float32_keeps_to_its_budget(wide: Measured) -> None:
+def test_float32_is_within_the_budget(wide: Measured) -> None:
     kept_by(wide)
 
 
@@ -182,13 +182,13 @@ KERNELS = {"toy.kernel": {"sm_90": {"half": ENTRY}}}
         ({"precision": "tf32"}, True, False),
     ],
 )
-def test_what_counts_as_too_much(change: dict[str, Any], limits: bool, within: bool) -> None:
+def test_limits_of_a_target(change: dict[str, Any], limits: bool, within: bool) -> None:
     one = triton_offline.replace(GOOD, **change)
     assert (beyond_limits([one]) == []) == limits
     assert (beyond_budget([one], KERNELS) == []) == within
 
 
-def test_an_old_triton_is_not_asked_for_everything() -> None:
+def test_an_old_triton_skips_unsupported_targets() -> None:
     assert [target for target in TARGETS if too_old(target, "3.6.0")] == ["gfx942"]
     assert too_old("gfx942", "3.6.0") == "Triton 3.6.0 is not held to gfx942, which needs 3.7"
     assert not any(too_old(target, version) for target in TARGETS for version in ("3.7.1", "3.10.0+git1", "4.0"))
@@ -205,14 +205,14 @@ def test_launches_of_a_kernel_count_by_the_most_that_one_needs() -> None:
     assert one == triton_offline.replace(GOOD, shared=4096, matrix="plain", spills=4, launches=2)
 
 
-def test_the_file_is_what_was_found() -> None:
+def test_the_file_equals_the_result() -> None:
     failed = triton_offline.replace(GOOD, kernel="toy.failed", error="RuntimeError")
     written = triton_offline.dumps(triton_offline.as_budget([GOOD, failed], "3.7.1"))
     assert json.loads(written) == {"triton": "3.7.1", "kernels": KERNELS}
     assert sum("registers" in row and "matrix" in row for row in written.splitlines()) == 1
 
 
-def test_what_compilers_say_is_read() -> None:
+def test_compiler_output_is_parsed() -> None:
     usage = "Resource usage:\n Function kernel:\n  REG:167 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:664 TEXTURE:0\n"
     assert triton_offline.nvidia_needs(usage) == (167, 16)
     metadata = "  .sgpr_count: 30\n  .sgpr_spill_count: 2\n  .vgpr_count:     126\n  .vgpr_spill_count: 3\n"

@@ -1,4 +1,4 @@
-"""A stream that grows compiles nothing anew: rows, experts and items are no part of what a kernel is compiled for."""
+"""A growing stream compiles no further binaries: kernels are not specialized for rows, experts and items."""
 
 import json
 import os
@@ -87,11 +87,11 @@ SEVERAL = {
     "grouped_mm.product_kernel": 2,  # forward, and the gradient of the rows
     "grouped_mm.weight_gradient_kernel": 2,  # into the result, or into slices that are added up
     "scoring.hidden_keys_kernel": 2,  # with targets, or without
-    "topk_items.best_kernel": 3,  # of scores, into the results or into candidates; and of candidates
+    "topk_items.topk_merge_kernel": 3,  # of scores, into the results or into candidates; and of candidates
 }
 
 
-def test_rows_experts_and_items_compile_nothing_anew() -> None:
+def test_rows_experts_and_items_do_not_recompile() -> None:
     root = Path(__file__).parents[3]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])

@@ -1,4 +1,4 @@
-"""Tuning with a clock of our own: what is tried, what is kept on disk, and when nothing is tuned."""
+"""Tuning with a simulated clock: the configurations tried, the file, and cases without tuning."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ ROWS = torch.empty(2816, 768, device="meta", dtype=torch.bfloat16)
 
 
 class Launcher:
-    """Counts what it is launched with; some configurations do not compile."""
+    """Count launches by configuration; some configurations do not compile."""
 
     def __init__(self) -> None:
         self.launched: list[Config] = []
@@ -56,7 +56,7 @@ class Launcher:
 
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launcher]:
-    """A launcher on a device of a known name whose time depends on the block size alone, and an empty folder."""
+    """Return a launcher on a named device whose time depends on the block size alone, with an empty cache folder."""
     launcher = Launcher()
 
     def median_seconds(launch: object, device: torch.device) -> float:
@@ -96,7 +96,7 @@ def test_without_the_variable_the_default_runs_and_no_file_is_touched(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_launch_tries_all_and_later_ones_take_the_best(launch: Launcher, tmp_path: Path) -> None:
+def test_the_first_launch_tries_all_and_later_ones_use_the_best(launch: Launcher, tmp_path: Path) -> None:
     assert run(launch) == 64
     assert launch.timed == [DEFAULT, SLOW, GOOD]
     assert set(map(id, launch.launched)) >= {id(TOO_LARGE), id(BROKEN)}
@@ -129,7 +129,7 @@ def test_another_process_reads_the_choice(launch: Launcher) -> None:
     ],
     ids=["width", "dtype", "kernel", "candidates"],
 )
-def test_what_a_choice_depends_on_tunes_anew(
+def test_another_key_is_tuned_again(
     launch: Launcher, tmp_path: Path, table: Table, like: torch.Tensor, key: dict[str, int]
 ) -> None:
     run(launch)
@@ -140,7 +140,7 @@ def test_what_a_choice_depends_on_tunes_anew(
     assert len(stored(tmp_path)) == 2
 
 
-def test_a_changed_source_tunes_anew(launch: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_changed_source_is_tuned_again(launch: Launcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run(launch)
     tuning.forget()
     monkeypatch.setattr(tuning, "_sources", lambda operator: operator.encode())
@@ -154,7 +154,7 @@ def test_sources_are_those_of_the_operator() -> None:
     assert len({tuning._sources(name) for name in ("side_moe", "route_topk", "no such operator")}) == 3
 
 
-def test_the_number_of_rows_does_not_tune_anew(launch: Launcher) -> None:
+def test_another_number_of_rows_is_not_tuned_again(launch: Launcher) -> None:
     run(launch)
     timed = len(launch.timed)
     assert run(launch, like=ROWS[:1000]) == 64
@@ -170,7 +170,7 @@ def test_few_rows_choose_nothing(launch: Launcher, tmp_path: Path) -> None:
     assert len(stored(tmp_path)) == 1
 
 
-def test_a_capture_takes_what_is_known_and_tunes_nothing(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_uses_known_choices_and_does_not_tune(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "capturing", lambda: True)
     assert run(launch) == 32
     assert launch.launched == [DEFAULT]
@@ -202,7 +202,7 @@ def test_where_nothing_fits_the_reason_is_raised(launch: Launcher) -> None:
         run(launch, table)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_resources(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_treated_as_a_lack_of_resources(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(launch: object, device: torch.device) -> float:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -296,7 +296,7 @@ def test_triton_tunes_a_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """That of all GPUs, which may be changed."""
+    """Return the compute capability of all GPUs, which may be changed."""
     capabilities = [(7, 5)]
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -304,29 +304,29 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]
     # Without kernels of other libraries, which would ask for the GPU as well.
     kernels = {name: {k: v for k, v in own.items() if k != "cuda"} for name, own in dispatch._kernels.items()}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
-    for cached in (tuning._known_too_old, tuning.architecture):
+    for cached in (tuning._cached_too_old, tuning.architecture):
         cached.cache_clear()
     yield capabilities
-    for cached in (tuning._known_too_old, tuning.architecture):
+    for cached in (tuning._cached_too_old, tuning.architecture):
         cached.cache_clear()
 
 
 @pytest.mark.parametrize("operator", triton_backend.LAUNCHERS)
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_auto_goes_on_to_the_reference_where_a_gpu_is_too_old(
-    capability: list[tuple[int, int]], operator: str, name: str
-) -> None:
+def test_auto_selects_the_reference_on_an_old_gpu(capability: list[tuple[int, int]], operator: str, name: str) -> None:
     device = torch.device(name)
     assert dispatch.select(operator, "auto", device, torch.float32) == "reference"
-    assert "8.0 or newer" in (dispatch.unavailable(operator, "triton", device, torch.float32) or "")
-    with pytest.raises(BackendUnavailable, match=rf"8\.0 or newer, and {name} has 7\.5"):
+    assert "8.0 or newer" in (dispatch.unavailable_reason(operator, "triton", device, torch.float32) or "")
+    with pytest.raises(BackendUnavailable, match=rf"8\.0 or newer, but {name} has 7\.5"):
         dispatch.select(operator, "triton", device, torch.float32)
-    tuning._known_too_old.cache_clear()
+    tuning._cached_too_old.cache_clear()
     capability.append((8, 0))
     assert dispatch.select(operator, "auto", device, torch.float32) == "triton"
 
 
-def test_a_gpu_is_asked_for_its_age_once(capability: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_capability_of_a_gpu_is_read_once(
+    capability: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
     for _ in range(3):
@@ -361,19 +361,17 @@ def test_no_age_where_there_is_no_nvidia_gpu(
 
 
 @pytest.mark.parametrize("operator", triton_backend.RANKING)
-def test_auto_goes_on_to_the_reference_for_items_that_32_bits_do_not_count(
-    capability: list[tuple[int, int]], operator: str
-) -> None:
+def test_auto_selects_the_reference_above_32_bits_of_items(capability: list[tuple[int, int]], operator: str) -> None:
     capability.append((9, 0))
     device, queries = torch.device("cuda:0"), torch.empty(2, 1, device="meta")
     for more, backend in ((0, "triton"), (1, "reference")):
         items = torch.empty(item_scores.MOST_ITEMS + more, 1, device="meta")
         arguments = queries, items, torch.empty(2, device="meta"), None, None
         assert dispatch.select(operator, "auto", device, torch.float32, *arguments) == backend
-    with pytest.raises(BackendUnavailable, match=r"items has 2147482625 rows, but the triton kernels take at most"):
+    with pytest.raises(BackendUnavailable, match=r"items has 2147482625 rows, but the triton kernels support at most"):
         dispatch.select(operator, "triton", device, torch.float32, *arguments)
 
 
 def test_a_gpu_that_is_too_old_is_named(capability: list[tuple[int, int]]) -> None:
-    with pytest.raises(BackendUnavailable, match=r"8\.0 or newer, and cuda:3 has 7\.5; use_backend\(\"reference\"\)"):
+    with pytest.raises(BackendUnavailable, match=r"8\.0 or newer, but cuda:3 has 7\.5; use_backend\(\"reference\"\)"):
         tuning.architecture(torch.device("cuda:3"))

@@ -20,7 +20,7 @@ from xsmoe_kernels.runtime import dispatch
 
 
 def loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Row by row, in whatever dtype the arguments have; differentiable."""
+    """Compute the result row by row in the arguments' dtype; differentiable."""
     y = x.new_zeros(len(x), weight.shape[2]) + 0 * weight.sum()
     rows = list(y.unbind())
     for expert in range(len(weight)):
@@ -37,7 +37,7 @@ def make(num_rows: int, bounds: list[int], inner: int, outer: int, seed: int = 0
 
 
 def outputs(function: Any, x: Tensor, weight: Tensor, offsets: Tensor, **options: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The result and the gradients of x and weight, for an upstream gradient that differs from place to place."""
+    """Return the result and the gradients of x and weight for an upstream gradient without equal entries."""
     y = function(x, weight, offsets, **options)
     upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
     return y, *torch.autograd.grad(y, (x, weight), upstream, allow_unused=True, materialize_grads=True)
@@ -167,7 +167,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.xsmoe.grouped_mm_backward, arguments)
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     x, weight, offsets = make(6, [0, 2, 2, 5], 3, 2)
     expected = outputs(grouped_mm, x, weight, offsets, num_frozen=1)
     unbacked(x, weight, offsets)
@@ -202,7 +202,7 @@ def test_the_reference_ran() -> None:
 
 
 def on(backend: str, grad: Tensor, *arguments: Any, needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor, ...]:
-    """What the operator and its backward give; `arguments` are x, weight, offsets and num_frozen."""
+    """Return the results of the operator and its backward; `arguments` are x, weight, offsets and num_frozen."""
     y = torch.ops.xsmoe.grouped_mm(*arguments, backend)
     return y, *torch.ops.xsmoe.grouped_mm_backward(grad, *arguments, *needs, backend)
 
@@ -295,7 +295,7 @@ def test_native_does_not_read_rows_outside_the_offsets(dtype: torch.dtype) -> No
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
-def test_native_gives_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, layout: str) -> None:
+def test_native_is_deterministic_for_any_number_of_threads(dtype: torch.dtype, layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(700, 100, generator=generator).to(dtype), torch.randn(700, 200, generator=generator).to(dtype)
     weight = strided(6, 100, 200, dtype=dtype, layout=layout, generator=generator)

@@ -1,4 +1,4 @@
-"""The Triton kernels of grouped_mm against the reference: in Triton's interpreter, or on a GPU where there is one."""
+"""The Triton kernels of grouped_mm against the reference: in Triton's interpreter, or on a GPU if there is one."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ NAMES = ("y", "gradient of x", "gradient of weight")
 
 
 def on(backend: str, grad: Tensor, *arguments: Any, needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor, ...]:
-    """What the operator and its backward give; `arguments` are x, weight, offsets and num_frozen."""
+    """Return the results of the operator and its backward; `arguments` are x, weight, offsets and num_frozen."""
     y = torch.ops.xsmoe.grouped_mm(*arguments, backend)
     return y, *torch.ops.xsmoe.grouped_mm_backward(grad, *arguments, *needs, backend)
 
@@ -44,7 +44,7 @@ def make(
     dtype: torch.dtype = torch.float32,
     layout: str = "plain",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The upstream gradient, x, weight and offsets."""
+    """Return the upstream gradient, x, weight and offsets."""
     generator = torch.Generator().manual_seed(num_rows + inner)
 
     def draw(*shape: int) -> Tensor:
@@ -63,7 +63,7 @@ def make(
 def assert_agrees(
     grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, needs: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor, ...]:
-    """Fails unless the results keep within the error budget; returns them."""
+    """Fail unless the results are within the error budget; return them."""
     actual, same_dtype = (on(backend, grad, x, weight, *rest, needs=needs) for backend in ("triton", "reference"))
     exact = on("reference", grad.double(), x.double(), weight.double(), *rest, needs=needs)
     for name, *values in zip(NAMES, actual, same_dtype, exact, strict=True):
@@ -254,7 +254,7 @@ def test_places_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 def started_kernels(
     monkeypatch: pytest.MonkeyPatch, look: Callable[[Any], object] = lambda arguments: None
 ) -> set[str]:
-    """The names of the kernels that are started from now on; `look` is shown their arguments."""
+    """Return the names of all kernels launched from now on; `look` is called with their arguments."""
     from xsmoe_kernels.triton_utils import kernel_helpers
 
     names, launch = set(), kernel_helpers.launch
@@ -319,7 +319,7 @@ def test_compiles_whole() -> None:
 
 
 @needs_gpu
-def test_more_experts_or_rows_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_experts_or_rows_do_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     def run(num_rows: int, num_experts: int) -> None:

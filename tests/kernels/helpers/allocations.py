@@ -1,4 +1,4 @@
-"""How much memory a call takes, seen by the allocator and so also inside operators."""
+"""Memory of a call, measured by the allocator and therefore inside operators too."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ from bench.core.memory import allocations, cpu_growth
 
 
 def largest_allocation(call: Callable[[], object]) -> int:
-    """The bytes of the largest single allocation on the CPU while `call` runs."""
+    """Return the bytes of the largest single allocation on the CPU while `call` runs."""
     return max(allocations(call), default=0)
 
 
 def peak_allocation(call: Callable[[], object]) -> int:
-    """The most bytes on the CPU that `call` holds at once beyond those that were there before."""
+    """Return the peak of bytes on the CPU during `call`, beyond those allocated before."""
     most = cpu_growth(call)
     assert most > 0, "the profiler recorded no allocation"
     return most

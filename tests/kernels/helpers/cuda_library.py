@@ -1,7 +1,7 @@
-"""Where tests of CUDA kernels run: on a GPU if there is one, else on a CPU whose threads emulate one.
+"""Device of the tests of CUDA kernels: a GPU if there is one, else an emulation on the CPU.
 
-Without a GPU, importing this builds the emulation, which takes seconds the first time, and loads it; XSMOE_CUDA_LIBRARY
-names another one, for example one with sanitizers.
+Without a GPU, the import builds the emulation, which needs seconds the first time, and loads it. XSMOE_CUDA_LIBRARY
+selects another library, for example one with sanitizers.
 """
 
 import os
@@ -21,7 +21,7 @@ ON_GPU = DEVICE.type == "cuda"
 
 
 def _emulate() -> str | None:
-    """Loads the emulation; why there is nothing to build it with, or None."""
+    """Load the emulation; return why it cannot be built, or None."""
     if not (ROOT / "setup.py").exists():
         return "there are no sources beside the package"
     if cpu_backend.library is None:
@@ -43,6 +43,6 @@ def _emulate() -> str | None:
 reason = None
 if not ON_GPU and cuda_backend.library is None:
     reason = _emulate()
-reason = reason or dispatch.unavailable(next(iter(cuda_backend.OPERATORS)), "cuda", DEVICE, torch.float32)
+reason = reason or dispatch.unavailable_reason(next(iter(cuda_backend.OPERATORS)), "cuda", DEVICE, torch.float32)
 needs_cuda_kernels = pytest.mark.skipif(reason is not None, reason=reason or "")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

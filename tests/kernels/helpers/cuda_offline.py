@@ -1,8 +1,8 @@
-"""What nvcc makes of the CUDA kernels, without a GPU: registers, spills and shared memory of each, for each GPU.
+"""Registers, spills and shared memory of the CUDA kernels by nvcc, for each architecture, without a GPU.
 
     python -m tests.kernels.helpers.cuda_offline [--write]
 
-builds them aside and prints that; --write makes it the budget that test_cuda_build.py holds them to.
+builds them in a separate folder and prints the numbers; --write makes them the budget of test_cuda_build.py.
 """
 
 import argparse
@@ -19,7 +19,7 @@ BUDGET = Path(__file__).parents[1] / "backends" / "cuda_budget.json"
 
 
 class Found(NamedTuple):
-    """What a kernel takes on a GPU of an architecture; bytes but for the registers of a thread."""
+    """Resources of a kernel on an architecture: registers of a thread, all others in bytes."""
 
     kernel: str
     architecture: str
@@ -30,7 +30,7 @@ class Found(NamedTuple):
 
 
 def build(architectures: str = "") -> str:
-    """Compiles and links the library and returns what was said.
+    """Compile and link the library and return the compiler's output.
 
     Args:
         architectures: the GPUs, as TORCH_CUDA_ARCH_LIST names them; by default those of an ordinary build.
@@ -48,7 +48,7 @@ def build(architectures: str = "") -> str:
 
 
 def logs() -> list[Path]:
-    """What nvcc said of each source in the latest build of this Python and torch."""
+    """Return nvcc's output for each source in the latest build of this Python and torch."""
     library = ROOT / "build" / "cuda" / "libxsmoe_cuda.so"
     folders = [path for path in ROOT.glob("build/cuda-*") if (path / library.name).exists()]
     same = [path for path in folders if (path / library.name).read_bytes() == library.read_bytes()]
@@ -56,7 +56,7 @@ def logs() -> list[Path]:
 
 
 def parse(text: str) -> list[Found]:
-    """What ptxas -v tells of each kernel."""
+    """Return the report of ptxas -v for each kernel."""
     found = []
     pattern = re.compile(
         r"Compiling entry function '(?P<kernel>\S+)' for 'sm_(?P<architecture>\w+)'.*?"
@@ -74,7 +74,7 @@ def parse(text: str) -> list[Found]:
 
 
 def readable(mangled: list[str]) -> list[str]:
-    """Names as they stand in the sources, with template arguments and without parameters."""
+    """Return demangled names, with template arguments and without parameters."""
     ran = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
     plain = []
     for name in ran.stdout.splitlines():
@@ -84,13 +84,13 @@ def readable(mangled: list[str]) -> list[str]:
 
 
 def measure(architectures: str = "") -> list[Found]:
-    """Builds, and tells what all kernels take."""
+    """Build, and return the resources of all kernels."""
     build(architectures)
     return [one for path in logs() for one in parse(path.read_text())]
 
 
 def as_budget(found: list[Found], nvcc: str) -> dict[str, object]:
-    """What BUDGET holds."""
+    """Return the content of BUDGET."""
     kernels: dict[str, dict[str, int]] = {}
     for one in found:
         kernels.setdefault(one.kernel, {})[one.architecture] = one.registers
@@ -98,7 +98,7 @@ def as_budget(found: list[Found], nvcc: str) -> dict[str, object]:
 
 
 def nvcc_version() -> str:
-    """The toolkit's that the build takes."""
+    """Return the version of the toolkit that the build uses."""
     sys.path.insert(0, str(ROOT / "csrc"))
     import build_cuda
 
@@ -106,7 +106,7 @@ def nvcc_version() -> str:
 
 
 def main() -> None:
-    """Prints, and writes the budget if it is asked to."""
+    """Print the resources, and write the budget if requested."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="the budget anew")
     options = parser.parse_args()

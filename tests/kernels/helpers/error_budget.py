@@ -1,4 +1,4 @@
-"""The error budget of the kernels' tests: an error is judged against the one that the reference makes in that dtype."""
+"""Error budget of the kernels' tests: an error is compared with that of the reference in the same dtype."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -19,19 +19,19 @@ class Compared(NamedTuple):
 
 
 class BudgetExceeded(AssertionError):
-    """An error is not within its budget; it may be NaN."""
+    """An error exceeds its budget, or is NaN."""
 
 
 def assert_within_budget(
     actual: Tensor, reference_same_dtype: Tensor, exact_f64: Tensor, name: str = "the result"
 ) -> None:
-    """Fails unless `|actual - exact| <= 2 |reference - exact| + 4 eps |exact|`, where `|.|` is the Frobenius norm.
+    """Fail unless `|actual - exact| <= 2 |reference - exact| + 4 eps |exact|`, where `|.|` is the Frobenius norm.
 
     Args:
-        actual: what is under test.
+        actual: the result under test.
         reference_same_dtype: an independent result, computed in the dtype of `actual`; eps is that of its dtype.
         exact_f64: the same in float64, from the same rounded inputs, of unit scale; finite everywhere.
-        name: what the failure's message calls the result.
+        name: the name of the result in the failure's message.
     """
     assert exact_f64.dtype == torch.float64, f"{name}: the exact result must be float64, not {exact_f64.dtype}"
     assert actual.dtype == reference_same_dtype.dtype, f"{name}: {actual.dtype}, not {reference_same_dtype.dtype}"

@@ -1,4 +1,4 @@
-"""Several side levels at once: what the tests of their kernels for GPUs share, of whatever backend."""
+"""Helpers for tests of GPU kernels with several side levels, for every backend."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ DIFFERENTIABLE = ("x", "backbone", "router", "down", "up")
 
 
 def layer(seed: int, rows: int, dim: int, experts: int, rank: int, frozen: int, **options: Any) -> dict[str, Any]:
-    """A level with its leading experts kept apart, and counters."""
+    """Return a level with separate frozen experts, and counters."""
     one_row = options.pop("one_row", False)
     dtype = options.pop("dtype", torch.float32)
     drawn = make_level(rows, dim, experts, rank, one_row=one_row, dtype=dtype, seed=seed, requires_grad=False)
@@ -26,7 +26,7 @@ def layer(seed: int, rows: int, dim: int, experts: int, rank: int, frozen: int, 
 
 
 def layers(scale: int) -> list[dict[str, Any]]:
-    """Two modalities that differ in everything that may, and two levels that need kernels of their own."""
+    """Return two modalities that differ in every allowed way, and two levels that need other kernels."""
     weight = torch.rand(33 * scale, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     return [
         layer(0, 33 * scale, 40, 3, 8, 2, row_weight=weight),
@@ -39,7 +39,7 @@ def layers(scale: int) -> list[dict[str, Any]]:
 
 
 def outcome(levels: list[dict[str, Any]], results: list[Tensor]) -> list[Tensor]:
-    """Results, gradients and counters."""
+    """Return results, gradients and counters."""
     leaves = [level[name] for level in levels for name in DIFFERENTIABLE]
     loss = sum(y.square().sum() for y in results)
     counters = [counter for level in levels for counter in (level["utilization"].norm, level["utilization"].gate)]
@@ -47,7 +47,7 @@ def outcome(levels: list[dict[str, Any]], results: list[Tensor]) -> list[Tensor]
 
 
 def check_each_level_has_the_bits_that_it_has_on_its_own(backend: str, places: slice = slice(None)) -> None:
-    """One call of a group gives what calls of its levels give; of `layers` those at `places` are taken."""
+    """Check that one call for a group equals calls for its levels; `places` selects among `layers`."""
     together, apart = (layers(40 if ON_GPU else 1)[places] for _ in range(2))
     before = dispatch.calls.copy()
     with use_backend(backend):

@@ -1,4 +1,4 @@
-"""What the tests of side_moe's kernels for GPUs share, of whatever backend: each `check_` fails unless it holds."""
+"""Checks of side_moe's GPU kernels, for every backend."""
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ from xsmoe_kernels import Utilization, side_moe, use_backend
 def plain_level(
     rows: int, dim: int, experts: int, rank: int, *, one_row: bool = False, dtype: torch.dtype = torch.float32
 ) -> Level:
-    """A level on the device, of no gradients."""
+    """Return a level on the device, without gradients."""
     level = make_level(rows, dim, experts, rank, one_row=one_row, dtype=dtype, requires_grad=False)
     return Level(*(tensor.to(DEVICE) for tensor in level))
 
 
 def upstream(y: Tensor) -> Tensor:
-    """The gradient that `side_moe_check.results` draws."""
+    """Return the upstream gradient that `side_moe_check.results` draws."""
     generator = torch.Generator().manual_seed(3)
     return torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y.device, y.dtype)
 
@@ -35,7 +35,7 @@ def check_the_same_bits_twice(backend: str, dtype: torch.dtype, one_row: bool) -
 
 
 def check_rows_of_any_stride(backend: str, one_row: bool) -> None:
-    """Strided and transposed operands give the bits of dense ones."""
+    """Strided and transposed operands give bitwise the results of dense ones."""
     level = plain_level(40, 20, 3, 5, one_row=one_row, dtype=torch.bfloat16)
     expected = served_results(level, Call(num_frozen=1, counted=False), backend)
 
@@ -63,7 +63,7 @@ def check_rows_of_any_stride(backend: str, one_row: bool) -> None:
 
 
 def check_places_beyond_two_to_the_31(backend: str) -> None:
-    """Rows may lie so far apart that 32 bits do not count the numbers between them."""
+    """Row strides may exceed 32 bits."""
     stride = 2**30 + 16
     level = plain_level(3, 16, 2, 4, dtype=torch.float16)
     # Of NumPy's zeros only those pages are there that somebody touches.
@@ -78,7 +78,7 @@ def check_places_beyond_two_to_the_31(backend: str) -> None:
 
 
 def check_a_row_that_is_not_finite_spoils_no_other(backend: str, value: float) -> None:
-    """NaN and infinity stay in their rows."""
+    """NaN and infinity affect their own rows only."""
     level = plain_level(40, 20, 3, 5)
     clean = served_results(level, Call(needed=(True, True, False, False, False)), backend)
     x = level.x.clone()
@@ -91,7 +91,7 @@ def check_a_row_that_is_not_finite_spoils_no_other(backend: str, value: float) -
 
 
 def check_large_gradients_in_float16(backend: str, one_row: bool, rows: int, size: float) -> None:
-    """Those of the logits are sums over a row's width, and over all rows, which float16 cannot hold."""
+    """Gradients of logits are sums over a row's width and over all rows, which exceed the range of float16."""
     level = plain_level(rows, 64, 3, 16, one_row=one_row, dtype=torch.float16)
     # The backbone is of one sign, so that its logit's gradient passes 65,504; what that is multiplied with is small.
     level = level._replace(x=0.02 * level.x, backbone=level.backbone.abs(), router=0.02 * level.router)
@@ -108,7 +108,7 @@ def check_large_gradients_in_float16(backend: str, one_row: bool, rows: int, siz
 
 
 def check_logits_without_a_bound_below(backend: str) -> None:
-    """A row's first block of gates has no share at all, a later one has."""
+    """The first block of a row's gates is all zeros, and a later one is not."""
     level = plain_level(33, 16, 20, 4)
     router = torch.full_like(level.router, float("-inf"))
     router[17:] = level.router[17:]
@@ -122,7 +122,7 @@ def check_logits_without_a_bound_below(backend: str) -> None:
 
 
 def check_with_opcheck(backend: str, needed: tuple[bool, ...]) -> None:
-    """Schema, fake and autograd are what torch.library expects."""
+    """Schema, fake and autograd pass torch.library.opcheck."""
     level = plain_level(6, 16, 3, 4)
     forward = (*level, None, None, None, None, 1, True, True, "gelu", backend)
     torch.library.opcheck(torch.ops.xsmoe.side_moe.default, forward)
@@ -133,7 +133,7 @@ def check_with_opcheck(backend: str, needed: tuple[bool, ...]) -> None:
 
 
 def check_compiles_as_one_graph(backend: str) -> None:
-    """torch.compile takes it whole, and counts as often."""
+    """torch.compile makes one graph, and counters grow as in eager mode."""
     leaves = [tensor.requires_grad_() for tensor in plain_level(33, 16, 3, 4)]
     counters = Utilization(3, DEVICE)
 
@@ -151,7 +151,7 @@ def check_compiles_as_one_graph(backend: str) -> None:
 
 
 def check_replays_as_a_cuda_graph(backend: str, dtype: torch.dtype, one_row: bool) -> None:
-    """What is captured reads its inputs anew when it is replayed."""
+    """A captured graph reads its inputs again when it is replayed."""
     level = plain_level(2816, 768, 10, 64, one_row=one_row, dtype=dtype)
     leaves = [tensor.requires_grad_() for tensor in level]
     row_weight = torch.rand(2816, device=DEVICE)
@@ -182,7 +182,7 @@ def check_replays_as_a_cuda_graph(backend: str, dtype: torch.dtype, one_row: boo
 
 
 def check_never_waits_for_the_device(backend: str) -> None:
-    """No call of torch synchronises."""
+    """No call of torch synchronizes."""
     leaves = [tensor.requires_grad_() for tensor in plain_level(2816, 768, 10, 64, dtype=torch.bfloat16)]
     counters = Utilization(10, DEVICE)
 
@@ -195,7 +195,7 @@ def check_never_waits_for_the_device(backend: str) -> None:
 
 
 def check_runs_on_the_current_stream(backend: str) -> None:
-    """Another stream than the default gives the same."""
+    """Results on a side stream are equal."""
     level, call = plain_level(2816, 768, 10, 64), Call(num_frozen=9)
     want = served_results(level, call, backend)
     stream = torch.cuda.Stream()

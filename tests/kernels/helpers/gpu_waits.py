@@ -1,4 +1,4 @@
-"""Whether a call makes the host wait for a GPU."""
+"""Check that a call does not synchronize with a GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def assert_waits_for_nothing(run: Callable[[], Any]) -> None:
-    """Fails if a call, once it has run before, makes the host wait for the GPU."""
+    """Fail if a call, after a first run, makes the host wait for the GPU."""
     run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,8 +1,8 @@
-"""The native in_batch_softmax_loss against float64: its check, and a selection of cases for each tier of instructions.
+"""The native in_batch_softmax_loss against float64: its check, and a selection of cases for each instruction set.
 
     XSMOE_CPU_TIER=avx2 python tests/kernels/helpers/native_in_batch_softmax_loss.py
 
-compares the selection on one tier.
+compares the selection on one instruction set.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ GRADIENTS = ("queries", "items")
 
 
 class Case(NamedTuple):
-    """Sizes and options of a call; `users` is the number of rows of rejected, 0 for one of each query."""
+    """Sizes and options of a call; `users` is the number of rows of rejected, 0 for one per query."""
 
     queries: int
     items: int
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def draw(case: Case) -> dict[str, Any]:
-    """The arguments of a call, of which queries and items need the gradients that the case asks for."""
+    """Return the arguments of a call; queries and items require the gradients that the case requests."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def rows(*shape: int, scale: float = 1.0) -> Tensor:
@@ -58,7 +58,7 @@ def draw(case: Case) -> dict[str, Any]:
 
 
 def outputs(batch: dict[str, Any], backend: str, upstream: float = 3.0) -> dict[str, Tensor]:
-    """The loss, and the gradients that its inputs need, for an upstream gradient that is not 1."""
+    """Return the loss and the needed gradients for an upstream gradient that is not 1."""
     with use_backend(backend):
         loss = in_batch_softmax_loss(**batch)
     needed = [name for name in GRADIENTS if batch[name].requires_grad]
@@ -67,7 +67,7 @@ def outputs(batch: dict[str, Any], backend: str, upstream: float = 3.0) -> dict[
 
 
 def outputs_of_halves(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The same from a forward that gets no gradients ahead, and a backward that computes them."""
+    """Return the same from a forward without gradients and a backward that computes them."""
     inputs = [value.detach() if isinstance(value, Tensor) else None for value in batch.values()]
     if inputs[-1] is not None:
         inputs[-1] = inputs[-1].float()
@@ -80,7 +80,7 @@ def outputs_of_halves(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def exact(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The same in float64."""
+    """Return the same in float64."""
     wide = {name: batch[name].detach().double().requires_grad_(batch[name].requires_grad) for name in GRADIENTS}
     loss = in_batch_softmax_loss(**batch | wide)
     needed = [name for name in GRADIENTS if batch[name].requires_grad]
@@ -89,7 +89,7 @@ def exact(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def check(case: Case) -> dict[str, Tensor]:
-    """Fail unless the native results, got both ways, keep the error budget; return those of the public function."""
+    """Fail unless both native results are within the error budget; return those of the public function."""
 
     def compare(draw_number: int) -> dict[str, Compared]:
         batch = draw(case._replace(seed=case.seed + draw_number))

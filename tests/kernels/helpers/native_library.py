@@ -1,4 +1,4 @@
-"""What tests of the native library share: when they run, and how they start another Python with one."""
+"""Helpers for tests of the native library: skip conditions, and a subprocess with another library."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ needs_library = pytest.mark.skipif(cpu_backend.library is None, reason=cpu_backe
 
 
 def run_python(*arguments: str, library: Path | None = cpu_backend.library, **variables: str) -> str:
-    """What another Python prints, started with these arguments, environment variables and native library.
+    """Return the output of another Python with these arguments, environment variables and native library.
 
-    It finds the package and the helpers of these tests. Fails with what it wrote if it fails.
+    It can import the package and these helpers. If it fails, the error contains its output.
     """
     found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": found, "XSMOE_NATIVE_LIBRARY": str(library or ""), **variables}

@@ -1,8 +1,8 @@
-"""The native packed_attention against float64: its check, and a selection of cases for each tier of instructions.
+"""The native packed_attention against float64: its check, and a selection of cases for each instruction set.
 
     XSMOE_CPU_TIER=avx2 python tests/kernels/helpers/native_packed_attention.py
 
-compares the selection on one tier.
+compares the selection on one instruction set.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ RESULTS = ("y", "gradient of q", "gradient of k", "gradient of v")
 
 
 class Case(NamedTuple):
-    """A call: the sequences' lengths, rows that belong to none at either end, and what is computed of them."""
+    """A call: the sequences' lengths, rows outside all sequences at either end, and options."""
 
     lengths: tuple[int, ...]
     heads: int = 2
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 def draw(case: Case) -> list[Tensor]:
-    """q, k, v and the gradient of the result; the rows of no sequence are NaN."""
+    """Return q, k, v and the gradient of the result; rows outside all sequences are NaN."""
     generator = torch.Generator().manual_seed(case.seed)
     drawn = [torch.randn(case.num_rows, case.heads, case.dim, generator=generator).to(case.dtype) for _ in range(4)]
     for rows in drawn:
@@ -55,7 +55,7 @@ def draw(case: Case) -> list[Tensor]:
 
 
 def outputs(case: Case, inputs: list[Tensor], backend: str) -> tuple[Tensor, ...]:
-    """The result and the gradients of q, k and v. Dropout is the same in every call."""
+    """Return the result and the gradients of q, k and v. Dropout is the same in every call."""
     *leaves, grad = (t.detach().requires_grad_() for t in inputs)
     before = dispatch.calls.copy()
     torch.manual_seed(case.seed)
@@ -67,7 +67,7 @@ def outputs(case: Case, inputs: list[Tensor], backend: str) -> tuple[Tensor, ...
 
 
 def check(case: Case) -> None:
-    """Fail unless the native results stay within the error budget, and are zeros in the rows of no sequence."""
+    """Fail unless the native results are within the error budget, and zero in rows outside all sequences."""
 
     def compare(draw_number: int) -> dict[str, Compared]:
         again = case._replace(seed=case.seed + draw_number)

@@ -1,6 +1,6 @@
-"""Native rank_of_target and topk_items against the references; as a program, all cases, for any tier.
+"""Native rank_of_target and topk_items against the references; as a program, all cases on one instruction set.
 
-The program prints the tier that ran and how many cases agreed.
+The program prints the instruction set and the number of cases that agreed.
 """
 
 import torch
@@ -17,14 +17,14 @@ PLACES = (1, 10, 300, 1200)
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Cases of any size, around a block of queries and several tiles of items."""
+    """Return cases of sizes around a block of queries and several tiles of items."""
     sizes = draw(st.integers(0, 40)), draw(st.integers(1, 600)), draw(st.integers(1, 300))
     dtype, most_seen = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([None, 0, 5, 400]))
     return make_case(*sizes, dtype, seed=draw(st.integers(0, 2**31)), most_seen=most_seen)
 
 
 def check_equals_tie(num_queries: int, num_items: int, dim: int, dtype: torch.dtype) -> None:
-    """Copies of one item rank the same and are found in order, in whichever column and block they stand."""
+    """Copies of one item rank equally and are returned in order, in every column and block."""
     NATIVE.check_copies_tie(num_queries, num_items, dim, dtype)
     generator = torch.Generator().manual_seed(dim)
     items = torch.randn(1, dim, generator=generator).to(dtype).repeat(num_items, 1)

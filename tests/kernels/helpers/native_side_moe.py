@@ -1,8 +1,8 @@
-"""The native side_moe against float64: its check, and a selection of cases for each tier of instructions.
+"""The native side_moe against float64: its check, and a selection of cases for each instruction set.
 
     XSMOE_CPU_TIER=avx2 python tests/kernels/helpers/native_side_moe.py
 
-compares the selection on one tier.
+compares the selection on one instruction set.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""What rank_of_target holds to on every backend: tests that a subclass runs on its own."""
+"""Tests of rank_of_target for every backend, which subclasses run."""
 
 import math
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ class RankChecks:
     """Ranks of a backend.
 
     Attributes:
-        served: the backend, and where it is tried.
-        dtypes: those that it takes.
+        served: the backend and its device.
+        dtypes: the supported ones.
         tie_dims, tie_sizes: inner dimensions, and numbers of queries and items, of which all items are one.
         rounded: queries, items and inner dimension of scores that are rounded.
         wide: items of several tiles.
-        before: items that stand before the few that a test names, some tiles of them.
+        before: the number of items in front of those that a test names, several tiles.
     """
 
     served: ClassVar[Served]
@@ -35,13 +35,13 @@ class RankChecks:
     before: ClassVar[int]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Has tests of a dtype, or of an inner dimension of ties, run for each that the subclass names."""
+        """Parametrize tests of a dtype, or of an inner dimension of ties, by the subclass's attributes."""
         for argument, values in (("dtype", self.dtypes), ("tie_dim", self.tie_dims)):
             if argument in metafunc.fixturenames:
                 metafunc.parametrize(argument, values)
 
     def few(self, scores: tuple[float, ...], target: int, seen: tuple[int, ...] = ()) -> int:
-        """The rank of a target of a query in a block of three, behind items that each of them has seen."""
+        """Return the rank of a target of a query in a block of three, after items that all of them have seen."""
         items = torch.tensor([*[9.0] * self.before, *scores])[:, None]
         left_out = torch.tensor([self.before + place for place in seen] + list(range(self.before)), dtype=torch.int64)
         targets = torch.full((3,), self.before + target)
@@ -49,8 +49,8 @@ class RankChecks:
         assert (ranks == ranks[0]).all()
         return int(ranks[0])
 
-    def test_copies_of_one_item_tie_wherever_they_stand(self, dtype: torch.dtype, tie_dim: int) -> None:
-        """To the bit, also with the target's own score, which may be computed apart from theirs."""
+    def test_copies_of_one_item_tie_at_every_position(self, dtype: torch.dtype, tie_dim: int) -> None:
+        """Scores are bitwise equal, also to the target's own score, which may be computed separately."""
         for num_queries, num_items in self.tie_sizes:
             self.served.check_copies_tie(num_queries, num_items, tie_dim, dtype)
 
@@ -105,13 +105,13 @@ class RankChecks:
     def test_rows_of_no_numbers(self) -> None:
         assert self.served.check_rank(make_case(3, 40, 0, torch.float32)).tolist() == [21] * 3
 
-    def test_gives_the_same_bits_twice(self) -> None:
+    def test_is_deterministic(self) -> None:
         case = self.served.random_case(20, 150, 48, torch.float32)
         assert torch.equal(self.served.rank(case), self.served.rank(case))
 
 
 class GpuRankChecks(RankChecks):
-    """Ranks of kernels for GPUs."""
+    """Ranks of GPU kernels."""
 
     far_dtype: ClassVar[torch.dtype]
 
@@ -163,5 +163,5 @@ class GpuRankChecks(RankChecks):
 
 
 def sizes(always: Sequence[int], on_gpu: Sequence[int]) -> list[int]:
-    """What is tried; on a GPU more than where one is emulated."""
+    """Return the cases; more on a GPU than in an emulation."""
     return [*always, *(on_gpu if ON_GPU else ())]

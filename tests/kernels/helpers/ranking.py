@@ -1,7 +1,6 @@
 """Cases of rank_of_target and topk_items where scores are exact, and their comparison with the reference.
 
-Scores of small integers do not depend on the order of their sums, so that nothing but equality will do, and many of
-them are equal.
+Scores of small integers do not depend on the order of summation, so results must be equal. Many scores tie.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,28 +27,28 @@ class Case(NamedTuple):
 
 
 class Served(NamedTuple):
-    """A backend, and the device that it is tried on."""
+    """A backend and its device in tests."""
 
     backend: str
     device: torch.device
 
     def rank(self, case: Case) -> Tensor:
-        """The ranks; fails if another backend served."""
+        """Return the ranks; fail if another backend ran."""
         return _on(self.backend, "rank_of_target", lambda: rank_of_target(*case))
 
     def topk(self, case: Case, k: int) -> tuple[Tensor, Tensor]:
-        """Scores and ids; fails if another backend served."""
+        """Return scores and ids; fail if another backend ran."""
         return _on(self.backend, "topk_items", lambda: topk_items(case.queries, case.items, k, case.seen))
 
     def check_rank(self, case: Case) -> Tensor:
-        """Fails unless the ranks are the reference's; returns them."""
+        """Fail unless the ranks are the reference's; return them."""
         case = on(self.device, case)
         ranks = self.rank(case)
         assert torch.equal(ranks, Served("reference", self.device).rank(case))
         return ranks
 
     def check_topk(self, case: Case, k: int) -> tuple[Tensor, Tensor]:
-        """Fails unless scores and ids are the reference's; returns them."""
+        """Fail unless scores and ids are the reference's; return them."""
         case = on(self.device, case)
         scores, ids = self.topk(case, k)
         expected = Served("reference", self.device).topk(case, k)
@@ -59,7 +58,7 @@ class Served(NamedTuple):
         return scores, ids
 
     def check_copies_tie(self, num_queries: int, num_items: int, dim: int, dtype: torch.dtype) -> None:
-        """Copies of one item score the same to the bit, wherever they and the target among them stand."""
+        """Copies of one item have bitwise equal scores at every position, the target too."""
         generator = torch.Generator().manual_seed(dim)
         item = torch.randn(1, dim, generator=generator).to(dtype)
         queries = torch.randn(num_queries, dim, generator=generator).to(dtype)
@@ -72,7 +71,7 @@ class Served(NamedTuple):
     def random_case(
         self, num_queries: int, num_items: int, dim: int, dtype: torch.dtype, most_seen: int | None = 20
     ) -> Case:
-        """Normal numbers, which are rounded when they are summed; every item stands there twice."""
+        """Return normal numbers, whose sums are rounded; every item is in the catalogue twice."""
         case = make_case(num_queries, num_items, 1, dtype, most_seen=most_seen)
         generator = torch.Generator().manual_seed(dim)
         items = torch.randn((num_items + 1) // 2, dim, generator=generator).repeat(2, 1)[:num_items]
@@ -89,7 +88,7 @@ def _on(backend: str, operator: str, run: Callable[[], Result]) -> Result:
 
 
 def on(device: torch.device, case: Case) -> Case:
-    """A case's tensors on a device."""
+    """Return a case's tensors on a device."""
     seen = None if case.seen is None else (case.seen[0].to(device), case.seen[1].to(device))
     return Case(*(tensor.to(device) for tensor in case[:3]), seen)
 
@@ -97,8 +96,8 @@ def on(device: torch.device, case: Case) -> Case:
 def make_case(
     num_queries: int, num_items: int, dim: int, dtype: torch.dtype, *, seed: int = 0, most_seen: int | None = None
 ) -> Case:
-    """Integer-valued queries and items. With `most_seen` lists of up to so many items each, in no order, with
-    repetitions; every other one names its target as well."""
+    """Return integer-valued queries and items. With `most_seen`, also lists of up to that many items each, unordered,
+    with repetitions; every other list contains its target."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -114,7 +113,7 @@ def make_case(
 
 
 def ragged(lists: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Lists as values and offsets."""
+    """Return lists as values and offsets."""
     lengths = torch.tensor([0, *map(len, lists)])
     return torch.cat([torch.empty(0, dtype=torch.int64), *lists]), lengths.cumsum(0)
 
@@ -129,7 +128,7 @@ def cases(
     dtypes: Sequence[torch.dtype],
     device: torch.device,
 ) -> Case:
-    """Cases of these sizes in every layout, some with values that belong to nobody before and behind all lists."""
+    """Return cases of these sizes in every layout, some with values outside all lists at both ends."""
     sizes = (draw(st.sampled_from(some)) for some in (num_queries, num_items, dim))
     (queries, items, width), seen_of_each = sizes, draw(st.sampled_from(most_seen))
     case = make_case(queries, items, width, draw(st.sampled_from(dtypes)), most_seen=seen_of_each, seed=width)
@@ -144,7 +143,7 @@ def cases(
 
 
 def laid_out(tensor: Tensor, layout: str, device: torch.device) -> Tensor:
-    """The same numbers with other strides, on a device; for "one item" they are all the first row's."""
+    """Return the same numbers with other strides, on a device; "one item" repeats the first row."""
     tensor = tensor.to(device)
     if layout == "apart":
         return torch.stack([tensor, tensor], dim=-1)[..., 0]
@@ -160,7 +159,7 @@ def laid_out(tensor: Tensor, layout: str, device: torch.device) -> Tensor:
 
 
 def captured(run: Callable[[], Any]) -> tuple[Any, Any]:
-    """A CUDA graph of a call, and its result; fails if the call waits for the device."""
+    """Return a CUDA graph of a call and its result; fail if the call waits for the device."""
     assert_waits_for_nothing(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""What the tests of route_topk's kernels for GPUs share, whatever backend they are of."""
+"""Helpers for tests of route_topk's GPU kernels, for every backend."""
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ KINDS = ("plain", "ties", "special", "lowest", "transposed", "wide", "unaligned"
 
 
 def on(backend: str, logits: Tensor, k: int, renormalize: bool, grad: Tensor) -> tuple[Tensor, ...]:
-    """Gates, experts, order and offsets, and the gradient of the logits for an upstream gradient of the gates."""
+    """Return gates, experts, order and offsets, and the gradient of the logits for one of the gates."""
     routing = torch.ops.xsmoe.route_topk(logits, k, renormalize, backend)
     grad = grad.to(logits.dtype)
     return *routing, torch.ops.xsmoe.route_topk_backward(grad, logits, routing[1], renormalize, backend)
 
 
 def assert_agrees(backend: str, logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, ...]:
-    """Fails unless choices are those of the reference, and gates and gradients keep within the error budget."""
+    """Fail unless choices are those of the reference, and gates and gradients are within the error budget."""
     generator = torch.Generator().manual_seed(k)
     grad = torch.randn(len(logits), k, generator=generator).to(logits)
     actual, same_dtype = (on(name, logits, k, renormalize, grad) for name in (backend, "reference"))
@@ -33,7 +33,7 @@ def assert_agrees(backend: str, logits: Tensor, k: int, renormalize: bool) -> tu
 
 
 def random_logits(num_rows: int, num_experts: int, dtype: torch.dtype, kind: str = "plain", seed: int = 0) -> Tensor:
-    """Logits on the device: with ties, with numbers that are not finite, or in another layout."""
+    """Return logits on the device: with ties, with numbers that are not finite, or in another layout."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_rows, num_experts, generator=generator)
     if kind == "ties":

@@ -1,4 +1,4 @@
-"""Inputs of a side level, and the level as its formula reads: one expert after the other, outputs stacked."""
+"""Inputs of a side level, and its formula: one expert after the other, outputs stacked."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ ACTIVATIONS = {
 
 
 class Level(NamedTuple):
-    """What is differentiable in a side level, in `side_moe`'s order."""
+    """Differentiable inputs of a side level, in `side_moe`'s order."""
 
     x: Tensor
     backbone: Tensor
@@ -36,7 +36,7 @@ def make_level(
     seed: int = 0,
     requires_grad: bool = True,
 ) -> Level:
-    """Inputs such that hidden states, logits and outputs are of unit scale; x is (1, D) with `one_row`."""
+    """Return inputs such that hidden states, logits and outputs have unit scale; x is (1, D) with `one_row`."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -53,7 +53,7 @@ def make_level(
 
 
 def to(level: Level, dtype: torch.dtype) -> Level:
-    """The same values as fresh leaves of another dtype."""
+    """Return the same values as new leaves of another dtype."""
     return Level(*(t.detach().to(dtype).requires_grad_(t.requires_grad) for t in level))
 
 

@@ -1,4 +1,4 @@
-"""side_moe of one backend against float64: what every test of its kernels compares."""
+"""Comparison of side_moe on one backend with float64, for all tests of its kernels."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ Results = dict[str, Tensor]
 
 
 class Call(NamedTuple):
-    """How side_moe is called, but for its differentiable inputs."""
+    """Arguments of side_moe other than its differentiable inputs."""
 
     num_frozen: int = 0
     apart: bool = False
@@ -78,7 +78,7 @@ def results(level: Level, call: Call, backend: str, dtype: torch.dtype, seed: in
 
 
 def served_results(level: Level, call: Call, backend: str, seed: int = 3) -> Results:
-    """`results` of a backend, which is seen to run."""
+    """Return `results` of a backend; fail unless it ran."""
     before = dispatch.calls["side_moe", backend], dispatch.calls["side_moe_backward", backend]
     found = results(level, call, backend, level.x.dtype, seed)
     after = dispatch.calls["side_moe", backend], dispatch.calls["side_moe_backward", backend]
@@ -87,7 +87,7 @@ def served_results(level: Level, call: Call, backend: str, seed: int = 3) -> Res
 
 
 def oracle(level: Level, call: Call, seed: int = 3) -> tuple[Results, Results]:
-    """The reference's results in the level's dtype, and in float64 from the same rounded inputs."""
+    """Return the reference's results in the level's dtype, and in float64 from the same rounded inputs."""
     dtype = level.x.dtype
     return (
         results(level, call, "reference", dtype, seed),
@@ -98,7 +98,7 @@ def oracle(level: Level, call: Call, seed: int = 3) -> tuple[Results, Results]:
 def redrawn(level: Level, draw: int) -> Level:
     """Return a level with every number times 3/4 to 5/4; draw 0 is the level itself.
 
-    The scale of each input, its zeros and the size of the logits stay; the rounding errors become others.
+    The scale of each input, its zeros and the size of the logits are kept; the rounding errors change.
     """
     if draw == 0:
         return level
@@ -152,7 +152,7 @@ def check_backend(
 
 
 def _assert_near(actual: Tensor, reference: Tensor, exact: Tensor, name: str, level: Level) -> None:
-    """Judge the results of few rows, whose errors in the reference may by luck be tiny."""
+    """Judge the results of few rows, for which the reference's errors may be small by chance."""
     error, reference_error = (torch.linalg.vector_norm(t.double() - exact) for t in (actual, reference))
     dtype, terms = level.x.dtype, max(level.backbone.shape)
     # What a sum of so many numbers, one after the other, loses in float32; 16 bits round each term by much more.

@@ -1,4 +1,4 @@
-"""Where tests of Triton kernels run: on a GPU if there is one, else in Triton's interpreter."""
+"""Device of the tests of Triton kernels: a GPU if there is one, else Triton's interpreter."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_reason = dispatch.unavailable("side_moe", "triton", DEVICE, torch.float32)
+_reason = dispatch.unavailable_reason("side_moe", "triton", DEVICE, torch.float32)
 needs_triton = pytest.mark.skipif(_reason is not None, reason=_reason or "")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 
 def spread(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The same numbers, as far apart as the strides say, in memory of which only the pages that hold them are there."""
+    """Return the same numbers with the given strides, in memory of which only the used pages exist."""
     length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
     if ON_GPU:
         far = torch.empty(0, dtype=tensor.dtype, device=DEVICE).new_zeros(length)
@@ -32,7 +32,7 @@ def spread(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def reverse_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the interpreter run a kernel's programs from the last to the first; on a GPU they run in any order."""
+    """Make the interpreter run a kernel's programs in reverse order; on a GPU the order is arbitrary."""
     if ON_GPU:
         return
     from triton.runtime.interpreter import interpreter_builder
@@ -45,15 +45,15 @@ def reverse_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leave_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the interpreter from copying arguments back, which are on the CPU already and here too large."""
+    """Prevent the interpreter from copying arguments back: they are on the CPU, and too large."""
     if not ON_GPU:
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: None)
 
 
 def _patch_once() -> None:
-    """Lets Triton's interpreter patch its language once a launch, instead of once for every function called in it.
+    """Make Triton's interpreter patch its language once per launch, not once per function call.
 
-    Later patches find nothing left to patch, but look for it in half of the time that these tests take.
+    Later patches change nothing, but searching for them is half of the time of these tests.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -68,7 +68,7 @@ def _patch_once() -> None:
 
 
 def _xor_at_once() -> None:
-    """Lets Triton's interpreter reduce by exclusive or as by sums, instead of number by number: all sorting does it."""
+    """Make Triton's interpreter reduce by exclusive or in one step, not per number; all sorting does it."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import ReduceOps
@@ -86,7 +86,7 @@ def _xor_at_once() -> None:
 
 
 def _look_up_once() -> None:
-    """Lets Triton's interpreter look up NumPy's type of one of its own, instead of listing all of them each time."""
+    """Make Triton's interpreter look up NumPy's type for its own type, without a list of all each time."""
     from triton.runtime import interpreter
 
     list_all = interpreter._get_np_dtype
@@ -95,7 +95,7 @@ def _look_up_once() -> None:
 
 
 def _leave_out_sanitizer() -> None:
-    """Spares Triton's interpreter from computing sums and products anew for an assertion that it then leaves out.
+    """Prevent Triton's interpreter from computing sums and products twice for an assertion that it skips.
 
     It asserts nothing unless its option `debug` is set, which nothing sets.
     """

@@ -24,7 +24,7 @@ Batch = dict[str, Any]
 
 
 def draw(case: Case) -> Batch:
-    """The arguments of a call on the device under test."""
+    """Return the arguments of a call on the device under test."""
     batch = draw_on_cpu(case)
     moved = {name: value if value is None else value.detach().to(DEVICE) for name, value in batch.items()}
     for name in GRADIENTS:
@@ -33,7 +33,7 @@ def draw(case: Case) -> Batch:
 
 
 def outputs(batch: Batch, backend: str, upstream: float = 3.0) -> dict[str, Tensor]:
-    """The loss, and the gradients that its inputs need, for an upstream gradient that is not 1."""
+    """Return the loss and the needed gradients for an upstream gradient that is not 1."""
     with use_backend(backend):
         loss = in_batch_softmax_loss(**batch)
     needed = [name for name in GRADIENTS if batch[name].requires_grad]
@@ -47,7 +47,7 @@ def exact(batch: Batch) -> dict[str, Tensor]:
 
 
 def compared(batch: Batch) -> dict[str, Compared]:
-    """Return the results of a batch beside those of the reference, in its dtype and in float64."""
+    """Return the results of a batch and those of the reference, in its dtype and in float64."""
     before = dispatch.calls.copy()
     actual = outputs(batch, "triton")
     called = {(NAME, "triton"): 1} | ({(f"{NAME}_backward", "triton"): 1} if len(actual) > 1 else {})
@@ -57,7 +57,7 @@ def compared(batch: Batch) -> dict[str, Compared]:
 
 
 def within_budget(batch: Batch) -> dict[str, Tensor]:
-    """Fail unless the results of a batch keep the error budget; return them."""
+    """Fail unless the results of a batch are within the error budget; return them."""
     found = compared(batch)
     for name, values in found.items():
         assert_within_budget(*values, name)
@@ -65,7 +65,7 @@ def within_budget(batch: Batch) -> dict[str, Tensor]:
 
 
 def check(case: Case) -> dict[str, Tensor]:
-    """Fail unless the results of a case keep the error budget; return those of its first draw."""
+    """Fail unless the results of a case are within the error budget; return those of its first draw."""
 
     def judge(actual: Tensor, reference: Tensor, exact: Tensor, name: str) -> None:
         assert_within_budget(actual, reference, exact, f"{name} of {case}")
@@ -74,7 +74,7 @@ def check(case: Case) -> dict[str, Tensor]:
 
 
 def replaced(batch: Batch, **values: Any) -> Batch:
-    """The batch with other values, of which queries and items are leaves that need what those before needed."""
+    """Return the batch with other values; queries and items are leaves with the same requires_grad."""
     for name in GRADIENTS:
         if name in values:
             values[name] = values[name].detach().requires_grad_(batch[name].requires_grad)
@@ -82,7 +82,7 @@ def replaced(batch: Batch, **values: Any) -> Batch:
 
 
 def same_as_reference(batch: Batch) -> dict[str, Tensor]:
-    """Fails unless the kernels give what the reference gives, NaN included; returns it."""
+    """Fail unless the kernels give the reference's result, NaN included; return it."""
     # Shares that are rounded to 16 bits before their products move small sums by more than their last bits.
     half = batch["items"].dtype != torch.float32
     bounds = {"rtol": 0.05, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-5}

@@ -1,11 +1,11 @@
-"""What the launchers launch, compiled for GPUs that need not be here: registers, spills and shared memory.
+"""Offline compilation of all launched kernels for several GPUs: registers, spills and shared memory.
 
     python -m tests.kernels.helpers.triton_offline                      # a table for all targets and precisions
     python -m tests.kernels.helpers.triton_offline --targets sm_90 --precisions half
     python -m tests.kernels.helpers.triton_offline --write              # makes it the budget, triton_budget.json
 
-The launchers run on CPU tensors, up to the launch itself: what they would have launched is recorded, and compiled with
-the arguments specialised as Triton does it for real ones. Nothing runs, so the tensors' contents do not matter.
+The launchers run on CPU tensors up to the launch, which is recorded and compiled with arguments specialized as Triton
+specializes real ones. Nothing runs, so the tensors' contents do not matter.
 """
 
 import argparse
@@ -38,14 +38,14 @@ PRECISIONS = ("half", "tf32", "ieee")
 
 
 class Limits(NamedTuple):
-    """What a target has: bytes of shared memory for a program, and registers for a thread."""
+    """Limits of a target: bytes of shared memory for a program, and registers for a thread."""
 
     shared: int
     registers: int
 
 
 class Target(NamedTuple):
-    """An architecture, as Triton names it."""
+    """An architecture by Triton's name."""
 
     backend: str
     arch: int | str
@@ -70,15 +70,15 @@ MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 @dataclass(frozen=True)
 class Found:
-    """A kernel on a target at a precision: the most that any of its launches needs.
+    """A kernel on a target at a precision: the largest needs of its launches.
 
     Attributes:
         registers: of a thread; for AMD both kinds together.
         shared: bytes.
-        spills: bytes of stack that NVIDIA's compiler took, numbers that AMD's spilled.
+        spills: bytes of stack for NVIDIA, spilled numbers for AMD.
         matrix: the instructions of its products, "" if it has none, "plain" if they are none of the matrix units'.
-        launches: how many different ones there are.
-        error: why one of them does not compile; "" if all do.
+        launches: the number of different ones.
+        error: why one of them does not compile; "" if all compile.
     """
 
     kernel: str
@@ -93,7 +93,7 @@ class Found:
 
 
 class Launch(NamedTuple):
-    """What `kernel_helpers.launch` was given."""
+    """Arguments of a call of `kernel_helpers.launch`."""
 
     kernel: Any
     arguments: Mapping[str, Any]
@@ -101,7 +101,7 @@ class Launch(NamedTuple):
 
 
 def record(target: str, precision: str, scenarios: Sequence[Scenario]) -> list[Launch]:
-    """The launches of scenarios on CPU tensors, configured as for a target."""
+    """Return the launches of scenarios on CPU tensors, configured for a target."""
     recorded: list[Launch] = []
 
     def keep(kernel: Any, grid: Any, device: Any, arguments: Any, constants: Any, config: Any) -> None:
@@ -135,7 +135,7 @@ def _as_if_on(target: str, precision: str, keep: Callable[..., None]) -> Iterato
 
 
 def specialised(launch: Launch, target: str) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any], dict[str, Any]]:
-    """Signature, constants, attributes and options of a launch, by Triton's own rules for its arguments."""
+    """Return signature, constants, attributes and options of a launch, by Triton's rules for arguments."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -173,12 +173,12 @@ def measure(launch: Launch, target: str) -> Found:
 
 
 def name_of(launch: Launch) -> str:
-    """The operator and the kernel."""
+    """Return the operator and the kernel."""
     return f"{launch.kernel.fn.__module__.split('.')[2]}.{launch.kernel.fn.__name__}"
 
 
 def cuobjdump(cubin: bytes) -> str:
-    """What NVIDIA's tool, which comes with Triton, says of a binary."""
+    """Return the output of NVIDIA's tool, which is part of Triton, for a binary."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -190,13 +190,13 @@ def cuobjdump(cubin: bytes) -> str:
 
 
 def nvidia_needs(usage: str) -> tuple[int, int]:
-    """Registers, and bytes of stack or local memory."""
+    """Return registers, and bytes of stack or local memory."""
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return numbers["REG"], max(numbers["STACK"], numbers["LOCAL"])
 
 
 def amd_needs(assembly: str) -> tuple[int, int]:
-    """Vector registers of both kinds, and how many numbers are spilled."""
+    """Return vector registers of both kinds, and the number of spilled numbers."""
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+_(?:spill_)?count):\s*(\d+)", assembly)}
     return numbers["vgpr_count"], numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
 
@@ -230,7 +230,7 @@ def _measured(launch: Launch, target: str) -> Found:
 
 @contextmanager
 def _errors_into(file: int) -> Iterator[None]:
-    """Takes what the compiler writes to stderr, which is the whole program where a pass fails."""
+    """Capture the compiler's stderr, which is the whole program if a pass fails."""
     sys.stderr.flush()
     before = os.dup(2)
     os.dup2(file, 2)
@@ -244,7 +244,7 @@ def _errors_into(file: int) -> Iterator[None]:
 def measure_all(
     targets: Sequence[str], precisions: Sequence[str], scenarios: Sequence[Scenario] = SCENARIOS
 ) -> list[Found]:
-    """For each kernel, target and precision the most that its launches need. Equal launches are compiled once."""
+    """Return the largest needs per kernel, target and precision. Equal launches are compiled once."""
     different: dict[str, tuple[Launch, str, set[str]]] = {}
     for target, precision in combinations(targets, precisions):
         for launch in record(target, precision, scenarios):
@@ -257,7 +257,7 @@ def measure_all(
 
 
 def too_old(target: str, version: str) -> str | None:
-    """Why this version of Triton is not asked to compile for a target; None if it is."""
+    """Return why this version of Triton cannot compile for a target; None if it can."""
     needed = NEEDS_TRITON.get(target, (0, 0))
     if tuple(int(part) for part in version.split(".")[:2]) >= needed:
         return None
@@ -265,12 +265,12 @@ def too_old(target: str, version: str) -> str | None:
 
 
 def combinations(targets: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
-    """Targets with those of the precisions that they have."""
+    """Return targets with the given precisions that they support."""
     return [(target, one) for target in targets for one in precisions if one in TARGETS[target].precisions]
 
 
 def launched() -> list[tuple[str, str, str]]:
-    """Every kernel with all targets and precisions, for which nothing is compiled."""
+    """Return every kernel with all targets and precisions, without compilation."""
     return sorted(
         {
             (name_of(launch), target, precision)
@@ -281,7 +281,7 @@ def launched() -> list[tuple[str, str, str]]:
 
 
 def combined(found: Iterable[Found]) -> list[Found]:
-    """One of each kernel, target and precision, with the largest numbers of all."""
+    """Return one entry per kernel, target and precision, with the largest numbers."""
     together: dict[tuple[str, str, str], Found] = {}
     for one in found:
         key = one.kernel, one.target, one.precision
@@ -302,7 +302,7 @@ def combined(found: Iterable[Found]) -> list[Found]:
 
 
 def as_budget(found: Sequence[Found], version: str) -> dict[str, Any]:
-    """What the budget's file holds, but for kernels that do not compile."""
+    """Return the content of the budget's file, without kernels that do not compile."""
     kernels: dict[str, Any] = {}
     for one in (one for one in found if not one.error):
         entry = {"registers": one.registers, "shared": one.shared, "spills": 0, "matrix": one.matrix}
@@ -311,13 +311,13 @@ def as_budget(found: Sequence[Found], version: str) -> dict[str, Any]:
 
 
 def dumps(budget: Mapping[str, Any]) -> str:
-    """JSON with a line for each kernel, target and precision, so that a change shows as what it is."""
+    """Return JSON with a line for each kernel, target and precision, for readable diffs."""
     text = json.dumps(budget, indent=1)
     return re.sub(r"\{\s+(\"registers\"[^{}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text) + "\n"
 
 
 def line(one: Found) -> str:
-    """For a person."""
+    """Return a readable table."""
     return (
         f"{one.kernel:36s} {one.target:7s} {one.precision:5s} {one.registers:4d} registers "
         f"{one.shared / 1024:6.1f} KiB  {one.matrix or '-':16s}"

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels of rank_of_target and topk_items share."""
+"""Helpers for tests of the Triton kernels of rank_of_target and topk_items."""
 
 from hypothesis import strategies as st
 
@@ -10,7 +10,7 @@ TRITON = Served("triton", DEVICE)
 
 
 def cases() -> st.SearchStrategy[Case]:
-    """Around blocks of queries, tiles of items and steps of width."""
+    """Return sizes around blocks of queries, tiles of items and steps of width."""
     return ranking.cases(
         num_queries=[0, 1, 2, 15, 16, 17, 33, *((64, 65, 129, 300) if ON_GPU else ())],
         num_items=[1, 2, 31, 32, 33, 64, 90, 140, *((127, 129, 1000, 9000) if ON_GPU else ())],

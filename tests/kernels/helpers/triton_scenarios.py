@@ -1,4 +1,4 @@
-"""What the Triton launchers are asked to launch where their kernels are compiled offline: the calls of training."""
+"""Calls of training for the offline compilation of Triton kernels."""
 
 import importlib
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def grouped_mm(dtype: torch.dtype) -> None:
 
 
 def rank_of_target(dtype: torch.dtype) -> None:
-    """Ranks among a catalogue of the paper's width, of wider rows, and of rows that are loaded number by number."""
+    """Ranks in a catalogue of the paper's width, with wider rows, and with rows that are loaded number by number."""
     for dim in (128, 768, 100):
         for most in (None, 20):
             queries, items, targets, seen, offsets = ranking(dtype, dim, most)
@@ -85,7 +85,7 @@ def rank_of_target(dtype: torch.dtype) -> None:
 
 
 def topk_items(dtype: torch.dtype) -> None:
-    """The best ten; and the best hundred and thousand of few queries, whose lists are cut into slices, and of many."""
+    """The top 10; and the top 100 and 1000 of few queries, whose lists are divided into slices, and of many."""
     for dim in (128, 768, 100):
         for most in (None, 20):
             queries, items, _, seen, offsets = ranking(dtype, dim, most)
@@ -97,7 +97,7 @@ def topk_items(dtype: torch.dtype) -> None:
 
 
 def ranking(dtype: torch.dtype, dim: int, most_seen: int | None, num_items: int = 100_000) -> tuple[Any, ...]:
-    """Queries, items, targets, and the values and offsets of what was seen."""
+    """Return queries, items, targets, and the values and offsets of seen items."""
     num_queries = 2000
     queries, items = torch.empty(num_queries, dim, dtype=dtype), torch.empty(num_items, dim, dtype=dtype)
     targets = torch.zeros(num_queries, dtype=torch.int64)
@@ -108,7 +108,7 @@ def ranking(dtype: torch.dtype, dim: int, most_seen: int | None, num_items: int 
 
 
 def in_batch_softmax_loss(dtype: torch.dtype) -> None:
-    """The paper's batch, and one of so many queries and items, with nothing to correct, that no sum is cut."""
+    """The paper's batch, and one without corrections and with so many queries and items that no sum is divided."""
     in_batch_softmax_loss_step(dtype, sizes=(2560, 2640, 128, 11))
     in_batch_softmax_loss_step(dtype, sizes=(40000, 40000, 256, 3), users=None, corrected=False)
 
@@ -146,7 +146,7 @@ SCENARIOS: tuple[Scenario, ...] = (
 
 
 def launcher(operator: str) -> Callable[..., Any]:
-    """The function that launches an operator's kernels."""
+    """Return the function that launches an operator's kernels."""
     from xsmoe_kernels.backends import triton as triton_backend
 
     module, function = triton_backend.LAUNCHERS[operator].split(":")

@@ -59,7 +59,7 @@ def test_stays_within_the_error_budget_on_emulated_tiles(emulation: Path) -> Non
 
 
 @pytest.mark.parametrize("case", SELECTION, ids=str)
-def test_the_selection_for_every_tier_on_the_best_one(case: Case) -> None:
+def test_selected_cases_on_the_best_instruction_set(case: Case) -> None:
     check(case)
 
 
@@ -144,7 +144,7 @@ def test_a_query_that_rejects_every_item_costs_nothing(dtype: torch.dtype, items
 
 
 def test_strips_without_a_candidate() -> None:
-    """The running sum begins behind the items that a query rejects."""
+    """The running sum begins after the items that a query rejects."""
     batch = draw(Case(17, 10_500, 8, counts=False)) | {"rejected": torch.arange(5000).expand(17, 5000)}
     batch["targets"] = batch["targets"].clamp(min=5000)
     same_as_reference(batch)
@@ -220,7 +220,7 @@ def test_gradients_come_with_the_loss_only_where_they_are_needed() -> None:
     assert dispatch.calls - before == {(name, "native"): 2, (f"{name}_backward", "native"): 1}, "they were there"
 
 
-def test_gradients_can_be_taken_twice() -> None:
+def test_backward_runs_twice() -> None:
     batch = draw(Case(30, 40, 9))
     with use_backend("native"):
         loss = in_batch_softmax_loss(**batch)

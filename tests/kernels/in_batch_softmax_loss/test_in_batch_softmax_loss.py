@@ -1,4 +1,4 @@
-"""in_batch_softmax_loss against a loop over rows, its gradients, and what its correction estimates."""
+"""in_batch_softmax_loss against a loop over rows, its gradients, and the estimate by its correction."""
 
 import re
 from typing import Any
@@ -26,7 +26,7 @@ def loop(
     logq: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Row by row and item by item, in the inputs' dtype; differentiable."""
+    """Compute the loss row by row and item by item, in the inputs' dtype; differentiable."""
     total = 0 * (queries.sum() + items.sum())
     for m in range(len(queries)):
         target = int(targets[m])
@@ -78,12 +78,12 @@ def make(
 
 
 def rounded(batch: Batch, dtype: torch.dtype) -> Batch:
-    """The batch with queries and items in `dtype`, as leaves."""
+    """Return the batch with queries and items in `dtype`, as leaves."""
     return batch | {name: batch[name].detach().to(dtype).requires_grad_() for name in ("queries", "items")}
 
 
 def outputs(function: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and the gradients of queries and items, for an upstream gradient that is not 1."""
+    """Return the loss and the gradients of queries and items for an upstream gradient that is not 1."""
     loss = function(**batch)
     return loss, *torch.autograd.grad(3 * loss, (batch["queries"], batch["items"]))
 
@@ -170,7 +170,7 @@ def test_subtracting_logq_estimates_the_full_softmax() -> None:
 
 
 def test_a_column_with_a_count_equals_its_repetitions() -> None:
-    """A batch of sequences with repeated items: one column per distinct item, or one per place of the batch."""
+    """Return a batch of sequences with repeated items: one column per distinct item, or one per position."""
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(0, 7, (4, 5), generator=generator)
     table = torch.randn(7, 3, generator=generator, dtype=torch.float64)
@@ -321,7 +321,7 @@ def test_opcheck() -> None:
         )
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     batch = make(6, 5, 3, 2)
     expected = outputs(in_batch_softmax_loss, batch)
     unbacked(*batch.values())

@@ -3,7 +3,7 @@
 The loss of a query is log(exp(z_t) + sum of the negatives' exp(z)) - z_t. Where each of n negatives is drawn with
 probability p_i, and log(n p_i), the expected count, is subtracted from its logit, what is within the logarithm is
 exp(z_t) plus a sum whose expectation is that of exp(z_i) over all items. The target's own logit is corrected by log 1:
-it is there for sure.
+it is always a candidate.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def make() -> tuple[Tensor, Tensor, Tensor]:
-    """A query (1, d), items (C + 1, d), the last of which is the target, and the others' probabilities (C,)."""
+    """Return a query (1, d), items (C + 1, d) with the target last, and the others' probabilities (C,)."""
     generator = torch.Generator().manual_seed(3)
     items = torch.randn(NUM_ITEMS + 1, 8, generator=generator)
     query = 0.5 * torch.randn(1, 8, generator=generator)
@@ -37,7 +37,7 @@ def make() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def estimate(backend: str, size: float) -> tuple[Tensor, Tensor]:
-    """The partition function over exp(z_t) and the gradient of that: means (1 + d,) of the trials, standard errors."""
+    """Return means (1 + d,) and standard errors of the partition function over exp(z_t) and its gradient."""
     query, items, probability = make()
     generator = torch.Generator().manual_seed(4)
     samples = torch.multinomial(probability.expand(TRIALS, -1), DRAWN, True, generator=generator)
@@ -58,7 +58,7 @@ def estimate(backend: str, size: float) -> tuple[Tensor, Tensor]:
 
 
 def full() -> Tensor:
-    """The same over all items, in float64 and without the operator."""
+    """Return the same over all items, in float64 and without the operator."""
     query, items, _ = (tensor.double() for tensor in make())
     query.requires_grad_()
     logits = (query @ items.T)[0]

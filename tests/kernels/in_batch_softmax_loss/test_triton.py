@@ -81,7 +81,7 @@ def test_slices_do_not_change_results(most: int, monkeypatch: pytest.MonkeyPatch
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """The kernels that are launched from now on, and their arguments."""
+    """Return the kernels launched from now on, and their arguments."""
     from xsmoe_kernels.triton_utils import kernel_helpers
 
     launched, launch = [], kernel_helpers.launch
@@ -148,7 +148,7 @@ def test_strided_inputs_and_other_dtypes_of_the_correction(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dim", [16, 48])
-def test_rows_are_copied_only_where_they_lie_badly(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_copied_only_if_not_aligned(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = spied(monkeypatch)
     batch = draw(Case(20, 40, dim, 1))
     wide = torch.randn(20, dim + 16, device=DEVICE)
@@ -184,7 +184,7 @@ def test_many_items() -> None:
     check(Case(3, 300_000 if ON_GPU else 700, 4, 3, 2))
 
 
-def test_gradients_that_are_asked_for_ahead() -> None:
+def test_gradients_computed_by_forward() -> None:
     batch = draw(Case(20, 40, 8, 4))
     inputs = [value if value is None else value.detach() for value in batch.values()]
     inputs[-1] = inputs[-1].float()
@@ -201,7 +201,7 @@ def test_gradients_that_are_asked_for_ahead() -> None:
     torch.testing.assert_close(lse, expected)
 
 
-def test_what_is_scaled_is_made_for_gradients_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_copies_exist_for_gradients_only(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fills(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             ran.append(str(function))
@@ -221,7 +221,7 @@ def test_what_is_scaled_is_made_for_gradients_only(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("grad", [torch.nan, torch.inf])
-def test_no_queries_have_zero_gradients_ahead_too(grad: float) -> None:
+def test_without_queries_gradients_of_forward_are_zero(grad: float) -> None:
     inputs = [value if value is None else value.detach() for value in draw(Case(0, 5, 8, 2)).values()]
     inputs[-1] = inputs[-1].float()
     _, lse, *ahead = torch.ops.xsmoe.in_batch_softmax_loss(*inputs, True, True, "triton")

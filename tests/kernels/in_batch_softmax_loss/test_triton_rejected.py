@@ -1,4 +1,4 @@
-"""The Triton kernels of in_batch_softmax_loss where items are left out, and where numbers are not finite."""
+"""The Triton kernels of in_batch_softmax_loss with excluded items and with numbers that are not finite."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The native packed_attention: within the error budget at any size, and what it reads, writes and takes."""
+"""The native packed_attention: error budget at any size, memory that it reads and writes, and its arguments."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Short and long sequences, empty ones among them."""
+    """Return short and long sequences, some of them empty."""
     length = st.one_of(st.integers(0, 11), st.integers(0, 80))
     return Case(
         tuple(draw(st.lists(length, max_size=5))),
@@ -136,7 +136,7 @@ def test_large_scores_and_scores_that_are_not_finite() -> None:
 
 
 @both_dtypes
-def test_auto_takes_it(dtype: torch.dtype) -> None:
+def test_auto_selects_it(dtype: torch.dtype) -> None:
     rows = torch.ones(3, 1, 4, dtype=dtype)
     before = dispatch.calls.copy()
     packed_attention(rows, rows, rows, torch.tensor([0, 3]), max_length=3)

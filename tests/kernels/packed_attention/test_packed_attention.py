@@ -20,7 +20,7 @@ from xsmoe_kernels.runtime import dispatch
 def loop(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, keep: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """Row by row and head by head, in the inputs' dtype; differentiable."""
+    """Compute the result row by row and head by head, in the inputs' dtype; differentiable."""
     result = [[0 * v[m, h] for h in range(q.shape[1])] for m in range(len(q))]
     for b, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         for m in range(first, last):
@@ -40,7 +40,7 @@ def make(num_rows: int, heads: int = 2, dim: int = 3, seed: int = 0) -> list[Ten
 
 
 def outputs(function: Any, inputs: list[Tensor], *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-    """The result and the gradients of q, k and v, for an upstream gradient that differs from place to place."""
+    """Return the result and the gradients of q, k and v for an upstream gradient without equal entries."""
     y = function(*inputs, *arguments, **options)
     upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
     gradients = torch.autograd.grad(y, inputs, upstream, allow_unused=True, materialize_grads=True)
@@ -182,7 +182,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.xsmoe.packed_attention_backward, (*detached, *arguments, *needs, "auto"))
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     inputs, offsets = make(10), OFFSETS.clone()
     expected = outputs(packed_attention, inputs, offsets, max_length=4)
     unbacked(*inputs, offsets)
@@ -246,8 +246,8 @@ def test_the_reference_ran() -> None:
             "lengths must be a sequence of ints, such as a list, not Tensor",
         ),
         ({"lengths": np.array([1, 3])}, TypeError, "lengths must be a sequence of ints, such as a list, not ndarray"),
-        ({"lengths": [1.0, 3.0]}, TypeError, "lengths must hold ints only, but holds float"),
-        ({"lengths": [1]}, ValueError, "lengths must hold 2 lengths, as many as offsets has, not 1"),
+        ({"lengths": [1.0, 3.0]}, TypeError, "lengths must contain ints only, but has float"),
+        ({"lengths": [1]}, ValueError, "lengths must have 2 entries, one per sequence of offsets, not 1"),
         ({"lengths": [1, 4]}, ValueError, "lengths must lie in [0, 3], max_length, but they go from 1 to 4"),
         ({"lengths": [2, 2]}, ValueError, "lengths must be the differences of offsets"),
     ],

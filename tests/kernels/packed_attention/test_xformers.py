@@ -1,4 +1,4 @@
-"""packed_attention by xformers: what xformers is asked for and when, by a stand-in for it; itself on a GPU."""
+"""packed_attention with xformers: calls of a stand-in for xformers, and xformers itself on a GPU."""
 
 import importlib
 import importlib.metadata
@@ -23,7 +23,7 @@ FMHA = xformers_attention._fmha
 
 
 class Operator:
-    """One of xformers' operators, which takes every call or none."""
+    """One of xformers' operators, which supports every call or none."""
 
     def __init__(self, name: str, reasons: list[str]) -> None:
         self.NAME, self.reasons = name, reasons
@@ -36,7 +36,7 @@ class Operator:
 
 
 class Mask:
-    """xformers' mask: lengths on the host, their sums on the device that was asked for."""
+    """xformers' mask: lengths on the host, their sums on the requested device."""
 
     @classmethod
     def from_seqlens(cls, lengths: list[int], *, device: torch.device) -> "Mask":
@@ -52,7 +52,7 @@ class Mask:
 
 
 class Fake:
-    """As much of xformers.ops.fmha as we call, by the reference."""
+    """The used part of xformers.ops.fmha, implemented with the reference."""
 
     def __init__(self) -> None:
         self.attn_bias = SimpleNamespace(BlockDiagonalCausalMask=Mask)
@@ -60,7 +60,7 @@ class Fake:
         self.offer()
 
     def offer(self, *, flash: str = "", cutlass: str = "") -> None:
-        """Makes the operators refuse everything, for a reason, or nothing."""
+        """Make the operators reject every call, for a reason, or none."""
         self.MemoryEfficientAttentionFlashAttentionOp, self.MemoryEfficientAttentionCutlassOp = (
             tuple(Operator(f"{name}{which}", [reason] if reason else []) for which in "FB")
             for name, reason in (("fa2", flash), ("cutlass", cutlass))
@@ -96,7 +96,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """A stand-in for xformers, which serves CPU tensors."""
+    """Install a stand-in for xformers that runs on CPU tensors."""
     monkeypatch.setattr(dispatch, "_kernels", {name: dict(own) for name, own in dispatch._kernels.items()})
     monkeypatch.setattr(dispatch, "_limits", dict(dispatch._limits))
     monkeypatch.setattr(dispatch, "_reasons", {})
@@ -111,7 +111,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 def attend(*leaves: Tensor, lengths: tuple[int, ...] | None = CASE.lengths, backend: str = "cuda") -> Tensor:
-    """The operator as the public function calls it on CUDA."""
+    """Call the operator as the public function does on CUDA."""
     given = None if lengths is None else list(lengths)
     return torch.ops.xsmoe.packed_attention(*leaves, CASE.offsets, 4, None, 0.0, given, backend)
 
@@ -131,7 +131,7 @@ def test_forward_and_backward_are_the_references(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_mask_holds_the_devices_offsets(fake: Fake, dtype: torch.dtype) -> None:
+def test_the_mask_contains_the_offsets_of_the_device(fake: Fake, dtype: torch.dtype) -> None:
     # Other lengths than the offsets', as a CUDA graph has after the batch that it was captured with.
     offsets = torch.tensor([0, 5, 6, 8, 8], dtype=dtype)
     mask = xformers_attention._mask(offsets, 6, CASE.lengths)
@@ -167,13 +167,13 @@ def test_strided_rows_and_subsets_of_gradients(fake: Fake) -> None:
     torch.testing.assert_close(backward(*twice, *arguments, "cuda"), expected)
 
 
-def test_cutlass_serves_what_flash_does_not(fake: Fake) -> None:
+def test_cutlass_runs_what_flash_does_not_support(fake: Fake) -> None:
     fake.offer(flash="dtype=torch.float32")
     attend(*draw(CASE)[:3])
     assert fake.ran == ["cutlassF"]
 
 
-def test_what_it_cannot_serve_has_a_reason_and_another_backend(fake: Fake) -> None:
+def test_unsupported_calls_have_a_reason_and_another_backend(fake: Fake) -> None:
     q, k, v, _ = draw(CASE)
     keep = torch.ones(4, 2, 4, 4, dtype=torch.bool)
     lengths = list(CASE.lengths)
@@ -181,20 +181,20 @@ def test_what_it_cannot_serve_has_a_reason_and_another_backend(fake: Fake) -> No
     def refused(reason: str, *arguments: Any) -> None:
         with pytest.raises(BackendUnavailable, match=reason):
             torch.ops.xsmoe.packed_attention(q, k, v, *arguments, "cuda")
-        assert dispatch.unavailable(NAMES[0], "cuda", q.device, q.dtype, q, k, v, *arguments) is not None
+        assert dispatch.unavailable_reason(NAMES[0], "cuda", q.device, q.dtype, q, k, v, *arguments) is not None
         backward = (q, q, k, v, *arguments, True, True, True)
-        assert dispatch.unavailable(NAMES[1], "cuda", q.device, q.dtype, *backward) is not None
+        assert dispatch.unavailable_reason(NAMES[1], "cuda", q.device, q.dtype, *backward) is not None
 
-    refused("draws dropout by itself", CASE.offsets, 4, keep, 0.1, lengths)
+    refused("draws its own dropout", CASE.offsets, 4, keep, 0.1, lengths)
     refused("needs lengths", CASE.offsets, 4, None, 0.0, None)
     refused("lengths sum to 7 of 8", torch.tensor([1, 4, 8]), 4, None, 0.0, [3, 4])
     fake.offer(flash="head dimension", cutlass="compute capability")
     refused("fa2F: head dimension; .*cutlassB: compute capability", CASE.offsets, 4, None, 0.0, lengths)
     assert fake.ran == []
-    assert "compute capability" in (dispatch.unavailable(NAMES[0], "cuda", "cpu", torch.float32) or "")
+    assert "compute capability" in (dispatch.unavailable_reason(NAMES[0], "cuda", "cpu", torch.float32) or "")
 
 
-def test_auto_on_a_gpu_takes_it_for_calls_that_it_can_serve(fake: Fake) -> None:
+def test_auto_selects_it_on_a_gpu_for_supported_calls(fake: Fake) -> None:
     q, k, v, _ = draw(CASE)
     device = torch.device("cuda")
     good = (q, k, v, CASE.offsets, 4, None, 0.0, list(CASE.lengths))
@@ -230,13 +230,15 @@ def test_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.metadata, "version", function)
         xformers_backend.load()
         for name in NAMES:
-            assert reason in (dispatch.unavailable(name, "cuda", "cuda", torch.float32) or "")
-    assert "no cuda kernel for topk_items" in (dispatch.unavailable("topk_items", "cuda", "cuda", torch.float32) or "")
+            assert reason in (dispatch.unavailable_reason(name, "cuda", "cuda", torch.float32) or "")
+    assert "no cuda kernel for topk_items" in (
+        dispatch.unavailable_reason("topk_items", "cuda", "cuda", torch.float32) or ""
+    )
 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """xformers that cannot be imported, and each attempt to do so."""
+    """Make the import of xformers fail, and record each attempt."""
     attempts, import_module = [], importlib.import_module
 
     def fails(name: str, package: str | None = None) -> Any:
@@ -262,7 +264,7 @@ def test_one_that_cannot_be_imported_says_so_and_is_tried_once(
 
 
 needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or xformers_backend._absence() is not None, reason="needs a GPU and xformers"
+    not torch.cuda.is_available() or xformers_backend._missing_reason() is not None, reason="needs a GPU and xformers"
 )
 
 

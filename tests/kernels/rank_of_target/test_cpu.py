@@ -51,7 +51,7 @@ def test_several_rounds_of_queries(dtype: torch.dtype) -> None:
 
 
 def test_ranks_do_not_depend_on_the_number_of_threads() -> None:
-    """Although it decides which items and queries a thread takes."""
+    """The number of threads decides only which items and queries a thread processes."""
     generator = torch.Generator().manual_seed(1)
     for num_queries, num_items in ((3, 9000), (500, 40), (200, 1500)):
         items = torch.randn(num_items // 2, 48, generator=generator).repeat(2, 1)

@@ -47,7 +47,7 @@ class TestRanks(GpuRankChecks):
 
 
 def chained_ranks(case: Case, seen: list[set[int]]) -> list[int]:
-    """Ranks by scores that are summed in ascending order, each step of which is rounded once."""
+    """Return ranks by scores that are summed in ascending order, with one rounding per step."""
     fmaf = ctypes.CDLL("libm.so.6").fmaf
     fmaf.argtypes, fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
     ranks, items = [], case.items.tolist()
@@ -67,8 +67,8 @@ def chained_ranks(case: Case, seen: list[set[int]]) -> list[int]:
 @pytest.mark.parametrize("num_queries", [5, 40])
 @pytest.mark.parametrize("dim", [33, 40])
 def test_every_score_is_one_chain_wherever_it_is_computed(num_queries: int, dim: int) -> None:
-    """In a tile, for a target and for what was seen. Items are the same numbers, each time shuffled, whose scores come
-    in this order by no other order of sums."""
+    """Scores of a tile, of a target and of seen items are summed in one order. Items are shuffled copies of the same
+    numbers, and no other order of summation gives this ranking."""
     generator = torch.Generator().manual_seed(dim)
     numbers = torch.randn(dim, generator=generator)
     items = torch.stack([numbers[torch.randperm(dim, generator=generator)] for _ in range(150)])
@@ -118,7 +118,7 @@ def test_rows_that_begin_anywhere() -> None:
 
 
 def test_indices_out_of_range_do_not_spoil_other_ranks() -> None:
-    """Which nobody looks at on a GPU: they must lead out of no tensor."""
+    """Nothing checks these values on a GPU. They must not cause accesses outside a tensor."""
     case = on(DEVICE, make_case(4, 140, 24, torch.float32))
     values = torch.tensor([7, -1, 140, 1 << 40, -(1 << 40), 9, 7], device=DEVICE)
     cleaned = ragged([torch.tensor([7]), torch.tensor([9, 7]), torch.arange(0), torch.arange(0)])
@@ -136,9 +136,11 @@ def test_other_dtypes_and_more_items_are_left_to_others() -> None:
     with use_backend("cuda"), pytest.raises(BackendUnavailable, match=r"take torch\.float32, not torch\.bfloat16"):
         rank_of_target(*case)
     device, meta = torch.device("cuda"), torch.empty(2, 1, device="meta")
-    for more, reason in ((0, ""), (1, "items has 2147482625 rows, but the cuda kernels take at most 2147482624")):
+    for more, reason in ((0, ""), (1, "items has 2147482625 rows, but the cuda kernels support at most 2147482624")):
         items = torch.empty(item_scores.MOST_ITEMS + more, 1, device="meta")
-        found = dispatch.unavailable("rank_of_target", "cuda", device, torch.float32, meta, items, meta, None, None)
+        found = dispatch.unavailable_reason(
+            "rank_of_target", "cuda", device, torch.float32, meta, items, meta, None, None
+        )
         assert (found or "").split(";")[0] == reason
 
 
@@ -147,12 +149,12 @@ def test_products_in_tf32_are_left_to_triton() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         reasons = [
-            dispatch.unavailable("rank_of_target", "cuda", torch.device(device), torch.float32)
+            dispatch.unavailable_reason("rank_of_target", "cuda", torch.device(device), torch.float32)
             for device in ("cuda", "cpu")
         ]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert "fp32_precision asks for tf32" in (reasons[0] or "")
+    assert "fp32_precision is tf32" in (reasons[0] or "")
     assert "tf32" not in (reasons[1] or "")
 
 
@@ -184,7 +186,7 @@ def test_runs_on_the_device_of_its_tensors() -> None:
 
 @needs_gpu
 def test_scratch_is_bounded() -> None:
-    """Two numbers for each query, or 64 MiB."""
+    """The workspace is two numbers per query, or 64 MiB."""
     num_queries = 5_000_000
     queries, items = torch.ones(num_queries, 4, device=DEVICE), torch.ones(10_000, 4, device=DEVICE)
     targets = torch.zeros(num_queries, dtype=torch.int64, device=DEVICE)

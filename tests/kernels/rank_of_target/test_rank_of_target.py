@@ -21,7 +21,7 @@ Seen = tuple[Tensor, Tensor] | None
 
 
 def loop(queries: Tensor, items: Tensor, targets: Tensor, seen: Seen) -> list[int]:
-    """Item by item, in Python floats."""
+    """Compute ranks item by item, in Python floats."""
     ranks = []
     for m, target in enumerate(targets.tolist()):
         left_out = {target}
@@ -39,7 +39,7 @@ def loop(queries: Tensor, items: Tensor, targets: Tensor, seen: Seen) -> list[in
 
 
 def scored(*scores: float) -> tuple[Tensor, Tensor]:
-    """One query, and items that have these scores for it."""
+    """Return one query, and items with these scores for it."""
     return torch.ones(1, 1), torch.tensor(scores)[:, None]
 
 
@@ -163,7 +163,7 @@ def test_strided_inputs_and_int32_offsets() -> None:
     assert rank_of_target(strided(queries), strided(items), strided(targets), seen).tolist() == expected
 
 
-def test_takes_no_part_in_autograd() -> None:
+def test_is_not_differentiable() -> None:
     queries, items = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     assert not rank_of_target(queries, items, torch.tensor([0, 1]), None).requires_grad
 
@@ -183,7 +183,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operator, (*arguments, torch.tensor([1, 2]), torch.tensor([0, 1, 1, 2, 2]), "auto"))
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     queries, items, targets = torch.randn(4, 3), torch.randn(9, 3), torch.tensor([0, 8, 3, 4])
     seen = (torch.tensor([1, 2, 2, 5]), torch.tensor([0, 1, 1, 3, 4]))
     unbacked(queries, items, targets, *seen)

@@ -45,7 +45,7 @@ def test_any_number_of_slices(programs: int, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(TRITON.rank(case), expected)
 
 
-def test_wide_keys_of_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_keys_of_hidden_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_scores, "NARROW", 0)
     case = make_case(18, 70, 3, torch.float32, most_seen=30)
     assert case.seen is not None

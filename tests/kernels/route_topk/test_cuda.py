@@ -1,4 +1,4 @@
-"""What only the CUDA kernels of route_topk have; test_gpu_route_topk.py has what all kernels for GPUs do."""
+"""Tests of the CUDA kernels of route_topk only; test_gpu.py tests all GPU kernels."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_all_experts_are_chosen(num_experts: int, dtype: torch.dtype) -> None:
 
 
 def test_numbers_of_16_bits_keep_their_order() -> None:
-    """Neighbours among all that there are; bits of their keys hold the expert."""
+    """Adjacent float values: the expert is stored in bits of their keys."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
         logits = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))].view(dtype)
@@ -78,7 +78,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 def laid_out(grad: Tensor) -> list[Tensor]:
-    """Gradients whose numbers lie elsewhere, or are all the same one."""
+    """Gradients with other strides, or expanded from one number."""
     return [
         grad.T.contiguous().T,
         grad[:, :1].expand(grad.shape),
@@ -101,7 +101,7 @@ def test_upstream_gradients_of_any_strides(dtype: torch.dtype, renormalize: bool
         assert torch.equal(actual, wanted)
 
 
-def test_gradients_of_another_dtype_are_refused() -> None:
+def test_gradients_of_another_dtype_are_rejected() -> None:
     logits = random_logits(4, 6, torch.bfloat16)
     experts = torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="grad must have the dtype of logits, BFloat16, not Float; convert it"):
@@ -129,7 +129,7 @@ def test_runs_on_the_current_stream() -> None:
 
 @needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_runs_where_its_tensors_lie() -> None:
+def test_runs_on_the_device_of_its_tensors() -> None:
     logits = random_logits(3000, 40, torch.float32)
     grad = torch.randn(3000, 3, device=DEVICE)
     expected = on("cuda", logits, 3, True, grad)

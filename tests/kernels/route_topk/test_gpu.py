@@ -1,4 +1,4 @@
-"""The kernels of route_topk for GPUs against the reference: where there is no GPU, in emulations."""
+"""The GPU kernels of route_topk against the reference; emulated without a GPU."""
 
 import math
 
@@ -110,7 +110,7 @@ def test_too_many_experts_are_left_to_the_reference(backend: str) -> None:
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_gives_the_same_bits_twice(backend: str, renormalize: bool) -> None:
+def test_is_deterministic(backend: str, renormalize: bool) -> None:
     logits = random_logits(20000 if ON_GPU else 50, 21, torch.float32)
     grad = torch.randn(len(logits), 4, device=DEVICE)
     first, second = (on(backend, logits, 4, renormalize, grad) for _ in range(2))

@@ -19,7 +19,7 @@ from xsmoe_kernels.runtime import dispatch
 
 
 def loop(logits: Tensor, k: int, renormalize: bool = True) -> tuple[list[list[float]], list[list[int]]]:
-    """Gates and experts, row by row in Python floats."""
+    """Compute gates and experts row by row, in Python floats."""
     all_gates, all_experts = [], []
     for row in logits.tolist():
         largest = max(row)
@@ -62,13 +62,13 @@ def test_ties_go_to_the_lower_expert() -> None:
     assert routing.experts.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
 
 
-def test_one_expert_takes_every_row() -> None:
+def test_one_expert_gets_every_row() -> None:
     routing = route_topk(torch.randn(3, 1), 1)
     assert routing.gates.tolist() == [[1.0]] * 3
     assert routing.offsets.tolist() == [0, 3]
 
 
-def test_k_equal_to_the_number_of_experts_gives_the_whole_softmax() -> None:
+def test_k_of_all_experts_gives_the_full_softmax() -> None:
     logits = torch.randn(4, 6, dtype=torch.float64)
     for renormalize in (True, False):
         routing = route_topk(logits, 6, renormalize=renormalize)
@@ -144,7 +144,7 @@ def test_opcheck(renormalize: bool) -> None:
     torch.library.opcheck(torch.ops.xsmoe.route_topk_backward, (grad, logits.detach(), experts, renormalize, "auto"))
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     logits = torch.randn(6, 5, requires_grad=True)
     weight = torch.arange(12.0).view(6, 2)
     unbacked(logits)
@@ -178,7 +178,7 @@ def test_the_reference_ran() -> None:
 
 
 def on(backend: str, logits: Tensor, k: int, renormalize: bool, grad: Tensor) -> tuple[Routing, Tensor]:
-    """The routing and the gradient of the logits, for an upstream gradient of the gates."""
+    """Return the routing and the gradient of the logits for an upstream gradient of the gates."""
     logits = logits.detach().requires_grad_()
     with dispatch.use_backend(backend):
         routing = route_topk(logits, k, renormalize=renormalize)
@@ -187,7 +187,7 @@ def on(backend: str, logits: Tensor, k: int, renormalize: bool, grad: Tensor) ->
 
 
 def assert_native_agrees(logits: Tensor, k: int, renormalize: bool, grad: Tensor) -> None:
-    """Choices exactly as the reference makes them, gates and gradients within the error budget."""
+    """Check that choices equal the reference's, and that gates and gradients are within the error budget."""
     native, *others = (
         on(backend, x, k, renormalize, grad)
         for backend, x in (("native", logits), ("reference", logits), ("reference", logits.double()))
@@ -241,7 +241,7 @@ def test_native_equals_the_reference(
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "special"])
 @pytest.mark.parametrize("num_experts, k", [(1000, 1), (1000, 8), (1000, 700), (2500, 2500)])
-def test_native_takes_thousands_of_experts(num_experts: int, k: int, kind: str, renormalize: bool) -> None:
+def test_native_supports_thousands_of_experts(num_experts: int, k: int, kind: str, renormalize: bool) -> None:
     logits = random_logits(21, num_experts, torch.float32, kind, 0)
     assert_native_agrees(logits, k, renormalize, torch.randn(21, k, generator=torch.Generator().manual_seed(0)))
 
@@ -255,7 +255,7 @@ def test_native_ranks_nan_first_and_both_zeros_alike() -> None:
 
 @needs_library
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_native_gives_the_same_bits_for_any_number_of_threads(renormalize: bool) -> None:
+def test_native_is_deterministic_for_any_number_of_threads(renormalize: bool) -> None:
     logits, grad = torch.randn(3000, 21), torch.randn(3000, 4)
     threads = torch.get_num_threads()
     results = []

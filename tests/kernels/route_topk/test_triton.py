@@ -1,4 +1,4 @@
-"""What only the Triton kernels of route_topk have; test_gpu_route_topk.py has what all kernels for GPUs do."""
+"""Tests of the Triton kernels of route_topk only; test_gpu.py tests all GPU kernels."""
 
 import importlib
 from typing import Any
@@ -39,7 +39,7 @@ def test_programs_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_gpu
-def test_more_experts_or_rows_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_experts_or_rows_do_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     def run(num_rows: int, num_experts: int) -> None:

@@ -49,7 +49,7 @@ def check(x: Tensor, other: Tensor) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def operators() -> Iterator[tuple[object, ListOperator]]:
-    registries = (dispatch._kernels, dispatch._limits, dispatch._singles)
+    registries = (dispatch._kernels, dispatch._limits, dispatch._element_operators)
     before = [dict(registry) for registry in registries]
     single = registration.define(SCALED_SUM, reference=forward, reference_backward=backward, fake=fake, check=check)
     yield single, ListOperator(SCALED_SUM, "test_scaled_sums", fake=fake, check=check, argument="calls")

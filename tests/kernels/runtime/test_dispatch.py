@@ -1,4 +1,4 @@
-"""Which backend serves a call, and what is said where none can."""
+"""Backend selection, and messages where no backend can run a call."""
 
 import threading
 from collections import Counter
@@ -27,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second backend for side_moe, which takes the reference's functions under another name; CUDA has none."""
+    """Register the reference's functions for side_moe as a second backend; CUDA has none."""
     kernels = {operator: dict(backends) for operator, backends in dispatch._kernels.items()}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
     monkeypatch.setattr(dispatch, "_limits", dict(dispatch._limits))
@@ -38,7 +38,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch.register("side_moe_backward", "triton", reference.backward)
 
 
-def test_the_reference_serves_forward_and_backward(calls: Counter[tuple[str, str]]) -> None:
+def test_the_reference_runs_forward_and_backward(calls: Counter[tuple[str, str]]) -> None:
     with use_backend("reference"):
         y = side_moe(*make_level(3, 4, 2, 2, dtype=torch.float32))
     y.sum().backward()
@@ -48,10 +48,10 @@ def test_the_reference_serves_forward_and_backward(calls: Counter[tuple[str, str
 def test_every_operator_has_a_reference() -> None:
     assert "side_moe" in dispatch.operators()
     for operator in dispatch.operators():
-        assert dispatch.unavailable(operator, "reference", CPU, torch.float32) is None
+        assert dispatch.unavailable_reason(operator, "reference", CPU, torch.float32) is None
 
 
-def test_float64_is_served_by_the_reference(calls: Counter[tuple[str, str]]) -> None:
+def test_float64_runs_on_the_reference(calls: Counter[tuple[str, str]]) -> None:
     side_moe(*make_level(3, 4, 2, 2, dtype=torch.float64))
     assert calls == {("side_moe", "reference"): 1}
 
@@ -73,7 +73,7 @@ def test_a_named_backend_is_binding_for_each_operator() -> None:
     x, offsets = torch.zeros(2, 3), torch.tensor([0, 2])
     with (
         use_backend("triton"),
-        pytest.raises(BackendUnavailable, match="backend 'triton' cannot serve grouped_mm on cpu torch.float32: this"),
+        pytest.raises(BackendUnavailable, match="backend 'triton' cannot run grouped_mm on cpu torch.float32: this"),
     ):
         grouped_mm(x, torch.zeros(1, 3, 2), offsets)
 
@@ -124,7 +124,7 @@ def test_a_kernel_may_be_for_some_devices_and_dtypes_only(calls: Counter[tuple[s
     assert dispatch.select("side_moe", "auto", CPU, torch.float16) == "reference"
     with pytest.raises(BackendUnavailable, match=r"side_moe on cuda .* kernels run on cpu only, not on cuda"):
         dispatch.select("side_moe", "native", cuda, torch.float32)
-    message = r"the native kernels take torch.float32 and torch.bfloat16, not torch.float64"
+    message = r"the native kernels support torch.float32 and torch.bfloat16, not torch.float64"
     with pytest.raises(BackendUnavailable, match=message), use_backend("native"):
         side_moe(*make_level(3, 4, 2, 2, dtype=torch.float64))
     assert not calls
@@ -134,11 +134,11 @@ def test_a_kernel_may_be_for_some_devices_and_dtypes_only(calls: Counter[tuple[s
 def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "_reasons", {})
-    dispatch.declare_absent("cuda", "its library is not built: build it")
+    dispatch.set_unavailable("cuda", "its library is not built: build it")
     with pytest.raises(BackendUnavailable, match="'cuda' cannot run: its library is not built"), use_backend("cuda"):
         pass
-    assert dispatch.unavailable("side_moe", "cuda", CPU, torch.float32) == "its library is not built: build it"
-    assert dispatch.unavailable("side_moe", "triton", CPU, torch.float32) is None
+    assert dispatch.unavailable_reason("side_moe", "cuda", CPU, torch.float32) == "its library is not built: build it"
+    assert dispatch.unavailable_reason("side_moe", "triton", CPU, torch.float32) is None
 
 
 def test_reasons_of_several_operators_are_said_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,27 +149,29 @@ def test_reasons_of_several_operators_are_said_where_none_is_named(monkeypatch: 
     with pytest.raises(BackendUnavailable, match="has no cuda kernel for any operator"), use_backend("cuda"):
         pass
     for operator, reason in (("side_moe", "too old"), ("side_moe_backward", "too old"), ("grouped_mm", "not built")):
-        dispatch.declare_absent("cuda", reason, operator)
-    dispatch.declare_absent("triton", "not installed")
+        dispatch.set_unavailable("cuda", reason, operator)
+    dispatch.set_unavailable("triton", "not installed")
     with pytest.raises(BackendUnavailable, match="'cuda' cannot run: too old; not built$"), use_backend("cuda"):
         pass
-    assert dispatch.unavailable("grouped_mm", "cuda", CPU, torch.float32) == "not built"
-    assert "no cuda kernel for topk_items" in (dispatch.unavailable("topk_items", "cuda", CPU, torch.float32) or "")
+    assert dispatch.unavailable_reason("grouped_mm", "cuda", CPU, torch.float32) == "not built"
+    assert "no cuda kernel for topk_items" in (
+        dispatch.unavailable_reason("topk_items", "cuda", CPU, torch.float32) or ""
+    )
 
 
-def test_what_is_missing_of_a_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported_first(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {operator: {"reference": reference.forward} for operator in dispatch._kernels}
     monkeypatch.setattr(dispatch, "_kernels", kernels)
     monkeypatch.setattr(dispatch, "_reasons", {("cuda", "grouped_mm"): "not built", ("native", None): "no compiler"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    fix = r'use_backend\("auto"\) takes what serves here$'
+    fix = r'use_backend\("auto"\) selects one that can run here$'
     message = f"'cuda' cannot run: torch finds no CUDA device; not built; {fix}"
     with pytest.raises(BackendUnavailable, match=message), use_backend("cuda"):
         pass
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    dispatch.declare_absent("cuda", "torch was built without CUDA", "grouped_mm")
+    dispatch.set_unavailable("cuda", "torch was built without CUDA", "grouped_mm")
     with pytest.raises(BackendUnavailable, match=f"run: torch was built without CUDA; {fix}"), use_backend("cuda"):
         pass
     with pytest.raises(BackendUnavailable, match="'native' cannot run: no compiler$"), use_backend("native"):
@@ -178,7 +180,7 @@ def test_what_is_missing_of_a_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("call", [side_moe, lambda **level: side_moe_group([level])], ids=["side_moe", "group"])
-def test_a_call_on_another_device_says_what_to_do(call: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_another_device_has_advice(call: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     for operator in ("side_moe", "side_moe_group"):
         dispatch.register(operator, "triton", reference.forward, devices=("cuda",))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -187,7 +189,9 @@ def test_a_call_on_another_device_says_what_to_do(call: Callable[..., object], m
         (True, "; move the tensors to cuda, or use_"),
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        message = rf'the triton kernels run on cuda only, not on cpu{advice}backend\("auto"\) takes what serves here$'
+        message = (
+            rf'the triton kernels run on cuda only, not on cpu{advice}backend\("auto"\) selects one that can run here$'
+        )
         with pytest.raises(BackendUnavailable, match=message), use_backend("triton"):
             call(**make_level(3, 4, 2, 2, dtype=torch.float32)._asdict())
 
@@ -210,7 +214,7 @@ def test_nests_and_is_undone_after_an_error() -> None:
 
 
 def test_blocks_that_overlap_leave_nothing_behind() -> None:
-    """As two threads may interleave them: the first to be entered is the first to be left."""
+    """Two threads may leave blocks in the order in which they entered them."""
     first, second, third = (use_backend(name) for name in ("reference", "auto", "reference"))
     for block in (first, second, third):
         block.__enter__()
@@ -270,7 +274,7 @@ def test_a_block_inside_a_compiled_function_and_around_it(calls: Counter[tuple[s
     assert counter.frame_count == 2, "once for each backend"
 
 
-def test_holds_in_every_thread() -> None:
+def test_applies_in_every_thread() -> None:
     seen: list[str] = []
     with use_backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(dispatch.requested()))

@@ -1,4 +1,4 @@
-"""What info() tells, and what importing the package loads."""
+"""The result of info(), and the modules that importing the package loads."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from xsmoe_kernels.runtime import dispatch
 ROOT = Path(xsmoe_kernels.__file__).parents[1]
 
 
-def test_tells_versions_and_devices_and_is_json() -> None:
+def test_reports_versions_and_devices_as_json() -> None:
     told = info()
     assert json.loads(json.dumps(told)) == told
     assert told["versions"]["torch"] == torch.__version__
@@ -29,7 +29,7 @@ def test_tells_versions_and_devices_and_is_json() -> None:
         assert info()["requested"] == "reference"
 
 
-def test_tells_for_each_operator_what_serves_it_and_why_not_the_others() -> None:
+def test_reports_the_backend_of_each_operator_and_why_not_the_others() -> None:
     operators = info()["operators"]
     assert set(operators) == set(dispatch.operators())
     for service in operators.values():
@@ -43,7 +43,7 @@ def test_tells_for_each_operator_what_serves_it_and_why_not_the_others() -> None
 
 
 @pytest.mark.skipif(cpu_backend.library is None, reason=cpu_backend.describe().get("unavailable", ""))
-def test_tells_how_the_native_kernels_were_built() -> None:
+def test_reports_the_build_of_the_native_kernels() -> None:
     told = info()["native"]
     assert "unavailable" not in told
     if told["compiler"] is None:
@@ -56,11 +56,11 @@ def test_tells_how_the_native_kernels_were_built() -> None:
     assert told["torch"][0].isdigit()
 
 
-def test_tells_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reports_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cpu_backend, "library", None)
     monkeypatch.setattr(shared_library, "FOLDER", tmp_path / "xsmoe_kernels")
     (tmp_path / "xsmoe_kernels").mkdir()
-    assert info()["native"]["unavailable"].startswith("the native kernels are not built: install xsmoe anew")
+    assert info()["native"]["unavailable"].startswith("the native kernels are not built: install xsmoe again")
     (tmp_path / "csrc").mkdir()
     (tmp_path / "setup.py").touch()
     reason = f"the native kernels are not built: run `python setup.py build_ext --inplace` in {tmp_path}"
@@ -69,7 +69,7 @@ def test_tells_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch, 
     assert info()["native"] == {"unavailable": "no C++ compiler was found"}
 
 
-def test_tells_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     cuda = info()["operators"]["side_moe"]["cuda"]
@@ -79,8 +79,8 @@ def test_tells_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(info()["operators"]["side_moe"]["cuda"]["unavailable"].values()) == {"torch finds no CUDA device"}
 
 
-@pytest.mark.skipif(triton_backend._absence() is not None, reason=triton_backend._absence() or "")
-def test_tells_that_a_gpu_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(triton_backend._missing_reason() is not None, reason=triton_backend._missing_reason() or "")
+def test_reports_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -1,4 +1,4 @@
-"""What holds for every operator alike: views, second derivatives, bad input to compiled code, the meta device."""
+"""Common properties of all operators: views, second derivatives, bad input to compiled code, the meta device."""
 
 import re
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def index(*values: int) -> Tensor:
 
 
 def good(operator: Callable[..., Any], **changes: Any) -> dict[str, Any]:
-    """Arguments that the operator takes, with the changes."""
+    """Return valid arguments of the operator, with the changes."""
     arguments: dict[Callable[..., Any], dict[str, Any]] = {
         side_moe: make_level(6, 5, 2, 4, dtype=torch.float32)._asdict(),
         grouped_mm: {"x": rows(4, 3), "weight": rows(2, 3, 5), "offsets": OFFSETS},
@@ -91,7 +91,7 @@ def test_results_and_gradients_are_no_views_and_may_change_in_place(operator: Ca
 
 
 @pytest.mark.parametrize(("operator", "name"), DIFFERENTIABLE)
-def test_differentiating_twice_is_refused(operator: Callable[..., Any], name: str) -> None:
+def test_differentiating_twice_raises(operator: Callable[..., Any], name: str) -> None:
     arguments = good(operator)
     y = differentiable_result(operator, arguments).square().sum()
     (gradient,) = torch.autograd.grad(y, arguments[name], create_graph=True)
@@ -175,7 +175,7 @@ def test_shapes_are_checked_on_the_meta_device() -> None:
 
 
 @pytest.mark.parametrize("operator", [side_moe, route_topk])
-def test_vmap_goes_through_the_operator(operator: Callable[..., Any]) -> None:
+def test_vmap_runs_the_operator(operator: Callable[..., Any]) -> None:
     if operator is route_topk:
         rows = torch.randn(2, 5, 3)
         found = torch.vmap(lambda logits: route_topk(logits, 2).gates)(rows)

@@ -1,4 +1,4 @@
-"""Operators under torch.func and under forward-mode differentiation: what works, and what is said of the rest."""
+"""Operators under torch.func and forward-mode differentiation: supported transforms, and errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -87,13 +87,13 @@ MODE_NAMES = ["forward_ad", "jvp", "compiled jvp", "jacfwd", "jvp of vmap", "jvp
 
 @every_operator
 @pytest.mark.parametrize("mode", FORWARD_MODES, ids=MODE_NAMES)
-def test_forward_mode_is_refused(mode: Callable[[Function, Tensor], Tensor], function: Function, value: Tensor) -> None:
+def test_forward_mode_raises(mode: Callable[[Function, Tensor], Tensor], function: Function, value: Tensor) -> None:
     with pytest.raises(NotImplementedError, match=REFUSED):
         mode(function, value)
 
 
 @pytest.mark.parametrize("mode", [in_a_dual_level, jvp])
-def test_forward_mode_is_refused_to_those_who_call_the_operator(mode: Callable[[Function, Tensor], Tensor]) -> None:
+def test_forward_mode_raises_for_calls_of_the_operator(mode: Callable[[Function, Tensor], Tensor]) -> None:
     rest = (*LEVEL[1:], *(None,) * 4, 0, True, False, "gelu", "auto")
     with pytest.raises(NotImplementedError, match="side_moe: " + REFUSED):
         mode(lambda x: torch.ops.xsmoe.side_moe(x, *rest)[0], LEVEL.x)
@@ -109,7 +109,7 @@ def test_forward_mode_past_an_operator_is_none_of_its_business() -> None:
 
 
 @every_operator
-def test_reverse_mode_gives_what_backward_does(function: Function, value: Tensor) -> None:
+def test_reverse_mode_equals_backward(function: Function, value: Tensor) -> None:
     expected = gradient(function, value)
     torch.testing.assert_close(torch.func.grad(lambda value: function(value).square().sum())(value), expected)
     y, pull = torch.func.vjp(function, value)
@@ -129,7 +129,7 @@ def test_vmap_is_a_loop_forward_and_of_gradients(function: Function, value: Tens
 
 
 @every_operator
-def test_differentiating_twice_is_refused(function: Function, value: Tensor) -> None:
+def test_differentiating_twice_raises(function: Function, value: Tensor) -> None:
     once = torch.func.grad(lambda value: function(value).square().sum())
     with pytest.raises(RuntimeError, match="can be differentiated once, not twice"):
         torch.func.grad(lambda value: once(value).sum())(value)
@@ -167,7 +167,7 @@ def test_gradients_count_rows_once(differentiate: Any) -> None:
     assert torch.equal(counters.gate, expected.gate)
 
 
-def test_vmap_counts_only_what_is_the_same_for_all() -> None:
+def test_vmap_counts_only_equal_increments() -> None:
     counters = Utilization(2)
     message = r"utilization cannot count under torch.func.vmap; pass utilization=None, or call eval\(\)"
 
@@ -188,7 +188,7 @@ def test_an_empty_batch_is_named() -> None:
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
-def test_reverse_mode_inside_of_a_compiled_function_is_refused(transform: Any) -> None:
+def test_reverse_mode_inside_a_compiled_function_raises(transform: Any) -> None:
     torch.compiler.reset()
     function = torch.compile(transform(lambda x: side_moe(*LEVEL._replace(x=x)).sum()), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="side_moe: torch.func.grad, vjp and jacrev .* in eager code"):

@@ -46,7 +46,7 @@ def step(level: Level, counters: Utilization, **options: Any) -> Tensor:
 
 
 def check(function: Any, level: Level, calls: int = 1, **options: Any) -> None:
-    """`function` gives what `step` gives: the value, the gradients, and `calls` times the counters."""
+    """Check that `function` gives the value and gradients of `step`, and `calls` times the counters."""
     num_experts = level.router.shape[0] - 1
     counters, expected_counters = Utilization(num_experts), Utilization(num_experts)
     expected = step(level, expected_counters, **options)
@@ -66,7 +66,7 @@ def test_compiles_with_the_default_compiler() -> None:
     check(compiled(step, backend="inductor"), level, row_weight=torch.rand(6))
 
 
-def test_one_graph_serves_every_number_of_rows() -> None:
+def test_one_graph_runs_every_number_of_rows() -> None:
     graphs: list[Any] = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -172,7 +172,7 @@ def test_autocast_leaves_row_weight_exact() -> None:
     assert float(counters.gate.sum()) == pytest.approx(301, rel=1e-6), "bfloat16 would have made it 302"
 
 
-def test_autocast_lets_mixed_operands_in_but_no_float64() -> None:
+def test_autocast_accepts_mixed_operands_but_not_float64() -> None:
     level = make_level(2, 5, 3, 4, dtype=torch.float32)
     mixed = level._replace(backbone=level.backbone.detach().bfloat16())
     with torch.autocast("cpu", torch.bfloat16):

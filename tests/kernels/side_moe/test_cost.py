@@ -1,4 +1,4 @@
-"""What side_moe costs: products, what it keeps for backward, the tensors it makes."""
+"""Cost of side_moe: products, tensors saved for backward, allocations."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ ROWS, DIM, RANK = 40, 24, 8
 
 
 def saved_bytes(level: Level, **options: Any) -> int:
-    """The bytes that a forward keeps for backward beyond its inputs."""
+    """Return the bytes that a forward saves for backward beyond its inputs."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def saved_bytes(level: Level, **options: Any) -> int:
 
 @pytest.mark.parametrize("experts", [1, 10])
 @pytest.mark.parametrize("one_row", [False, True])
-def test_keeps_the_gates_and_without_recomputation_the_hidden_states(experts: int, one_row: bool) -> None:
+def test_saves_the_gates_and_without_recomputation_the_hidden_states(experts: int, one_row: bool) -> None:
     rows = 1 if one_row else ROWS
     gates, hidden = rows * (experts + 1) * 4, rows * experts * RANK * 4
     level = make_level(ROWS, DIM, experts, RANK, one_row=one_row, dtype=torch.float32)
@@ -94,7 +94,7 @@ def backward_flops(level: Level, *needed: bool, num_frozen: int = 0, recompute: 
     return counter.get_total_flops()
 
 
-def test_takes_the_wide_products_and_no_others() -> None:
+def test_computes_the_wide_products_only() -> None:
     experts = 5
     level = make_level(ROWS, DIM, experts, RANK, requires_grad=False)
     product, router = 2 * ROWS * experts * RANK * DIM, 2 * ROWS * (experts + 1) * DIM
@@ -120,7 +120,7 @@ def test_one_row_of_x_is_one_row_of_expert_work() -> None:
     assert backward_flops(level, *(True,) * 5) == 4 * product + 2 * router
 
 
-def test_no_tensor_holds_an_output_of_every_expert() -> None:
+def test_no_tensor_has_the_outputs_of_all_experts() -> None:
     experts, rows, dim, rank = 16, 64, 96, 4
     level = make_level(rows, dim, experts, rank, dtype=torch.float32)
     counters = Utilization(experts)

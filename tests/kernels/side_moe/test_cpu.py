@@ -21,7 +21,7 @@ SUBSETS = [subset for subset in itertools.product((False, True), repeat=5) if an
 
 
 def plain_level(*shape: int, dtype: torch.dtype, one_row: bool = False, seed: int = 0) -> Level:
-    """A level none of whose tensors needs a gradient."""
+    """Return a level without gradients."""
     return make_level(*shape, dtype=dtype, one_row=one_row, seed=seed, requires_grad=False)
 
 
@@ -58,7 +58,7 @@ def test_stays_within_the_error_budget(
 
 
 @pytest.mark.parametrize("place", range(len(SELECTION)))
-def test_the_selection_for_every_tier_on_the_best_one(place: int) -> None:
+def test_selected_cases_on_the_best_instruction_set(place: int) -> None:
     check(*SELECTION[place])
 
 
@@ -146,7 +146,7 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def every_other(tensor: Tensor) -> Tensor:
-    """The same numbers as every second row of rows that are three columns longer, from the second column on."""
+    """Return the same numbers as every second row of wider rows, from the second column on."""
     larger = tensor.new_full((2 * len(tensor), *tensor.shape[1:-1], tensor.shape[-1] + 3), float("nan"))
     view = larger[::2, ..., 1:-2]
     view.copy_(tensor)
@@ -172,7 +172,7 @@ def test_any_strides_give_the_same_bits(
 
 
 def call_with(level: Level, upstream: Tensor, frozen: FrozenExperts | None) -> dict[str, Tensor]:
-    """y, counters and all gradients on the native kernels."""
+    """Return y, counters and all gradients of the native kernels."""
     level = Level(*(t.detach().requires_grad_() for t in level))
     counters = Utilization(len(level.router) - 1)
     with use_backend("native"):
@@ -184,7 +184,7 @@ def call_with(level: Level, upstream: Tensor, frozen: FrozenExperts | None) -> d
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [33, 64])
 def test_expanded_inputs_and_gradients(dtype: torch.dtype, dim: int) -> None:
-    """Rows that lie in one place, and an upstream gradient that is one number."""
+    """Expanded rows, and an upstream gradient expanded from one number."""
     rows = 145
     level = plain_level(rows, dim, 3, 5, dtype=dtype)
     level = level._replace(x=level.x[:1].expand(rows, dim), backbone=level.backbone[:1].expand(rows, dim))
@@ -196,7 +196,7 @@ def test_expanded_inputs_and_gradients(dtype: torch.dtype, dim: int) -> None:
 
 
 def test_a_view_deep_inside_of_another_tensor() -> None:
-    """A hidden-state store hands out levels of (N, levels, D), a modality's columns lie within wider rows."""
+    """Levels of a hidden-state store are slices of (N, levels, D), and a modality's columns are part of wider rows."""
     level = plain_level(145, 48, 3, 5, dtype=torch.bfloat16)
     store = torch.full((145, 3, 50), float("nan"), dtype=torch.bfloat16)
     store[:, 0, 1:49], store[:, 2, 1:49] = level.x, level.backbone
@@ -211,7 +211,7 @@ def test_a_view_deep_inside_of_another_tensor() -> None:
 
 
 def probe(activation: str, values: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """The activation at the values, and its slope there."""
+    """Return the activation and its derivative at the values."""
     x = torch.stack((values, torch.zeros_like(values)), dim=1).requires_grad_()
     one, other = (torch.tensor([[pair]], dtype=values.dtype) for pair in ((1.0, 0.0), (0.0, 1.0)))
     with use_backend(backend):
@@ -237,7 +237,7 @@ def test_an_activation_and_its_slope_at_every_size_of_its_argument(activation: s
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e20, -1e20])
 def test_hidden_states_that_are_huge_or_not_finite(activation: str, value: float) -> None:
-    """What an infinity becomes, infinite or NaN, is not promised: torch's own kernels disagree about it."""
+    """The result of an infinity may be infinite or NaN: torch's own kernels disagree about it."""
     level = plain_level(5, 3, 1, 1, dtype=torch.float32)
     level = level._replace(
         x=torch.ones(5, 3), down=torch.tensor([[[value, 0.0, 0.0]]]), up=torch.ones(1, 1, 3), router=torch.zeros(2, 3)
@@ -253,8 +253,8 @@ def test_hidden_states_that_are_huge_or_not_finite(activation: str, value: float
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("field", range(5))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_goes_as_far_as_in_the_reference(dtype: torch.dtype, field: int, value: float) -> None:
-    """One such number in one input reaches the same results as in the reference, and no others."""
+def test_numbers_that_are_not_finite_spread_as_in_the_reference(dtype: torch.dtype, field: int, value: float) -> None:
+    """One such number in one input affects the same results as in the reference."""
     level = plain_level(145, 33, 3, 5, dtype=dtype)
     level[field].view(-1)[40] = value
     # In float32: where torch multiplies bfloat16 on AMX, a NaN in a row of odd width also reaches the row before it.
@@ -307,7 +307,7 @@ def test_hidden_states_far_from_unit_scale(dtype: torch.dtype, scale: float, act
     check(level._replace(down=(level.down.double() * scale).to(dtype)), Call(activation=activation, num_frozen=2))
 
 
-def test_experts_keep_their_digits_where_the_backbone_takes_nearly_everything() -> None:
+def test_experts_are_precise_when_the_backbone_gate_is_near_one() -> None:
     level = plain_level(9, 8, 3, 4, dtype=torch.float32)
     level = level._replace(x=level.x.abs(), router=torch.zeros(4, 8), backbone=torch.zeros(9, 8))
     level.router[0] = 20 / level.x.sum(1).min()

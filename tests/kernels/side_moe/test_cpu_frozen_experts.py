@@ -1,4 +1,4 @@
-"""FrozenExperts on the native kernels: packed once, and packed or refused anew where they changed."""
+"""FrozenExperts on the native kernels: packed once, and packed again or rejected after changes."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ pytestmark = needs_library
 DTYPES = (torch.float32, torch.bfloat16)
 
 plain_level = partial(make_level, requires_grad=False)
-"""A level none of whose tensors needs a gradient."""
+"""Return a level without gradients."""
 
 
 def test_frozen_experts_give_the_bits_of_experts_that_are_packed_in_every_call() -> None:
@@ -59,7 +59,7 @@ def test_a_change_of_frozen_weights_in_place_is_noticed(name: str, autocast: boo
     assert not torch.equal(after, before)
 
 
-def test_a_backward_uses_the_frozen_weights_of_its_forward_or_refuses() -> None:
+def test_a_backward_uses_the_frozen_weights_of_its_forward_or_raises() -> None:
     level, frozen = frozen_level()
     x = level.x.clone().requires_grad_()
     with use_backend("native"):
@@ -91,14 +91,14 @@ def test_autocast_packs_no_weights_that_it_does_not_read() -> None:
     with torch.autocast("cpu", torch.bfloat16), use_backend("native"):
         frozen = FrozenExperts(level.down[:3], level.up[:3])
         side_moe(*level._replace(down=level.down[3:], up=level.up[3:]), frozen=frozen)
-    assert frozen._derived.pack is None
-    assert frozen.to(torch.bfloat16)._derived.pack is not None
+    assert frozen._derived.prepacked is None
+    assert frozen.to(torch.bfloat16)._derived.prepacked is not None
     pack = frozen.pack()
     assert pack is not None
     assert frozen.pack() is pack
 
 
-def test_a_bank_that_trains_under_autocast_keeps_one_pack() -> None:
+def test_a_bank_that_trains_under_autocast_has_one_prepacked_copy() -> None:
     bank = ExpertBank(24, 8)
     bank.expand()
     for _ in range(2):
@@ -106,12 +106,12 @@ def test_a_bank_that_trains_under_autocast_keeps_one_pack() -> None:
             bank(torch.randn(20, 24), torch.randn(20, 24)).sum().backward()
     frozen = bank.frozen_experts()
     assert frozen is not None
-    assert frozen._derived.pack is None
-    assert frozen.to(torch.bfloat16)._derived.pack is not None
+    assert frozen._derived.prepacked is None
+    assert frozen.to(torch.bfloat16)._derived.prepacked is not None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_pack_takes_twice_the_memory_of_what_is_multiplied(dtype: torch.dtype) -> None:
+def test_prepacked_weights_need_twice_the_memory_of_the_operands(dtype: torch.dtype) -> None:
     level = plain_level(1, 768, 2, 64, dtype=dtype)
     pack = FrozenExperts(level.down, level.up).pack()
     assert pack is not None
@@ -146,9 +146,9 @@ def test_copies_and_files_of_frozen_experts_leave_the_pack_behind(
     with torch.autocast("cpu", torch.bfloat16):
         side_moe(*level, frozen=frozen)
     twin = copied(frozen)
-    assert frozen._derived.pack is not None
+    assert frozen._derived.prepacked is not None
     assert frozen._derived.casts
-    assert twin._derived.pack is None
+    assert twin._derived.prepacked is None
     assert not twin._derived.casts
     with use_backend("native"):
         assert torch.equal(side_moe(*level, frozen=twin), side_moe(*level, frozen=frozen))
@@ -177,7 +177,7 @@ def test_a_change_of_weights_that_were_copied_along_is_noticed(
 def test_a_flat_copy_is_packed_and_notices_changes() -> None:
     level, frozen = frozen_level()
     twin = copy.copy(frozen)
-    assert twin._derived.pack is not None
+    assert twin._derived.prepacked is not None
     with use_backend("native"):
         before = side_moe(*level, frozen=twin)
         frozen.down.mul_(3)
@@ -186,7 +186,7 @@ def test_a_flat_copy_is_packed_and_notices_changes() -> None:
     assert not torch.equal(after, before)
 
 
-def test_a_pack_for_other_experts_is_refused() -> None:
+def test_prepacked_weights_of_other_experts_are_rejected() -> None:
     level, frozen = frozen_level()
     pack = frozen.pack()
     assert pack is not None
@@ -215,7 +215,7 @@ def test_frozen_experts_train_after_inference(autocast: bool, changed: bool) -> 
     assert down.grad is not None
 
 
-def test_frozen_experts_made_and_changed_in_inference_mode_are_read_anew() -> None:
+def test_frozen_experts_changed_in_inference_mode_are_read_again() -> None:
     with torch.inference_mode(), use_backend("native"):
         x, backbone, router, down, up = plain_level(4, 16, 3, 4, dtype=torch.float32)
         frozen_down = down[:2].clone()

@@ -1,6 +1,6 @@
-"""side_moe on backend "cuda": CUDA kernels that go over rows, beside Triton's products.
+"""side_moe on backend "cuda": CUDA kernels for rows, with Triton's products.
 
-Without a GPU both are emulated, on CPU tensors: Triton's kernels by its interpreter, CUDA's by fibers.
+Without a GPU both are emulated on CPU tensors: Triton's kernels by its interpreter, CUDA's by fibers.
 """
 
 import pytest
@@ -19,7 +19,7 @@ from xsmoe_kernels import BackendUnavailable, side_moe, side_moe_group, use_back
 from xsmoe_kernels.backends import cuda as cuda_backend
 from xsmoe_kernels.runtime import dispatch
 
-_reason = dispatch.unavailable("side_moe", "cuda", DEVICE, torch.float32)
+_reason = dispatch.unavailable_reason("side_moe", "cuda", DEVICE, torch.float32)
 pytestmark = pytest.mark.skipif(_reason is not None, reason=_reason or "")
 
 # Past a block of rows of Triton's, several kinds of everything.
@@ -127,18 +127,18 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "schema"), [("side_moe_new", "(Tensor x) -> Tensor"), ("side_moe_gate", "(Tensor[] x) -> Tensor[] gates")]
 )
-def test_a_library_of_other_kernels_is_refused(name: str, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_other_kernels_is_rejected(name: str, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served = cuda_backend.OPERATORS["side_moe"]
     changed = served._replace(launched={**served.launched, name: schema})
     monkeypatch.setitem(cuda_backend.OPERATORS, "side_moe", changed)
     monkeypatch.setenv("XSMOE_CUDA_LIBRARY", str(cuda_backend.library))
-    with pytest.raises(ImportError, match=f"another version of xsmoe_kernels, by its {name}"):
+    with pytest.raises(ImportError, match=f"another version of xsmoe_kernels: its schema of {name}"):
         cuda_backend.load()
 
 
-def test_float64_is_refused_by_name() -> None:
+def test_float64_is_rejected_by_name() -> None:
     level = make_level(3, 4, 2, 2, requires_grad=False)
-    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="the cuda kernels take"):
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="the cuda kernels support"):
         side_moe(*(tensor.to(DEVICE) for tensor in level))
 
 

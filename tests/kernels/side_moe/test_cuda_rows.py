@@ -1,4 +1,4 @@
-"""The CUDA kernels of side_moe that go over rows, each on its own: gates, counters, gradients of logits."""
+"""The CUDA row kernels of side_moe separately: gates, counters, gradients of logits."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.kernels.helpers.cuda_library import DEVICE, ON_GPU
 from tests.kernels.helpers.triton_gpu import DTYPES, spread
 from xsmoe_kernels.runtime import dispatch
 
-_reason = dispatch.unavailable("side_moe", "cuda", DEVICE, torch.float32)
+_reason = dispatch.unavailable_reason("side_moe", "cuda", DEVICE, torch.float32)
 pytestmark = pytest.mark.skipif(_reason is not None, reason=_reason or "")
 
 # rows, dim, gated; past a warp's rows, 16 bytes, a warp's columns, 16 gates, 32 gates.
@@ -26,7 +26,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale
 
 
 def assert_near(found: Tensor, exact: Tensor, terms: int) -> None:
-    """float32 that came about by sums of so many numbers."""
+    """Return the tolerance of float32 sums of this many numbers."""
     assert found.dtype == torch.float32
     assert found.shape == exact.shape
     if exact.numel():
@@ -59,7 +59,7 @@ def test_gates(rows: int, dim: int, gated: int, dtype: torch.dtype) -> None:
 @settings(max_examples=200 if ON_GPU else 25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_gates_of_any_levels(data: st.DataObject) -> None:
-    """Each level has the bits that it has alone, densely laid out."""
+    """Each level is bitwise equal to the level alone in a dense layout."""
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     levels, expected = [], []
     for seed in range(data.draw(st.integers(1, 8), "levels")):
@@ -93,7 +93,7 @@ def test_gates_of_logits_that_are_not_finite(gated: int) -> None:
 
 
 def counted(rows: int, gated: int, blocks: int, one_row: bool, weighted: bool, seed: int = 0) -> tuple[Any, ...]:
-    """gates, squares, backbone_squares or None, row_weight or None."""
+    """Return gates, squares, backbone_squares or None, row_weight or None."""
     own = 1 if one_row else rows
     gates = torch.softmax(normal(own, gated, seed=seed), -1)
     squares = normal(gated, blocks, own, seed=seed + 1).square()
@@ -124,7 +124,7 @@ def exact_counts(gates: Tensor, squares: Tensor, backbone: Tensor | None, weight
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("rows", "gated", "blocks"), [(0, 3, 2), (2, 2, 1), (33, 11, 6), (70, 34, 3), (8250, 3, 2)])
 def test_counters(rows: int, gated: int, blocks: int, weighted: bool, one_row: bool) -> None:
-    """Rows past a warp's lanes, past a slice of 32, past what 256 slices of 32 hold."""
+    """Row counts above a warp's lanes, above a slice of 32, and above 256 slices of 32."""
     level = counted(rows, gated, blocks, one_row, weighted)
     (found,) = counts(level)
     for value, exact in zip(found, exact_counts(*level), strict=True):
@@ -133,7 +133,7 @@ def test_counters(rows: int, gated: int, blocks: int, weighted: bool, one_row: b
 
 @pytest.mark.parametrize("one_row", [False, True])
 def test_counters_of_several_levels(one_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has its own bits, whatever runs it and in whatever order."""
+    """Results are bitwise equal for every launch and order."""
     sizes = [(40, 2, 1), (0, 5, 2), (300, 17, 3), (64, 9, 1), (2, 301, 2), (33, 3, 4), (5, 2, 1), (100, 33, 2)]
     levels = [counted(*size, one_row, bool(seed % 2), seed) for seed, size in enumerate(sizes)]
     alone = [counts(level)[0] for level in levels]
@@ -145,7 +145,7 @@ def test_counters_of_several_levels(one_row: bool, monkeypatch: pytest.MonkeyPat
 
 
 def sloped(rows: int, dim: int, gated: int, chunks: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
-    """x, backbone, grad, gates, dots."""
+    """Return x, backbone, grad, gates, dots."""
     gates = torch.softmax(normal(rows, gated, seed=seed), -1)
     x, backbone, grad = (normal(rows, dim, dtype=dtype, seed=seed + place) for place in (1, 2, 3))
     return x, backbone, grad, gates, normal(rows, (gated - 1) * chunks, seed=seed + 4)
@@ -192,7 +192,7 @@ def test_logit_gradients(rows: int, dim: int, gated: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [40, 37])
 def test_logit_gradients_of_one_row(dtype: torch.dtype, dim: int) -> None:
-    """The gradient is a sum in float32, whatever x is, and the backbone's part comes summed."""
+    """The gradient is a float32 sum for every dtype of x, and the backbone's part is a sum already."""
     x, _, _, gates, dots = sloped(1, dim, 11, 2, dtype)
     backbone, grad, dot = normal(7, dim, dtype=dtype), normal(1, dim, seed=9), normal(1, seed=10)
     (found,), _ = slopes((x, backbone, grad, gates, dots), backbone=False, dots=[dot])
@@ -202,7 +202,7 @@ def test_logit_gradients_of_one_row(dtype: torch.dtype, dim: int) -> None:
 @settings(max_examples=200 if ON_GPU else 25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_logit_gradients_of_any_levels(data: st.DataObject) -> None:
-    """Each level has the bits that it has alone, densely laid out."""
+    """Each level is bitwise equal to the level alone in a dense layout."""
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     levels, alone = [], []
     for seed in range(data.draw(st.integers(1, 8), "levels")):
@@ -237,7 +237,7 @@ def test_the_order_of_blocks_changes_no_bits(monkeypatch: pytest.MonkeyPatch) ->
     assert all(map(torch.equal, first, again))
 
 
-def test_lists_that_do_not_fit_are_refused() -> None:
+def test_lists_that_do_not_fit_are_rejected() -> None:
     x, router = routed(2, 8, 3, torch.float32)
     with pytest.raises(ValueError, match="x must have an entry for each of 1 to 8 levels, not 9"):
         gates_of(*[(x, router)] * 9)

@@ -1,4 +1,4 @@
-"""The check of side_moe's kernels: an unlucky draw does not fail it, a kernel that loses digits does."""
+"""The error-budget check of side_moe: an unlucky draw passes, and a kernel that loses digits fails."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ Kernel = Callable[[Level, Call, int], Results]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[Level]]:
-    """Let a function stand for the backend; return the levels that it is called with."""
+    """Replace the backend by a function; return the levels that it is called with."""
 
     def replace(kernel: Kernel) -> list[Level]:
         levels: list[Level] = []
@@ -47,7 +47,7 @@ def with_errors(factor: float) -> Kernel:
 
 
 def lucky(level: Level, call: Call) -> tuple[Results, Results]:
-    """Return what `oracle` does, the reference's errors a tenth of what they are."""
+    """Return the result of `oracle` with a tenth of the reference's errors."""
     reference, exact = oracle(level, call)
     return {name: (exact[name] + 0.1 * (t.double() - exact[name])).to(t.dtype) for name, t in reference.items()}, exact
 
@@ -78,7 +78,7 @@ def test_a_kernel_of_three_times_the_references_error_fails(
 
 
 def test_a_kernel_that_loses_bits_of_the_logits_fails(calls: Callable[[Kernel], list[Level]]) -> None:
-    """The kernel multiplies by a router that keeps 19 of its 24 bits."""
+    """The kernel multiplies by a router rounded from 24 to 19 bits."""
 
     def kernel(level: Level, call: Call, seed: int) -> Results:
         bits = level.router.view(torch.int32)
@@ -107,7 +107,7 @@ def test_one_wrong_number_in_one_draw_fails(calls: Callable[[Kernel], list[Level
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_draw_keeps_the_scale_of_every_input(dtype: torch.dtype) -> None:
+def test_another_draw_has_the_same_scale_of_every_input(dtype: torch.dtype) -> None:
     level = to(far_level(), dtype)._replace(backbone=torch.zeros(100, 24, dtype=dtype))
     assert redrawn(level, 0) is level
     again = redrawn(level, 1)

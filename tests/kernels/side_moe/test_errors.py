@@ -1,4 +1,4 @@
-"""What side_moe says of bad arguments."""
+"""Errors of side_moe for bad arguments."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from xsmoe_kernels import FrozenExperts, Utilization, side_moe
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    """A good level of 6 rows, D = 5, E = 3 and R = 4, with the changes."""
+    """Return a valid level of 6 rows, D = 5, E = 3 and R = 4, with the changes."""
     level = make_level(6, 5, 3, 4, dtype=torch.float32)
     return {**level._asdict(), **changes}
 

@@ -12,7 +12,7 @@ from xsmoe_kernels import FrozenExperts, Utilization, side_moe, side_moe_group
 
 
 def layers() -> list[dict[str, Any]]:
-    """Three levels that differ in rows, width, rank, experts, freezing and counting."""
+    """Return three levels that differ in rows, width, rank, experts, freezing and counting."""
     first = make_level(6, 5, 3, 4, one_row=True, seed=0)
     second = make_level(6, 7, 1, 2, seed=1)
     third = make_level(3, 5, 4, 3, seed=2)
@@ -51,7 +51,7 @@ def test_no_levels() -> None:
     assert side_moe_group([]) == []
 
 
-def test_takes_an_iterator() -> None:
+def test_accepts_an_iterator() -> None:
     first, second = layers(), layers()
     second[0]["row_weight"] = first[0]["row_weight"]
     for y, want in zip(side_moe_group(iter(first)), side_moe_group(second), strict=True):

@@ -134,7 +134,7 @@ def test_stays_within_the_error_budget(dtype: torch.dtype, one_row: bool, recomp
     assert_within_budget(counters.gate.float(), same_dtype["gate"], exact["gate"], "gate")
 
 
-def test_experts_keep_their_digits_where_the_backbone_takes_nearly_everything() -> None:
+def test_experts_are_precise_when_the_backbone_gate_is_near_one() -> None:
     level = make_level(9, 8, 3, 4, dtype=torch.float32, requires_grad=False)
     level = level._replace(x=level.x.abs(), router=torch.zeros(4, 8), backbone=torch.zeros(9, 8))
     level.router[0] = 20 / level.x.sum(1).min()
@@ -185,7 +185,7 @@ def test_all_experts_frozen_apart() -> None:
     torch.testing.assert_close(side_moe(*none, frozen=frozen), side_moe(*level), rtol=0, atol=0)
 
 
-def test_frozen_experts_share_memory_and_take_no_gradient() -> None:
+def test_frozen_experts_share_memory_and_have_no_gradient() -> None:
     level = make_level(4, 5, 3, 4)
     frozen = FrozenExperts(level.down, level.up)
     assert frozen.num_experts == 3

@@ -115,7 +115,7 @@ def test_every_num_frozen(apart: bool) -> None:
         check(level, Call(num_frozen=num_frozen, apart=apart))
 
 
-def test_counters_do_not_depend_on_what_else_is_asked_for() -> None:
+def test_counters_do_not_depend_on_other_options() -> None:
     level = plain_level(40, 33, 3, 17)
     counted, plain = (served_results(level, Call(counted=counted), "triton") for counted in (True, False))
     for name, value in plain.items():
@@ -133,7 +133,7 @@ def test_a_gradient_of_equal_rows() -> None:
 
 
 def test_an_expert_that_overflows_spoils_no_other() -> None:
-    """Its own columns become NaN; those of the expert in the same tile do not."""
+    """Only the columns of the NaN expert become NaN, not those of the other expert in the tile."""
     level = plain_level(33, 16, 2, 5)
     down = level.down.clone()
     down[0] = float("nan")
@@ -145,9 +145,9 @@ def test_an_expert_that_overflows_spoils_no_other() -> None:
     assert grad_up[1].isfinite().all()
 
 
-def test_float64_is_refused_by_name() -> None:
+def test_float64_is_rejected_by_name() -> None:
     level = make_level(3, 4, 2, 2, requires_grad=False)
-    with use_backend("triton"), pytest.raises(BackendUnavailable, match="the triton kernels take"):
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="the triton kernels support"):
         side_moe(*(tensor.to(DEVICE) for tensor in level))
 
 
@@ -162,7 +162,7 @@ def test_frozen_experts_and_num_frozen_give_the_same_bits() -> None:
     assert torch.equal(counters[0].norm, counters[1].norm)
 
 
-def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     from xsmoe_kernels.triton_utils import kernel_helpers
     from xsmoe_kernels.triton_utils.tuning import Config
 

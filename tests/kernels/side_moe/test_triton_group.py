@@ -23,7 +23,7 @@ def test_each_level_has_the_bits_that_it_has_on_its_own() -> None:
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, levels: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """How many levels each launch of a kernel serves."""
+    """Return the number of levels of each launch of a kernel."""
     from xsmoe_kernels.triton_utils import kernel_helpers
 
     seen: dict[str, list[int]] = {}
@@ -47,7 +47,7 @@ def test_levels_of_one_kind_share_their_launches(monkeypatch: pytest.MonkeyPatch
     assert all(numbers == [3] for numbers in seen.values()), seen
 
 
-def test_a_launch_takes_eight_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_has_up_to_eight_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = launches(monkeypatch, [layer(seed, 3, 16, 1, 2, 0) for seed in range(9)])
     assert all(sorted(numbers) == [1, 8] for numbers in seen.values()), seen
 
@@ -63,7 +63,7 @@ def test_dtypes_are_apart_and_come_back_in_order() -> None:
         assert torch.equal(y, expected)
 
 
-def test_a_level_without_a_gradient_takes_none() -> None:
+def test_a_level_without_a_gradient_receives_none() -> None:
     levels = [layer(seed, 6, 16, 2, 4, 1) for seed in range(3)]
     for name in DIFFERENTIABLE:
         levels[1][name] = levels[1][name].detach()

@@ -1,4 +1,4 @@
-"""The counters by themselves."""
+"""Tests of the counters alone."""
 
 import re
 from typing import Any
@@ -70,7 +70,7 @@ def test_a_state_of_another_number_of_experts_changes_nothing() -> None:
     assert counters.norm.tolist() == [5.0, 1.0, 2.0, 1.0]
 
 
-def test_made_and_moved_in_inference_mode_it_serves_training_later() -> None:
+def test_counters_made_in_inference_mode_work_in_training() -> None:
     level = make_level(6, 5, 3, 4)
     with torch.inference_mode():
         made, moved = Utilization(3), Utilization(3).to("meta")
@@ -100,6 +100,6 @@ def test_a_bad_number_of_experts_is_named(num_experts: Any, error: type[Exceptio
         Utilization(num_experts)
 
 
-def test_increments_of_another_number_of_experts_are_refused() -> None:
+def test_increments_of_another_number_of_experts_are_rejected() -> None:
     with pytest.raises(ValueError, match=re.escape("gate must have shape (4,), not (1,)")):
         counted().add_(torch.zeros(4), torch.zeros(1))

@@ -30,7 +30,7 @@ def test_equals_the_reference(case: Case, k: int, count: int) -> None:
 @both_dtypes
 @pytest.mark.parametrize("k", [1, 17, 1000])
 def test_equals_the_reference_where_the_best_change_often(dtype: torch.dtype, k: int) -> None:
-    """Scores that ascend, which displace what was kept again and again; that descend; and in no order."""
+    """Return ascending scores, which replace the kept items again and again, descending scores, and unordered ones."""
     ascending = torch.arange(6000) - 3000
     for order in (ascending, ascending.flip(0), ascending[torch.randperm(6000)]):
         # Two columns that bfloat16 holds: 64 a + b.
@@ -54,7 +54,7 @@ def test_error_budget(dtype: torch.dtype) -> None:
 
 
 def best(scores: tuple[float, ...], k: int, seen: tuple[int, ...] = ()) -> tuple[list[float], list[int]]:
-    """Of one query of a block of three, behind 500 items that each of them has seen."""
+    """Return the result of one query in a block of three, after 500 items that all of them have seen."""
     items = torch.tensor([*[9.0] * 500, *scores])[:, None]
     left_out = torch.tensor([500 + place for place in seen] + list(range(500)), dtype=torch.int64)
     case = Case(torch.ones(3, 1), items, torch.zeros(3, dtype=torch.int64), ragged([left_out] * 3))
@@ -105,7 +105,7 @@ def test_several_rounds_of_queries(dtype: torch.dtype) -> None:
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    """Although it decides which items and queries a thread takes."""
+    """The number of threads decides only which items and queries a thread processes."""
     generator = torch.Generator().manual_seed(1)
     for num_queries, num_items in ((3, 9000), (500, 40), (200, 1500)):
         items = torch.randn(num_items // 2, 48, generator=generator).repeat(2, 1)

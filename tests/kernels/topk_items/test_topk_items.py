@@ -22,7 +22,7 @@ Seen = tuple[Tensor, Tensor] | None
 
 
 def loop(queries: Tensor, items: Tensor, k: int, seen: Seen) -> tuple[list[list[float]], list[list[int]]]:
-    """Scores and ids, item by item in Python floats."""
+    """Compute scores and ids item by item, in Python floats."""
     all_scores, all_ids = [], []
     for m, query in enumerate(queries.tolist()):
         left_out = set() if seen is None else set(seen[0][int(seen[1][m]) : int(seen[1][m + 1])].tolist())
@@ -36,7 +36,7 @@ def loop(queries: Tensor, items: Tensor, k: int, seen: Seen) -> tuple[list[list[
 
 
 def best(scores: tuple[float, ...], k: int, seen: list[int] | None = None) -> tuple[list[float], list[int]]:
-    """For one query, and items that have these scores for it."""
+    """Return the results for one query and items with these scores for it."""
     ragged = None if seen is None else (torch.tensor(seen, dtype=torch.int64), torch.tensor([0, len(seen)]))
     values, ids = topk_items(torch.ones(1, 1), torch.tensor(scores)[:, None], k, ragged)
     return values[0].tolist(), ids[0].tolist()
@@ -133,7 +133,7 @@ def test_strided_inputs_and_int32_offsets() -> None:
     assert topk_items(queries, items, 5, strided)[1].tolist() == loop(queries, items, 5, (values, offsets))[1]
 
 
-def test_takes_no_part_in_autograd() -> None:
+def test_is_not_differentiable() -> None:
     scores, _ = topk_items(torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True), 2, None)
     assert not scores.requires_grad
 
@@ -153,7 +153,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operator, (queries, items, 12, torch.tensor([1, 2]), torch.tensor([0, 1, 1, 2, 2]), "auto"))
 
 
-def test_compiles_whole_with_sizes_unknown() -> None:
+def test_compiles_to_one_graph_with_unknown_sizes() -> None:
     queries, items = torch.randn(4, 3), torch.randn(9, 3)
     seen = (torch.tensor([1, 2, 2, 5]), torch.tensor([0, 1, 1, 3, 4]))
     expected = topk_items(queries, items, 12, seen)

@@ -1,4 +1,4 @@
-"""The Triton kernels of topk_items against the reference: in Triton's interpreter, or on a GPU where there is one."""
+"""The Triton kernels of topk_items against the reference: in Triton's interpreter, or on a GPU if there is one."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_equals_the_reference(case: Case, k: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 17, *((300, 1000, 1024, 1025, 5000) if ON_GPU else ())])
 def test_equals_the_reference_where_the_best_change_often(k: int) -> None:
-    """Scores that ascend, which displace what was kept again and again; that descend; and in no order."""
+    """Return ascending scores, which replace the kept items again and again, descending scores, and unordered ones."""
     num_items = 6000 if ON_GPU else 150
     ascending = torch.arange(num_items) - num_items // 2
     for order in (ascending, ascending.flip(0), ascending[torch.randperm(num_items)]):
@@ -66,7 +66,7 @@ def test_error_budget(dtype: torch.dtype) -> None:
 
 
 def best(scores: tuple[float, ...], k: int, seen: tuple[int, ...] = ()) -> tuple[list[float], list[int]]:
-    """Of one query of a block of three, behind 40 items that each of them has seen."""
+    """Return the result of one query in a block of three, after 40 items that all of them have seen."""
     items = torch.tensor([*[9.0] * 40, *scores])[:, None]
     left_out = torch.tensor([40 + place for place in seen] + list(range(40)), dtype=torch.int64)
     case = Case(torch.ones(3, 1), items, torch.zeros(3, dtype=torch.int64), ragged([left_out] * 3))
@@ -126,7 +126,7 @@ def test_rows_of_no_numbers() -> None:
 def test_several_rounds_over_parts_of_queries_and_items(
     places: int, workspace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of different widths, the last of which is narrow."""
+    """Passes may have different widths; the last one is narrow."""
     case = make_case(33, 105, 3, torch.float32, most_seen=20)
     wide = make_case(2, 170, 3, torch.float32, most_seen=20)
     monkeypatch.setattr(triton_launchers, "MOST_PLACES", places)
@@ -136,7 +136,7 @@ def test_several_rounds_over_parts_of_queries_and_items(
 
 
 def test_a_slice_ends_with_its_part_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tiles a part, two a slice: what the second slice has beyond them is the next part's."""
+    """A part has three tiles and a slice two: the second slice must not include the next part's tile."""
     monkeypatch.setattr(triton_launchers, "PROGRAMS", 2)
     monkeypatch.setattr(triton_launchers, "WORKSPACE", 3 * 128 * 128 if ON_GPU else 3 * 16 * 32)
     TRITON.check_topk(make_case(2, 1200 if ON_GPU else 300, 3, torch.float32, most_seen=20), 20)
@@ -159,7 +159,7 @@ def test_lists_that_are_cut_into_slices(slice_blocks: int, k: int, monkeypatch: 
 
 @pytest.mark.parametrize("num_queries, num_items, k", [(1, 5_000_000, 10), (2000, 100_000, 1000), (10**6, 7, 3)])
 def test_memory_is_bounded(num_queries: int, num_items: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the sizes: of what would be launched, no tensor but the results and the inputs is larger."""
+    """For any sizes, no tensor of a launch other than the results and inputs is larger than the workspace."""
     from xsmoe_kernels.triton_utils import kernel_helpers
 
     largest = 0
@@ -180,7 +180,7 @@ def test_memory_is_bounded(num_queries: int, num_items: int, k: int, monkeypatch
     assert 1 << 20 < largest <= 130 << 20
 
 
-def test_gives_the_same_bits_twice() -> None:
+def test_is_deterministic() -> None:
     case = TRITON.random_case(20, 100, 48, torch.float32)
     first, second = TRITON.topk(case, 10), TRITON.topk(case, 10)
     assert all(torch.equal(*values) for values in zip(first, second, strict=True))

@@ -1,4 +1,4 @@
-"""Matrix products of consecutive groups of rows, each with its own expert's weight."""
+"""Matrix products of consecutive groups of rows, each with the weight of its expert."""
 
 import torch
 from torch import Tensor
@@ -9,24 +9,24 @@ from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, *, num_frozen: int = 0) -> Tensor:
-    """Multiplies the rows `offsets[e]:offsets[e+1]` of x by `weight[e]`, for every expert e.
+    """Multiply the rows `offsets[e]:offsets[e+1]` of x by `weight[e]`, for every expert e.
 
-    Accumulates in float32. Autocast casts x and weight. Both are differentiable; the leading num_frozen experts get a
-    weight gradient of zeros, for which nothing is computed.
+    Accumulates in float32. Autocast casts x and weight. Both are differentiable. The weight gradient of the leading
+    num_frozen experts is zero and is not computed.
 
     Args:
         x: (M, K), float32, bfloat16, float16 or float64; M may be 0.
         weight: (E, K, P), of x's dtype; E may be 0.
         offsets: (E+1,) int32 or int64 on x's device, ascending within [0, M]. Groups may be empty.
-        num_frozen: how many leading experts take no weight gradient, at most E.
+        num_frozen: the number of leading experts without a weight gradient, at most E.
 
     Returns:
         (M, P) in x's dtype, after autocast; rows outside the offsets are zeros.
 
     Raises:
         TypeError: an argument is no Tensor, of a wrong dtype, or num_frozen is no int.
-        ValueError: shapes that do not fit, several devices, num_frozen out of range, or offsets that descend or leave
-            [0, M] (their values are read on a CPU, elsewhere with XSMOE_DEBUG=1).
+        ValueError: shapes that do not fit, several devices, num_frozen out of range, or offsets that descend or are
+            outside [0, M] (their values are read on a CPU, elsewhere with XSMOE_DEBUG=1).
     """
     if not torch.compiler.is_compiling():
         checks.tensor("x", x, "M", "K")

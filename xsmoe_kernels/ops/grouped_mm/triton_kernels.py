@@ -1,7 +1,7 @@
 """Grouped matrix products in Triton.
 
-Grids are as large as any offsets could need, and each program finds its rows itself. Rows outside of all groups have
-tiles as well, which come out as zeros.
+Grids are large enough for any offsets, and each program computes its rows from them. Rows outside all groups have
+tiles too, whose results are zeros.
 """
 
 import triton
@@ -10,15 +10,15 @@ import triton.language as tl
 from xsmoe_kernels.triton_utils.kernel_helpers import product
 
 BOUNDS = tl.constexpr(128)
-"""How many offsets a program compares at once."""
+"""The number of offsets that a program compares at once."""
 
 
 @triton.jit
 def _tile_rows(offsets, tile, num_rows, num_experts, BLOCK_M: tl.constexpr):
-    """A tile's first row, the end of its group, and its expert: -1 or num_experts for the rows before and after all.
+    """Return a tile's first row, the end of its group, and its expert: -1 or num_experts before and after all groups.
 
-    The group of expert e, which begins at row b, owns the tiles from b // BLOCK_M + e + 1 on: those numbers ascend
-    faster than groups need tiles, so that a few tiles are left empty, but no sum over the groups before is needed.
+    The group of expert e, which begins at row b, has the tiles from b // BLOCK_M + e + 1 on. These numbers ascend
+    faster than groups need tiles: a few tiles stay empty, but no sum over the preceding groups is needed.
     """
     begun = 0
     for first in range(0, num_experts + 1, BOUNDS):
@@ -32,7 +32,7 @@ def _tile_rows(offsets, tile, num_rows, num_experts, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _step(stride, BLOCK: tl.constexpr):
-    """`BLOCK * stride` in 64 bits, for a stride that may be a constant."""
+    """Return `BLOCK * stride` in 64 bits, for a stride that may be a constant."""
     return tl.cast(stride, tl.int64) * BLOCK
 
 
@@ -87,7 +87,7 @@ def product_kernel(
 
 @triton.jit
 def _slice_rows(rows, slices, SLICE_M: tl.constexpr):
-    """How many rows a slice of a group takes: as many as divide them evenly, and a multiple of SLICE_M."""
+    """Return the number of rows of a group's slice: an even share, rounded up to a multiple of SLICE_M."""
     return tl.cdiv(tl.cdiv(rows, slices), SLICE_M) * SLICE_M
 
 
@@ -113,7 +113,7 @@ def weight_gradient_kernel(
 ):
     """grad_weight (slices, experts from first_expert on, inner, columns): x^T grad over each group's slices of rows.
 
-    Slices that a group is too short for are left as they are, other than the first.
+    Slices beyond the end of a group are not written, except the first one.
     """
     inner_tiles, column_tiles = tl.cdiv(inner, BLOCK_K), tl.cdiv(columns, BLOCK_P)
     tile = tl.program_id(0) % (inner_tiles * column_tiles)

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of `grouped_mm`: block sizes, grids, and how far weight gradients are cut into slices."""
+"""Launches of the Triton kernels of `grouped_mm`: block sizes, grids, and slices of weight gradients."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -68,18 +68,18 @@ SLICE_SUM = Table(
 )
 
 SLICE_BLOCKS = 8
-"""Blocks of rows that make a slice worth its partial sums."""
+"""The fewest blocks of rows for which a slice is worth its partial sums."""
 
 
 def forward(x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int) -> Tensor:
-    """`y[offsets[e]:offsets[e+1]] = x[offsets[e]:offsets[e+1]] @ weight[e]`, zeros in the other rows: (M, P)."""
+    """Return `y[offsets[e]:offsets[e+1]] = x[offsets[e]:offsets[e+1]] @ weight[e]`, zeros in the other rows: (M, P)."""
     return _products(x, weight, offsets.contiguous())
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, num_frozen: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x (M, K) and of weight (E, K, P), whose leading num_frozen experts stay zero."""
+    """Return the gradients of x (M, K) and of weight (E, K, P), whose leading num_frozen experts stay zero."""
     grad, offsets = kernel_helpers.rows_in_place(grad), offsets.contiguous()
     grad_x = _products(grad, weight.mT, offsets) if need_x else x.new_empty(0)
     grad_weight = _weight_gradients(grad, x, offsets, num_frozen) if need_weight else weight.new_empty(0)
@@ -180,7 +180,7 @@ def _weight_gradients(grad: Tensor, x: Tensor, offsets: Tensor, num_frozen: int)
 def _run(
     table: Table, like: Tensor, precision: str, key: dict[str, int], launch: Callable[[Config], None], *, tuned: bool
 ) -> None:
-    """Launches; what is found out on blocks made smaller must not be taken for others."""
+    """Launch with a configuration; it is not tuned with reduced blocks, whose result would not apply to full ones."""
     if tuned:
         tuning.run(table, like, precision, key, launch)
     else:
@@ -188,12 +188,12 @@ def _run(
 
 
 def _most_unaligned(tensor: Tensor, **blocks: int) -> Mapping[str, int]:
-    """The largest blocks where numbers are loaded one by one, so that their addresses fill the registers."""
+    """Return the largest blocks for unaligned rows: numbers are loaded one by one, and addresses fill the registers."""
     return {**blocks, "BLOCK_P": 128 // tensor.element_size()}
 
 
 def _fitted(config: Config, sizes: Mapping[str, int], most: Mapping[str, int]) -> Config:
-    """The configuration with blocks that are no larger than the sizes need, and than the most that they may be."""
+    """Return the configuration with blocks no larger than the sizes need and than `most` allows."""
     blocks = {name: min(block, most.get(name, block)) for name, block in config.blocks.items()}
     blocks |= {name: min(blocks[name], max(16, triton.next_power_of_2(size))) for name, size in sizes.items()}
     num_stages = min(config.num_stages, 2) if most else config.num_stages

@@ -22,27 +22,27 @@ def in_batch_softmax_loss(
     logq: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """The mean cross-entropy of each query's target against the items of the batch as negatives.
+    """Compute the mean cross-entropy of each query's target against the items of the batch as negatives.
 
     With z_i = q.e_i - logq_i, the loss of a query with target t is
-    `-z_t + log(exp(z_t) + sum of counts_i exp(z_i))`, the sum over all items but t and those the query rejects; a query
-    that rejects all of them has loss 0. Subtracting logq makes the sampled softmax estimate the full one
-    (arXiv 2508.05993; Bengio and Senecal, 2008). Accumulates in float32. Autocast casts queries and items
-    only. Here and in backward the logits of some queries exist at a time: 2^18 in plain PyTorch, or one query's where C
-    is larger; on a CPU half a million, or a quarter as many as the gradients have numbers where that is more. Queries
-    and items are differentiable, logq and counts are not.
+    `-z_t + log(exp(z_t) + sum of counts_i exp(z_i))`, the sum over all items except t and those the query
+    rejects. A query that rejects all of them has loss 0. Subtracting logq makes the sampled softmax estimate the full
+    one (arXiv 2508.05993; Bengio and Senecal, 2008). Accumulates in float32. Autocast casts queries and items only.
+    Forward and backward hold the logits of some queries at a time: 2^18 in plain PyTorch, or one query's if C is
+    larger; on a CPU half a million, or a quarter of the number of gradient elements if that is more. Queries and items
+    are differentiable, logq and counts are not.
 
     Args:
         queries: (M, d), float32, bfloat16, float16 or float64; M may be 0.
-        items: (C, d), of queries' dtype, distinct items. Those that are no query's target, and that count 0 or that
-            every query rejects, may hold any values, NaN too; all others must be finite.
+        items: (C, d), of queries' dtype, distinct items, finite. Items that are no query's target may have any values,
+            NaN too, if their count is 0 or every query rejects them.
         targets: (M,) int64, the row in items of each query's target.
-        rejected: (M, W) int64, rows in items that are no negatives of the query, -1 for none; or (B, W) with users. W
-            may be 0. The target is a candidate even if it is listed.
+        rejected: (M, W) int64, rows in items that are not negatives of the query, -1 for none; or (B, W) with users. W
+            may be 0. The target is a candidate even if it is rejected.
         users: (M,) int64, each query's row in rejected; None: rejected has a row per query.
-        logq: (C,) floating, the logarithm of each item's probability of being sampled; None: nothing is subtracted.
-        counts: (C,), any real dtype, taken in that of the loss: how often each item stands in the batch. As a negative
-            it counts so often, 0 for never, as a target once; None: once each.
+        logq: (C,) floating, the logarithm of each item's probability of being sampled; None subtracts nothing.
+        counts: (C,), any real dtype, cast to that of the loss: the number of times that each item is in the batch. A
+            negative is counted that many times, 0 for never, and a target once; None counts every item once.
 
     Returns:
         A scalar, float32 (float64 for float64). M = 0 gives 0 and zero gradients.
@@ -65,10 +65,10 @@ def in_batch_softmax_loss(
             raise TypeError(f"counts must be of a real dtype, not {counts.dtype}")
     queries, items = registration.autocast(queries, items)
     if counts is not None:
-        # Of the unsigned dtypes some cannot even be compared.
+        # Some unsigned dtypes do not support comparisons.
         counts = counts.to(precision.wide_dtype(items.dtype))
     backend = dispatch.requested()
-    # Native kernels get the gradients with the loss, while the logits are in cache: a product less.
+    # Native kernels compute the gradients with the loss, while the logits are in cache, which saves a product.
     ahead = torch.is_grad_enabled() and dispatch.select(_NAME, backend, items.device, items.dtype) == "native"
     needs = ahead and queries.requires_grad, ahead and items.requires_grad
     loss, *_ = _operator(queries, items, targets, rejected, users, logq, counts, *needs, backend)
@@ -129,7 +129,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, need_queries, need_items, ctx.backend = inputs
     _, lse, *gradients = output
     ctx.mark_non_differentiable(lse, *gradients)
-    # Else backward would get zeros for the gradients of those.
+    # Backward would receive zeros for the gradients of these outputs otherwise.
     ctx.set_materialize_grads(False)
     ctx.ahead = need_queries, need_items
     ctx.save_for_backward(*tensors, lse, *gradients)
@@ -141,7 +141,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     need_queries, need_items, *_rest = ctx.needs_input_grad
     *tensors, ahead_queries, ahead_items = ctx.saved_tensors
     ahead = (ahead_queries, ahead_items) if ctx.ahead == (need_queries, need_items) else (None, None)
-    if ahead[0] is not None and _takes_over(ctx, grad):
+    if ahead[0] is not None and _may_overwrite(ctx, grad):
         found = ahead_queries, ahead_items
         if len(tensors[0]) and grad != 1:
             found = ahead_queries.mul_(grad), ahead_items.mul_(grad)
@@ -150,10 +150,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return found[0] if need_queries else None, found[1] if need_items else None, *(None,) * 8
 
 
-def _takes_over(ctx: Any, grad: Tensor) -> bool:
-    """Whether gradients that forward got ahead may be handed on, not copied: they are this function's own, which does
-    not run again. Only hooks on saved tensors can have kept them."""
-    # A compiler's tensors are of a class of their own, and have no value to look at.
+def _may_overwrite(ctx: Any, grad: Tensor) -> bool:
+    """Return whether gradients that forward computed may be returned without a copy, because no later backward reads
+    them. Only hooks on saved tensors can have kept them."""
+    # A compiler's tensors have their own class, and no values to read.
     return type(grad) is Tensor and not torch.is_grad_enabled() and registration.last_backward(ctx, grad)
 
 
@@ -167,7 +167,7 @@ _INPUTS = (
     Input("counts", "Tensor?"),
 )
 _NEEDS = (Input("need_queries", "bool"), Input("need_items", "bool"))
-# Forward may return the gradients, so that the derived autograd does not serve.
+# Forward may return the gradients, which the derived autograd does not support.
 _AHEAD = (Input("lse"), Input("ahead_queries", "Tensor?"), Input("ahead_items", "Tensor?"))
 
 _forward = Operator(_NAME, inputs=(*_INPUTS, *_NEEDS), outputs=("loss", "lse", "ahead_queries", "ahead_items"))

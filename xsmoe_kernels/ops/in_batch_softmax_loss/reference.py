@@ -9,11 +9,11 @@ from torch import Tensor
 from xsmoe_kernels.runtime import precision
 
 TILE = 1 << 18
-"""Logits that exist at one time, unless one query alone has more; they stay in a core's cache."""
+"""Logits in memory at a time, unless one query has more. They fit into a core's cache."""
 
 
 class Tile(NamedTuple):
-    """Some rows of the batch: queries (rows, d), targets (rows, 1), and their logits (rows, C), -inf: no candidate."""
+    """Some rows of the batch: queries (rows, d), targets (rows, 1), logits (rows, C), -inf for no candidate."""
 
     rows: slice
     queries: Tensor
@@ -32,9 +32,9 @@ def forward(
     need_queries: bool = False,
     need_items: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss (), each row's logarithm of the sum over its candidates (M,), and the gradients that are needed.
+    """Return the loss (), each row's logsumexp over its candidates (M,), and the needed gradients.
 
-    Backward wants the logarithms where it does not get the gradients.
+    Backward needs the logsumexp if it does not receive the gradients.
     """
     wide = precision.widen(items)
     losses = wide.new_empty(queries.shape[0])
@@ -62,9 +62,9 @@ def backward(
     need_queries: bool,
     need_items: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the queries (M, d) and of the items (C, d); `grad` is that of the loss.
+    """Return the gradients of the queries (M, d) and of the items (C, d); `grad` is that of the loss.
 
-    What forward got ahead only takes a factor.
+    Gradients that forward computed are only multiplied by it.
     """
     if ahead_queries is not None and ahead_items is not None and len(queries):
         return ahead_queries * grad, ahead_items * grad
@@ -74,8 +74,8 @@ def backward(
     if not need_queries and not need_items:
         return grad_queries, grad_items.to(items.dtype)
     scale = grad / max(1, len(lse))
-    # An item that no query may draw has shares of 0, and 0 times its NaN would still be NaN. Nothing is hidden: the
-    # shares of a query that may draw it are NaN themselves.
+    # An item that is a candidate of no query has shares of 0, and 0 times its NaN would be NaN. Replacing the NaN hides
+    # nothing: the shares of a query with this candidate are NaN themselves.
     finite = wide.nan_to_num(0, 0, 0) if need_queries else wide
     for rows, block, target, logits in _tiles(queries, wide, targets, rejected, users, logq, counts):
         share = (logits - lse[rows, None]).exp_()
@@ -108,8 +108,8 @@ def _tiles(
         own = logits.gather(1, target)
         if counts is not None:
             logits += counts.to(logits.dtype).log()
-            # Not left to log(0) alone: an item that is never a negative may have any logit, +inf too.
+            # log(0) alone is not enough: an item that is never a negative may have any logit, +inf too.
             logits.masked_fill_(counts == 0, -torch.inf)
-        # Where nothing is rejected the target stands in, whose logit comes back at once: it is a candidate, once.
+        # Where nothing is rejected the target's logit is overwritten, and restored at once: it is a candidate, once.
         logits.scatter_(1, torch.where(left_out < 0, target, left_out), -torch.inf).scatter_(1, target, own)
         yield Tile(rows, block, target, logits)

@@ -1,9 +1,9 @@
-"""What the Triton kernels of `in_batch_softmax_loss` share: tiles of rows, and which items a query leaves out.
+"""Device functions of the kernels of `in_batch_softmax_loss`: tiles of rows, and masks of the items a query excludes.
 
-What a query leaves out, its target and what it rejects, is marked in words, a bit for each item of a tile. W items take
-W operations per query and tile, where comparing every logit with each of them takes W per logit: for the ten items of a
-user as much time as all else in a tile. Where whole tiles are left out by nobody, as among many items, they are passed
-over by one comparison.
+A query excludes its target and the items that it rejects. They are marked in 32-bit words, one bit for each item of a
+tile. W items need W operations per query and tile. Comparing every logit with each of them needs W per logit: for the
+ten items of a user, as much time as the rest of a tile. A tile without excluded items, usual among many items, costs
+one comparison.
 """
 
 import triton
@@ -12,13 +12,13 @@ import triton.language as tl
 from xsmoe_kernels.triton_utils.kernel_helpers import narrow, product
 
 AT_ONCE = tl.constexpr(4)
-"""Rejected items of a query that are on their way from memory together."""
+"""The number of a query's rejected items that are loaded together."""
 NOWHERE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def tile(rows, row, exists, stride, first, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of rows from `first` on; zeros where there are none."""
+    """Return columns of rows from `first` on; zeros where there are none."""
     column = first + tl.arange(0, BLOCK)
     place = rows + row.to(tl.int64)[:, None] * stride + column[None, :]
     if DIM > 0 and DIM % BLOCK == 0:
@@ -28,7 +28,7 @@ def tile(rows, row, exists, stride, first, DIM: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def store(gradient, part, row, exists, num_rows, first, values, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of rows, from `first` on, of a part of gradient (parts, rows, DIM)."""
+    """Store columns of rows, from `first` on, of a part of gradient (parts, rows, DIM)."""
     column = first + tl.arange(0, BLOCK)
     place = gradient + (part.to(tl.int64) * num_rows + row)[:, None] * DIM + column[None, :]
     tl.store(place, narrow(values, gradient), mask=exists[:, None] & (column < DIM)[None, :])
@@ -36,7 +36,7 @@ def store(gradient, part, row, exists, num_rows, first, values, DIM: tl.constexp
 
 @triton.jit
 def products(left, right, DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The products of rows with rows, each given as the arguments that `tile` begins with."""
+    """Return the products of rows with rows, each given as the first arguments of `tile`."""
     total = tl.zeros((left[1].shape[0], right[1].shape[0]), tl.float32)
     for first in range(0, DIM, BLOCK_K):
         left_tile = tile(left[0], left[1], left[2], left[3], first, DIM, BLOCK_K)
@@ -47,7 +47,7 @@ def products(left, right, DIM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: t
 
 @triton.jit
 def correction(item, num_items, logq, counts):
-    """What is added to the products of items, and which of them may be negatives."""
+    """Return what is added to the products of items, and which items may be negatives."""
     drawn = item < num_items
     added = tl.zeros(item.shape, tl.float32)
     if logq is not None:
@@ -61,7 +61,7 @@ def correction(item, num_items, logq, counts):
 
 @triton.jit
 def lists_of(row, exists, rejected, users, rejected_stride):
-    """Where the rejected items of rows begin."""
+    """Return pointers to the first rejected items of rows."""
     user = row.to(tl.int64)
     if users is not None:
         user = tl.load(users + row, mask=exists, other=0)
@@ -70,7 +70,7 @@ def lists_of(row, exists, rejected, users, rejected_stride):
 
 @triton.jit
 def _mark(words, place):
-    """Words of 32 bits for each row, with the bit at the row's place set, if that lies in them."""
+    """Return 32-bit words for each row, with the bit at the row's place set if they contain that place."""
     bit = tl.full(place.shape, 1, tl.int32) << (place & 31)
     marked = ()
     for group in tl.static_range(len(words)):
@@ -80,9 +80,9 @@ def _mark(words, place):
 
 @triton.jit
 def left_out(lists, width, target, exists, first, BLOCK_C: tl.constexpr):
-    """For each row the marks of what it leaves out of a tile of items, and the first item after the tile that it does.
+    """Return for each row the marks of the tile's items that it excludes, and the first excluded item after the tile.
 
-    Rows that do not exist leave out all of the tile.
+    Rows that do not exist exclude the whole tile.
     """
     words = (tl.where(exists, 0, -1),) * (BLOCK_C // 32)
     words = _mark(words, target - first)
@@ -98,7 +98,7 @@ def left_out(lists, width, target, exists, first, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def is_marked(words, place, AXIS: tl.constexpr):
-    """Whether the bits at places are set, in a tile whose axis AXIS is that of the places."""
+    """Return whether the bits at places are set, in a tile whose axis AXIS is that of the places."""
     place = tl.expand_dims(place, 1 - AXIS)
     word = tl.expand_dims(words[0], AXIS)
     for group in tl.static_range(1, len(words)):
@@ -108,9 +108,9 @@ def is_marked(words, place, AXIS: tl.constexpr):
 
 @triton.jit
 def next_left_out(near, lists, width, target, exists, first, BLOCK_C: tl.constexpr):
-    """The marks of a tile and whether there are any, and the first item after it that a row leaves out.
+    """Return the marks of a tile, whether there are any, and the first excluded item after it.
 
-    Tiles before `near`, the last such item, are not looked through: of many items few tiles have one.
+    Tiles before `near`, the next such item, are skipped: among many items few tiles have one.
     """
     words = (tl.zeros(target.shape, tl.int32),) * (BLOCK_C // 32)
     touched = near < first + BLOCK_C

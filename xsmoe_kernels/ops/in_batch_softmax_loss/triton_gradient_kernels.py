@@ -1,4 +1,4 @@
-"""The gradients of the in-batch softmax loss in Triton: shares of items, from logits that are computed again."""
+"""Gradients of the in-batch softmax loss in Triton: softmax shares of items, from recomputed logits."""
 
 import triton
 import triton.language as tl
@@ -46,12 +46,12 @@ def query_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """gradient (slices, queries, DIM): of the queries, from a slice of items.
+    """Compute gradient (slices, queries, DIM): of the queries, from a slice of items.
 
-    undefined (slices, column blocks, queries): where it has a NaN. The share of an item that no query may draw is 0,
-    and 0 times its NaN is NaN. To look for that in every tile would cost all others; so a second launch, with CLEAN,
-    takes 0 for what is not finite of the items, in the programs that have something undefined. It hides nothing: where
-    such an item may be drawn, its share is NaN.
+    undefined (slices, column blocks, queries) marks where it has a NaN. The share of an item that is no query's
+    candidate is 0, and 0 times its NaN is NaN. A check in every tile would cost time in all others. Instead a second
+    launch, with CLEAN, replaces items that are not finite by 0 in the programs that have something undefined. This
+    hides nothing: where such an item is a candidate, its share is NaN.
     """
     row = (tl.program_id(0) // tl.cdiv(DIM, BLOCK_D)) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (tl.program_id(0) % tl.cdiv(DIM, BLOCK_D)) * BLOCK_D
@@ -123,7 +123,7 @@ def item_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """gradient (slices, items, DIM): of the items, from a slice of queries."""
+    """Compute gradient (slices, items, DIM): of the items, from a slice of queries."""
     first = (tl.program_id(0) // tl.cdiv(DIM, BLOCK_D)) * BLOCK_C
     column = (tl.program_id(0) % tl.cdiv(DIM, BLOCK_D)) * BLOCK_D
     place = tl.arange(0, BLOCK_C)
@@ -163,7 +163,7 @@ def item_gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_slices"])
 def slice_sum_kernel(parts, gradient, num_rows, num_slices, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """gradient (rows, DIM): the sum of the slices of parts (slices, rows, DIM)."""
+    """Compute gradient (rows, DIM): the sum of the slices of parts (slices, rows, DIM)."""
     size = num_rows.to(tl.int64) * DIM
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size

@@ -1,7 +1,7 @@
-"""The in-batch softmax loss in Triton: partial sums over tiles of logits, which never leave the registers.
+"""In-batch softmax loss in Triton: partial sums over tiles of logits, which stay in registers.
 
-A query's target is no negative: `row_kernel` computes its logit apart from the tiles, so that a query without negatives
-has a loss of 0, and gradients of 0, exactly.
+A query's target is not a negative. `logit_lse_kernel` computes its logit apart from the tiles, so that the loss and
+the gradients of a query without negatives are exactly 0.
 """
 
 import triton
@@ -20,7 +20,7 @@ from xsmoe_kernels.triton_utils.kernel_helpers import product
 
 @triton.jit
 def _finite(value):
-    """0 in place of infinities, whose exponentials of differences would be NaN."""
+    """Replace infinities by 0, because exponentials of their differences would be NaN."""
     return tl.where(tl.abs(value) == float("inf"), 0.0, value)
 
 
@@ -48,8 +48,8 @@ def sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """maxima and sums (slices, queries): of the negatives in a slice of items the largest logit, and the sum of
-    exp(logit - largest)."""
+    """Compute maxima and sums (slices, queries): the largest logit of the negatives in a slice of items, and the sum
+    of exp(logit - largest)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_exists = row < num_queries
     begin = tl.program_id(1) * slice_items
@@ -84,7 +84,7 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_slices"])
-def row_kernel(
+def logit_lse_kernel(
     queries,
     items,
     targets,
@@ -102,9 +102,9 @@ def row_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """lse (queries,): the logarithm of the sum over the target and the negatives; losses: their sum in each block.
+    """Compute lse (queries,), the logsumexp over the target and the negatives, and losses, their sum in each block.
 
-    Of no slices lse is the target's logit, to the bit of what it is in the losses.
+    Without slices lse is the target's logit, bitwise equal to the one in the losses.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < num_queries
@@ -136,7 +136,7 @@ def row_kernel(
 
 @triton.jit(do_not_specialize=["num_queries", "num_losses"])
 def mean_kernel(losses, loss, num_queries, num_losses, BLOCK: tl.constexpr):
-    """loss (): the sum of the losses over the number of queries."""
+    """Compute loss (): the sum of the losses divided by the number of queries."""
     place = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, num_losses, BLOCK):

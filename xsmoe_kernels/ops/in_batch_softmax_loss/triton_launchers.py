@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of `in_batch_softmax_loss`: block sizes, grids, and how far sums are cut into slices."""
+"""Launches of the Triton kernels of `in_batch_softmax_loss`: block sizes, grids, and slices of sums."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from xsmoe_kernels.ops.in_batch_softmax_loss.triton_gradient_kernels import (
     query_gradient_kernel,
     slice_sum_kernel,
 )
-from xsmoe_kernels.ops.in_batch_softmax_loss.triton_kernels import mean_kernel, row_kernel, sums_kernel
+from xsmoe_kernels.ops.in_batch_softmax_loss.triton_kernels import logit_lse_kernel, mean_kernel, sums_kernel
 from xsmoe_kernels.triton_utils import kernel_helpers, tuning
 from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere
 
@@ -43,7 +43,7 @@ SUMS = Table(
     interpreted=_of("16 32 32", 4, 1),
     candidates=(_of("64 64 128", 4, 3), _of("64 128 128", 4, 3), _of("128 64 128", 8, 3), _of("64 64 64", 4, 4)),
 )
-"""Block sizes of queries, items and the inner dimension, which is not cut where it fits into its block."""
+"""Block sizes of queries, items and the inner dimension, which is not divided if it fits into its block."""
 
 QUERY_GRADIENT = Table(
     "in_batch_softmax_loss.queries",
@@ -62,7 +62,7 @@ QUERY_GRADIENT = Table(
     interpreted=_of("16 32 32 32", 4, 1),
     candidates=(_of("64 64 128 128", 4, 3), _of("128 128 128 128", 8, 2), _of("64 64 64 64", 4, 3)),
 )
-"""The same, and the gradient's columns."""
+"""The same block sizes, and that of the gradient's columns."""
 
 ITEM_GRADIENT = Table(
     "in_batch_softmax_loss.items",
@@ -81,8 +81,8 @@ ITEM_GRADIENT = Table(
     candidates=(_of("32 64 128 128", 4, 3), _of("64 128 128 128", 8, 2), _of("64 64 64 64", 4, 3)),
 )
 
-ROW = Table(
-    "in_batch_softmax_loss.rows",
+LOGIT_LSE = Table(
+    "in_batch_softmax_loss.logit_lse",
     everywhere(Config({"BLOCK_M": 32, "BLOCK_S": 16, "BLOCK_K": 64})),
     interpreted=Config({"BLOCK_M": 16, "BLOCK_S": 4, "BLOCK_K": 32}),
 )
@@ -92,13 +92,13 @@ SLICE_SUM = Table(
 )
 
 SLICE_TILES = 2
-"""Tiles that make a slice of a gradient worth its partial sums."""
+"""The fewest tiles for which a slice of a gradient is worth its partial sums."""
 SHARE_SCALE = 2.0**15
-"""What shares are multiplied by in float16: of many items most have shares below its smallest normal number."""
+"""The factor of shares in float16: among many items most shares are below its smallest normal number."""
 
 
 class Batch(NamedTuple):
-    """The operator's tensors, as kernels take them: rows in place, everything else contiguous."""
+    """The operator's tensors for the kernels: rows of stride 1, everything else contiguous."""
 
     queries: Tensor
     items: Tensor
@@ -109,7 +109,7 @@ class Batch(NamedTuple):
     counts: Tensor | None
 
     def rows(self) -> dict[str, Any]:
-        """Of queries and items alone."""
+        """Return the arguments of queries and items."""
         return {
             "queries": self.queries,
             "items": self.items,
@@ -121,7 +121,7 @@ class Batch(NamedTuple):
         }
 
     def all(self) -> dict[str, Any]:
-        """Of everything that decides about the negatives."""
+        """Return these and the arguments that select the negatives."""
         return self.rows() | {
             "rejected": self.rejected,
             "users": self.users,
@@ -143,7 +143,7 @@ def forward(
     need_queries: bool,
     need_items: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss (), each query's logarithm of the sum over its candidates (M,), and the gradients that are needed."""
+    """Return the loss (), each query's logsumexp over its candidates (M,), and the needed gradients."""
     batch = _in_place(queries, items, targets, rejected, users, logq, counts)
     num_queries, num_items = len(queries), len(items)
 
@@ -191,7 +191,7 @@ def backward(
     need_queries: bool,
     need_items: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the queries (M, d) and of the items (C, d); `grad` is that of the loss, read on the device."""
+    """Return the gradients of the queries (M, d) and of the items (C, d); `grad` of the loss is read on the device."""
     # Without queries the gradients are zeros, even times infinity.
     if ahead_queries is not None and ahead_items is not None and len(queries) > 0:
         return ahead_queries * grad, ahead_items * grad
@@ -200,7 +200,7 @@ def backward(
 
 
 def _as_wide_as(queries: Tensor, grad_queries: Tensor, grad_items: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients without the columns that were added to align them."""
+    """Return the gradients without the columns that were added for alignment."""
     dim = queries.shape[1]
     of_queries, of_items = (
         gradient[:, :dim].contiguous() if gradient.dim() == 2 else gradient for gradient in (grad_queries, grad_items)
@@ -209,10 +209,10 @@ def _as_wide_as(queries: Tensor, grad_queries: Tensor, grad_items: Tensor) -> tu
 
 
 def _in_place(queries: Tensor, items: Tensor, targets: Tensor, rejected: Tensor, *optional: Tensor | None) -> Batch:
-    """Queries and items begin at multiples of 16 bytes, and their strides and widths are multiples of 16 numbers."""
+    """Return a batch of queries and items that begin at multiples of 16 bytes, with strides divisible by 16."""
     queries, items = kernel_helpers.rows_in_place(queries), kernel_helpers.rows_in_place(items)
     if not kernel_helpers.rows_aligned(queries, items):
-        # Numbers that are loaded one by one cost more registers than there are. Zeros change no product.
+        # Loads of single numbers need more registers than there are. Zeros change no product.
         queries, items = (functional.pad(rows, (0, -rows.shape[1] % 16)) for rows in (queries, items))
     return Batch(
         queries,
@@ -224,13 +224,13 @@ def _in_place(queries: Tensor, items: Tensor, targets: Tensor, rejected: Tensor,
 
 
 def _rows(batch: Batch, maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """lse (M,) of the partial sums (slices, M), and the sum of the losses in each block of queries."""
-    config = tuning.default(ROW, batch.queries, "ieee")
+    """Return lse (M,) of the partial sums (slices, M), and the sum of the losses in each block of queries."""
+    config = tuning.default(LOGIT_LSE, batch.queries, "ieee")
     num_queries, dim = batch.queries.shape
     blocks = triton.cdiv(num_queries, config.blocks["BLOCK_M"])
     lse, losses = maxima.new_empty(num_queries), maxima.new_empty(blocks)
     kernel_helpers.launch(
-        row_kernel,
+        logit_lse_kernel,
         (blocks,),
         batch.queries.device,
         {**batch.rows(), "maxima": maxima, "sums": sums, "lse": lse, "losses": losses, "num_slices": len(maxima)},
@@ -243,14 +243,14 @@ def _rows(batch: Batch, maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
 def _gradients(
     batch: Batch, lse: Tensor, grad: Tensor | None, need_queries: bool, need_items: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of the queries and of the items, as wide as those of the batch; `grad` is that of the loss, 1 if None."""
+    """Return the gradients of queries and items, as wide as in the batch; `grad` is that of the loss, 1 if None."""
     queries, items = batch.queries, batch.items
     grad_queries = queries.new_empty(queries.shape if need_queries else 0)
     grad_items = items.new_empty(items.shape if need_items else 0)
     if len(queries) == 0:
         return grad_queries, grad_items.zero_()
     if need_queries or need_items:
-        # The targets' logits, from the same binary as in forward: of a query without negatives that is lse, to the bit.
+        # The targets' logits, from the same binary as in forward: bitwise equal to lse for a query without negatives.
         own, _ = _rows(batch, lse.new_empty(0, len(queries)), lse)
         upstream = lse.new_ones(()) if grad is None else grad
         arguments = {**batch.all(), "lse": lse, "own": own, "grad": upstream}
@@ -312,7 +312,7 @@ def _constants(rows: Tensor) -> dict[str, Any]:
 
 
 def _parts(gradient: Tensor, others: int, config: Config, own: str, other: str) -> tuple[tuple[int, int], Tensor, int]:
-    """The grid, where it puts its partial sums (slices, rows, d), and how many of the other side a slice has."""
+    """Return the grid, its partial sums (slices, rows, d), and the number of the other operand's rows per slice."""
     num_rows, dim = gradient.shape
     blocks = triton.cdiv(num_rows, config.blocks[own]) * triton.cdiv(dim, config.blocks["BLOCK_D"])
     slices, slice_size = _slices(blocks, others, config.blocks[other] * SLICE_TILES)
@@ -321,7 +321,7 @@ def _parts(gradient: Tensor, others: int, config: Config, own: str, other: str) 
 
 
 def _sum(parts: Tensor, gradient: Tensor) -> None:
-    """The sum of the slices, unless there is one only, which is the gradient."""
+    """Sum the slices into the gradient; a single slice is the gradient."""
     if len(parts) == 1:
         return
     config = tuning.default(SLICE_SUM, gradient, "ieee")
@@ -336,14 +336,14 @@ def _sum(parts: Tensor, gradient: Tensor) -> None:
 
 
 def _slices(blocks: int, size: int, step: int) -> tuple[int, int]:
-    """Into how many slices the other side is cut so that there are programs enough, and the size of each."""
+    """Return the number of slices of the other operand that gives enough programs, and the size of each."""
     steps = max(1, triton.cdiv(size, step))
     each = triton.cdiv(steps, max(1, min(kernel_helpers.ENOUGH_PROGRAMS // max(1, blocks), steps)))
     return triton.cdiv(steps, each), each * step
 
 
 def _fitted(config: Config, batch: Batch) -> Config:
-    """The configuration with blocks of the inner dimension that are no larger than it needs."""
+    """Return the configuration with blocks of the inner dimension that are no larger than needed."""
     padded = max(16, triton.next_power_of_2(batch.queries.shape[1]))
     inner = [name for name in ("BLOCK_K", "BLOCK_D") if name in config.blocks]
     return dataclasses.replace(

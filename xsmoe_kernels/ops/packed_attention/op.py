@@ -1,4 +1,4 @@
-"""Causal attention over many sequences that lie end to end, without padding."""
+"""Causal attention over many packed sequences, without padding."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,20 +21,20 @@ def packed_attention(
     lengths: Sequence[int] | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v per head, each row attending to itself and to earlier rows of its own sequence.
+    """Compute softmax(q k^T / sqrt(d)) v per head; a row attends to itself and to earlier rows of its sequence.
 
-    The softmax is taken in float32. Autocast casts q, k and v, all of which are differentiable.
+    The softmax is computed in float32. Autocast casts q, k and v, all of which are differentiable.
 
     Args:
         q, k, v: (M, H, d), one dtype among float32, bfloat16, float16 and float64; M may be 0.
         offsets: (B+1,) int32 or int64 on q's device, ascending within [0, M]; sequence b is the rows
             `offsets[b]:offsets[b+1]`, and may be empty.
         max_length: no sequence is longer; at least 1.
-        lengths: the B sequences' lengths as host integers, from which xformers on CUDA builds its block-diagonal mask
-            without waiting for the device's offsets; it serves eager calls that bring them, drop nothing and have no
-            rows outside the offsets. Other kernels do without; what is given is checked all the same.
-        dropout_p: probability in [0, 1) with which an attention weight is dropped, the others growing by
-            1 / (1 - dropout_p); drawn from torch's generator at every call. A module passes 0 in evaluation.
+        lengths: the B sequences' lengths as host integers. xformers on CUDA builds its block-diagonal mask from them
+            without waiting for the device's offsets. It runs eager calls with lengths, without dropout and without rows
+            outside the offsets. Other kernels do not use them, but they are always checked.
+        dropout_p: probability in [0, 1) with which an attention weight is dropped; the others are multiplied by
+            1 / (1 - dropout_p). Drawn from torch's generator at every call. A module passes 0 in evaluation.
 
     Returns:
         (M, H, d) in q's dtype, after autocast; rows outside the offsets are zeros.
@@ -42,9 +42,9 @@ def packed_attention(
     Raises:
         TypeError: an argument is no Tensor, of a wrong dtype, max_length no int, dropout_p no float, or lengths no
             sequence of ints.
-        ValueError: shapes that do not fit, several devices, max_length or dropout_p out of range, lengths that are not
-            those of the offsets, offsets that descend or leave [0, M], or a sequence longer than max_length (values of
-            offsets are read on a CPU, elsewhere with XSMOE_DEBUG=1).
+        ValueError: shapes that do not fit, several devices, max_length or dropout_p out of range, lengths that differ
+            from those of the offsets, offsets that descend or are outside [0, M], or a sequence longer than max_length
+            (values of offsets are read on a CPU, elsewhere with XSMOE_DEBUG=1).
     """
     if not torch.compiler.is_compiling():
         checks.tensor("q", q, "M", "H", "d")
@@ -61,13 +61,13 @@ def packed_attention(
     if dropout_p > 0:
         shape = (offsets.shape[0] - 1, q.shape[1], max_length, max_length)
         keep = torch.rand(shape, device=q.device) >= dropout_p
-    # A graph would hold these lengths for good, and each batch has its own.
-    planned = None if lengths is None or torch.compiler.is_compiling() or not q.is_cuda else list(lengths)
-    return _operator(q, k, v, offsets, max_length, keep, dropout_p, planned, dispatch.requested())
+    # A compiled graph would keep these lengths, but each batch has its own.
+    host_lengths = None if lengths is None or torch.compiler.is_compiling() or not q.is_cuda else list(lengths)
+    return _operator(q, k, v, offsets, max_length, keep, dropout_p, host_lengths, dispatch.requested())
 
 
 def _check_settings(offsets: Tensor, max_length: int, dropout_p: float) -> int:
-    """Returns max_length; checks what the draw of dropout builds on, ahead of it as well as in the operator."""
+    """Check the arguments that the draw of dropout relies on, before it and in the operator; return max_length."""
     if offsets.shape[0] == 0:
         raise ValueError("offsets must have shape (B+1,), not (0,); no sequences at all are offsets of [0]")
     if not 0 <= dropout_p < 1:
@@ -79,16 +79,16 @@ def _check_lengths(lengths: Sequence[int], offsets: Tensor, max_length: int) -> 
     if not isinstance(lengths, Sequence):
         raise TypeError(f"lengths must be a sequence of ints, such as a list, not {type(lengths).__name__}")
     if others := set(map(type, lengths)) - {int}:
-        raise TypeError(f"lengths must hold ints only, but holds {min(t.__name__ for t in others)}")
+        raise TypeError(f"lengths must contain ints only, but has {min(t.__name__ for t in others)}")
     num_sequences = offsets.shape[0] - 1
     if len(lengths) != num_sequences:
-        raise ValueError(f"lengths must hold {num_sequences} lengths, as many as offsets has, not {len(lengths)}")
+        raise ValueError(f"lengths must have {num_sequences} entries, one per sequence of offsets, not {len(lengths)}")
     if lengths and not (min(lengths) >= 0 and max(lengths) <= max_length):
         raise ValueError(
             f"lengths must lie in [0, {max_length}], max_length, but they go from {min(lengths)} to {max(lengths)}"
         )
     if checks.values_visible(offsets) and offsets.diff().tolist() != list(lengths):
-        raise ValueError("lengths must be the differences of offsets, but some is another")
+        raise ValueError("lengths must be the differences of offsets, but some entry differs")
 
 
 def _check(
@@ -115,7 +115,7 @@ def _check(
         return
     bounds = offsets.tolist()
     found = [end - begin for begin, end in pairwise(bounds)]
-    # Of good offsets the ends and the lengths tell all; `ragged` says what is wrong with others.
+    # Valid offsets pass by their ends and lengths alone; `ragged` raises the error for others.
     if min(found, default=0) < 0 or bounds[0] < 0 or bounds[-1] > q.shape[0]:
         checks.ragged("offsets", offsets, q.shape[0])
     if (longest := max(found, default=0)) > max_length:

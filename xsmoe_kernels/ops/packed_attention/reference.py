@@ -20,15 +20,15 @@ def forward(
     dropout_p: float,
     lengths: Sequence[int] | None,
 ) -> Tensor:
-    """The attended values (M, H, d); zeros in rows outside the offsets. Does without `lengths`."""
+    """Return the attended values (M, H, d), zeros in rows outside the offsets. `lengths` is not used."""
     index = _places(offsets, max_length, q.shape[0])
-    # Padding stands on the right, where a causal query never looks: it needs no mask.
+    # Padding is on the right, where causal queries never attend: it needs no mask.
     queries, keys, values = (_pad(t, index) for t in (q, k, v))
     if keep is None:
         padded = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     else:
-        shares = _shares(queries, keys)
-        padded = ((shares * _dropout(keep, dropout_p, shares.dtype)) @ precision.widen(values)).to(q.dtype)
+        weights = _attention_weights(queries, keys)
+        padded = ((weights * _dropout(keep, dropout_p, weights.dtype)) @ precision.widen(values)).to(q.dtype)
     return _unpad(padded, index, q.shape[0])
 
 
@@ -46,17 +46,17 @@ def backward(
     need_k: bool,
     need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, each (M, H, d); `grad` is that of the result."""
+    """Return the gradients of q, k and v, each (M, H, d); `grad` is that of the result."""
     index = _places(offsets, max_length, q.shape[0])
     upstream, queries, keys, values = (precision.widen(_pad(t, index)) for t in (grad, q, k, v))
-    shares = _shares(queries, keys)
-    factor = None if keep is None else _dropout(keep, dropout_p, shares.dtype)
-    kept = shares if factor is None else shares * factor
-    grad_shares = upstream @ values.mT
+    weights = _attention_weights(queries, keys)
+    factor = None if keep is None else _dropout(keep, dropout_p, weights.dtype)
+    kept = weights if factor is None else weights * factor
+    grad_weights = upstream @ values.mT
     if factor is not None:
-        grad_shares *= factor
+        grad_weights *= factor
     # A softmax's gradient; the scale of the scores is part of it.
-    grad_scores = shares * (grad_shares - (grad_shares * shares).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
     padded = (
         grad_scores @ keys if need_q else None,
         grad_scores.mT @ queries if need_k else None,
@@ -67,27 +67,27 @@ def backward(
 
 
 def _places(offsets: Tensor, max_length: int, num_rows: int) -> Tensor:
-    """(B, max_length): the row that stands at each place of each sequence, num_rows where there is none."""
+    """Return the row at each position of each sequence (B, max_length); num_rows where there is none."""
     row = offsets[:-1, None] + torch.arange(max_length, device=offsets.device)
     return torch.where(row < offsets[1:, None], row, num_rows)
 
 
 def _pad(rows: Tensor, index: Tensor) -> Tensor:
-    """(M, H, d) -> (B, H, max_length, d), zeros where a sequence has ended."""
+    """Convert (M, H, d) to (B, H, max_length, d), with zeros after the end of a sequence."""
     extended = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
     return extended[index].transpose(1, 2)
 
 
 def _unpad(padded: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """(B, H, max_length, d) -> (M, H, d), zeros in rows that stand nowhere."""
+    """Convert (B, H, max_length, d) to (M, H, d), with zeros in rows of no sequence."""
     rows = padded.transpose(1, 2).flatten(0, 1)
     unpadded = rows.new_zeros(num_rows + 1, *rows.shape[1:]).index_copy_(0, index.flatten(), rows)
-    # An operator's result must be no view, or the caller could not change it in place.
+    # An operator's result must not be a view, or the caller could not change it in place.
     return unpadded[:-1].clone()
 
 
-def _shares(queries: Tensor, keys: Tensor) -> Tensor:
-    """(B, H, max_length, max_length): how much each query attends to each key, before dropout."""
+def _attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the attention weights (B, H, max_length, max_length) before dropout."""
     scores = precision.widen(queries) @ precision.widen(keys).mT / math.sqrt(queries.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill_(future, -torch.inf).softmax(-1)

@@ -1,4 +1,4 @@
-"""`packed_attention` by xformers' block-diagonal causal attention."""
+"""`packed_attention` with xformers' block-diagonal causal attention."""
 
 import functools
 import importlib
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-class _Passes(NamedTuple):
-    """xformers' operators for forward and backward that agree on what goes from one to the other."""
+class _Operators(NamedTuple):
+    """A matching pair of xformers' operators for forward and backward."""
 
     forward: Any
     backward: Any
@@ -26,12 +26,12 @@ def forward(
     dropout_p: float,
     lengths: Sequence[int] | None,
 ) -> Tensor:
-    """The attended values (M, H, d)."""
+    """Return the attended values (M, H, d)."""
     if q.numel() == 0:
         return torch.empty_like(q)
     rows = _batch(q, k, v)
-    found = _passes(rows)
-    assert isinstance(found, _Passes)
+    found = _operators(rows)
+    assert isinstance(found, _Operators)
     mask = _mask(offsets, max_length, lengths)
     attended = _fmha().memory_efficient_attention_forward(*rows, mask, op=found.forward)
     return _unbatch(attended, q)
@@ -51,15 +51,15 @@ def backward(
     need_k: bool,
     need_v: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of q, k and v, each (M, H, d); `grad` is that of the result."""
+    """Return the gradients of q, k and v, each (M, H, d); `grad` is that of the result."""
     needs = (need_q, need_k, need_v)
     if q.numel() == 0:
         return tuple(q.new_empty(q.shape if need else 0) for need in needs)
     fmha, rows = _fmha(), _batch(q, k, v)
-    found = _passes(rows)
-    assert isinstance(found, _Passes)
+    found = _operators(rows)
+    assert isinstance(found, _Operators)
     mask = _mask(offsets, max_length, lengths)
-    # Forward runs again: the form in which its normalizers would be saved depends on the operator that runs.
+    # Forward runs again, because the form of its normalizers depends on the operator that runs.
     attended, normalizers = fmha.memory_efficient_attention_forward_requires_grad(*rows, mask, op=found.forward)
     gradients = fmha.memory_efficient_attention_backward(
         *_batch(grad), attended, normalizers, *rows, mask, op=found.backward
@@ -67,8 +67,8 @@ def backward(
     return tuple(_unbatch(g, q) if need else q.new_empty(0) for g, need in zip(gradients, needs, strict=True))
 
 
-def refuses_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
-    """Why xformers cannot serve a call of `forward`; without arguments, an ordinary one of that dtype."""
+def rejects_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+    """Return why xformers cannot run a call of `forward`; without arguments, a typical one of that dtype."""
     if isinstance(reason := _fmha(), str):
         return reason
     if not arguments:
@@ -76,25 +76,25 @@ def refuses_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -
         arguments = (q, q, q, torch.tensor([0, 8], device=device), 8, None, 0.0, [8])
     q, k, v, _, _, keep, _, lengths = arguments
     if keep is not None:
-        return "xformers draws dropout by itself, and not the same in backward; pass dropout_p = 0"
+        return "xformers draws its own dropout, and another one in backward; pass dropout_p = 0"
     if lengths is None:
         return "xformers needs lengths, the sequences' lengths on the host, and eager code"
     if sum(lengths) != q.shape[0]:
-        return f"xformers takes sequences that cover all rows, but lengths sum to {sum(lengths)} of {q.shape[0]}"
+        return f"xformers needs sequences that cover all rows, but lengths sum to {sum(lengths)} of {q.shape[0]}"
     if q.numel() == 0:
         return None
-    found = _passes(_batch(q, k, v))
-    return None if isinstance(found, _Passes) else found
+    found = _operators(_batch(q, k, v))
+    return None if isinstance(found, _Operators) else found
 
 
-def refuses_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
-    """The same for `backward`, so that it runs where its forward did."""
-    return refuses_forward(device, dtype, *arguments[1:9])
+def rejects_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+    """Return the same for `backward`, so that it runs where its forward ran."""
+    return rejects_forward(device, dtype, *arguments[1:9])
 
 
 @functools.cache
 def _fmha() -> Any:
-    """xformers' module, or why there is none: an import that failed would fail anew, and slowly, at each call."""
+    """Return xformers' module, or why there is none; cached, because a failing import is slow at every call."""
     try:
         return importlib.import_module("xformers.ops.fmha")
     except Exception as error:
@@ -102,11 +102,11 @@ def _fmha() -> Any:
 
 
 def _mask(offsets: Tensor, max_length: int, lengths: Sequence[int] | None) -> Any:
-    """The block-diagonal mask, which takes lengths on the host and their sums on the device."""
+    """Return the block-diagonal mask from lengths on the host and their sums on the device."""
     assert lengths is not None
     mask = _host_mask(list(lengths))
-    # The offsets are those sums: copying them anew would bind a CUDA graph to memory of the host. What it is captured
-    # with has to do for other offsets too, and so for all lengths that the call allows.
+    # The offsets are those sums; copying them again would bind a CUDA graph to host memory. A captured graph must work
+    # for other offsets too, and therefore for all lengths that the call allows.
     mask.q_seqinfo.seqstart = mask.k_seqinfo.seqstart = offsets.to(torch.int32).contiguous()
     mask.q_seqinfo.max_seqlen = mask.k_seqinfo.max_seqlen = max_length
     return mask
@@ -116,24 +116,24 @@ def _host_mask(lengths: list[int]) -> Any:
     return _fmha().attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths, device=torch.device("cpu"))
 
 
-def _passes(rows: Sequence[Tensor]) -> _Passes | str:
-    """The operators that take these rows, or why there are none; where sequences end does not matter to them."""
+def _operators(rows: Sequence[Tensor]) -> _Operators | str:
+    """Return the operators that support these rows, or why there are none; the ends of sequences do not matter."""
     fmha, reasons = _fmha(), []
     inputs = fmha.Inputs(*rows, _host_mask([rows[0].shape[1]]))
-    for passes in (fmha.MemoryEfficientAttentionFlashAttentionOp, fmha.MemoryEfficientAttentionCutlassOp):
-        why = [f"{one.NAME}: {reason}" for one in passes for reason in one.not_supported_reasons(inputs)]
+    for pair in (fmha.MemoryEfficientAttentionFlashAttentionOp, fmha.MemoryEfficientAttentionCutlassOp):
+        why = [f"{one.NAME}: {reason}" for one in pair for reason in one.not_supported_reasons(inputs)]
         if not why:
-            return _Passes(*passes)
+            return _Operators(*pair)
         reasons += why
-    return f"xformers has no kernel for it ({'; '.join(reasons)})"
+    return f"xformers has no kernel for this call ({'; '.join(reasons)})"
 
 
 def _batch(*rows: Tensor) -> list[Tensor]:
-    """(M, H, d) -> (1, M, H, d), whose last dimension xformers wants dense."""
+    """Convert (M, H, d) to (1, M, H, d) with a last dimension of stride 1, which xformers needs."""
     return [(t if t.stride(-1) == 1 else t.contiguous()).unsqueeze(0) for t in rows]
 
 
 def _unbatch(rows: Tensor, like: Tensor) -> Tensor:
-    # An operator's result must be no view, or the caller could not change it in place.
+    # An operator's result must not be a view, or the caller could not change it in place.
     unbatched: Tensor = torch.ops.aten._unsafe_view(rows, like.shape)
     return unbatched

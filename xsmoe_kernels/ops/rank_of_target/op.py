@@ -1,4 +1,4 @@
-"""The rank of one item among all items."""
+"""Rank of one item among all items."""
 
 import torch
 from torch import Tensor
@@ -10,20 +10,20 @@ from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 def rank_of_target(queries: Tensor, items: Tensor, targets: Tensor, seen: item_scores.Seen | None) -> Tensor:
-    """Ranks each query's target among all items by dot product, without sorting.
+    """Rank each query's target among all items by dot product, without sorting.
 
     The rank is 1 + (items that score higher) + ceil((items that score equal) / 2), over the items that are neither in
-    seen nor the target itself, which is left out by index. The target's own score comes from the same product as the
-    others', and it is ranked even if it stands in seen. A target whose score is not finite ranks last, behind all of
-    those items; another item whose score is NaN is neither higher nor equal. Scores accumulate in float32. Autocast
-    casts queries and items. Not differentiable. At no time do all (M, C) scores exist, unless they are few.
+    seen nor the target itself, which is excluded by index. The target's own score comes from the same product as the
+    others', and it is ranked even if it is in seen. A target whose score is not finite ranks last, after all of
+    those items. Another item whose score is NaN is neither higher nor equal. Scores accumulate in float32. Autocast
+    casts queries and items. Not differentiable. The (M, C) scores are never all in memory at once, unless they are few.
 
     Args:
         queries: (M, d), float32, bfloat16, float16 or float64; M may be 0.
         items: (C, d), of queries' dtype.
         targets: (M,) int64, in [0, C).
         seen: None, or (values, offsets): values (S,) int64 in [0, C), offsets (M+1,) int32 or int64 ascending within
-            [0, S]; query m has seen `values[offsets[m]:offsets[m+1]]`. An item that is listed twice is left out once.
+            [0, S]; query m has seen `values[offsets[m]:offsets[m+1]]`. An item that is listed twice is excluded once.
 
     Returns:
         (M,) int64, from 1 to C.
@@ -47,7 +47,7 @@ def _check(queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None,
     checks.index("targets", targets, queries.shape[0])
     if queries.shape[0] and not items.shape[0]:
         raise ValueError(
-            f"items has no rows, and so no target for the {queries.shape[0]} rows of queries; give it items"
+            f"items has no rows, so the {queries.shape[0]} rows of queries have no target; pass at least one item"
         )
     checks.together({"queries": queries, "targets": targets})
     if checks.values_visible(targets):

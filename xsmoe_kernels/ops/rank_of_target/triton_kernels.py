@@ -1,7 +1,7 @@
 """Ranks among all items in Triton.
 
-With p = #higher + #(higher or equal), 1 + #higher + ceil(#equal / 2) is 1 + ceil(p / 2): one count serves for both.
-Items are cut into slices, where queries alone would not fill a GPU; a slice's counts are added up by `rank_kernel`.
+With p = #higher + #(higher or equal), 1 + #higher + ceil(#equal / 2) is 1 + ceil(p / 2): one count is enough.
+Items are divided into slices if queries alone would not fill a GPU. `rank_kernel` sums the counts of the slices.
 """
 
 import triton
@@ -15,7 +15,7 @@ from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere
 
 PROGRAMS = 2 * kernel_helpers.ENOUGH_PROGRAMS
 FEWEST_TILES = 4
-"""Of a slice, so that its targets' scores, another tile, are not most of its work."""
+"""The fewest tiles of a slice. Its targets' scores are one more tile, which should not be most of the work."""
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_items", "slice_tiles"])
@@ -39,11 +39,10 @@ def count_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """points (slices, queries): how many of a slice's items score higher than the target, and how many no lower.
+    """Compute points (slices, queries): the number of a slice's items that score higher than the target, plus no lower.
 
-    The targets of the queries are the first tile. It comes out of the same loop as those of all items, so that an item
-    equal to a target scores the same, whatever the compiler makes of the product. Hidden are the target, too, and what
-    was seen.
+    The targets of the queries are the first tile. It is computed in the same loop as all items, so that an item equal
+    to a target has the same score, however the product is compiled. The target and the seen items are hidden.
     """
     tl.static_assert(BLOCK_M <= BLOCK_C)
     row_blocks = tl.cdiv(num_queries, BLOCK_M)
@@ -90,14 +89,14 @@ def count_kernel(
             scores, place, item, hidden = hide(scores, start, keys, place, item, last, row, hidden, num_items, BLOCK_C)
             higher, no_lower = scores > own[:, None], scores >= own[:, None]
             total += tl.sum(higher.to(tl.int32) + no_lower.to(tl.int32), axis=1)
-    # All that are not hidden score higher, so to speak, than a target whose score is not finite.
+    # All items that are not hidden rank above a target whose score is not finite.
     total = tl.where(tl.abs(own) < float("inf"), total, 2 * (end - begin - hidden).to(tl.int64))
     tl.store(points + part.to(tl.int64) * num_queries + row, total, mask=row < num_queries)
 
 
 @triton.jit(do_not_specialize=["num_queries", "slices"])
 def rank_kernel(points, ranks, num_queries, slices, BLOCK: tl.constexpr):
-    """ranks (queries,) from the points of all slices."""
+    """Compute ranks (queries,) from the points of all slices."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int64)
     for _ in range(slices):
@@ -118,7 +117,7 @@ RANK = Table("rank_of_target.rank", everywhere(Config({"BLOCK": 128})), interpre
 def forward(
     queries: Tensor, items: Tensor, targets: Tensor, seen: Tensor | None, seen_offsets: Tensor | None
 ) -> Tensor:
-    """The rank (M,) of each query's target, as `rank_of_target` defines it."""
+    """Return the rank (M,) of each query's target, as `rank_of_target` defines it."""
     (num_queries, dim), num_items = queries.shape, len(items)
     ranks = targets.new_empty(num_queries)
     if num_queries == 0:

@@ -1,4 +1,4 @@
-"""What the kernels of `route_topk` for GPUs cannot take; `refuses` of theirs, as `dispatch.register` takes them."""
+"""Limits of the GPU kernels of `route_topk`: their `rejects` functions for `dispatch.register`."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from torch import Tensor
 MOST_EXPERTS = 1024
 
 
-def refuses_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
-    """Why the kernels of `route_topk` cannot serve a call, or None if they can."""
+def rejects_forward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+    """Return why the kernels of `route_topk` cannot run a call, or None if they can."""
     return _too_many_experts(arguments[0]) if arguments else None
 
 
-def refuses_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
-    """The same of `route_topk_backward`."""
+def rejects_backward(device: torch.device, dtype: torch.dtype, *arguments: Any) -> str | None:
+    """Return the same for `route_topk_backward`."""
     return _too_many_experts(arguments[1]) if arguments else None
 
 
@@ -22,6 +22,6 @@ def _too_many_experts(logits: Tensor) -> str | None:
     if logits.shape[1] <= MOST_EXPERTS:
         return None
     return (
-        f"logits has {logits.shape[1]} experts, but the kernels for GPUs take at most {MOST_EXPERTS};"
-        ' use_backend("reference") takes more'
+        f"logits has {logits.shape[1]} experts, but the GPU kernels support at most {MOST_EXPERTS};"
+        ' use_backend("reference") supports more'
     )

@@ -11,13 +11,13 @@ from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 class Routing(NamedTuple):
-    """Which experts serve which rows, N rows with k experts each.
+    """The choice of k experts for each of N rows.
 
     Attributes:
         gates: (N, k), the weight of each chosen expert, largest first, in the logits' dtype; differentiable.
         experts: (N, k) int64, the chosen experts, in the order of their gates.
         order: (N*k,) int64, the flat indices n*k + j sorted by expert, stably.
-        offsets: (E+1,) int64; `order[offsets[e]:offsets[e+1]]` are the places that chose expert e.
+        offsets: (E+1,) int64; `order[offsets[e]:offsets[e+1]]` are the choices of expert e.
     """
 
     gates: Tensor
@@ -27,18 +27,18 @@ class Routing(NamedTuple):
 
 
 def route_topk(logits: Tensor, k: int, *, renormalize: bool = True) -> Routing:
-    """Chooses the k experts with the largest logits for each row, and sorts the choices by expert.
+    """Choose the k experts with the largest logits for each row, and sort the choices by expert.
 
     The gates are those of a softmax over all E experts; with `renormalize` the gates of a row's k chosen experts are
     divided by their sum. Computed in float32 (float64 for float64). Autocast leaves the logits as they are.
 
     Args:
-        logits: (N, E) floating; N may be 0. Of equal logits the lower expert goes first.
-        k: how many experts a row gets, from 1 to E.
+        logits: (N, E) floating; N may be 0. Of equal logits the lower expert comes first.
+        k: the number of experts per row, from 1 to E.
         renormalize: whether a row's gates sum to 1.
 
     Returns:
-        gates, experts, order and offsets; `order // k` are the rows that `grouped_mm` wants, with `offsets`.
+        gates, experts, order and offsets; `order // k` are the rows for `grouped_mm` with these `offsets`.
 
     Raises:
         TypeError: logits is no floating Tensor, k no int, or renormalize no bool.

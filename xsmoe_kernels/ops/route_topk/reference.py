@@ -7,18 +7,18 @@ from xsmoe_kernels.runtime import precision
 
 
 def forward(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gates (N, k), experts (N, k), order (N*k,) and offsets (E+1,), as `route_topk` describes them."""
+    """Return gates (N, k), experts (N, k), order (N*k,) and offsets (E+1,), as `route_topk` describes them."""
     wide = precision.widen(logits)
-    # Sorting the logits, not their softmax, leaves no ties that rounding or underflow made.
+    # The logits are sorted, not their softmax, which may have ties by rounding or underflow.
     experts = wide.sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
     by_expert, order = experts.flatten().sort(stable=True)
-    # A search in the sorted experts counts them without the host, which bincount would wait for.
+    # A search in the sorted experts counts them without a synchronization, which bincount needs.
     offsets = torch.searchsorted(by_expert, torch.arange(logits.shape[1] + 1, device=logits.device))
     return _gates(wide, experts, renormalize).to(logits.dtype), experts, order, offsets
 
 
 def backward(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: bool) -> Tensor:
-    """The gradient of the logits (N, E); `grad` is that of the gates."""
+    """Return the gradient of the logits (N, E); `grad` is that of the gates."""
     wide, grad = precision.widen(logits), precision.widen(grad)
     if renormalize:
         gates = _gates(wide, experts, renormalize)

@@ -1,8 +1,8 @@
 """Top-k routing in Triton.
 
-Rows are cut into parts, one for each program. `route_kernel` chooses the experts and counts each part's choices by
-expert; `order_kernel` adds these counts up to where a part's choices of an expert begin, and puts them there in the
-order of rows. Nobody waits for another program, and nothing depends on the order in which they run.
+Rows are divided into parts, one for each program. `route_kernel` chooses the experts and counts each part's choices by
+expert. `order_kernel` sums these counts to the position where a part's choices of an expert begin, and writes them
+there in the order of rows. No program waits for another, and results do not depend on their order.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from xsmoe_kernels.triton_utils.kernel_helpers import sortable, sorted_value
 from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere
 
 FEWEST_COLUMNS = 32
-"""Up to so many experts nothing is compiled anew."""
+"""One binary for up to this number of experts."""
 MOST_PARTS = 512
-"""With FEWEST_COLUMNS. Each part reads the counts of all, so that there must not be many more than fill a GPU."""
+"""With FEWEST_COLUMNS. Each part reads the counts of all parts, so their number is limited to what fills a GPU."""
 
 TAKEN = tl.constexpr(-(2**31))
-"""In place of the key of a column that is not there or was chosen; no logit has it."""
+"""The key of a column that does not exist or was chosen already; no logit has this key."""
 
 
 @triton.jit(do_not_specialize=["logits_stride", "num_rows", "num_experts", "k", "part_rows"])
@@ -41,7 +41,7 @@ def route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """gates and experts (rows, k) of a part's rows, and counts (parts, E): how often it chose each expert."""
+    """Compute gates and experts (rows, k) of a part's rows, and counts (parts, E) of its choices of each expert."""
     part = tl.program_id(0).to(tl.int64)
     column, place = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     count = tl.zeros((BLOCK_E,), tl.int32)
@@ -86,7 +86,7 @@ def order_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """order (rows*k,), as far as it tells of a part's rows; offsets (E+1,) from the first part."""
+    """Compute the entries of order (rows*k,) for a part's rows; the first part computes offsets (E+1,)."""
     part = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
@@ -105,7 +105,7 @@ def order_kernel(
     for first in range(part * part_rows, min(part * part_rows + part_rows, num_rows), BLOCK_N):
         row = first + tl.arange(0, BLOCK_N).to(tl.int64)
         inside = row < num_rows
-        # A row chooses an expert once at most: choices stand in a table of rows and experts, each by its place.
+        # A row chooses an expert at most once: a table of rows and experts contains the rank of each choice.
         place = tl.full((BLOCK_N, BLOCK_E), -1, tl.int32)
         for choice in range(k):
             expert = tl.load(experts + row * k + choice, mask=inside, other=-1)
@@ -132,7 +132,7 @@ def gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """grad_logits (rows, E) of a block of rows, from the gradient of their gates."""
+    """Compute grad_logits (rows, E) of a block of rows from the gradient of their gates."""
     column = tl.arange(0, BLOCK_E)
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < num_rows
@@ -158,7 +158,7 @@ def gradient_kernel(
     tl.store(target, grads.to(grad_logits.dtype.element_ty), mask=mask)
 
 
-# BLOCK_N is that for FEWEST_COLUMNS; more columns take fewer rows.
+# BLOCK_N is for FEWEST_COLUMNS; more columns reduce the rows.
 ROUTE = Table(
     "route_topk",
     everywhere(Config({"BLOCK_N": 32}, num_warps=8)),
@@ -174,7 +174,7 @@ GRADIENT = Table(
 
 
 def forward(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gates (N, k), experts (N, k), order (N*k,) and offsets (E+1,), as `route_topk` describes them."""
+    """Return gates (N, k), experts (N, k), order (N*k,) and offsets (E+1,), as `route_topk` describes them."""
     num_rows, num_experts = logits.shape
     logits = kernel_helpers.rows_in_place(logits)
     columns = _columns(num_experts)
@@ -186,7 +186,7 @@ def forward(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor, 
         config = _fitted(config, columns)
         block = config.blocks["BLOCK_N"]
         most = max(MOST_PARTS // 4, MOST_PARTS * FEWEST_COLUMNS // columns)
-        blocks = max(1, triton.cdiv(num_rows, block))  # no rows have offsets too
+        blocks = max(1, triton.cdiv(num_rows, block))  # offsets are computed for zero rows too
         part_blocks = triton.cdiv(blocks, most)
         num_parts = triton.cdiv(blocks, part_blocks)
         counts = torch.empty(num_parts, num_experts, dtype=torch.int32, device=logits.device)
@@ -215,7 +215,7 @@ def forward(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor, 
 
 
 def backward(grad: Tensor, logits: Tensor, experts: Tensor, renormalize: bool) -> Tensor:
-    """The gradient of the logits (N, E); `grad` is that of the gates."""
+    """Return the gradient of the logits (N, E); `grad` is that of the gates."""
     num_rows, num_experts = logits.shape
     grad, logits, experts = (kernel_helpers.rows_in_place(tensor) for tensor in (grad, logits, experts))
     columns = _columns(num_experts)
@@ -244,6 +244,6 @@ def _columns(num_experts: int) -> int:
 
 
 def _fitted(config: Config, columns: int) -> Config:
-    """The configuration with blocks of about as many logits, for rows of so many columns."""
+    """Return the configuration with blocks of about as many logits for this number of columns."""
     rows = max(1, config.blocks["BLOCK_N"] * FEWEST_COLUMNS // columns)
     return dataclasses.replace(config, blocks={"BLOCK_N": rows, "BLOCK_E": columns})

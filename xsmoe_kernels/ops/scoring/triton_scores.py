@@ -1,8 +1,8 @@
-"""Scores in Triton: what the kernels of the ranking operators share.
+"""Scores in Triton, shared by the kernels of the ranking operators.
 
-A program takes some queries and walks over tiles of items. What is hidden from a query is a sorted list, which it walks
-along: hidden scores become NaN inside the tile, so that no score has to be computed a second time, by a product that
-might round it differently, and an item that is listed twice is hidden once.
+A program processes some queries and iterates over tiles of items and, in parallel, over the sorted list of each query's
+hidden items. Hidden scores become NaN inside the tile. No score is computed a second time by a product that might
+round it differently, and an item that is listed twice is hidden once.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from xsmoe_kernels.triton_utils.kernel_helpers import product
 from xsmoe_kernels.triton_utils.tuning import Config, everywhere
 
 NARROW = 2**31
-"""Keys below it are sorted as 32 bits, which takes half of the time."""
+"""Keys below it are sorted as 32-bit integers, in half the time."""
 
 NOTHING = tl.constexpr(2**31 - 1)
-"""In place of the next hidden item where there is none."""
+"""The next hidden item where there is none."""
 FRONT, BACK = tl.constexpr(-1), tl.constexpr(2**31 - 1)
-"""Keys of places before and behind all queries' own, which sort before and behind all keys of 32 bits."""
+"""Keys of entries before the first query's and after the last query's; they sort before and after all 32-bit keys."""
 BACK_WIDE = tl.constexpr(2**63 - 1)
 
 
@@ -39,7 +39,7 @@ def hidden_keys_kernel(
     TARGETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """keys: query * num_items + item of each query's values, and of its target behind them."""
+    """Compute keys, query * num_items + item, of each query's values and of its target after them."""
     query = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK).to(tl.int64)
     shift = query if TARGETS else 0
@@ -64,7 +64,7 @@ def hidden_keys_kernel(
 
 @triton.jit
 def query_tile(queries, row, num_queries, query_stride, dim, BLOCK_K: tl.constexpr):
-    """Whole queries, which fit into a block."""
+    """Return whole queries, which fit into a block."""
     place = tl.arange(0, BLOCK_K)
     mask = (row < num_queries)[:, None] & (place < dim)[None, :]
     return tl.load(queries + row[:, None] * query_stride + place[None, :], mask=mask, other=0.0)
@@ -89,9 +89,9 @@ def score_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The scores (BLOCK_M, BLOCK_C) of queries, which `whole` holds if WHOLE, against items in any order.
+    """Return the scores (BLOCK_M, BLOCK_C) of queries, already in `whole` if WHOLE, against items in any order.
 
-    Every score is summed in the same order, wherever in the tile its item stands: equal items score the same bits.
+    Every score is summed in the same order at every position of the tile: equal items have bitwise equal scores.
     """
     step = tl.arange(0, BLOCK_K)
     left = queries + row[:, None] * query_stride + step[None, :]
@@ -118,7 +118,7 @@ def score_tile(
 
 @triton.jit
 def hidden_item(keys, place, end, row, num_items):
-    """The item at a place of each query's list; NOTHING behind its end."""
+    """Return the item at a position of each query's list; NOTHING after its end."""
     inside = place < end
     item = tl.load(keys + place, mask=inside, other=0).to(tl.int64) - row * num_items
     return tl.where(inside, item, NOTHING).to(tl.int32)
@@ -126,9 +126,9 @@ def hidden_item(keys, place, end, row, num_items):
 
 @triton.jit
 def hidden_range(keys, offsets, row, first, num_queries, num_items, APART: tl.constexpr):
-    """For each query the first place of its list with an item from `first` on, and the list's end.
+    """Return for each query the first position of its list with an item from `first` on, and the list's end.
 
-    Lists stand one after the other, APART places more between their beginnings than the offsets say.
+    Lists are consecutive, each with APART more positions than the offsets say.
     """
     begin = tl.load(offsets + row, mask=row < num_queries, other=0).to(tl.int64) + row * APART
     end = tl.load(offsets + row + 1, mask=row < num_queries, other=0).to(tl.int64) + (row + 1) * APART
@@ -144,11 +144,11 @@ def hidden_range(keys, offsets, row, first, num_queries, num_items, APART: tl.co
 
 @triton.jit
 def hide(scores, start, keys, place, item, end, row, hidden, num_items, BLOCK_C: tl.constexpr):
-    """The scores of items from `start` on, NaN where they are hidden; and how far the lists have been walked.
+    """Return the scores of items from `start` on, NaN where they are hidden, and the new positions in the lists.
 
-    `item` is the one at `place`; `hidden` counts items, each once.
+    `item` is the one at `place`; `hidden` counts distinct items.
     """
-    # A while loop that stands in a for loop, and in no branch, would keep the compiler from pipelining its loads.
+    # A while loop in a for loop without this branch would prevent the compiler from pipelining the loads.
     if tl.min(item, axis=0) < start + BLOCK_C:
         while tl.min(item, axis=0) < start + BLOCK_C:
             scores = tl.where(tl.arange(0, BLOCK_C)[None, :] == (item - start)[:, None], float("nan"), scores)
@@ -162,10 +162,10 @@ def hide(scores, start, keys, place, item, end, row, hidden, num_items, BLOCK_C:
 def hidden_keys(
     queries: Tensor, items: Tensor, values: Tensor, offsets: Tensor, targets: Tensor | None = None
 ) -> Tensor:
-    """What is hidden from each query, sorted: values (S,), offsets (M+1,) contiguous, and a target for each, or none.
+    """Return the sorted hidden items of each query: values (S,) with offsets (M+1,), and a target for each, or none.
 
-    Keys are query * C + item, so that sorting all of them leaves each query's in their places. Its list begins at
-    offsets[m], with targets at offsets[m] + m, and holds one more.
+    Keys are query * C + item: sorting all of them keeps each query's keys in its range. Its list begins at offsets[m];
+    with targets it begins at offsets[m] + m and has one more entry.
     """
     num_queries, num_items, num_values = len(queries), len(items), len(values)
     narrow = (num_queries + 1) * num_items < NARROW
@@ -188,12 +188,12 @@ def hidden_keys(
         {"TARGETS": targets is not None},
         Config({"BLOCK": 128}, num_warps=1),
     )
-    # With targets alone they are in order.
+    # Targets alone are in order.
     return keys.sort().values if num_values else keys
 
 
 def tiles(sizes: str, num_warps: int, num_stages: int) -> Config:
-    """Block sizes of queries, items and the inner dimension."""
+    """Return a configuration from block sizes of queries, items and the inner dimension."""
     queries, items, inner = map(int, sizes.split())
     return Config({"BLOCK_M": queries, "BLOCK_C": items, "BLOCK_K": inner}, num_warps, num_stages)
 
@@ -219,11 +219,11 @@ CANDIDATES = (
 
 
 def fitted(config: Config, queries: Tensor, items: Tensor) -> tuple[Config, dict[str, bool]]:
-    """The configuration for the width and the alignment of the rows, and what is compiled for them.
+    """Return the configuration and the compile-time constants for the width and the alignment of the rows.
 
-    Up to twice BLOCK_K numbers are taken in one step, and those of the queries loaded once: then it is the loop over
-    tiles of items whose loads are pipelined. Wider rows take steps, and smaller tiles for the addresses of both
-    operands; still smaller ones where numbers are loaded one by one.
+    Rows of up to twice BLOCK_K numbers are loaded in one step, and queries once; the loads of the loop over tiles of
+    items are pipelined. Wider rows are loaded in several steps, with smaller tiles because of the addresses of both
+    operands. Tiles are still smaller where numbers are loaded one by one.
     """
     dim, size, blocks = queries.shape[1], queries.element_size(), dict(config.blocks)
     width, whole = max(16, triton.next_power_of_2(dim)), False

@@ -1,4 +1,4 @@
-"""A side level: a softmax mixture of the backbone's row and of rank-R residual experts."""
+"""Side level: a softmax mixture of the backbone's row and of residual experts of rank R."""
 
 from xsmoe_kernels.ops.side_moe.frozen_experts import FrozenExperts
 from xsmoe_kernels.ops.side_moe.group import side_moe_group

@@ -9,27 +9,26 @@ from xsmoe_kernels.runtime import checks, dispatch, registration
 
 
 class _Derived(NamedTuple):
-    """What kernels keep of the weights, and the versions of down and up that it was derived from."""
+    """Copies of the weights for kernels, and the versions of down and up from which they were derived."""
 
     versions: tuple[int, int] | None
     casts: "dict[torch.dtype, FrozenExperts]"
-    pack: Tensor | None = None
+    prepacked: Tensor | None = None
     packed: bool = False
 
 
 class FrozenExperts:
-    """Experts that take no gradient, kept apart from the trainable ones; lives for as long as they are frozen.
+    """Frozen experts, which have no weight gradient, stored apart from the trainable ones.
 
-    Where the native CPU kernels can serve them, it also holds their weights in the layouts that these read, which saves
-    packing them in every call and takes twice the memory of the weights; four times that of bfloat16 weights on
-    processors that multiply them as float32. Under autocast the weights are cast once, and the casts are packed.
-    Weights that autograd sees change in place are packed anew. It does not see changes through `.data`, NumPy, shared
-    memory or DistributedDataParallel's exchange of buffers, and code that `torch.compile` made does not look: make a
-    new FrozenExperts then.
+    Where the native CPU kernels support the weights, the object also stores prepacked weights in the layouts of these
+    kernels, so that no call has to pack them. This needs twice the memory of the weights, and four times that of
+    bfloat16 weights on processors that multiply them as float32. Under autocast the weights are cast once, and the
+    casts are prepacked. Weights are packed again after a change in place that autograd counts. Changes through `.data`,
+    NumPy, shared memory or DistributedDataParallel's exchange of buffers are not detected, nor are any changes in code
+    that `torch.compile` made. Create a new FrozenExperts after them.
 
-    A deep copy, or one from a file, may share its memory with tensors that were copied along, of whose changes autograd
-    tells it nothing: it is read anew in every call, which takes longer. Make a new FrozenExperts of the copied tensors
-    to have them packed once.
+    A deep copy, or one loaded from a file, may share memory with other copied tensors whose changes it cannot detect.
+    It is packed in every call, which is slower. Create a new FrozenExperts of the copied tensors to pack them once.
 
     Args:
         down: (F, R, D), the frozen experts' down projections; detached, not copied.
@@ -50,16 +49,16 @@ class FrozenExperts:
         self._derived = _Derived(None, {})
         self._tracked = True
         if not torch.compiler.is_compiling():
-            # Compiled code takes the pack that it finds. Under autocast only the cast weights are read.
+            # Compiled code uses the prepacked weights that exist. Under autocast only the cast weights are read.
             self.to(registration.autocast_dtype(self.down)).pack()
 
     @property
     def num_experts(self) -> int:
-        """How many experts are frozen."""
+        """The number of frozen experts."""
         return self.down.shape[0]
 
     def to(self, dtype: torch.dtype) -> "FrozenExperts":
-        """These experts in another dtype, made once; themselves in their own."""
+        """Return these experts in another dtype, cast once; the object itself for its own dtype."""
         if dtype == self.down.dtype:
             return self
         if torch.compiler.is_compiling():
@@ -72,29 +71,29 @@ class FrozenExperts:
         return cast
 
     def pack(self) -> Tensor | None:
-        """The weights as the native kernels read them, bytes for this process only; None where those cannot serve."""
+        """Return the prepacked weights, bytes for this process only; None where the native kernels cannot run."""
         if torch.compiler.is_compiling():
-            return self._derived.pack
+            return self._derived.prepacked
         derived = self._refreshed()
         if not derived.packed:
-            pack = None
+            prepacked = None
             if derived.versions is not None and self._packable():
-                # Autograd will save it, which it cannot with what inference mode makes.
+                # Autograd saves it, which is impossible for tensors made in inference mode.
                 with torch.inference_mode(False):
-                    pack = torch.ops.xsmoe_native.pack_experts(self.down, self.up)
-            self._derived = derived = derived._replace(pack=pack, packed=True)
-        return derived.pack
+                    prepacked = torch.ops.xsmoe_native.pack_experts(self.down, self.up)
+            self._derived = derived = derived._replace(prepacked=prepacked, packed=True)
+        return derived.prepacked
 
     def _refreshed(self) -> "_Derived":
-        """What is derived from the weights as they are now."""
+        """Return the copies for the present weights; drops those of former ones."""
         derived, versions = self._derived, self._current()
         if versions is None or derived.versions != versions:
-            # In one assignment: several threads may be here.
+            # One assignment, because several threads may run this.
             self._derived = derived = _Derived(versions, {})
         return derived
 
     def _current(self) -> tuple[int, int] | None:
-        """The versions of down and up; None where changes are not counted, so that nothing can be kept."""
+        """Return the versions of down and up; None where changes are not counted, so that copies cannot be kept."""
         if not self._tracked or self.down.is_inference() or self.up.is_inference():
             return None
         return self.down._version, self.up._version
@@ -102,10 +101,10 @@ class FrozenExperts:
     def _packable(self) -> bool:
         if self.num_experts == 0 or type(self.down) is not Tensor:
             return False
-        return dispatch.unavailable("side_moe", "native", self.down.device, self.down.dtype) is None
+        return dispatch.unavailable_reason("side_moe", "native", self.down.device, self.down.dtype) is None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process may run on another processor, and a copied tensor has a version of its own.
+        # Another process may run on another processor, and copied tensors have their own versions.
         return self.__dict__ | {"_derived": _Derived(None, {}), "_tracked": False}
 
     def __copy__(self) -> "FrozenExperts":

@@ -13,21 +13,21 @@ from xsmoe_kernels.runtime.list_operator import ListOperator
 
 
 def side_moe_group(layers: Iterable[Mapping[str, Any]]) -> list[Tensor]:
-    """`side_moe` for several independent levels, each with its own sizes and number of experts.
+    """Compute `side_moe` for several independent levels, each with its own sizes and number of experts.
 
-    On a GPU the levels of one device and dtype are one operator, whose kernels serve up to eight levels in a launch.
+    On a GPU, levels of one device and dtype run as one operator, whose kernels process up to eight levels per launch.
 
     Args:
         layers: for each level a mapping whose keys are the names of `side_moe`'s arguments.
 
     Returns:
-        What `side_moe` returns for each level, in order.
+        The results of `side_moe` for the levels, in order.
 
     Raises:
         TypeError: layers cannot be iterated over.
         TypeError, ValueError: as `side_moe` raises them, before any level is computed; the message starts with the
-            place of a level that is wrong, as in `layers[2]: ...`.
-        BackendUnavailable: the backend asked for with `use_backend` cannot serve a level.
+            index of the level, as in `layers[2]: ...`.
+        BackendUnavailable: the backend requested with `use_backend` cannot run a level.
     """
     if not torch.compiler.is_compiling() and not isinstance(layers, Iterable):
         raise TypeError(
@@ -37,12 +37,12 @@ def side_moe_group(layers: Iterable[Mapping[str, Any]]) -> list[Tensor]:
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, (operands, _) in enumerate(levels):
         kinds.setdefault((operands[0].device, operands[0].dtype), []).append(place)
-    # torch.func differentiates no operators of lists.
-    alone = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if len(kinds) > 1 or alone:
-        # Each operator checks its own levels, which may be too late for those of another.
+    # torch.func cannot differentiate operators of lists.
+    separately = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if len(kinds) > 1 or separately:
+        # Each operator checks its own levels, but no level may run before all are checked.
         _GROUP.check([list(column) for column in zip(*(operands[:-1] for operands, _ in levels), strict=True)])
-    if alone:
+    if separately:
         return [op.apply(operands, utilization) for operands, utilization in levels]
     results: dict[int, Tensor] = {}
     for places in kinds.values():
@@ -57,14 +57,14 @@ def side_moe_group(layers: Iterable[Mapping[str, Any]]) -> list[Tensor]:
 
 
 def _prepared(place: int, layer: Mapping[str, Any]) -> tuple[tuple[Any, ...], Utilization | None]:
-    """The operator's arguments for a level, and the counters that its increments go to."""
+    """Return the operator's arguments for a level, and its counters."""
     if torch.compiler.is_compiling():
         return op.prepare(**{**_DEFAULTS, **layer}), layer.get("utilization")
     with _GROUP.naming(place):
         if not isinstance(layer, Mapping):
             raise TypeError(f"a level must be a mapping of side_moe's arguments, not {type(layer).__name__}")
         if not _REQUIRED <= layer.keys() <= _SIGNATURE.parameters.keys():
-            _SIGNATURE.bind(**layer)  # raises and names what is wrong
+            _SIGNATURE.bind(**layer)  # raises a TypeError that names the argument
         return op.prepare(**{**_DEFAULTS, **layer}), layer.get("utilization")
 
 

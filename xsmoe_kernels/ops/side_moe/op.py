@@ -1,4 +1,4 @@
-"""`side_moe`: the public function, its checks, schema, shapes and autograd."""
+"""`side_moe`: the public function, its declaration, checks and shapes."""
 
 from typing import Any
 
@@ -28,15 +28,15 @@ def side_moe(
     row_weight: Tensor | None = None,
     recompute: bool | None = None,
 ) -> Tensor:
-    """One level of a side network: a softmax mixture of the backbone's row and of E residual experts of rank R.
+    """Compute a side level: a softmax mixture of the backbone's row and of E residual experts of rank R.
 
         g = softmax(x router^T)                          # gates of the backbone and of experts 1 .. E
         f_e(x) = x + activation(x down_e^T) up_e
         y = g_0 backbone + sum_e g_e f_e(x)
 
-    (arXiv 2508.05993), without a tensor of N * E * D elements, forward or backward. Differentiable once, with respect
-    to x, backbone, router, down and up; only the gradients that are needed are computed. Under `torch.autocast` these
-    and the frozen weights are cast, `row_weight` is not. Nothing here synchronises with the host.
+    (arXiv 2508.05993). Neither forward nor backward allocates a tensor of N * E * D elements. Differentiable once, with
+    respect to x, backbone, router, down and up; only needed gradients are computed. Under `torch.autocast` these
+    tensors and the frozen weights are cast, `row_weight` is not. The call never synchronizes with the host.
 
     Args:
         x: (N, D), the side network's state; or (1, D), one state for all N rows, which costs one row of expert work.
@@ -44,19 +44,19 @@ def side_moe(
         router: (E+1, D), row 0 gates the backbone, row e expert e.
         down: (E, R, D), the experts' down projections.
         up: (E, R, D), their up projections.
-        num_frozen: the leading experts that take no weight gradient: the gradients of `down` and `up` keep their full
-            shape, and are zero there. Gradients flow through all experts to `x` and `router`.
-        frozen: frozen experts that come before those of `down` and `up`, which then hold trainable experts only,
-            perhaps none; E counts both. Not together with `num_frozen`.
+        num_frozen: the number of leading experts without a weight gradient. The gradients of `down` and `up` keep their
+            full shape, and are zero for these experts. Gradients flow through all experts to `x` and `router`.
+        frozen: frozen experts in front of those of `down` and `up`, which then contain trainable experts only, possibly
+            none. E counts both. Cannot be combined with `num_frozen`.
         activation: "gelu" (exact), "gelu_tanh" (its tanh approximation) or "relu".
-        utilization: counters that grow in place by this call's rows, once even if activation checkpointing runs the
-            forward again; None counts nothing.
+        utilization: counters to which this call's rows are added in place, once even if activation checkpointing runs
+            the forward again; None counts nothing.
         row_weight: (N,), floating: how much each row counts in `utilization`; 1 if None. Has no gradient.
-        recompute: True saves nothing of E*R columns for backward, which computes `x down^T` again; False saves it; None
-            saves it where it is at most twice as wide as x.
+        recompute: False saves `x down^T` with E*R columns for backward; True computes it again in backward; None saves
+            it if it is at most twice as wide as x.
 
-    All tensors share one device, and all but `row_weight` one dtype: float32, bfloat16, float16 or float64. Any number
-    of rows and any strides are accepted.
+    All tensors are on one device, and all but `row_weight` have one dtype: float32, bfloat16, float16 or float64. Any
+    number of rows and any strides are accepted.
 
     Returns:
         y, (N, D), of the inputs' dtype.
@@ -65,7 +65,7 @@ def side_moe(
         TypeError: an argument of another type or dtype.
         ValueError: shapes or devices that do not match, an unknown activation, `num_frozen` above E or together with
             `frozen`, or a `utilization` of another number of experts.
-        BackendUnavailable: the backend asked for with `use_backend` cannot serve the call.
+        BackendUnavailable: the backend requested with `use_backend` cannot run the call.
     """
     operands = prepare(
         x, backbone, router, down, up, num_frozen, frozen, activation, utilization, row_weight, recompute
@@ -86,7 +86,7 @@ def prepare(
     row_weight: Tensor | None,
     recompute: bool | None,
 ) -> tuple[Any, ...]:
-    """The operator's arguments from those of `side_moe`, whose types it checks in eager mode."""
+    """Return the operator's arguments for those of `side_moe`; checks their types in eager mode."""
     if not torch.compiler.is_compiling():
         check_types(x, backbone, router, down, up, utilization, row_weight)
         num_frozen = checks.integer("num_frozen", num_frozen)
@@ -123,7 +123,7 @@ def prepare(
 
 
 def apply(operands: tuple[Any, ...], utilization: Utilization | None) -> Tensor:
-    """`side_moe` from what `prepare` gave."""
+    """Run the operator on the result of `prepare` and update the counters."""
     y, _, _, norm, gate = _operator(*operands)
     if utilization is not None:
         utilization.add_(norm, gate)

@@ -1,10 +1,10 @@
 """`side_moe` in plain PyTorch: the specification, forward and backward.
 
-With the residuals gathered, the mixture over E experts takes two wide products instead of E narrow ones:
+With the residuals collected, the mixture over E experts needs two wide products instead of E narrow ones:
 
     a = activation(x down_all^T),   y = g_0 h + (g_1 + .. + g_E) x + (g * a) up_all
 
-where g * a scales each expert's group of R columns by its gate. The sum of the experts' gates stands for 1 - g_0, which
+where g * a scales each expert's group of R columns by its gate. The sum of the experts' gates replaces 1 - g_0, which
 would lose all its digits where g_0 is near 1. Gates, activation and norms are computed in float32 (float64 for
 float64), the wide products in the dtype of the operands.
 """
@@ -33,9 +33,9 @@ def forward(
     count: bool,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns y (N, D), gates (rows of x, E+1), hidden (rows of x, E*R), and the increments of norm and gate (E+1,).
+    """Return y (N, D), gates (rows of x, E+1), hidden (rows of x, E*R), and the increments of norm and gate (E+1,).
 
-    `hidden` holds x down_all^T, and is empty with `recompute`; the increments are empty without `count`.
+    `hidden` is x down_all^T, and is empty with `recompute`; the increments are empty without `count`.
     """
     rows, dim = x.shape
     experts, rank = router.shape[0] - 1, down.shape[1]
@@ -54,7 +54,7 @@ def forward(
     if count:
         norms = gates.new_empty(backbone.shape[0], experts + 1)
         norms[:, 0] = torch.linalg.vector_norm(backbone, dim=-1, dtype=wide)
-        # Expert by expert, so that no (rows, E, D) outputs exist.
+        # One expert at a time, which avoids a tensor of (rows, E, D).
         for expert in range(experts):
             output = x + (activated[:, expert].to(x.dtype) @ up[expert]).to(wide)
             norms[:, expert + 1] = torch.linalg.vector_norm(output, dim=-1)
@@ -84,23 +84,23 @@ def backward(
     need_down: bool,
     need_up: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, backbone, router, down and up, empty where not needed.
+    """Return the gradients of x, backbone, router, down and up, empty where not needed.
 
-    With go the gradient of y, dg_0 = go.h and dg_e = go.x + (go up_e^T).a_e: the router's gradient costs no product
-    beyond go up_all^T, which the experts need. Frozen experts pass gradients to x and to the router only.
+    With go the gradient of y, dg_0 = go.h and dg_e = go.x + (go up_e^T).a_e. The router's gradient needs only the
+    product go up_all^T, which the experts' gradients need too. Frozen experts pass gradients to x and the router only.
     """
     rows, dim = x.shape
     experts, rank = gates.shape[1] - 1, down.shape[1]
     dtype, wide = x.dtype, gates.dtype
     down, up = _joined(frozen_down, down), _joined(frozen_up, up)
-    trained = num_frozen if frozen_down is None else frozen_down.shape[0]  # the first expert that is
+    trained = num_frozen if frozen_down is None else frozen_down.shape[0]  # the first trainable expert
     expert_gates = gates[:, 1:]
     dx, dbackbone, drouter, ddown, dup = (grad.new_empty(0) for _ in range(5))
 
     if need_backbone:
         dbackbone = (gates[:, :1] * grad).to(dtype).contiguous()
 
-    # A single row of x is one row of work: it takes the sum of the gradients of all rows that it was broadcast to.
+    # A single row of x is one row of work, whose gradient is the sum over the rows that it was broadcast to.
     wide_grad = grad.to(wide)
     row_grad = wide_grad.sum(0, keepdim=True) if rows == 1 else wide_grad
     row_grad_narrow = row_grad.to(dtype)
@@ -124,7 +124,7 @@ def backward(
         drouter = (dlogits.T @ x.to(wide)).to(dtype)
 
     if need_x or need_down:
-        # Rows need the gradients of all experts' hidden states, weights those of the trainable ones alone.
+        # Gradients of rows need all experts' hidden states, those of weights only the trainable ones.
         first = 0 if need_x else trained
         dhidden = _activate_backward(
             activation, expert_gates[:, first:].unsqueeze(-1) * up_grad[:, first:], hidden[:, first:]
@@ -149,7 +149,7 @@ def _joined(frozen: Tensor | None, trainable: Tensor) -> Tensor:
 
 
 def _weight_grad(narrow: Tensor, wide: Tensor, num_frozen: int) -> Tensor:
-    """The products (R, rows) x (rows, D) of the trainable experts, with zeros for `num_frozen` experts in front."""
+    """Return the products (R, rows) x (rows, D) of the trainable experts, after zeros for `num_frozen` experts."""
     rows, experts, rank = narrow.shape
     product = narrow.reshape(rows, experts * rank).T @ wide
     return F.pad(product.view(experts, rank, wide.shape[1]), (0, 0, 0, 0, num_frozen, 0))

@@ -10,11 +10,11 @@ from xsmoe_kernels.runtime.profiler_ranges import named_range
 
 
 class Utilization:
-    """Sums over rows of what the gates let through; `side_moe` adds to them, in place and without a synchronisation.
+    """Sums over rows of gates and of gated outputs; `side_moe` adds to them in place, without a synchronization.
 
     Args:
         num_experts: E, the number of experts, at least 1.
-        device: where the counters live; torch's default device if None.
+        device: the device of the counters; torch's default device if None.
 
     Attributes:
         norm: (E+1,) float64, the sum over rows of `||g_0 h||` for the backbone, then of `||g_e f_e(x)||` for each
@@ -24,7 +24,7 @@ class Utilization:
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:
         num_experts = checks.integer("num_experts", num_experts, 1)
-        # Tensors made in inference mode could not be changed in place by the training that comes later.
+        # Training could not change tensors in place that were made in inference mode.
         with torch.inference_mode(False):
             self.norm = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
             self.gate = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
@@ -35,27 +35,27 @@ class Utilization:
         return self.norm.shape[0] - 1
 
     def reset(self) -> None:
-        """Sets all counters to zero."""
+        """Set all counters to zero."""
         self.norm.zero_()
         self.gate.zero_()
 
     def shares(self) -> Tensor:
-        """(E,): each expert's part of the norms of all experts, the backbone left out; NaN if nothing was counted."""
+        """Return each expert's share (E,) of all experts' norms, without the backbone; NaN if nothing was counted."""
         return self.norm[1:] / self.norm[1:].sum()
 
     def gate_shares(self) -> Tensor:
-        """(E+1,): the backbone's and each expert's part of the gate mass; NaN if nothing was counted."""
+        """Return the backbone's and each expert's share (E+1,) of the gate sum; NaN if nothing was counted."""
         return self.gate / self.gate.sum()
 
     def add_(self, norm: Tensor, gate: Tensor) -> None:
-        """Adds increments of shape (E+1,), unless it is called while a backward runs: then it adds nothing.
+        """Add increments of shape (E+1,), except during a backward.
 
-        Activation checkpointing runs a forward a second time, inside backward; adding then would count its rows twice.
-        No other forward inside a backward, such as one that a hook starts, is counted either.
+        Activation checkpointing runs a forward a second time, inside backward, and its rows must not be counted twice.
+        Any other forward inside a backward, such as one that a hook starts, is not counted either.
 
         Raises:
             ValueError: increments for another number of experts.
-            NotImplementedError: torch.func.vmap gives each element increments of its own.
+            NotImplementedError: under torch.func.vmap each element has its own increments.
         """
         adding = torch.ops.xsmoe.add_utilization
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -64,18 +64,18 @@ class Utilization:
             adding(self.norm, self.gate, norm, gate)
 
     def to(self, device: torch.device | str) -> "Utilization":
-        """Moves the counters to `device`, in place, and returns self."""
+        """Move the counters to `device`, in place, and return self."""
         with torch.inference_mode(False):
             self.norm = self.norm.to(device)
             self.gate = self.gate.to(device)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the counters, under "norm" and "gate"."""
+        """Return copies of the counters, under "norm" and "gate"."""
         return {"norm": self.norm.clone(), "gate": self.gate.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the counters that `state_dict` gave.
+        """Load the counters from a result of `state_dict`.
 
         Raises:
             KeyError: "norm" or "gate" is missing.
@@ -93,7 +93,7 @@ class Utilization:
 def _add_utilization(norm: Tensor, gate: Tensor, norm_increment: Tensor, gate_increment: Tensor) -> None:
     checks.tensor("norm", norm_increment, norm.shape[0])
     checks.tensor("gate", gate_increment, gate.shape[0])
-    # Asked when it runs, not when it is traced: a compiled layer inside a checkpoint traces once and runs twice.
+    # Decided at run time, not when it is traced: a compiled layer inside a checkpoint is traced once and runs twice.
     if torch._C._current_graph_task_id() == -1:
         with named_range("counters"):
             norm.add_(norm_increment)

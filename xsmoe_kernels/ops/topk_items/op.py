@@ -1,4 +1,4 @@
-"""The items that score highest for each query."""
+"""Items with the highest scores for each query."""
 
 import torch
 from torch import Tensor
@@ -10,16 +10,16 @@ from xsmoe_kernels.runtime.declaration import Input, Operator
 
 
 def topk_items(queries: Tensor, items: Tensor, k: int, seen: item_scores.Seen | None) -> tuple[Tensor, Tensor]:
-    """Finds for each query the k items with the largest dot product that it has not seen.
+    """Return for each query the k items with the largest dot product that it has not seen.
 
-    Of equal scores the lower id goes first. Items whose score is NaN or -inf are never returned. Where fewer than k
-    items are left, the missing places hold id -1 and score -inf. Scores accumulate in float32. Autocast casts queries
-    and items. Not differentiable. At no time do all (M, C) scores exist, unless they are few.
+    Of equal scores the lower id comes first. Items whose score is NaN or -inf are never returned. If fewer than k
+    items remain, the missing places have id -1 and score -inf. Scores accumulate in float32. Autocast casts queries
+    and items. Not differentiable. The (M, C) scores are never all in memory at once, unless they are few.
 
     Args:
         queries: (M, d), float32, bfloat16, float16 or float64; M may be 0.
         items: (C, d), of queries' dtype.
-        k: how many places a query gets, at least 1; may exceed C.
+        k: the number of places per query, at least 1; may exceed C.
         seen: None, or (values, offsets): values (S,) int64 in [0, C), offsets (M+1,) int32 or int64 ascending within
             [0, S]; query m has seen `values[offsets[m]:offsets[m+1]]`.
 

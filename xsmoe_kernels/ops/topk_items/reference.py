@@ -1,4 +1,4 @@
-"""The best unseen items in plain PyTorch: the specification of `topk_items`."""
+"""`topk_items` in plain PyTorch: the specification."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from xsmoe_kernels.runtime import precision
 def forward(
     queries: Tensor, items: Tensor, k: int, seen: Tensor | None, seen_offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores and ids (M, k), as `topk_items` describes them."""
+    """Return scores and ids (M, k), as `topk_items` describes them."""
     num_queries, num_items = queries.shape[0], items.shape[0]
     best = queries.new_full((num_queries, k), -torch.inf, dtype=precision.wide_dtype(queries.dtype))
     ids = torch.full((num_queries, k), -1, device=queries.device)
@@ -20,8 +20,8 @@ def forward(
     position = torch.arange(num_items, device=queries.device)
     for rows, scores, hidden in item_scores.tiles(queries, items, seen, seen_offsets):
         scores.masked_fill_(hidden | scores.isnan(), -torch.inf)
-        # topk breaks ties as it likes. A second one, over keys that all differ, takes every item above the k-th score
-        # and then the lowest ids at it; it is far cheaper than a stable sort of all items.
+        # topk breaks ties arbitrarily. A second topk over distinct keys selects every item above the k-th score, and
+        # then the lowest ids with that score. It is much cheaper than a stable sort of all items.
         threshold = scores.topk(places).values[:, -1:]
         key = ((scores > threshold).long() + (scores >= threshold)) * num_items - position
         chosen = key.topk(places).indices.sort().values

@@ -1,7 +1,7 @@
-"""The best items in Triton: scores of some queries and items, and from them the best by a key of score and id.
+"""Top-k items in Triton: scores of some queries and items, and a merge of the top k by a key of score and id.
 
-No two items of a query have the same key, and larger ones are better. So the best k of several lists are the best k of
-each list's best k, whatever the lists and in which order they come.
+No two items of a query have the same key, and larger keys are better. Therefore the top k of several lists are the top
+k of each list's top k, for any lists in any order.
 """
 
 import triton
@@ -11,14 +11,14 @@ from xsmoe_kernels.ops.scoring.triton_scores import hidden_item, hidden_range, h
 from xsmoe_kernels.triton_utils.kernel_helpers import sortable, sorted_value
 
 LOWEST = tl.constexpr((-(2**31) + 0x7FFFFF) << 32)
-"""The key of no item: its score is -inf."""
+"""The key of a missing item, whose score is -inf."""
 HIGHEST = tl.constexpr(2**63 - 1)
 LAST_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def _key(score, item):
-    """Integers in the order of scores, and of equal ones from the last id to the first."""
+    """Return integers in the order of scores, and for equal scores from the last id to the first."""
     return (sortable(score).to(tl.int64) << 32) + (LAST_ID - item.to(tl.int64))
 
 
@@ -57,10 +57,10 @@ def score_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """scores (queries, width_tiles * BLOCK_C) of the queries and items from the first to the last.
+    """Compute scores (queries, width_tiles * BLOCK_C) of the queries and items from the first to the last.
 
-    -inf is the score of items that were seen, and in place of NaN. Behind the last query, up to a multiple of BLOCK_M,
-    and behind the last item anything may stand.
+    The score of seen items and NaN become -inf. Entries after the last query, up to a multiple of BLOCK_M, and after
+    the last item are undefined.
     """
     row_blocks = tl.cdiv(last_query - first_query, BLOCK_M)
     block, part = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
@@ -98,12 +98,12 @@ def score_kernel(
         if HIDDEN:
             tile, place, item, hidden = hide(tile, start, keys, place, item, last, row, hidden, num_items, BLOCK_C)
         tile = tl.where(tile > float("-inf"), tile, float("-inf"))
-        # So few scores exist that 32 bits count them.
+        # The workspace is small enough for 32-bit offsets.
         tl.store(scores + (line[:, None] * (width_tiles * BLOCK_C) + (start - first_item + column)[None, :]), tile)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_item", "length", "slice_length", "k", "done"])
-def best_kernel(
+def topk_merge_kernel(
     source,
     candidates,
     scores,
@@ -120,10 +120,10 @@ def best_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """candidates (rows, slices, BLOCK_K): the best keys of each slice of the source, or if FINAL scores and ids.
+    """Merge the top k: candidates (rows, slices, BLOCK_K), the best keys of each slice; or if FINAL scores and ids.
 
-    The source (rows, length) holds scores of the items from the first on, or keys. Those of scores are left out that
-    stand in the first `done` places; the best of the others and of what stands behind them take the places from there.
+    The source (rows, length) contains scores of the items from the first on, or keys. Scores that are in the first
+    `done` places already are excluded. The best of the others and of the present entries fill the places from there.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_R)
     block, part = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
@@ -146,7 +146,7 @@ def best_kernel(
             keys = _key(tl.load(target, mask=mask, other=float("-inf")), first_item + place[None, :])
             keys = tl.where(keys < above[:, None], keys, LOWEST)
         if tl.max((tl.max(keys, axis=1) > tl.min(best, axis=1)).to(tl.int32), axis=0) > 0:
-            # One ascends and the other descends: of each pair the larger one is among the best of both.
+            # One list ascends and the other descends: the larger of each pair is among the best of both.
             best = tl.bitonic_merge(tl.maximum(best, tl.topk(keys, BLOCK_K)))
     order = tl.arange(0, BLOCK_K)
     if FINAL:

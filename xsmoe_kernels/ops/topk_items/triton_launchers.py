@@ -1,7 +1,7 @@
-"""Launches the Triton kernels of `topk_items`: how many scores exist at one time, and how their best are found.
+"""Launches of the Triton kernels of `topk_items`: the size of the workspace of scores, and merges of the top k.
 
-For some queries and items at a time the scores are written to a workspace and their best merged with those of the items
-before. The number of launches follows from sizes that the host knows.
+Scores of some queries and items at a time are written to a workspace, and their top k is merged with that of the
+preceding items. The number of launches depends only on sizes known on the host.
 """
 
 import dataclasses
@@ -11,41 +11,41 @@ import triton
 from torch import Tensor
 
 from xsmoe_kernels.ops.scoring import triton_scores
-from xsmoe_kernels.ops.topk_items.triton_kernels import best_kernel, score_kernel
+from xsmoe_kernels.ops.topk_items.triton_kernels import score_kernel, topk_merge_kernel
 from xsmoe_kernels.triton_utils import kernel_helpers, tuning
 from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere
 
 WORKSPACE = 1 << 24
-"""Scores that exist at one time: 64 MiB."""
+"""Scores in memory at a time: 64 MiB."""
 MOST_PLACES = 1024
-"""That are filled in one go over the items, since a program holds so many keys; more take several."""
+"""Places that one pass over the items fills, limited by the keys of a program; more places need several passes."""
 FEWEST_PLACES = 16
 PROGRAMS = 2 * kernel_helpers.ENOUGH_PROGRAMS
 SLICE_BLOCKS = 4
-"""Blocks of a list that make a slice worth its candidates."""
+"""The fewest blocks of a list for which a slice is worth its candidates."""
 
 SCORE = Table(
     "topk_items",
-    # Scores pass through shared memory on their way to the workspace.
+    # Scores are written to the workspace through shared memory.
     {**triton_scores.DEFAULTS, ("sm_80", "half"): triton_scores.tiles("64 128 64", 8, 2)},
     interpreted=triton_scores.INTERPRETED,
     candidates=triton_scores.CANDIDATES,
 )
-BEST = Table(
-    "topk_items.best",
+TOPK_MERGE = Table(
+    "topk_items.merge",
     {
         **everywhere(Config({"BLOCK_R": 1, "BLOCK_N": 1024}, num_warps=8)),
         **{("sm_80", one): Config({"BLOCK_R": 1, "BLOCK_N": 2048}, num_warps=8) for one in tuning.PRECISIONS},
     },
     interpreted=Config({"BLOCK_R": 16, "BLOCK_N": 16}),
 )
-"""Block sizes of queries, and of lists; with more than BLOCK_N places, blocks are as long as these are many."""
+"""Block sizes of queries and of lists; a block has at least as many entries as there are places."""
 
 
 def forward(
     queries: Tensor, items: Tensor, k: int, seen: Tensor | None, seen_offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores and ids (M, k), as `topk_items` describes them."""
+    """Return scores and ids (M, k), as `topk_items` describes them."""
     queries, items = kernel_helpers.rows_in_place(queries), kernel_helpers.rows_in_place(items)
     keys = offsets = None
     if seen is not None and seen_offsets is not None and len(seen):
@@ -54,12 +54,12 @@ def forward(
     precision = kernel_helpers.precision(queries)
 
     def launch(config: Config) -> tuple[Tensor, Tensor]:
-        return _best_items(queries, items, k, keys, offsets, precision, config)
+        return _top_items(queries, items, k, keys, offsets, precision, config)
 
     return tuning.run(SCORE, queries, precision, {"dim": queries.shape[1]}, launch)
 
 
-def _best_items(
+def _top_items(
     queries: Tensor,
     items: Tensor,
     k: int,
@@ -119,9 +119,9 @@ def _best_items(
 def _merge(
     source: Tensor, first_item: int, length: int, scores: Tensor, ids: Tensor, done: int, num_items: int
 ) -> None:
-    """Merges the best of scores (rows, length) of items into the places from `done` on."""
+    """Merge the best of scores (rows, length) of items into the places from `done` on."""
     num_rows, k = scores.shape
-    config = tuning.default(BEST, scores, "ieee")
+    config = tuning.default(TOPK_MERGE, scores, "ieee")
     places = max(FEWEST_PLACES, triton.next_power_of_2(min(k - done, num_items - done, MOST_PLACES)))
     block = max(config.blocks["BLOCK_N"], places)
     blocks = {**config.blocks, "BLOCK_N": block, "BLOCK_K": places}
@@ -132,7 +132,7 @@ def _merge(
 
     def launch(source: Tensor, candidates: Tensor, length: int, slice_length: int, final: bool) -> None:
         kernel_helpers.launch(
-            best_kernel,
+            topk_merge_kernel,
             (row_blocks * triton.cdiv(length, slice_length),),
             scores.device,
             {

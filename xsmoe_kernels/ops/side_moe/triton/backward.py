@@ -26,7 +26,7 @@ from xsmoe_kernels.triton_utils import kernel_helpers
 from xsmoe_kernels.triton_utils.kernel_helpers import rows_in_place
 from xsmoe_kernels.triton_utils.tuning import Config, Table, everywhere, make_config
 
-# With two products in its epilogue, a wider tile would spill.
+# Two products share the registers: a wider tile would spill.
 _GRADIENT_DEFAULTS = TILE_DEFAULTS | {
     ("sm_80", "half"): make_config(TILE, "128 64 32", 8, 4),
     ("sm_90", "half"): make_config(TILE, "128 64 64", 8, 4),
@@ -227,7 +227,7 @@ def _backward(logit_gradient: LogitGradient, parts: list[BackwardLevel]) -> list
 def _column_sums(
     launch: Launch, parts: list[BackwardLevel], config: Config
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """The backbone's gradients; what one row of x takes from slices of rows, and the numbers of column blocks."""
+    """Return the backbone's gradients, sums and dots over slices of rows, and the numbers of column blocks."""
     levels, need_backbone = launch.levels, parts[0].need_backbone
     grad_backbone = [
         level.backbone.new_empty(level.backbone.shape) if need_backbone else nothing(launch.like) for level in levels
@@ -261,7 +261,7 @@ def _column_sums(
 def _row_sums(
     launch: Launch, sums: list[Tensor], dots: list[Tensor], blocks: list[int], config: Config
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The gradient that one row of x takes from all rows, wide and narrow, and the sum of its products."""
+    """Return the gradient of a single row of x over all rows, wide and narrow, and the sum of grad . backbone."""
     wide = [total.new_empty(1, total.shape[1]) for total in sums]
     narrow = [launch.like.new_empty(total.shape) for total in wide]
     backbone_dots = [total.new_empty(1) for total in sums]
@@ -286,7 +286,7 @@ def _row_sums(
 def _hidden_gradients(
     launch: Launch, parts: list[BackwardLevel], grads: list[Tensor], config: Config
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Dots (rows, E * chunks), gradients of hidden states and gated activations."""
+    """Return dots (rows, E * chunks), gradients of hidden states, and gated activations."""
     levels, asked, like = launch.levels, parts[0], launch.like
     need_dots = asked.need_x or asked.need_router
     need_hidden = asked.need_x or asked.need_down
@@ -354,7 +354,7 @@ def _row_gradients(
     grad_x: list[Tensor],
     config: Config,
 ) -> None:
-    """The gradients of x."""
+    """Compute the gradients of x."""
     levels = launch.levels
     launch.start(
         kernels.row_gradient_kernel,

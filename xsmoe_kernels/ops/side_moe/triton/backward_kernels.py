@@ -1,7 +1,7 @@
-"""The backward of a side level in Triton; launched over blocks and levels as the forward is.
+"""Backward of a side level in Triton; its grids are like those of the forward.
 
-The order is: hidden states' gradients and each expert's product with the incoming gradient, from which the gradients of
-the logits follow row by row; then those of x; then those of the weights, as sums over slices of rows.
+The order is: gradients of hidden states, with each expert's product with the incoming gradient; from these the
+gradients of the logits, by row; then those of x; then those of the weights, as sums over slices of rows.
 """
 
 import triton
@@ -43,8 +43,8 @@ def column_sum_kernel(
     BLOCK_D: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """What the one row of x takes from a slice of rows: grad_sums (slices, D), the sums of grad, and dots (slices,
-    column blocks), those of grad times backbone. grad_backbone = g_0 grad on the way."""
+    """Sum over a slice of rows, for a single row of x: grad_sums (slices, D), the sums of grad, and dots (slices,
+    column blocks), those of grad times backbone. Also compute grad_backbone = g_0 grad."""
     level = tl.program_id(1)
     count, dim = variable(pick(rows, level)), pick(dims, level)
     blocks = tl.cdiv(dim, BLOCK_D)
@@ -87,7 +87,7 @@ def row_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The sums over slices: row_grad (D,), the same rounded, and backbone_dot (1,)."""
+    """Sum over slices: row_grad (D,), the same rounded, and backbone_dot (1,)."""
     level = tl.program_id(1)
     dim, count = pick(dims, level), variable(pick(slices, level))
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -145,7 +145,7 @@ def hidden_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Of the experts from `first_wanted` on, each time as far as it is needed:
+    """Compute for the experts from `first_wanted` on, as far as needed:
 
     dots (rows, E * chunks), the sums over a chunk of (grad up^T) * activation;
     grad_hidden (rows, (E - first_stored) * R), the gradient of x down^T, of the experts from `first_stored` on;
@@ -175,7 +175,7 @@ def hidden_gradient_kernel(
             pick(frozen_down, level), pick(down, level), is_frozen, expert, within, num_frozen, dim, RANK
         )
         total = times_transposed(left, inside, columns, exists, dim, EVEN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K)
-        # Narrow, for the other product needs the registers.
+        # Narrow, because the other product needs the registers.
         held = narrow(total, x[0])
     if NEED_GRAD:
         left = pick(grad, level) + row * pick(grad_strides, level)
@@ -231,10 +231,10 @@ def logit_gradient_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad_logits (rows, E+1), through the softmax; and grad_backbone = g_0 grad.
+    """Compute grad_logits (rows, E+1), through the softmax, and grad_backbone = g_0 grad.
 
-    A gate's gradient is grad . backbone, or grad . x and the dots of its expert. With ONE_ROW, grad is the sum over all
-    rows, and so is backbone_dot, which stands for the first.
+    A gate's gradient is grad . backbone for the backbone, and grad . x plus the dots for an expert. With ONE_ROW, grad
+    is the sum over all rows, and backbone_dot is the sum of grad . backbone.
     """
     level = tl.program_id(1)
     count, dim = variable(pick(rows, level)), pick(dims, level)
@@ -294,7 +294,7 @@ def _gate_gradients(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """BLOCK_E gates of each row, and their gradients."""
+    """Return BLOCK_E gates of each row, and their gradients."""
     index = first + tl.arange(0, BLOCK_E)
     mask = inside[:, None] & (index < gated)[None, :]
     gate = tl.load(gate_row[:, None] + index[None, :], mask=mask, other=0.0)
@@ -331,7 +331,7 @@ def row_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """grad_x (rows, D) = (g_1 + .. + g_E) grad + grad_hidden down + grad_logits router."""
+    """Compute grad_x (rows, D) = (g_1 + .. + g_E) grad + grad_hidden down + grad_logits router."""
     level = tl.program_id(1)
     count, num_experts, dim = variable(pick(rows, level)), variable(pick(experts, level)), pick(dims, level)
     num_frozen = variable(pick(frozen, level))

@@ -1,10 +1,10 @@
-"""What the Triton kernels of a side level are built from.
+"""Device functions of the Triton kernels of a side level.
 
-A launch serves several levels at once, on the grid's second axis. What each of them brings, pointers, strides and
-sizes, comes as tuples of one entry per level.
+A launch processes several levels, on the grid's second axis. Their pointers, strides and sizes are tuples with one
+entry per level.
 
-The E*R columns of all experts are tiled by chunks of at most BLOCK_R columns of one expert, several to a tile: so that
-a sum over an expert's columns never crosses a chunk, whatever R is.
+The E*R columns of all experts are tiled by chunks of at most BLOCK_R columns of one expert, with several chunks in a
+tile. A sum over an expert's columns in a chunk never includes another expert, for any R.
 """
 
 import triton
@@ -15,7 +15,7 @@ from xsmoe_kernels.triton_utils.kernel_helpers import product
 
 @triton.jit
 def activate(hidden, ACTIVATION: tl.constexpr):
-    """The activation of float32 hidden states."""
+    """Return the activation of float32 hidden states."""
     if ACTIVATION == "relu":
         return tl.where(hidden <= 0, 0.0, hidden)
     if ACTIVATION == "gelu_tanh":
@@ -25,7 +25,7 @@ def activate(hidden, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_gradient(hidden, ACTIVATION: tl.constexpr):
-    """The derivative of `activate`."""
+    """Return the derivative of `activate`."""
     if ACTIVATION == "relu":
         return tl.where(hidden > 0, 1.0, 0.0)
     if ACTIVATION == "gelu_tanh":
@@ -48,14 +48,14 @@ def _tanh_argument(value):
 
 @triton.jit
 def block_rows(block, rows, BLOCK_N: tl.constexpr):
-    """The rows of a block, in 64 bits for what they are multiplied with, and which of them exist."""
+    """Return the rows of a block, in 64 bits because they multiply strides, and which of them exist."""
     row = block * BLOCK_N + tl.arange(0, BLOCK_N)
     return row.to(tl.int64), row < rows
 
 
 @triton.jit
 def tile_count(start, frozen, experts, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Tiles of the columns of all experts from `start` on; none has columns of both banks, the frozen and the other."""
+    """Return the number of tiles of all experts from `start` on; no tile has both frozen and other experts."""
     chunks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     tile_chunks: tl.constexpr = BLOCK_C // BLOCK_R
     ahead = tl.maximum(frozen - start, 0)
@@ -64,7 +64,7 @@ def tile_count(start, frozen, experts, RANK: tl.constexpr, BLOCK_R: tl.constexpr
 
 @triton.jit
 def tile_columns(tile, start, frozen, experts, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The first chunk of a tile, and the end of the experts that it may have columns of."""
+    """Return the first chunk of a tile, and the end of the experts that it may contain."""
     chunks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     tile_chunks: tl.constexpr = BLOCK_C // BLOCK_R
     ahead = tl.maximum(frozen - start, 0)
@@ -77,7 +77,7 @@ def tile_columns(tile, start, frozen, experts, RANK: tl.constexpr, BLOCK_R: tl.c
 
 @triton.jit
 def chunk_columns(first_chunk, end, RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """For each column of a tile its expert, its place among that expert's columns, and whether it exists."""
+    """Return for each column of a tile its expert, its index among that expert's columns, and whether it exists."""
     chunks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     column = tl.arange(0, BLOCK_C)
     chunk = first_chunk + column // BLOCK_R
@@ -88,7 +88,7 @@ def chunk_columns(first_chunk, end, RANK: tl.constexpr, BLOCK_R: tl.constexpr, B
 
 @triton.jit
 def expert_rows(frozen_weight, weight, is_frozen, expert, within, frozen, dim, RANK: tl.constexpr):
-    """Pointers to row `within` of the (R, D) matrices of experts of one bank: the frozen, or the other behind it."""
+    """Return pointers to row `within` of the (R, D) matrices of experts, all frozen or all not frozen."""
     bank = tl.where(is_frozen, frozen_weight, weight)
     place = expert - tl.where(is_frozen, 0, frozen)
     return bank + (place * RANK + within).to(tl.int64) * dim
@@ -109,8 +109,8 @@ def expert_factors(
     BLOCK_R: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """The factors of a product over a chunk of an expert's columns: of the rows (N, E*R) that begin at `left`, and of
-    the expert's (R, D) matrix, of which the columns `column` are taken."""
+    """Return the operands of a product over a chunk of an expert's columns: from the rows (N, E*R) that begin at
+    `left`, and from the columns `column` of the expert's (R, D) matrix."""
     within = tl.arange(0, BLOCK_R)
     left_mask, right_mask = inside[:, None], (within >= 0)[:, None]
     if RANK % BLOCK_R != 0:
@@ -118,7 +118,7 @@ def expert_factors(
         left_mask, right_mask = left_mask & exists[None, :], exists[:, None]
     if not EVEN:
         right_mask = right_mask & (column < dim)[None, :]
-    # What is one number for all of a block is added first, which takes fewer registers.
+    # Offsets that are equal for the whole block are added first, which needs fewer registers.
     states = tl.load(left[:, None] + (expert * RANK + chunk * BLOCK_R + within)[None, :], mask=left_mask, other=0.0)
     right = expert_rows(frozen_weight, weight, expert < frozen, expert, chunk * BLOCK_R + within, frozen, dim, RANK)
     return states, tl.load(right[:, None] + column[None, :], mask=right_mask, other=0.0)
@@ -126,7 +126,7 @@ def expert_factors(
 
 @triton.jit
 def expert_share(gate_row, inside, gated, BLOCK_N: tl.constexpr):
-    """The sum of each row's gates but the first, which stands for 1 - g_0 and loses no digits."""
+    """Return the sum of each row's gates except the first; it equals 1 - g_0 without cancellation."""
     share = tl.zeros((BLOCK_N,), tl.float32)
     for gate in range(1, gated):
         share += tl.load(gate_row + gate, mask=inside, other=0.0)
@@ -146,7 +146,7 @@ def times_transposed(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The products of rows and rows of `dim` numbers, given by pointers to their beginnings; 0 for those outside."""
+    """Return products of rows with rows of `dim` numbers, given by pointers to their beginnings; 0 outside."""
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, dim, BLOCK_K):
         place = start + tl.arange(0, BLOCK_K)
@@ -161,7 +161,7 @@ def times_transposed(
 
 @triton.jit
 def times_gates(values, gates, row, inside, first_chunk, end, experts, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The columns of a tile, each times its row's gate for its expert."""
+    """Return the columns of a tile, each times its row's gate for its expert."""
     chunks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     tile_chunks: tl.constexpr = values.shape[1] // BLOCK_R
     expert = (first_chunk + tl.arange(0, tile_chunks)) // chunks
@@ -176,11 +176,11 @@ def times_gates(values, gates, row, inside, first_chunk, end, experts, RANK: tl.
 
 @triton.jit
 def padded(columns):
-    """Numbers from one row to the next where kernels only read what kernels wrote: aligned for wide loads."""
+    """Return the row stride of buffers between kernels, aligned for wide loads."""
     return (columns + 15) // 16 * 16
 
 
 @triton.jit
 def chunk_sums(values, BLOCK_R: tl.constexpr):
-    """The sums over each chunk of a tile's columns."""
+    """Return the sums over each chunk of a tile's columns."""
     return tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // BLOCK_R, BLOCK_R)), axis=2)

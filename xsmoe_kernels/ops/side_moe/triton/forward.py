@@ -192,7 +192,7 @@ def _sum_of(slices: Tensor) -> Tensor:
 
 
 class ForwardLevel(NamedTuple):
-    """A level, and what its forward is asked for."""
+    """A level, and the options of its forward."""
 
     level: Level
     row_weight: Tensor | None
@@ -267,7 +267,7 @@ def _forward(gate: Gate, count: Count, parts: list[ForwardLevel]) -> list[tuple[
         )
 
     def mixture(config: Config) -> tuple[list[Tensor], list[Tensor]]:
-        """The results, of one row with one_row, and the squares."""
+        """Return the results, a single row with one_row, and the sums of squares."""
         blocks = [cdiv(level.dim, config.blocks["BLOCK_D"]) for level in levels]
         results = [level.x.new_empty(1, level.dim, dtype=torch.float32) for level in levels] if one_row else y
         squares = [
@@ -320,7 +320,7 @@ def _forward(gate: Gate, count: Count, parts: list[ForwardLevel]) -> list[tuple[
 def _broadcast(
     launch: Launch, gates: list[Tensor], mixture: list[Tensor], y: list[Tensor], counted: bool, config: Config
 ) -> list[Tensor]:
-    """Adds the backbone to the mixture that all rows share; returns the squares of the backbone's rows."""
+    """Add the backbone to the mixture that all rows share; return the sums of squares of the backbone's rows."""
     levels = launch.levels
     squares = [level.x.new_empty(level.rows if counted else 0, dtype=torch.float32) for level in levels]
     launch.start(

@@ -1,7 +1,8 @@
-"""The forward of a side level in Triton: gates, hidden states, the mixture, and the counters.
+"""Forward of a side level in Triton: gates, hidden states, the mixture, and the counters.
 
-Every kernel's first axis runs over blocks of rows (and, faster, of columns), its second over levels. Blocks beyond a
-level's last do nothing. Sizes that grow with the stream are `variable`, so that they never compile anything anew.
+A grid's first axis are blocks of rows (and, varying faster, of columns), its second axis levels. Programs beyond a
+level's last block return at once. Sizes that grow with the stream are `variable`, so that no value compiles another
+binary.
 """
 
 import triton
@@ -37,7 +38,7 @@ def gate_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """gates (rows, E+1) = softmax(x router^T), BLOCK_E gates at a time."""
+    """Compute gates (rows, E+1) = softmax(x router^T), BLOCK_E gates at a time."""
     level = tl.program_id(1)
     row, inside = block_rows(tl.program_id(0), variable(pick(rows, level)), BLOCK_N)
     gated, dim = variable(pick(experts, level)) + 1, pick(dims, level)
@@ -52,14 +53,14 @@ def gate_kernel(
         logits = times_transposed(left, inside, columns, gate < gated, dim, EVEN, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K)
         logits = tl.where((gate < gated)[None, :], logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, axis=1))
-        # Logits of -inf alone have no share; their differences would be NaN.
+        # Rows with logits of -inf only would have differences of NaN.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         largest = larger
     for first in range(0, gated, BLOCK_E):
         gate = first + tl.arange(0, BLOCK_E)
         if gated > BLOCK_E:
-            # The last block's are held, the others' cost less anew than a way through memory.
+            # The last block's logits are in registers. Recomputing the others costs less than storing them.
             columns = right + gate.to(tl.int64) * dim
             logits = times_transposed(
                 left, inside, columns, gate < gated, dim, EVEN, PRECISION, BLOCK_N, BLOCK_E, BLOCK_K
@@ -92,7 +93,7 @@ def hidden_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """activated (rows, E*R) = activation(x down^T), times the gates if GATED; hidden, the same without, where saved."""
+    """Compute activated (rows, E*R) = activation(x down^T), times gates if GATED, and hidden = x down^T if saved."""
     level = tl.program_id(1)
     count, num_experts, dim = variable(pick(rows, level)), variable(pick(experts, level)), pick(dims, level)
     BLOCK_R: tl.constexpr = RANK_BLOCK if RANK_BLOCK < BLOCK_C else BLOCK_C
@@ -112,7 +113,7 @@ def hidden_kernel(
     total = times_transposed(left, inside, columns, exists, dim, EVEN, PRECISION, BLOCK_N, BLOCK_C, BLOCK_K)
     place = row[:, None] * (num_experts * RANK) + (expert * RANK + within)[None, :]
     mask = inside[:, None] & exists[None, :]
-    # Rounded before the activation, as what backward takes from memory is.
+    # Rounded before the activation, like the values that backward loads.
     rounded = narrow(total, activated[0])
     if variable(pick(saves, level)) != 0:
         tl.store(pick(hidden, level) + place, rounded, mask=mask)
@@ -148,10 +149,10 @@ def mixture_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y (rows, D) = g_0 backbone + (g_1 + .. + g_E) x + (g * activated) up, of which ONE_ROW leaves out the first term.
+    """Compute y (rows, D) = g_0 backbone + (g_1 + .. + g_E) x + (g * activated) up; without the first term if ONE_ROW.
 
-    With COUNT the gates are applied here, and squares (E+1, column blocks, rows) take the sums of squares, over the
-    columns of a block, of the backbone and of each expert's output; else `activated` has the gates in it.
+    With COUNT the gates are applied here, and squares (E+1, column blocks, rows) receive the sums of squares, over the
+    columns of a block, of the backbone and of each expert's output. Without COUNT `activated` includes the gates.
     """
     level = tl.program_id(1)
     count, num_experts, dim = variable(pick(rows, level)), variable(pick(experts, level)), pick(dims, level)
@@ -225,7 +226,7 @@ def broadcast_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y = g_0 backbone + mixture, whose single row is that of all; squares (rows,) take the backbone's, with COUNT."""
+    """Compute y = g_0 backbone + mixture, a single row; with COUNT also squares (rows,), those of the backbone."""
     level = tl.program_id(1)
     row, inside = block_rows(tl.program_id(0), variable(pick(rows, level)), BLOCK_N)
     dim, gate = pick(dims, level), tl.load(pick(gates, level))
@@ -260,10 +261,10 @@ def count_kernel(
     BLOCK_N: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """norms and masses (slices, E+1): the sums over a slice of rows of what each gate lets through, and of the gates.
+    """Compute norms and masses (slices, E+1): sums over a slice of rows of gated outputs' norms, and of the gates.
 
-    Sums of squares are (E+1, column blocks, rows) in expert_squares. With ONE_ROW there is one row of them and of the
-    gates for all rows, except for the backbone's squares, which are (rows,).
+    Sums of squares are (E+1, column blocks, rows) in expert_squares. With ONE_ROW they and the gates have one row for
+    all rows, but the backbone's squares are (rows,).
     """
     level = tl.program_id(1)
     gated = variable(pick(experts, level)) + 1

@@ -13,7 +13,7 @@ from xsmoe_kernels.triton_utils.kernel_helpers import as_variable, rows_aligned,
 from xsmoe_kernels.triton_utils.tuning import Config
 
 LARGEST_LAUNCH = 8
-"""How many levels a launch takes at most: what they bring are arguments of the kernel."""
+"""The largest number of levels of a launch; each of them adds arguments to the kernel."""
 
 
 Item = TypeVar("Item")
@@ -25,12 +25,11 @@ class Level(NamedTuple):
 
     Attributes:
         x, backbone: rows of any stride.
-        router, down, up, frozen_down, frozen_up: contiguous; where no experts are kept apart, the latter two are the
-            former, and `frozen` is 0.
-        frozen: how many experts are kept apart.
-        trained: the first expert that takes weight gradients.
-        aligned: whether Triton knows that it may read rows, those of hidden states too, in words of 16 bytes.
-        hidden_frozen: how many experts of down and up do not.
+        router, down, up, frozen_down, frozen_up: contiguous. Without separate frozen experts the last two are down and
+            up, and `frozen` is 0.
+        frozen: the number of separate frozen experts.
+        trained: the first expert that has weight gradients.
+        aligned: whether Triton may read rows, those of hidden states too, in words of 16 bytes.
     """
 
     x: Tensor
@@ -52,7 +51,7 @@ class Level(NamedTuple):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Levels that differ in this are launched apart, for they run other binaries or other blocks."""
+        """Levels with different kinds are launched separately, because they need other binaries or block sizes."""
         return self.one_row, self.rank, self.activation, self.aligned
 
     @property
@@ -72,12 +71,12 @@ class Level(NamedTuple):
 
     @property
     def experts(self) -> int:
-        """E, those kept apart among them."""
+        """E, including the separate frozen experts."""
         return self.router.shape[0] - 1
 
 
 class BackwardLevel(NamedTuple):
-    """A level, what its forward saved, and what its backward is asked for."""
+    """A level, the results that its forward saved, and the requested gradients."""
 
     level: Level
     grad: Tensor
@@ -92,12 +91,12 @@ class BackwardLevel(NamedTuple):
 
     @property
     def needs(self) -> tuple[bool, ...]:
-        """Which gradients are asked for."""
+        """Which gradients are requested."""
         return self.need_x, self.need_backbone, self.need_router, self.need_down, self.need_up
 
 
 def make_level(tensors: tuple[Any, ...], num_frozen: int, activation: str) -> Level:
-    """A level from the operator's arguments, of which `tensors` are x to frozen_up."""
+    """Return a level from the operator's arguments; `tensors` are x to frozen_up."""
     x, backbone, router, down, up, frozen_down, frozen_up = tensors
     x, backbone = rows_in_place(x), rows_in_place(backbone)
     down, up = down.contiguous(), up.contiguous()
@@ -122,7 +121,7 @@ def make_level(tensors: tuple[Any, ...], num_frozen: int, activation: str) -> Le
 
 
 class Launch:
-    """What all kernels of one launch share."""
+    """Levels of one launch, and the arguments that all its kernels share."""
 
     def __init__(self, levels: list[Level], x_rows: list[int]) -> None:
         self.levels = levels
@@ -139,32 +138,32 @@ class Launch:
         self.key = {"D": max(self.dims), "R": self.rank}
 
     def run(self, table: tuning.Table, launch: Callable[[Config], Result], **flags: bool) -> Result:
-        """Calls `launch` with a configuration; `flags` tell kernels apart that are compiled from one source."""
+        """Call `launch` with a configuration; `flags` distinguish binaries that are compiled from one kernel."""
         if self.levels[0].aligned:
             return tuning.run(table, self.like, self.precision, self.key | flags, launch)
         return launch(self._smaller(tuning.default(table, self.like, self.precision)))
 
     def _smaller(self, config: Config) -> Config:
-        """A configuration for loads of single numbers, whose addresses take many registers."""
+        """Return a configuration for loads of single numbers, whose addresses need many registers."""
         most = {"BLOCK_N": 64 // self.like.element_size(), "BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_K": 32}
         blocks = {name: min(size, most.get(name, size)) for name, size in config.blocks.items()}
         return replace(config, blocks=blocks)
 
     def start(self, kernel: Any, programs: int, config: Config, arguments: dict[str, Any], **constants: Any) -> None:
-        """Starts a kernel on the most programs that any level needs, for each level."""
+        """Launch a kernel for all levels, with the largest number of programs that any level needs."""
         grid = (programs, len(self.levels))
         kernel_helpers.launch(kernel, grid, self.like.device, arguments, constants, config)
 
     def even(self, *blocks: int) -> bool:
-        """Whether blocks of columns divide the width of all levels."""
+        """Return whether the blocks divide the width of all levels."""
         return all(dim % block == 0 for dim in self.dims for block in blocks)
 
     def chunks(self, config: Config) -> int:
-        """Into how many chunks of a tile an expert's columns are cut."""
+        """Return the number of chunks of an expert's columns."""
         return cdiv(self.rank, min(rank_block(self.rank), config.blocks["BLOCK_C"]))
 
     def most_tiles(self, config: Config, starts: Sequence[int]) -> int:
-        """The most tiles that any level has, of its experts from a start on, as `pieces.tile_count` counts them."""
+        """Return the largest number of tiles of any level, as `device_functions.tile_count` computes it."""
         chunks = self.chunks(config)
         tile_chunks = config.blocks["BLOCK_C"] // min(rank_block(self.rank), config.blocks["BLOCK_C"])
         ahead = [max(level.frozen - start, 0) for level, start in zip(self.levels, starts, strict=True)]
@@ -178,24 +177,24 @@ class Launch:
 
 
 def variables(numbers: Iterable[int]) -> tuple[int, ...]:
-    """One run-time number per level, coded so that it compiles nothing anew."""
+    """Return one run-time number per level, encoded so that no value compiles another binary."""
     return tuple(as_variable(number) for number in numbers)
 
 
 def strides(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Numbers from one row to the next, per level."""
+    """Return the row stride of each tensor."""
     return tuple(tensor.stride(0) for tensor in tensors)
 
 
 def rank_block(rank: int) -> int:
-    """The least power of two of columns that holds an expert's, and that a product takes."""
+    """Return the smallest power of two that is at least R and that a product supports."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 def in_launches(
     items: Sequence[Item], kind: Callable[[Item], Any], run: Callable[[list[Item]], Sequence[Result]]
 ) -> list[Result]:
-    """What `run` gives for each item, called with items of one kind, as many as a launch takes."""
+    """Return the result of `run` for each item; `run` is called with items of one kind, up to LARGEST_LAUNCH."""
     kinds: dict[Any, list[int]] = {}
     for place, item in enumerate(items):
         kinds.setdefault(kind(item), []).append(place)
@@ -208,5 +207,5 @@ def in_launches(
 
 
 def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What stands for a result that is not wanted."""
+    """Return an empty tensor for a result that is not needed."""
     return like.new_empty(0, dtype=dtype or like.dtype)

@@ -64,10 +64,10 @@ def weight_gradient_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """parts (slices, columns, D): of each slice of rows grad_hidden^T x, gated^T grad and grad_logits^T x, stacked.
+    """Compute parts (slices, columns, D): for each slice of rows grad_hidden^T x, gated^T grad and grad_logits^T x.
 
-    Of grad_hidden's rows the columns behind `hidden_offsets` are taken. Columns of hidden states are counted in units
-    of RANK_UNIT, which divides R.
+    The columns of grad_hidden from `hidden_offsets` on are used. Columns of hidden states are counted in units of
+    RANK_UNIT, which divides R.
     """
     level = tl.program_id(1)
     count, dim, num_slices = variable(pick(rows, level)), pick(dims, level), variable(pick(slices, level))
@@ -88,7 +88,7 @@ def weight_gradient_kernel(
     stacked = tl.where(is_down, 0, down_columns) + tl.where(is_down | is_up, 0, up_columns)
     index = own_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     column = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    # Slices are whole blocks of rows, as equal as these allow.
+    # Slices are whole blocks of rows of nearly equal number.
     slice_rows = tl.cdiv(tl.cdiv(count, BLOCK_K), num_slices) * BLOCK_K
     begin = part * slice_rows
     end = min(begin + slice_rows, count)
@@ -111,7 +111,7 @@ def weight_gradient_kernel(
             BLOCK_K,
         )
     else:
-        # What pads the columns is read with them, for it spoils only rows that are not stored.
+        # The padding of the columns is read too, because it affects only rows that are not stored.
         total = _transposed_times(
             pick(grad_logits, level),
             padded(router_columns),
@@ -152,7 +152,7 @@ def _transposed_times(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """left^T right over the rows from `begin` to `end`, in the dtype of left."""
+    """Return left^T right over the rows from `begin` to `end`, in the dtype of left."""
     total = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     for first in range(begin, end, BLOCK_K):
         row = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -185,8 +185,8 @@ def weight_sum_kernel(
     RANK_UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The sums over slices, as gradients of down, up and router; zeros for `frozen_columns` leading columns of the
-    former two. A program makes one row of D numbers."""
+    """Sum over slices into the gradients of down, up and router, with zeros for `frozen_columns` leading columns of
+    down and up. A program computes one row of D numbers."""
     level = tl.program_id(1)
     dim, num_slices = pick(dims, level), variable(pick(slices, level))
     down_columns = variable(pick(hidden_columns, level)) * RANK_UNIT
@@ -221,11 +221,11 @@ def weight_gradients(
     gated: list[Tensor],
     grad_logits: list[Tensor],
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The gradients of router, down and up: sums over slices of rows, then over the slices."""
+    """Return the gradients of router, down and up: sums over slices of rows, then over the slices."""
     levels, asked, like = launch.levels, parts[0], launch.like
     trained_columns = [(level.experts - level.trained) * level.rank for level in levels]
     hidden_columns = [number * asked.need_down for number in trained_columns]
-    # Where x takes a gradient, the hidden states of frozen experts have theirs ahead.
+    # If x has a gradient, the gradients of frozen experts' hidden states come first.
     hidden_offsets = [level.trained * level.rank * asked.need_x for level in levels]
     gated_columns = [number * asked.need_up for number in trained_columns]
     logit_columns = [(level.experts + 1) * asked.need_router for level in levels]
@@ -238,13 +238,13 @@ def weight_gradients(
     }
 
     def products(config: Config) -> tuple[list[Tensor], list[int]]:
-        """The sums over slices, and how many slices there are."""
+        """Return the sums over slices, and the number of slices."""
         blocks = config.blocks
         tiles = [
             sum(cdiv(number, blocks["BLOCK_C"]) for number in level_columns) * cdiv(level.dim, blocks["BLOCK_D"])
             for level, *level_columns in zip(levels, hidden_columns, gated_columns, logit_columns, strict=True)
         ]
-        # By what the level itself is, so that its sums are the same in any company.
+        # Depends on the level alone, so that its sums are the same in any launch.
         slices = [
             max(
                 1,
@@ -283,7 +283,7 @@ def weight_gradients(
 
     sums, slices = launch.run(WEIGHT_GRADIENT, products)
     routers = [torch.empty_like(level.router) if asked.need_router else nothing(like) for level in levels]
-    # Where nothing is trained no kernel writes.
+    # No kernel writes gradients without trained experts.
     downs, ups = (
         [
             (torch.empty_like if number else torch.zeros_like)(weight) if need else nothing(like)
