@@ -35,7 +35,7 @@ TIMES = (
     Column("x {}", lambda w, name: _span(w.ratio(name), "{:.1f}".format), "ours"),
     Column("{} epoch s", lambda w, name: f"{np.mean(w.runs[name].epochs):.2f}"),
     Column("{} window s", lambda w, name: f"{w.runs[name].seconds:.2f}"),
-    Column("error {}", lambda w, name: f"{w.runs[name].error:.2f}", "ours"),
+    Column("error {}", lambda w, name: "" if (error := w.runs[name].error) is None else f"{error:.2f}", "ours"),
 )
 MEMORY = (
     Column("{} peak MiB", lambda w, name: mib(w.runs[name].peak_bytes)),

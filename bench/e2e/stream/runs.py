@@ -1,6 +1,5 @@
 """The two formulations that are trained on the stream: ours and the paper's, and the clock of their steps."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -75,12 +74,14 @@ class StepClock:
             self._watch.mark()
 
 
-class Run(ABC):
+class _Run:
     """A model that is trained window by window.
 
-    Attributes:
-        name: used in tables.
-        optimizer: of the current window.
+    Each formulation has these methods. `grow(window, rows)` freezes all experts, adds one with these gate rows to each
+    level, and returns the rows that were used. `begin(sequences, share)` prepares for a window: its training sequences,
+    and each item's share (I,) of them. `epoch(window, epoch)` trains on every sequence once and returns the mean loss.
+    `ranks(task)` returns each target's rank, (B,) float64. `encoded_rows(batch)` returns the number of rows of each
+    modality that a step on these users encodes.
     """
 
     model: nn.Module
@@ -89,26 +90,6 @@ class Run(ABC):
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self.config, self.device = name, settings.config(), torch.device(settings.device)
         self.clock = StepClock(self.device)
-
-    @abstractmethod
-    def grow(self, window: int, rows: GateRows | None) -> GateRows | None:
-        """Freeze all experts and add one to each level, with these gate rows; return the rows that were used."""
-
-    @abstractmethod
-    def begin(self, sequences: Sequences, share: np.ndarray) -> None:
-        """Prepare for a window: its training sequences, and each item's share (I,) of them."""
-
-    @abstractmethod
-    def epoch(self, window: int, epoch: int) -> float:
-        """Train on every sequence once; return the mean loss."""
-
-    @abstractmethod
-    def ranks(self, task: RankingTask) -> np.ndarray:
-        """Return each target's rank, (B,) float64."""
-
-    @abstractmethod
-    def encoded_rows(self, batch: Sequences) -> int:
-        """Return the number of rows of each modality that a step on these users encodes."""
 
     def weights(self) -> list[Tensor]:
         """Return parameters, frozen experts, and tensors that are derived from them and kept."""
@@ -122,7 +103,7 @@ class Run(ABC):
         return _byte_size(value for value in states if isinstance(value, Tensor))
 
 
-class OurRun(Run):
+class OurRun(_Run):
     """Our recommender, trained by the functions that `xsmoe train` uses."""
 
     sequences: Sequences
@@ -202,7 +183,7 @@ class OurRun(Run):
         return copied.to(self.device).train()
 
 
-class PaperRun(Run):
+class PaperRun(_Run):
     """One module per expert, all places of a batch encoded, a loop over users in the loss and in the ranking."""
 
     items: Tensor
@@ -261,6 +242,9 @@ class PaperRun(Run):
 
     def encoded_rows(self, batch: Sequences) -> int:
         return len(batch) * PLACES
+
+
+Run = OurRun | PaperRun
 
 
 def paper_with_weights(
