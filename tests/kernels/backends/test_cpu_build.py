@@ -16,7 +16,7 @@ from xsmoe_kernels.runtime import dispatch
 
 IMPORT = "import xsmoe_kernels"
 FUNCTIONS = {"cpu_tier", "pack_experts"}
-"""What the library holds beyond operators."""
+"""Functions of the library other than operators."""
 SOURCES = ("build_cuda.py", "build_plan.py", "build_facts.cpp", "cpu/features.h", "cpu/features.cpp", "cpu/library.cpp")
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside the package")

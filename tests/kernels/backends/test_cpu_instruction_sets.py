@@ -22,8 +22,8 @@ PROGRAMS = {
     str(TESTS / "native_packed_attention.py"): len(SEQUENCES),
     str(TESTS / "native_in_batch_softmax_loss.py"): len(BATCHES),
 }
-"""Each compares an operator on the tier that it is started with, and tells how many cases agreed."""
-# Starting Python takes as long as an operator's cases.
+"""Programs that compare an operator on one instruction set, and print the number of cases that agreed."""
+# The start of Python needs as much time as an operator's cases.
 ONE_AFTER_THE_OTHER = "import runpy, sys; [runpy.run_path(one, run_name='__main__') for one in sys.argv[1:]]"
 
 

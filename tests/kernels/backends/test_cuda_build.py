@@ -37,7 +37,7 @@ LIBRARY = ROOT / "build" / "cuda" / cuda_backend.LIBRARY
 
 
 SOME = ("8.0", "9.0+PTX")
-"""The oldest GPU, and one that this is for; each takes half a minute of a core, so that others wait for test-all."""
+"""The oldest GPU and the main one. Each compilation needs half a minute of a core; test-all compiles for the others."""
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def assert_nothing_spills(found: list[Found], asked: tuple[str, ...]) -> None:
         by_kernel.setdefault(one.kernel, set()).add(one.architecture.removeprefix("sm_"))
     assert by_kernel
     assert set(map(frozenset, by_kernel.values())) == {frozenset(architectures)}
-    # A stack frame is an array that was indexed at run time: it lies in memory as what is spilled does.
+    # A stack frame is an array with run-time indices: it is in memory, like spilled registers.
     assert not [one for one in found if one.spilled or one.stack or one.registers > 255]
-    # Shared memory is the launchers', whose sizes tests of geometry know.
+    # The launchers choose the size of shared memory, which tests of their geometry check.
     assert not [one for one in found if one.shared]
 
 
