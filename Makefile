@@ -6,32 +6,33 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
 
-# The compiler that setup.py takes: make's own default would be another name for it, and compile all anew.
+# The compiler that setup.py uses. The default of make is another name for it, with which everything would compile again.
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
-# What runs under the sanitizers: the tests of native kernels, but for those of builds and of memory, which take minutes
-# there and see nothing more. Matrix tiles are emulated, so that what they read is seen as well.
+# What runs under the sanitizers: the tests of native kernels, except those of builds and of memory, which take minutes
+# there and show nothing more. Matrix tiles are emulated, so that the sanitizers see what the kernels read from them.
 SANITIZED := sanitize-emulate-amx
 SANITIZED_TIERS := baseline avx512 amx
-NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/test_native_*.py)) \
+NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/*/test_cpu*.py)) \
 	tests/kernels/route_topk/test_route_topk.py tests/kernels/grouped_mm/test_grouped_mm.py
-# Those of side_moe as a whole are left out, which are mostly Triton's interpreter; those of its CUDA kernels are not.
-CUDA_TESTS := $(filter-out %_build.py %_cuda_side_moe.py,$(wildcard tests/kernels/test_cuda_*.py))
+# Without the tests of the whole side_moe, which spend their time in Triton's interpreter; test_cuda_rows.py stays.
+CUDA_TESTS := $(filter-out tests/kernels/backends/% %/side_moe/test_cuda.py,$(wildcard tests/kernels/*/test_cuda*.py))
 # Tests that run the same again in another order show sanitizers nothing new.
 ONCE := not any_order and not order_of_blocks and not catalogue
 
-# About half of what the tests take.
-BESIDE := $(wildcard tests/kernels/test_triton_*.py tests/kernels/test_gpu_*.py) \
-	tests/kernels/backends/test_cuda_build.py tests/bench tests/data tests/encoders tests/nn
+# Processes of pytest-xdist. A test file runs in one process, because its tests share what its fixtures build. Without
+# reordering, the last files are short, so that no process waits long for another.
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # What variants of `bench quality` train on MovieLens.
 LEVERS := growth,condition-none,no-ids,history-last,keep-last,keep-best,linear,condition-standardize,paper
 
-.PHONY: demo test test-all native sanitize bench bench-quality bench-quick lint clean
+.PHONY: demo test test-all docs wheel native sanitize bench bench-quality bench-quick lint clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
 # Compiles what has changed under csrc/, which is nothing right after the installation.
@@ -45,17 +46,21 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/*.py tools/*.py
 
-# Tests run on one core for the most part: half of them take the other.
 test: native lint
-	@mkdir -p build; \
-	$(BIN)/python -m pytest -m "not slow" $(BESIDE) >build/test-beside.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest -m "not slow" $(BESIDE:%=--ignore=%); others=$$?; \
-	echo "waiting for the tests that run beside these"; wait $$beside; code=$$?; \
-	cat build/test-beside.log; exit $$((others | code))
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-all: native lint
-	$(BIN)/python -m pytest
+test-all: native lint docs
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# The documentation as a site in build/site. Warnings are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
+# A source distribution and a CPU wheel in dist/, installed and tried in a fresh environment without a compiler.
+wheel: $(STAMP)
+	$(BIN)/python tools/build_wheel.py
 
 # What bench/results/ holds of the kernels; about an hour, and nothing else may run meanwhile.
 bench: native
@@ -84,8 +89,8 @@ bench: native
 		--json bench/results/memory-side_moe-cpu-float32.json
 	$(BIN)/python -m bench memory step --json bench/results/memory-step-cpu-float32.json
 	$(BIN)/python -m bench stream --top-k 2 --json bench/results/stream-cpu.json
-	$(BIN)/python -m bench.profiled mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
-	$(BIN)/python -m bench.losing --write
+	$(BIN)/python -m bench.cli.profile mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
+	$(BIN)/python -m bench.report.docs_tables --write
 
 # What docs/quality.md has its tables from; hours. XSMOE_MOVIELENS is the folder of ml-latest-small.
 bench-quality: native
@@ -97,7 +102,7 @@ bench-quality: native
 		--variants growth,static,mean-gate,copy --json bench/results/quality-returning.json
 	$(BIN)/python -m bench quality --stream catalogue --folder runs/quality-catalogue --seeds 5 --jobs 2 \
 		--variants growth,mean-gate,copy --json bench/results/quality-catalogue.json
-	$(BIN)/python -m bench.quality.page --write
+	$(BIN)/python -m bench.report.docs_tables --write
 
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only
@@ -118,4 +123,4 @@ sanitize: $(STAMP)
 	cat build/sanitize-cuda.log; exit $$((native | code))
 
 clean:
-	rm -rf $(VENV) build xsmoe_kernels/*.so xsmoe_kernels/_*build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist xsmoe_kernels/*.so xsmoe_kernels/libxsmoe_cpu.json xsmoe_kernels/_*build_failure.txt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

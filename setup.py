@@ -1,25 +1,35 @@
-"""Build of the native kernels. The project's metadata lies in pyproject.toml.
+"""The build of the native kernels. pyproject.toml holds the project's metadata.
 
     python setup.py build_ext --inplace
 
-compiles csrc/ with ninja into files of xsmoe_kernels: libxsmoe_cpu.so, the operators for CPUs, _build_facts, a module
-that tells how they were built, and libxsmoe_cuda.so, CUDA kernels for GPUs, if torch has CUDA. Where something is
-missing that compiling takes (a C++ compiler, ninja, torch, nvcc) the package still installs, and the reason is kept in
-xsmoe_kernels/_build_failure.txt or _cuda_build_failure.txt for `xsmoe_kernels.info()`. Errors in the sources fail the
-build.
+compiles csrc/ with ninja into files of xsmoe_kernels:
 
-Variables: CXX, CXXFLAGS and LDFLAGS as ever; MAX_JOBS bounds the compilers that run at once; XSMOE_NO_NATIVE=1 leaves
-native code out. For CUDA, which a GPU need not be there for: CUDA_HOME names the toolkit; TORCH_CUDA_ARCH_LIST, such as
-"8.0;9.0+PTX", the GPUs; FORCE_CUDA=1 builds the kernels for a torch without CUDA too, and fails where it cannot;
-XSMOE_NO_CUDA=1 leaves them out. For tests, which build aside into build/<name> and leave the package as it is:
+    libxsmoe_cpu.so      the operators for CPUs
+    libxsmoe_cpu.json    the facts of that build
+    libxsmoe_cuda.so     CUDA kernels for GPUs, if torch has CUDA
+
+The libraries use LibTorch's stable ABI and nothing of Python, so that one wheel serves every Python, and every torch
+from 2.11 on. If a C++ compiler, ninja, torch or nvcc is missing, the package still installs, and the reason is written
+to xsmoe_kernels/_build_failure.txt or _cuda_build_failure.txt for `xsmoe_kernels.info()`. Errors in the sources fail
+the build.
+
+The build reads CXX, CXXFLAGS and LDFLAGS as other builds do. MAX_JOBS limits the number of compilers that run at once.
+XSMOE_NO_NATIVE=1 leaves all native code out. The CUDA kernels need no GPU to compile:
+
+    CUDA_HOME               the toolkit
+    TORCH_CUDA_ARCH_LIST    the GPUs, such as "8.0;9.0+PTX"
+    FORCE_CUDA=1            builds them for a torch without CUDA too; an error if that is impossible
+    XSMOE_NO_CUDA=1         leaves them out
+
+Builds for tests go to build/<name> and leave the package as it is:
 
     XSMOE_SANITIZE=1        build/sanitize, with AddressSanitizer and UndefinedBehaviorSanitizer
-    XSMOE_EMULATE_AMX=1     build/emulate-amx, whose amx tier runs wherever avx512_bf16 does, on tiles that
-                            csrc/cpu/amx.h emulates; with both variables, build/sanitize-emulate-amx
-    XSMOE_BUILD_TIERS       the tiers to compile, such as "baseline amx", instead of all; the others count as left out
+    XSMOE_EMULATE_AMX=1     build/emulate-amx: the instruction set amx runs wherever avx512_bf16 does, on tiles that
+                            csrc/cpu/amx.h emulates; with XSMOE_SANITIZE, build/sanitize-emulate-amx
+    XSMOE_BUILD_TIERS       the instruction sets to compile, such as "baseline amx", instead of all
     XSMOE_CUDA_ASIDE=1      build/cuda, libxsmoe_cuda.so alone
-    XSMOE_EMULATE_CUDA=1    build/emulate-cuda, libxsmoe_cuda.so alone, for a CPU, whose threads csrc/cuda/emulated.cpp
-                            emulates; with XSMOE_SANITIZE, build/sanitize-emulate-cuda
+    XSMOE_EMULATE_CUDA=1    build/emulate-cuda, libxsmoe_cuda.so alone, for a CPU: csrc/cuda/emulated.cpp emulates the
+                            threads; with XSMOE_SANITIZE, build/sanitize-emulate-cuda
 """
 
 import importlib.util
@@ -29,12 +39,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -42,10 +52,9 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda  # noqa: E402
 import build_plan  # noqa: E402
-from build_plan import LIBRARY, Toolchain  # noqa: E402
+from build_plan import FACTS, LIBRARY, Toolchain  # noqa: E402
 
 PACKAGE = "xsmoe_kernels"
-FACTS = "_build_facts"
 FAILURE = "_build_failure.txt"
 ASIDE = {
     "sanitize": "XSMOE_SANITIZE",
@@ -53,12 +62,12 @@ ASIDE = {
     "cuda": "XSMOE_CUDA_ASIDE",
     "emulate-cuda": "XSMOE_EMULATE_CUDA",
 }
-"""The kinds of build that stay out of the package, and the variables that ask for them."""
+"""Kinds of build that do not change the package, and the variables that select them."""
 CUDA_ALONE = {"cuda", "emulate-cuda"}
-"""The kinds that have no kernels for CPUs."""
+"""Kinds without kernels for CPUs."""
 
 MINIMUM_TORCH = (2, 11)
-# What of the sources older compilers refuse: their errors would look like faults of ours.
+# Constructs of the sources that older compilers reject. Their errors would look like errors in the sources.
 MODERN = """
 typedef int Quad __attribute__((vector_size(16)));
 Quad reversed(Quad a) { return __builtin_shufflevector(a, a, 3, 2, 1, 0); }
@@ -68,18 +77,18 @@ int sum(Two two) { const auto [a, b] = two; return [&] { return a + b; }(); }
 
 
 class Missing(Exception):
-    """What the build lacks, and what to do about it."""
+    """The build lacks something. The message says what, and what to do."""
 
 
 def toolchain() -> Toolchain:
-    """What is there to compile with; raises Missing."""
+    """Return the tools to compile with. Raise Missing if one is not there."""
     if _is_set("XSMOE_NO_NATIVE"):
         raise Missing("XSMOE_NO_NATIVE was set when this package was built; unset it")
     if not sys.platform.startswith("linux"):
-        raise Missing(f"native kernels are built on Linux only so far, not on {sys.platform}")
+        raise Missing(f"native kernels are built on Linux only, not on {sys.platform}")
     cxx, compiler = _compiler()
     if not build_plan.accepts(cxx, ["-std=c++20"], MODERN):
-        raise Missing(f"{compiler} is too old: it takes g++ 12 or clang 16; install one and name it in CXX")
+        raise Missing(f"{compiler} is too old; install g++ 12 or clang 16 or newer, and name it in CXX")
     ninja = shutil.which("ninja") or _packaged_ninja()
     if ninja is None:
         raise Missing("ninja was not found when this package was built; `pip install ninja`")
@@ -87,13 +96,11 @@ def toolchain() -> Toolchain:
     if torch is None or torch.origin is None:
         raise Missing("torch was not installed when this package was built; install torch and use --no-build-isolation")
     folder = Path(torch.origin).parent
-    # The file alone: importing torch takes seconds, and a build that has nothing to do should take none.
+    # Read the file alone: importing torch takes seconds, and a build with nothing to do should take none.
     about = runpy.run_path(str(folder / "version.py"))
     version = str(about["__version__"])
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
-        raise Missing(f"torch {version} was installed when this package was built; it takes 2.11 or newer")
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        raise Missing("Python's C headers were not found when this package was built; install python3-dev or its like")
+        raise Missing(f"torch {version} was installed when this package was built; install 2.11 or newer")
     return Toolchain(cxx, compiler, ninja, folder, version, about["cuda"])
 
 
@@ -125,7 +132,7 @@ def _packaged_ninja() -> str | None:
 
 
 class BuildNative(build_ext):
-    """Writes a build.ninja, runs it, and puts what it made where it belongs."""
+    """Write a build.ninja, run ninja, and copy the libraries to their place."""
 
     def run(self) -> None:
         aside = [kind for kind, variable in ASIDE.items() if _is_set(variable)]
@@ -142,8 +149,8 @@ class BuildNative(build_ext):
         except Missing as missing:
             if aside or build_cuda.forced():
                 raise CompileError(str(missing)) from missing
-            reason, products = f"{missing}, then run {again} again", (target / LIBRARY, *target.glob(f"{FACTS}.*.so"))
-            _leave_out("the native kernels", reason, target / FAILURE, *products)
+            reason = f"{missing}, then run {again} again"
+            _leave_out("the native kernels", reason, target / FAILURE, target / LIBRARY, target / FACTS)
             _leave_out("the CUDA kernels", reason, target / build_cuda.FAILURE, target / build_cuda.LIBRARY)
             return
         if not CUDA_ALONE.intersection(aside):
@@ -151,14 +158,11 @@ class BuildNative(build_ext):
         self._build_cuda(tools, target, aside, again)
 
     def _build_native(self, tools: Toolchain, target: Path, aside: list[str]) -> None:
-        facts = FACTS + sysconfig.get_config_var("EXT_SUFFIX")
         with _folder(tools, "-".join(aside) or "native") as folder:
-            plan = build_plan.Plan(tools, folder, facts, aside)
-            _write(ROOT / folder / "facts.h", plan.facts_header())
+            plan = build_plan.Plan(tools, folder, aside)
             _run_ninja(tools, folder, plan.ninja())
-            for stale in set(target.glob(f"{FACTS}.*.so")) - {target / facts}:
-                stale.unlink()  # of a library that is replaced now
-            for product in (LIBRARY, facts):
+            _write(ROOT / folder / FACTS, plan.facts())
+            for product in (LIBRARY, FACTS):
                 _replace(ROOT / folder / product, target / product)
         (target / FAILURE).unlink(missing_ok=True)
 
@@ -193,8 +197,7 @@ class BuildNative(build_ext):
     def get_outputs(self) -> list[str]:
         if self.inplace or self.editable_mode:
             return []
-        facts = FACTS + sysconfig.get_config_var("EXT_SUFFIX")
-        names = (LIBRARY, facts, FAILURE, build_cuda.LIBRARY, build_cuda.FAILURE)
+        names = (LIBRARY, FACTS, FAILURE, build_cuda.LIBRARY, build_cuda.FAILURE)
         paths = [Path(self.build_lib, PACKAGE, name) for name in names]
         return [str(path) for path in paths if path.exists()]
 
@@ -204,11 +207,14 @@ class BuildNative(build_ext):
 
 @contextmanager
 def _folder(tools: Toolchain, kind: str) -> Iterator[Path]:
-    """The folder of a kind of build, of its own for each Python and torch, so that going from one to the other and back
-    compiles nothing anew. Waits until no other build works in it: two at once would spoil each other's files."""
+    """Yield the folder of a kind of build, with a lock on it.
+
+    Each torch has a folder of its own, so that changing the torch and changing back compiles nothing again. Two builds
+    at once would damage each other's files, so that the second one waits for the lock.
+    """
     import fcntl  # Linux has it, and elsewhere no build comes this far
 
-    folder = Path("build", f"{kind}-{sys.implementation.cache_tag}-torch-{tools.torch_version}")
+    folder = Path("build", f"{kind}-torch-{tools.torch_version}")
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     with (ROOT / folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -221,11 +227,11 @@ def _run_ninja(tools: Toolchain, folder: Path, text: str) -> None:
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
     if subprocess.run(command, cwd=ROOT).returncode != 0:
-        raise CompileError("the native kernels do not compile; what the compiler said stands above")
+        raise CompileError("the native kernels do not compile; see the compiler's output above")
 
 
 def _leave_out(what: str, reason: str, failure: Path, *products: Path) -> None:
-    print(f"xsmoe: {what} are left out: {reason}")
+    print(f"xsmoe: {what} are not built: {reason}")
     for stale in products:
         stale.unlink(missing_ok=True)
     failure.write_text(reason + "\n", encoding="utf-8")
@@ -237,7 +243,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Copies a file in one step: a process that has the old one loaded keeps it whole."""
+    """Copy a file and replace the target atomically, so that a process that has the old file loaded keeps it."""
     if target.exists() and target.read_bytes() == source.read_bytes():
         return
     aside = target.with_name(f"{target.name}.{os.getpid()}.new")
@@ -245,7 +251,15 @@ def _replace(source: Path, target: Path) -> None:
     aside.replace(target)
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python 3 on one platform: the libraries in it are native, and none uses Python's C API."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    ext_modules=[Extension(f"{PACKAGE}.{FACTS}", ["csrc/build_facts.cpp"])],
-    cmdclass={"build_ext": BuildNative},
+    # setuptools runs build_ext, and calls the wheel platform-specific, if there is an extension.
+    ext_modules=[Extension(f"{PACKAGE}.{Path(LIBRARY).stem}", [])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

@@ -1,37 +1,20 @@
-"""`python -m bench`: a subcommand per question."""
+"""`python -m bench`: one command per question."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from bench import (
-    all_command,
-    compare_command,
-    kernels_command,
-    memory_command,
-    quality_command,
-    roofline_command,
-    step_command,
-    stream_command,
-)
-from bench.leaving import leave
+from bench.cli import all as all_parts
+from bench.cli import compare, kernels, memory, quality, roofline, step, stream
+from bench.cli.broken_pipe import run_and_exit
 
-COMMANDS = (
-    all_command,
-    kernels_command,
-    step_command,
-    memory_command,
-    stream_command,
-    quality_command,
-    roofline_command,
-    compare_command,
-)
+COMMANDS = (all_parts, kernels, step, memory, stream, quality, roofline, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code is 0 only if no result was wrong."""
+    """Run a command; return 0 only if no result was wrong."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="python -m bench", description="What our kernels are worth on this machine.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of our kernels on this machine.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands)
@@ -41,4 +24,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main)
+    run_and_exit(main)

@@ -1,64 +1,59 @@
-"""The same set-ups for pytest-benchmark: `python -m pytest bench --benchmark-only`."""
+"""The same benchmarks for pytest-benchmark: `python -m pytest bench --benchmark-only`."""
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import count
 
 import pytest
 import torch
-from torch import Tensor
 
-from bench import kernels, steps
-from bench.examine import Checked, Truth, examine
-from bench.kernels_command import combinations
-from bench.results import lettered
-from bench.rows import Rows
-from bench.workload import Variant, Workload, gradients
+from bench.cli.kernels import realistic_sizes
+from bench.core.benchmark import Benchmark, Implementation, InputSets, Variant, load_benchmark, run_step
+from bench.core.correctness import Checked, check
+from bench.core.measure import inputs_and_truth
+from bench.core.results import sizes_text
+from bench.e2e.step import STEPS
+from bench.ops import OPERATORS
 
 pytest.importorskip("pytest_benchmark")
 from pytest_benchmark.fixture import BenchmarkFixture
 
 CPU = torch.device("cpu")
-# For forward and for a whole step.
-PASSES = ("forward", "both")
 
 
-class Bench:
-    """A workload whose rows and exact results all of its variants share."""
+class SharedCase:
+    """A case whose inputs and exact results all of its variants share."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, benchmark: Benchmark) -> None:
         torch._dynamo.reset()
-        self.workload = workload
-        self.rows = Rows(workload)
-        self.truth = Truth(workload, self.rows.get(0, None))
+        self.benchmark = benchmark
+        self.inputs, self.truth = inputs_and_truth(benchmark)
         self.checked: dict[str, Checked] = {}
 
     def check(self, name: str) -> Checked:
-        """The variant behind the gate, which each passes once."""
+        """Return the variant after its correctness check, which runs once."""
         if name not in self.checked:
-            self.checked[name] = examine(self.workload, name, self.rows, self.truth)
+            variant = self.benchmark.variant(name)
+            self.checked[name] = check(self.benchmark, variant, self.inputs, self.truth)
         return self.checked[name]
 
 
-def room(name: str) -> type[Workload]:
-    """An operator's, or a training step's with that pooling."""
-    return (steps if name in steps.ROOMS else kernels).room(name)
-
-
 @lru_cache(maxsize=1)
-def bench(operator: str, sizes: tuple[tuple[str, int], ...]) -> Bench:
-    """The bench of one case; the last one is let go, with its memory, when the next begins."""
-    return Bench(room(operator)(dict(sizes), torch.float32, CPU))
+def shared_case(name: str, sizes: tuple[tuple[str, int], ...]) -> SharedCase:
+    """Return one case. The memory of the last one is freed when the next begins."""
+    return SharedCase(load_benchmark({**OPERATORS, **STEPS}, name)(dict(sizes), torch.float32, CPU))
 
 
 def cases() -> Iterator[object]:
-    """Room, sizes, variant and pass, for the sizes of `--quick`; a training step is one pass."""
-    for operator in (*kernels.ROOMS, *steps.ROOMS):
-        kind = room(operator)
-        for sizes in filter(kind.sensible, combinations({**kind.letters, **kind.quick_sizes})):
-            label = f"{kind.operator} {lettered(sizes)}"
-            for name in kind(dict.fromkeys(sizes, 1), torch.float32, CPU).variants():
-                for one_pass in PASSES[operator in steps.ROOMS :]:
-                    yield pytest.param(operator, tuple(sizes.items()), name, one_pass, id=f"{label}-{name}-{one_pass}")
+    """Yield benchmark, sizes, variant and pass, for the sizes of `--quick`. A training step has one pass."""
+    for name in (*OPERATORS, *STEPS):
+        kind = load_benchmark({**OPERATORS, **STEPS}, name)
+        for sizes in realistic_sizes(kind, {**kind.default_sizes, **kind.quick_sizes}):
+            label = f"{kind.operator} {sizes_text(sizes)}"
+            for variant in kind.smallest(torch.float32, CPU).variants():
+                for one_pass in ("forward", "both")[name in STEPS :] if variant.default else ():
+                    where = f"{label}-{variant.name}-{one_pass}"
+                    yield pytest.param(name, tuple(sizes.items()), variant.name, one_pass, id=where)
 
 
 @pytest.mark.parametrize(("operator", "sizes", "name", "one_pass"), list(cases()))
@@ -66,26 +61,19 @@ def cases() -> Iterator[object]:
 def test_speed(
     benchmark: BenchmarkFixture, operator: str, sizes: tuple[tuple[str, int], ...], name: str, one_pass: str
 ) -> None:
-    """Times a variant that is right; one that cannot run here is skipped, one that is wrong fails."""
-    mine = bench(operator, sizes)
-    checked = mine.check(name)
-    variant, row = checked.variant, checked.row
-    if row.status in ("absent", "skipped") or variant is None:
+    """Time a variant with right results. One that cannot run here is skipped, and a wrong one fails."""
+    case = shared_case(operator, sizes)
+    checked = case.check(name)
+    row = checked.row
+    if row.status in ("absent", "skipped") or checked.implementation is None:
         pytest.skip(f"{name} is {row.status}: {row.reason}")
     assert row.status == "measured", row.reason
-    benchmark.group = f"{mine.workload.operator} {lettered(dict(sizes))} {one_pass}"
+    benchmark.group = f"{case.benchmark.operator} {sizes_text(dict(sizes))} {one_pass}"
     benchmark.extra_info.update(backend=row.backend, error=row.error, saved_bytes=row.saved_bytes)
-    turns = iter(range(1 << 30))
-    benchmark(step, variant, mine.rows, turns, one_pass)
+    benchmark(step, checked.variant, checked.implementation, case.inputs, count(), one_pass)
 
 
-def step(variant: Variant, rows: Rows, turns: Iterator[int], one_pass: str) -> Tensor | None:
-    """One forward, and one backward if the pass has it; of a training step all that is timed as one."""
-    taken = rows.get(next(turns), variant.dtype)
-    if variant.whole is not None:
-        variant.whole(taken)
-        return None
-    results = variant.forward(taken)
-    if one_pass == "both":
-        gradients(variant, taken, results)
-    return results["y"]
+def step(variant: Variant, built: Implementation, inputs: InputSets, turns: Iterator[int], one_pass: str) -> object:
+    """Run forward, or a whole step; return the results, which live until the timer stops."""
+    mine = inputs.get(next(turns), variant.dtype)
+    return built.forward(mine) if one_pass == "forward" else run_step(built, mine)

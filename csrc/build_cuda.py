@@ -1,4 +1,4 @@
-"""The CUDA part of the build, which setup.py calls: what there is to compile with, for which GPUs, and how."""
+"""The CUDA part of the build: the toolkit, the GPUs to compile for, and the flags."""
 
 import os
 import re
@@ -12,16 +12,16 @@ from typing import NamedTuple
 LIBRARY = "libxsmoe_cuda.so"
 FAILURE = "_cuda_build_failure.txt"
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
-"""Compiled for unless TORCH_CUDA_ARCH_LIST says otherwise, as far as nvcc knows them; PTX too for the last."""
+"""The default of TORCH_CUDA_ARCH_LIST, as far as nvcc supports it. The last one is compiled to PTX too."""
 OLDEST = 80
-"""Older GPUs have neither asynchronous copies nor reductions over a warp in hardware."""
+"""Older GPUs have neither asynchronous copies nor warp reductions in hardware."""
 OLDEST_NVCC = 12
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 EMULATED = "-DXSMOE_EMULATE_CUDA"
 
-# What ptxas says of registers, spills and shared memory is kept beside the object.
+# The log next to an object contains ptxas' report on registers, spills and shared memory.
 RULE = """\
 rule nvcc
   command = $nvcc $flags -Xptxas=-v -MD -MF $out.d -c $in -o $out >$out.log 2>&1 || { cat $out.log; exit 1; }
@@ -32,7 +32,7 @@ rule nvcc
 
 
 class Unavailable(Exception):
-    """Why CUDA kernels cannot be built, and what to do about it."""
+    """The CUDA kernels cannot be built. The message says why, and what to do."""
 
 
 class Toolkit(NamedTuple):
@@ -44,7 +44,7 @@ class Toolkit(NamedTuple):
     architectures: tuple[str, ...]
 
     def targets(self) -> list[str]:
-        """nvcc's flags that name the GPUs."""
+        """Return nvcc's flags that select the GPUs."""
         flags = []
         for one in self.architectures:
             number = one.removesuffix("+PTX").replace(".", "")
@@ -55,20 +55,20 @@ class Toolkit(NamedTuple):
 
 
 def wanted(torch_cuda: str | None) -> bool:
-    """Whether CUDA kernels are to be built beside a torch of this CUDA, None for a torch without."""
+    """Return whether to build CUDA kernels for a torch of this CUDA version; None is a torch without CUDA."""
     return torch_cuda is not None or forced()
 
 
 def forced() -> bool:
-    """Whether FORCE_CUDA asks for them whatever torch says; what is missing is then an error."""
+    """Return whether FORCE_CUDA requests the kernels for any torch. A missing tool is then an error."""
     return os.environ.get("FORCE_CUDA", "0") not in ("", "0")
 
 
 def toolkit(torch_cuda: str | None) -> Toolkit:
-    """The toolkit to build with.
+    """Return the toolkit to build with.
 
     Raises:
-        Unavailable: there is none, or it does not fit torch's CUDA or TORCH_CUDA_ARCH_LIST.
+        Unavailable: there is none, or it does not match torch's CUDA version or TORCH_CUDA_ARCH_LIST.
     """
     if os.environ.get("XSMOE_NO_CUDA", "0") not in ("", "0"):
         raise Unavailable("XSMOE_NO_CUDA was set when this package was built; unset it")
@@ -80,10 +80,10 @@ def toolkit(torch_cuda: str | None) -> Toolkit:
         raise Unavailable(f"nvcc was not found {where}; install a CUDA toolkit and name it in CUDA_HOME")
     version = _version(nvcc)
     if int(version.split(".")[0]) < OLDEST_NVCC:
-        raise Unavailable(f"nvcc {version} is too old: it takes {OLDEST_NVCC} or newer; name another in CUDA_HOME")
+        raise Unavailable(f"nvcc {version} is too old; name a toolkit of CUDA {OLDEST_NVCC} or newer in CUDA_HOME")
     if torch_cuda is not None and version.split(".")[0] != torch_cuda.split(".")[0]:
         raise Unavailable(
-            f"nvcc is of CUDA {version} and torch of CUDA {torch_cuda}; name a toolkit of it in CUDA_HOME"
+            f"nvcc is of CUDA {version} and torch of CUDA {torch_cuda}; name a toolkit of torch's version in CUDA_HOME"
         )
     root = _root(nvcc)
     if not (root / "include" / "cuda_runtime.h").exists():
@@ -92,8 +92,8 @@ def toolkit(torch_cuda: str | None) -> Toolkit:
 
 
 def architectures(nvcc: str) -> tuple[str, ...]:
-    """The GPUs to compile for, such as "9.0" and "10.0+PTX"; those that are too old are passed over."""
-    known = set(re.findall(r"compute_(\d+[af]?)", _said(nvcc, "--list-gpu-arch")))
+    """Return the GPUs to compile for, such as "9.0" and "10.0+PTX". GPUs that are too old are skipped."""
+    known = set(re.findall(r"compute_(\d+[af]?)", _output(nvcc, "--list-gpu-arch")))
     asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,"))
     if asked == [""]:
         usual = [one for one in ARCHITECTURES if one.replace(".", "") in known]
@@ -102,10 +102,10 @@ def architectures(nvcc: str) -> tuple[str, ...]:
     for one in asked:
         number = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", one)
         if number is None:
-            raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one!r}, which is no number like 9.0 or 9.0+PTX")
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one!r}, which is not a version such as 9.0 or 9.0+PTX")
         if int(re.sub(r"\D", "", number[1] + number[2])) < OLDEST:
             continue
-        # Variants of an architecture, such as 9.0a, are not listed by every nvcc that knows them.
+        # Not every nvcc lists the variants of an architecture that it supports, such as 9.0a.
         if re.sub(r"\D", "", number[1] + number[2]) not in {re.sub(r"\D", "", name) for name in known}:
             raise Unavailable(f"TORCH_CUDA_ARCH_LIST names {one}, which {nvcc} does not compile for")
         chosen.append(one)
@@ -115,12 +115,12 @@ def architectures(nvcc: str) -> tuple[str, ...]:
 
 
 def host_compiler(cxx: list[str]) -> list[str]:
-    """nvcc's flags that name the compiler of the host, without what starts it."""
+    """Return nvcc's flags that select the host compiler, without a launcher such as ccache."""
     return ["-ccbin", next((word for word in cxx if Path(word).name not in LAUNCHERS), cxx[0])]
 
 
 def try_out(tools: Toolkit, cxx: list[str]) -> None:
-    """Compiles nothing with it, for one GPU: many a toolkit refuses a compiler that is newer than it.
+    """Compile an empty file for one GPU. Many toolkits reject a host compiler that is newer than they are.
 
     Raises:
         Unavailable: it does not compile.
@@ -129,26 +129,28 @@ def try_out(tools: Toolkit, cxx: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ran = subprocess.run([*command, "-o", str(Path(folder, "empty.o"))], capture_output=True, text=True)
     if ran.returncode != 0:
-        said = next(
+        error = next(
             (line for line in (ran.stdout + ran.stderr).splitlines() if "error" in line), f"code {ran.returncode}"
         )
-        raise Unavailable(f"{tools.nvcc} does not compile with {shlex.join(cxx)}: {said}; name another compiler in CXX")
+        raise Unavailable(
+            f"{tools.nvcc} does not compile with {shlex.join(cxx)}: {error}; name another compiler in CXX"
+        )
 
 
 def _version(nvcc: str) -> str:
-    found = re.search(r"release (\d+\.\d+)", _said(nvcc, "--version"))
+    found = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
     if found is None:
-        raise Unavailable(f"{nvcc} does not tell its version; name another toolkit in CUDA_HOME")
+        raise Unavailable(f"{nvcc} does not print its version; name another toolkit in CUDA_HOME")
     return found[1]
 
 
 def _root(nvcc: str) -> Path:
-    # nvcc may be a link or a script that calls the real one, which tells where its toolkit is.
-    top = re.search(r"^#\$ TOP=(.*)$", _said(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
+    # nvcc may be a link or a script that calls the real one. That one prints where its toolkit is.
+    top = re.search(r"^#\$ TOP=(.*)$", _output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
     return Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1]
 
 
-def _said(nvcc: str, *arguments: str) -> str:
+def _output(nvcc: str, *arguments: str) -> str:
     try:
         ran = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
     except OSError as error:
@@ -157,18 +159,18 @@ def _said(nvcc: str, *arguments: str) -> str:
 
 
 def compile_flags(tools: Toolkit) -> list[str]:
-    """nvcc's flags for kernels, with those that $NVCC_APPEND_FLAGS adds left to nvcc."""
+    """Return nvcc's flags for kernels. nvcc itself adds those of $NVCC_APPEND_FLAGS."""
     return [*FLAGS, *tools.targets()]
 
 
 def link_flags(tools: Toolkit) -> list[str]:
-    """The runtime is linked in, so that it need not be found where the library is loaded."""
+    """Return the flags that link the CUDA runtime statically, so that loading the library does not need it."""
     folders = [folder for folder in (tools.root / "lib64", tools.root / "lib") if folder.exists()]
     return [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def facts(tools: Toolkit | None, compiler: str, torch_version: str) -> dict[str, object]:
-    """What the library tells of its build; without a toolkit it is the emulation."""
+    """Return the facts of the build, which the library contains. Without a toolkit it is the emulation."""
     return {
         "emulated": tools is None,
         "compiler": compiler if tools is None else f"nvcc {tools.version}, {compiler}",

@@ -1,10 +1,9 @@
-"""Which source is compiled with what, and what is linked: the build.ninja that setup.py has run."""
+"""The build.ninja that setup.py runs: the flags of each source, and the libraries."""
 
 import json
 import os
 import shlex
 import subprocess
-import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "libxsmoe_cpu.so"
+FACTS = "libxsmoe_cpu.json"
+"""How the library next to it was built. A file of its own can be read where the library cannot be loaded."""
 
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNELS = [
@@ -23,7 +24,7 @@ KERNELS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
 ]
 OPTIMIZED = ["-O3"]
-# Line numbers alone: all of -g makes compilers half as fast.
+# -g1 is line numbers only. With -g, compilers take twice as long.
 SANITIZERS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 EMULATED = "-DXSMOE_EMULATE_AMX"
 
@@ -51,7 +52,7 @@ rule link
 
 
 class Toolchain(NamedTuple):
-    """All that compiling takes."""
+    """The tools to compile with."""
 
     cxx: list[str]
     compiler: str
@@ -62,7 +63,7 @@ class Toolchain(NamedTuple):
 
 
 class BuildFile:
-    """A build.ninja in the making; sources are named from the root, where ninja runs."""
+    """The text of a build.ninja. Paths of sources are relative to the root, where ninja runs."""
 
     def __init__(self, tools: Toolchain, folder: Path, aside: list[str]) -> None:
         self.tools, self.folder = tools, folder
@@ -73,14 +74,14 @@ class BuildFile:
         self.lines = [f"builddir = {_escape(str(folder))}", f"cxx = {_escape(shlex.join(tools.cxx))}", RULES]
 
     def compile(self, source: str, flags: list[str], suffix: str = "", rule: str = "compile") -> str:
-        """Has a source compiled; the object's name."""
+        """Add a rule that compiles a source; return the name of the object."""
         name = source.removeprefix("csrc/").removesuffix(".cpp").replace("/", ".")
         target = str(self.folder / f"{name}{suffix}.o")
         self.lines += [f"build {_path(target)}: {rule} {_path(source)}", f"  flags = {_escape(shlex.join(flags))}"]
         return target
 
     def link(self, product: str, objects: list[str], flags: list[str], libraries: list[str]) -> None:
-        """Has objects linked."""
+        """Add a rule that links objects."""
         self.lines += [
             f"build {_path(str(self.folder / product))}: link {' '.join(map(_path, objects))}",
             f"  flags = {_escape(shlex.join(flags))}",
@@ -88,31 +89,31 @@ class BuildFile:
         ]
 
     def library(self, product: str, objects: list[str], compiled: list[str], libraries: list[str]) -> None:
-        """Has a library of operators linked, whose objects were compiled with these flags."""
+        """Add a rule that links a library of operators, whose objects were compiled with these flags."""
         linked = [flag for flag in compiled if flag.startswith("-fsanitize")]
         if not self.sanitize:
-            linked.append("-Wl,-z,defs")  # a function that nobody defines fails here, not when the library is loaded
+            linked.append("-Wl,-z,defs")  # an undefined function is an error here, not when the library is loaded
         torch = ["-L" + str(self.tools.torch / "lib"), "-ltorch_cpu"]
         self.link(product, objects, [*linked, *self.extra], [*torch, *libraries, *self.linked])
 
     def text(self) -> str:
-        """What ninja reads."""
+        """Return the text of the build.ninja."""
         return "\n".join(self.lines) + "\n"
 
 
 class Plan(BuildFile):
-    """Which file of the kernels for CPUs is compiled with what."""
+    """The build of the kernels for CPUs."""
 
-    def __init__(self, tools: Toolchain, folder: Path, facts: str, aside: list[str]) -> None:
+    def __init__(self, tools: Toolchain, folder: Path, aside: list[str]) -> None:
         super().__init__(tools, folder, aside)
-        self.facts = facts
         self.tiers = _tiers(tools.cxx)
-        # Of its own intrinsics, for the values that these leave open, GCC warns by the hundred.
+        # GCC warns of the uninitialized values in its own intrinsics.
         self.quiet = [flag for flag in ("-Wno-maybe-uninitialized",) if accepts(tools.cxx, [flag])]
         self.common = [*COMMON, *([EMULATED] if "emulate-amx" in aside else [])]
         self.flags = [*self.common, *KERNELS, *(SANITIZERS if self.sanitize else OPTIMIZED)]
 
-    def facts_header(self) -> str:
+    def facts(self) -> str:
+        """Return the facts of the build, as JSON."""
         facts = {
             "compiler": self.tools.compiler,
             "flags": shlex.join([*self.flags, *self.extra]),
@@ -120,36 +121,26 @@ class Plan(BuildFile):
             "tiers": {name: shlex.join(flags) for name, flags in self.tiers.items()},
             "left_out": [name for name in TIERS if name not in self.tiers],
         }
-        return _header("facts", facts)
+        return json.dumps(facts, indent=2) + "\n"
 
     def ninja(self) -> str:
-        tiers = "XSMOE_TIERS(X)=" + " ".join(f"X({name})" for name in self.tiers)
+        tiers = "XSMOE_ISA_LEVELS(X)=" + " ".join(f"X({name})" for name in self.tiers)
         flags = [*self.flags, "-D" + tiers, *self.headers]
         objects = [
             self.compile(source, [*flags, *self.extra])
             for source in ("csrc/cpu/features.cpp", "csrc/cpu/library.cpp", *sources("csrc/*/cpu.cpp"))
         ]
         objects += [
-            self.compile(source, [*flags, *self.quiet, *tier_flags, f"-DXSMOE_TIER={tier}", *self.extra], "." + tier)
+            self.compile(source, [*flags, *self.quiet, *tier_flags, f"-DXSMOE_ISA={tier}", *self.extra], "." + tier)
             for source in sources("csrc/*/cpu_kernels.cpp")
             for tier, tier_flags in self.tiers.items()
         ]
         self.library(LIBRARY, objects, self.flags, [])
-        # Nothing here is worth a wait: no optimization, no sanitizer. pybind11 comes with torch's headers.
-        plain = [
-            *self.common,
-            "-D" + tiers,
-            *self.headers,
-            "-I" + str(self.folder),
-            "-I" + sysconfig.get_path("include"),
-        ]
-        modules = [self.compile(f"csrc/{name}.cpp", plain, ".facts") for name in ("build_facts", "cpu/features")]
-        self.link(self.facts, modules, [], [])
         return self.text()
 
 
 class CudaPlan(BuildFile):
-    """Which file of the CUDA kernels is compiled with what; without a toolkit all are compiled for a CPU."""
+    """The build of the CUDA kernels. Without a toolkit, they are compiled for the emulation on a CPU."""
 
     def __init__(self, tools: Toolchain, folder: Path, toolkit: build_cuda.Toolkit | None, aside: list[str]) -> None:
         super().__init__(tools, folder, aside)
@@ -158,11 +149,11 @@ class CudaPlan(BuildFile):
         self.flags = [*COMMON, *KERNELS, *(SANITIZERS if self.sanitize else OPTIMIZED), *emulated]
 
     def facts_header(self) -> str:
-        """What `xsmoe_cuda::build` tells."""
+        """Return the header with the facts that `xsmoe_cuda::build` returns."""
         return _header("cuda_facts", build_cuda.facts(self.toolkit, self.tools.compiler, self.tools.torch_version))
 
     def ninja(self) -> str:
-        """What ninja reads."""
+        """Return the text of the build.ninja."""
         flags, libraries = [*self.flags, *self.headers, "-I" + str(self.folder)], []
         operators = [*sources("csrc/cuda/*.cpp"), *sources("csrc/*/cuda.cpp")]
         kernels = sources("csrc/*/cuda.cu")
@@ -181,10 +172,12 @@ class CudaPlan(BuildFile):
 
 
 def _tiers(cxx: list[str]) -> dict[str, list[str]]:
-    """The tiers to compile, and their flags."""
+    """Return the instruction set levels to compile, and their flags."""
     named = os.environ.get("XSMOE_BUILD_TIERS", "").split() or [*TIERS]
     if unknown := sorted(set(named) - set(TIERS)):
-        raise CompileError(f"XSMOE_BUILD_TIERS names no tiers: {', '.join(unknown)}; there are {', '.join(TIERS)}")
+        raise CompileError(
+            f"XSMOE_BUILD_TIERS names unknown instruction sets: {', '.join(unknown)}; known are {', '.join(TIERS)}"
+        )
     return {name: flags for name, flags in TIERS.items() if name in named and accepts(cxx, flags)}
 
 
@@ -194,12 +187,12 @@ def _header(namespace: str, facts: dict[str, object]) -> str:
 
 
 def sources(pattern: str) -> list[str]:
-    """The files that a pattern names, as ninja calls them."""
+    """Return the files that match a pattern, relative to the root."""
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
 def accepts(cxx: list[str], flags: list[str], source: str = "") -> bool:
-    """Whether a compiler knows the flags, and takes the source with them."""
+    """Return whether a compiler accepts the flags, and compiles the source with them."""
     command = [*cxx, *flags, "-Werror", "-fsyntax-only", "-x", "c++", "-"]
     return not flags or subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
 

@@ -1,4 +1,4 @@
-"""Where the tests find MovieLens ml-latest-small, whose licence keeps it out of the repository."""
+"""The folder of MovieLens ml-latest-small for tests. Its licence does not allow a copy in the repository."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 
 def movielens_folder() -> Path:
-    """The folder that XSMOE_MOVIELENS names, else shared/data/ml-latest-small beside the checkout; skips if absent."""
+    """Return the folder in XSMOE_MOVIELENS, or shared/data/ml-latest-small next to the checkout. Skip if absent."""
     configured = os.environ.get("XSMOE_MOVIELENS")
     folder = Path(configured or Path(__file__).resolve().parents[2] / "shared" / "data" / "ml-latest-small")
     if not configured and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The example of docs/benchmarking.md runs as it stands there."""
+"""The example of docs/benchmarking.md runs."""
 
 import re
 from itertools import pairwise

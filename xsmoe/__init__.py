@@ -22,7 +22,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Loaded when first asked for, so that `xsmoe --help` does not wait for torch.
+    # Lazy imports: `xsmoe --help` must not wait for torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("xsmoe.stream" if name.startswith("Stream") else "xsmoe.nn"), name)

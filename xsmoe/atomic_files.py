@@ -1,14 +1,14 @@
-"""Files that are replaced in one step, so that a reader finds the old content or the new one, and never a part."""
+"""Atomic file writes: a reader finds the old content or the new content, and never a part of it."""
 
 import os
 from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes `content` aside, syncs it, and renames it to `path`.
+    """Write `content` to a temporary file, sync it, and rename it to `path`.
 
     Raises:
-        OSError: what was at `path` before is still there, and nothing is left aside.
+        OSError: the write failed. The old file at `path` is unchanged, and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -24,7 +24,7 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts the names in `folder` on disk, where the system can."""
+    """Sync the entries of `folder` to disk. Do nothing on systems other than POSIX."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

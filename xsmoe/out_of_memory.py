@@ -1,11 +1,12 @@
-"""Errors that say that a device's memory does not suffice, and what torch says in them."""
+"""Recognition of out-of-memory errors, and the numbers in torch's messages."""
 
 import re
 
 import torch
 
-# What has no class of its own: torch's CPU allocator on Linux and on Windows, and C++'s; CUDA beside torch's allocator.
-_SAID = (
+# These errors have no class of their own: torch's CPU allocator on Linux and on Windows, the C++ allocator, and CUDA
+# allocations outside torch's allocator.
+_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "std::bad_alloc",
@@ -20,27 +21,27 @@ _ALLOCATED = re.compile(r"[Oo]f the allocated memory ([\d.]+) (bytes|[KMG]iB) is
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def is_shortage(error: BaseException) -> bool:
-    """Whether an allocation of torch or of NumPy failed, on a GPU or on a CPU."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation by torch or NumPy failed, on a GPU or on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
-def said(error: BaseException) -> str:
-    """What torch says up to what was asked for, without its advice."""
+def short_message(error: BaseException) -> str:
+    """Return torch's message up to the requested size, without its advice."""
     text = " ".join(str(error).split())
     found = _REQUEST.search(text)
     return text[: found.end()] if found else text.split(". ")[0] or type(error).__name__
 
 
 def requested(error: BaseException) -> int:
-    """The bytes that the allocation asked for which failed; 0 if torch does not say."""
+    """Return the bytes that the failed allocation requested; 0 if the message does not state them."""
     return _bytes(_REQUEST, error) or 0
 
 
 def allocated(error: BaseException) -> int | None:
-    """The bytes of all tensors on the GPU when an allocation failed; None if torch does not say."""
+    """Return the bytes of all tensors on the GPU when the allocation failed; None if the message lacks them."""
     return _bytes(_ALLOCATED, error)
 
 

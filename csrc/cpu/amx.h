@@ -1,14 +1,14 @@
-// The processor's matrix tiles, or an emulation of them in plain C++ (XSMOE_EMULATE_AMX=1 at build time), with which
-// tests run the code that uses tiles on machines that have none, and see that it keeps the processor's rules.
+// The processor's matrix tiles (AMX), or an emulation of them in plain C++ (XSMOE_EMULATE_AMX=1 at build time). Tests
+// use the emulation on machines without AMX. It checks the rules of the processor.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
-// What LDTILECFG reads: palette 1, the rows and the bytes a row of tiles 0 to 7.
+// The operand of LDTILECFG: palette 1, and the number of rows and of bytes per row of tiles 0 to 7.
 struct alignas(64) TileShapes {
     uint8_t palette = 1;
     uint8_t start_row = 0;
@@ -19,17 +19,17 @@ struct alignas(64) TileShapes {
 static_assert(sizeof(TileShapes) == 64, "the processor reads 64 bytes");
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA
 
 #ifdef XSMOE_EMULATE_AMX
 
 #include <cstdio>
 #include <cstdlib>
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
-// Stops the program with a message wherever the processor would raise a fault.
+// Abort the program with a message where the processor would raise a fault.
 struct EmulatedTiles {
     bool configured = false;
     TileShapes shapes;
@@ -42,7 +42,7 @@ struct EmulatedTiles {
         for (int tile = 0; tile < 16; ++tile) {
             const int rows = shapes.rows[tile], row_bytes = shapes.row_bytes[tile];
             require(rows <= 16 && row_bytes <= 64, "a tile has at most 16 rows of 64 bytes");
-            require((rows == 0) == (row_bytes == 0), "a tile without rows has no bytes, and the other way round");
+            require((rows == 0) == (row_bytes == 0), "a tile has either both rows and bytes or neither");
             require(tile < 8 || rows == 0, "there are 8 tiles");
         }
         configured = true;
@@ -70,16 +70,18 @@ struct EmulatedTiles {
         }
     }
 
-    // c[m][n] += sum over k of a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1], in bfloat16, accumulated in float32: even and
-    // odd terms by themselves at first, as the processor does.
+    // c[m][n] += sum over k of a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1], in bfloat16, accumulated in float32. Even and
+    // odd terms are summed separately first, as the processor does.
     void multiply(int c, int a, int b) {
         require_words(c);
         require_words(a);
         require_words(b);
-        require(c != a && c != b && a != b, "a product takes three different tiles");
-        require(shapes.rows[c] == shapes.rows[a], "sums must have the rows of the left factor");
-        require(shapes.rows[b] == shapes.row_bytes[a] / 4, "the right factor must have a row for each left word");
-        require(shapes.row_bytes[c] == shapes.row_bytes[b], "sums must have the columns of the right factor");
+        require(c != a && c != b && a != b, "a product needs three different tiles");
+        require(shapes.rows[c] == shapes.rows[a], "sums must have the rows of the left operand");
+        require(
+            shapes.rows[b] == shapes.row_bytes[a] / 4, "the right operand must have a row for each word of the left one"
+        );
+        require(shapes.row_bytes[c] == shapes.row_bytes[b], "sums must have the columns of the right operand");
         for (int m = 0; m < shapes.rows[c]; ++m) {
             float even[16] = {}, odd[16] = {}, sums[16];
             for (int k = 0; k < shapes.rows[b]; ++k) {
@@ -117,7 +119,7 @@ private:
 
     void require_words(int tile) const {
         require_valid(tile);
-        require(shapes.row_bytes[tile] % 4 == 0, "rows of factors and sums must be whole words");
+        require(shapes.row_bytes[tile] % 4 == 0, "rows of operands and sums must be whole words");
     }
 };
 
@@ -127,7 +129,7 @@ EmulatedTiles& emulated_tiles() {
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA
 
 #define XSMOE_TILE_CONFIGURE(shapes) emulated_tiles().configure(shapes)
 #define XSMOE_TILE_RELEASE() emulated_tiles().release()

@@ -1,4 +1,4 @@
-// Scratch memory handed out piece by piece.
+// A bump allocator for scratch memory.
 #pragma once
 
 #include "cpu/vec.h"
@@ -7,11 +7,11 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
-// Hands out pieces of a block on cache-line boundaries. Without a block it only counts, so that the code that takes the
-// pieces also says how large the block must be.
+// Allocate parts of a block, aligned to cache lines. Without a block the arena only counts bytes, so that the same code
+// computes how large the block must be.
 class Arena {
 public:
     explicit Arena(void* block) : block_(static_cast<char*>(block)) {}
@@ -19,15 +19,15 @@ public:
     Arena& operator=(const Arena&) = delete;
 
     template <class T>
-    T* take(int64_t count) {
-        char* piece = block_ == nullptr ? nullptr : block_ + used_;
+    T* allocate(int64_t count) {
+        char* allocated = block_ == nullptr ? nullptr : block_ + used_;
         used_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
 #ifdef __SANITIZE_ADDRESS__
-        // Between pieces lies memory that nobody may touch.
+        // The 64 bytes between two allocations are poisoned.
         if (block_ != nullptr) ASAN_POISON_MEMORY_REGION(block_ + used_, 64);
         used_ += 64;
 #endif
-        return reinterpret_cast<T*>(piece);
+        return reinterpret_cast<T*>(allocated);
     }
 
     int64_t used() const { return used_; }
@@ -43,7 +43,7 @@ private:
     int64_t used_ = 0;
 };
 
-// Bytes of the block from which a Scratch, made of an arena and these arguments, takes its pieces.
+// Return the bytes that the constructor of a Scratch allocates from an arena, for these arguments.
 template <class Scratch, class... Arguments>
 int64_t bytes_of(Arguments... arguments) {
     Arena arena(nullptr);
@@ -52,4 +52,4 @@ int64_t bytes_of(Arguments... arguments) {
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

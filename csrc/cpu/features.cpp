@@ -32,15 +32,15 @@ struct Features {
 
 bool bit(uint32_t word, int index) { return (word >> index & 1) != 0; }
 
-// The register states that the operating system saves when it switches threads.
+// Return the register states that the operating system saves on a context switch.
 uint64_t saved_states() {
     uint32_t low = 0, high = 0;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return uint64_t{high} << 32 | low;
 }
 
-// Linux gives a process the tile registers only when it asks, once for all its threads.
-bool tiles_granted() {
+// Ask Linux for permission to use the tile registers. The permission holds for all threads of the process.
+bool tiles_permitted() {
 #if defined(__linux__)
     constexpr long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -80,7 +80,7 @@ Features detect() {
         found.avx512bw = bit(b, 30);
         found.avx512vl = bit(b, 31);
     }
-    if (saves(tile_states) && bit(d, 24) && tiles_granted()) {
+    if (saves(tile_states) && bit(d, 24) && tiles_permitted()) {
         found.amx_tile = true;
         found.amx_bf16 = bit(d, 22);
     }
@@ -101,88 +101,89 @@ const Features& features() {
     return found;
 }
 
-bool can_run(Tier tier) { return compiled(tier) && supported(tier); }
+bool can_run(IsaLevel level) { return compiled(level) && supported(level); }
 
-Tier best() {
-    Tier best = Tier::baseline;
-    for (Tier tier : all_tiers) {
-        // Intel's processors multiply pairs of bfloat16 at half the rate of floats, outside of AMX: docs/kernels.md.
-        const bool pays = tier != Tier::avx512_bf16 || !features().slow_bf16_pairs;
-        best = can_run(tier) && pays ? tier : best;
+IsaLevel best() {
+    IsaLevel best = IsaLevel::baseline;
+    for (IsaLevel level : all_isa_levels) {
+        // Outside of AMX, Intel's processors multiply pairs of bfloat16 at half the rate of floats: docs/kernels.md.
+        const bool pays = level != IsaLevel::avx512_bf16 || !features().slow_bf16_pairs;
+        best = can_run(level) && pays ? level : best;
     }
     return best;
 }
 
-Tier choose() {
+IsaLevel choose() {
     const char* asked = std::getenv("XSMOE_CPU_TIER");
     if (asked == nullptr || *asked == '\0') {
         return best();
     }
-    std::string choice, reason = "it is no tier";
-    for (Tier tier : all_tiers) {
-        if (name(tier) == std::string(asked)) {
-            if (can_run(tier)) {
-                return tier;
+    std::string choice, reason = "it is not an instruction set level";
+    for (IsaLevel level : all_isa_levels) {
+        if (name(level) == std::string(asked)) {
+            if (can_run(level)) {
+                return level;
             }
-            reason = compiled(tier) ? "this processor cannot run it" : "this build leaves it out";
+            reason = compiled(level) ? "this processor cannot run it" : "this build leaves it out";
         }
-        if (can_run(tier)) {
-            choice += (choice.empty() ? "" : ", ") + std::string(name(tier));
+        if (can_run(level)) {
+            choice += (choice.empty() ? "" : ", ") + std::string(name(level));
         }
     }
     throw std::runtime_error(
-        "XSMOE_CPU_TIER must be one of the tiers that can run here (" + choice + "), not '" + asked + "': " + reason
+        "XSMOE_CPU_TIER must be one of the instruction set levels that can run here (" + choice + "), not '" + asked +
+        "': " + reason
     );
 }
 
 }  // namespace
 
-const char* name(Tier tier) {
-    switch (tier) {
-        case Tier::baseline:
+const char* name(IsaLevel level) {
+    switch (level) {
+        case IsaLevel::baseline:
             return "baseline";
-        case Tier::avx2:
+        case IsaLevel::avx2:
             return "avx2";
-        case Tier::avx512:
+        case IsaLevel::avx512:
             return "avx512";
-        case Tier::avx512_bf16:
+        case IsaLevel::avx512_bf16:
             return "avx512_bf16";
-        case Tier::amx:
+        case IsaLevel::amx:
             return "amx";
     }
     return "";
 }
 
-bool compiled(Tier tier) {
-#define XSMOE_IS(name) || tier == Tier::name
-    return false XSMOE_TIERS(XSMOE_IS);
+bool compiled(IsaLevel level) {
+#define XSMOE_IS(name) || level == IsaLevel::name
+    return false XSMOE_ISA_LEVELS(XSMOE_IS);
 #undef XSMOE_IS
 }
 
-bool supported(Tier tier) {
+bool supported(IsaLevel level) {
     const Features& has = features();
-    switch (tier) {
-        case Tier::baseline:
+    switch (level) {
+        case IsaLevel::baseline:
             return true;
-        case Tier::avx2:
+        case IsaLevel::avx2:
             return has.avx2 && has.fma;
-        case Tier::avx512:
-            return supported(Tier::avx2) && has.avx512f && has.avx512bw && has.avx512dq && has.avx512vl;
-        case Tier::avx512_bf16:
-            return supported(Tier::avx512) && has.avx512_bf16;
-        case Tier::amx:
+        case IsaLevel::avx512:
+            return supported(IsaLevel::avx2) && has.avx512f && has.avx512bw && has.avx512dq && has.avx512vl;
+        case IsaLevel::avx512_bf16:
+            return supported(IsaLevel::avx512) && has.avx512_bf16;
+        case IsaLevel::amx:
 #ifdef XSMOE_EMULATE_AMX
-            return supported(Tier::avx512_bf16);
+            return supported(IsaLevel::avx512_bf16);
 #else
-            return supported(Tier::avx512_bf16) && has.amx_tile && has.amx_bf16;
+            return supported(IsaLevel::avx512_bf16) && has.amx_tile && has.amx_bf16;
 #endif
     }
     return false;
 }
 
-Tier tier() {
-    // An exception leaves it undecided, so that every later call throws as well.
-    static const Tier chosen = choose();
+IsaLevel isa_level() {
+    // An exception leaves `chosen` uninitialized, so that every later call throws too.
+    static const IsaLevel chosen = choose();
     return chosen;
 }
 

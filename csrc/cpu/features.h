@@ -1,10 +1,11 @@
-// What this processor has, and the tier of instructions that the kernels use.
+// The features of this processor, and the instruction set level that the kernels use.
 //
-// The build defines XSMOE_TIERS(X), which expands to X(tier) for every tier that was compiled, worst first:
+// An instruction set level is one choice of instruction sets, for which all kernels are compiled once. The build
+// defines XSMOE_ISA_LEVELS(X). It expands to X(level) for every compiled level, the slowest first:
 //
-//     switch (tier()) {
-//     #define XSMOE_CASE(name) case Tier::name: return name::forward(...);
-//         XSMOE_TIERS(XSMOE_CASE)
+//     switch (isa_level()) {
+//     #define XSMOE_CASE(name) case IsaLevel::name: return name::forward(...);
+//         XSMOE_ISA_LEVELS(XSMOE_CASE)
 //     }
 #pragma once
 
@@ -13,24 +14,26 @@
 
 namespace xsmoe {
 
-enum class Tier { baseline, avx2, avx512, avx512_bf16, amx };
+enum class IsaLevel { baseline, avx2, avx512, avx512_bf16, amx };
 
-inline constexpr Tier all_tiers[] = {Tier::baseline, Tier::avx2, Tier::avx512, Tier::avx512_bf16, Tier::amx};
+inline constexpr IsaLevel all_isa_levels[] = {
+    IsaLevel::baseline, IsaLevel::avx2, IsaLevel::avx512, IsaLevel::avx512_bf16, IsaLevel::amx,
+};
 
-const char* name(Tier tier);
+const char* name(IsaLevel level);
 
-// Whether this binary holds the kernels of a tier.
-bool compiled(Tier tier);
+// Return whether this binary contains the kernels of a level.
+bool compiled(IsaLevel level);
 
-// Whether processor and operating system let a tier run. With XSMOE_EMULATE_AMX, which is for tests, the amx tier runs
-// wherever avx512_bf16 does, on tiles that cpu/amx.h emulates.
-bool supported(Tier tier);
+// Return whether the processor and the operating system support a level. With XSMOE_EMULATE_AMX, which is for tests,
+// the level amx is supported wherever avx512_bf16 is: cpu/amx.h emulates the tiles.
+bool supported(IsaLevel level);
 
-// The tier in use: what XSMOE_CPU_TIER names, else the fastest that is compiled and supported. Decided once.
-// Throws std::runtime_error where XSMOE_CPU_TIER names none that can run.
-Tier tier();
+// Return the level in use: the one that XSMOE_CPU_TIER names, else the fastest that is compiled and supported. The
+// first call decides. Throws std::runtime_error if XSMOE_CPU_TIER names a level that cannot run.
+IsaLevel isa_level();
 
-// What the processor has of all that any tier asks for, by the names of /proc/cpuinfo.
+// Return those features of the processor that any level needs, by their names in /proc/cpuinfo.
 std::vector<std::string> cpu_features();
 
 }  // namespace xsmoe

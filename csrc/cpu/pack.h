@@ -1,12 +1,12 @@
-// Right factors in the layout that products read fastest.
+// Packing of the right operand (rhs) into the layout that products read fastest.
 #pragma once
 
 #include "cpu/product.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
-// Words that a packed matrix of `inner` rows and `columns` columns takes.
+// Return the words of a packed matrix of `inner` rows and `columns` columns.
 template <class Value>
 XSMOE_INLINE int64_t packed_inner(int64_t inner) {
     return round_up(inner, Words<Value>::inner) / Words<Value>::values;
@@ -17,7 +17,7 @@ XSMOE_INLINE int64_t packed_words(int64_t inner, int64_t columns) {
     return packed_inner<Value>(inner) * round_up(columns, panel);
 }
 
-// The word that holds `count` values, `stride` apart, and zeros after them.
+// Return a word with `count` values, `stride` apart, and zeros after them.
 template <class T>
 XSMOE_INLINE float word_of(const T* from, int64_t, int64_t, float) {
     return to_float(*from);
@@ -28,8 +28,7 @@ XSMOE_INLINE Pair word_of(const BFloat16* from, int64_t stride, int64_t count, P
 }
 
 #if defined(__AVX512F__) && !defined(__clang__)
-// Transposes a square of `lanes` x `lanes` words: its rows are `stride` bytes apart, its columns become rows of a
-// panel.
+// Transpose a square of `lanes` x `lanes` words. Its rows are `stride` bytes apart; its columns become rows of a panel.
 XSMOE_INLINE void transpose_square(const char* from, int64_t stride, void* to) {
     typedef int32_t Lanes __attribute__((vector_size(4 * lanes)));
     Vec rows[lanes];
@@ -56,8 +55,8 @@ XSMOE_INLINE void transpose_square(const char* from, int64_t stride, void* to) {
 #define XSMOE_TRANSPOSES
 #endif
 
-// Packs the (inner, columns) matrix whose element (k, n) is at from[k * inner_stride + n * column_stride] into panels
-// of columns, with zeros where it ends before they do.
+// Pack the (inner, columns) matrix whose element (k, n) is at from[k * inner_stride + n * column_stride] into panels of
+// columns. The last panel is padded with zeros.
 template <class Value, class T>
 void pack(
     const T* from, int64_t inner, int64_t columns, int64_t inner_stride, int64_t column_stride,
@@ -69,11 +68,11 @@ void pack(
     const int64_t filled = (inner + values - 1) / values;
     const int64_t words = packed_inner<Value>(inner);
     for (int64_t column = 0; column < columns; column += panel, to += words * panel) {
-        const int64_t width = least(columns - column, panel);
+        const int64_t width = minimum(columns - column, panel);
         const T* source = from + column * column_stride;
         if (width < panel) std::memset(to, 0, words * panel * sizeof(Word));
         for (int64_t first = 0; first < filled; first += together) {
-            const int64_t last = least(first + together, filled);
+            const int64_t last = minimum(first + together, filled);
             if (column_stride == 1) {
                 for (int64_t k = first; k < last; ++k) {
                     const T* row = source + k * values * inner_stride;
@@ -106,4 +105,4 @@ void pack(
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

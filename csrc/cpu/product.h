@@ -1,10 +1,10 @@
-// Products of matrices that lie in cache: a tile of rows times weights that were packed for it.
+// Matrix products of operands that fit in cache: a tile of rows (lhs) times packed weights (rhs).
 //
-// A product runs over blocks of rows and panels of columns. A block's sums stay in registers (or in the processor's
-// matrix tiles) over the whole inner dimension, then reach the caller's epilogue in a buffer in the first-level cache.
+// A product loops over blocks of rows and panels of columns. The sums of a block stay in registers (or in AMX tiles)
+// over the whole inner dimension. Then the caller's epilogue gets them in a buffer in the first-level cache.
 //
-// Numbers are read in 32-bit words along the inner dimension: a float, or a pair of bfloat16. Where the processor has
-// no products of bfloat16, the tiles and the packed weights of a bfloat16 call hold floats.
+// Operands consist of 32-bit words along the inner dimension: a float, or a pair of bfloat16. If the processor cannot
+// multiply bfloat16, the tiles and the packed weights of a bfloat16 call hold floats.
 #pragma once
 
 #include "cpu/vec.h"
@@ -15,20 +15,20 @@
 
 namespace xsmoe {
 
-// Two bfloat16 numbers that follow each other along the inner dimension, the first in the lower half.
+// Two bfloat16 numbers that are neighbors along the inner dimension, the first in the lower half.
 struct Pair {
     uint32_t bits;
 };
 
 }  // namespace xsmoe
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
-// Columns that a block of a product covers.
+// The columns of a block.
 constexpr int panel = 2 * lanes;
 
-// How products read numbers of type Value.
+// The word of a product's operands of type Value.
 template <class Value>
 struct Words;
 
@@ -36,7 +36,7 @@ template <>
 struct Words<float> {
     typedef float Word;
     static constexpr int values = 1;  // in a word
-    static constexpr int inner = 1;   // inner dimensions are padded with zeros to a multiple of so many values
+    static constexpr int inner = 1;   // inner dimensions are padded with zeros to a multiple of this
     static constexpr int block_rows = lanes == 16 ? 14 : 6;
 };
 
@@ -52,28 +52,29 @@ struct Words<BFloat16> {
 #endif
 };
 
-// What tiles and packed weights hold for tensors of type T.
+// The type of the values in tiles and packed weights, for tensors of type T.
 template <class T>
-struct Held {
+struct Operand {
     typedef float Value;
 };
 
 #ifdef __AVX512BF16__
 template <>
-struct Held<BFloat16> {
+struct Operand<BFloat16> {
     typedef BFloat16 Value;
 };
 #endif
 
-// The left factor: rows of values, or, `transposed`, the transpose of such rows (of floats only).
+// The left operand (lhs): rows of values. If a product is `transposed`, its lhs is the transpose of the rows (floats
+// only).
 template <class Value>
-struct Left {
+struct Lhs {
     const Value* at;
     int64_t stride;
 };
 
-// A stretch of the inner dimension: where it begins in the left factor's rows, and `words` rows of the right factor,
-// whose panels of columns are `panels` words apart.
+// A segment of the inner dimension: its start in the rows of the lhs, and `words` rows of the rhs, whose panels of
+// columns are `panels` words apart.
 template <class Value>
 struct Segment {
     int64_t left;
@@ -82,21 +83,21 @@ struct Segment {
     int64_t panels;
 };
 
-// Words summed in one go. Sums of longer inner dimensions are sums of such sums, which keeps float32's rounding in
-// bounds.
-constexpr int64_t stretch = 256;
+// The number of words in one sum. Longer inner dimensions are sums of partial sums, which bounds the rounding error of
+// float32.
+constexpr int64_t words_per_sum = 256;
 
-// The right factor: what its segments hold, with rows `stride` words apart; `chain` words are summed in one go, but for
-// the processor's matrix tiles, which sum all words in order.
+// The right operand (rhs): its segments, whose rows are `stride` words apart. One sum covers `chain` words, except on
+// AMX tiles, which add all words in order.
 template <class Value>
-struct Right {
+struct Rhs {
     const Segment<Value>* segments;
     int64_t count;
     int64_t stride;
-    int64_t chain = stretch;
+    int64_t chain = words_per_sum;
 };
 
-// Begins to read a panel's columns of a row.
+// Prefetch a panel's columns of a row.
 template <class T>
 XSMOE_INLINE void prefetch_panel(const T* from) {
     constexpr int bytes = panel * int{sizeof(T)};
@@ -105,10 +106,10 @@ XSMOE_INLINE void prefetch_panel(const T* from) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
-// Rows of the right factor that are fetched before they are needed: weights come from beyond the second-level cache.
-constexpr int64_t ahead = 16;
+// The number of rows of the rhs to prefetch: the weights come from beyond the second-level cache.
+constexpr int64_t prefetch_distance = 16;
 
-// sum + the products of a word of the left factor and a vector of words of the right one.
+// Return sum + the products of a word of the lhs and a vector of words of the rhs.
 XSMOE_INLINE Vec multiply_add(float left, Vec right, Vec sum) { return sum + splat(left) * right; }
 
 #ifdef __AVX512BF16__
@@ -118,15 +119,15 @@ XSMOE_INLINE Vec multiply_add(Pair left, Vec right, Vec sum) {
 }
 #endif
 
-// Sums of `Rows` rows and `Vecs` vectors of columns over one segment.
+// The sums of `Rows` rows and `Vecs` vectors of columns over one segment.
 template <int Rows, int Vecs, bool transposed, class Value>
 XSMOE_INLINE void accumulate(
     const Value* left, int64_t left_stride, const typename Words<Value>::Word* right, int64_t right_stride,
     int64_t words, Vec (&sums)[Rows][Vecs]
 ) {
     typedef typename Words<Value>::Word Word;
-    static_assert(!transposed || Words<Value>::values == 1, "pairs lie along rows");
-    // Row 3q + r is reached as base[q] + r * stride, so that few registers hold addresses.
+    static_assert(!transposed || Words<Value>::values == 1, "pairs are stored along rows");
+    // The address of row 3q + r is base[q] + r * stride, so that few registers hold addresses.
     const char* base[(Rows + 2) / 3];
     const int64_t stride_bytes = left_stride * int64_t{sizeof(Value)};
     const int64_t row_bytes = transposed ? int64_t{sizeof(Word)} : stride_bytes;
@@ -138,7 +139,7 @@ XSMOE_INLINE void accumulate(
 #pragma GCC unroll 2
         for (int v = 0; v < Vecs; ++v) {
             std::memcpy(&columns[v], right + v * lanes, sizeof(Vec));
-            __builtin_prefetch(right + ahead * right_stride + v * lanes);
+            __builtin_prefetch(right + prefetch_distance * right_stride + v * lanes);
         }
         right += right_stride;
 #pragma GCC unroll 16
@@ -160,9 +161,9 @@ XSMOE_INLINE void clear(Vec (&sums)[Rows][Vecs]) {
     }
 }
 
-// Writes sums to the block, or adds them to it.
+// Store the sums in the block, or add them to it.
 template <int Rows, int Vecs>
-XSMOE_INLINE void leave(const Vec (&sums)[Rows][Vecs], bool add, float* block) {
+XSMOE_INLINE void write_sums(const Vec (&sums)[Rows][Vecs], bool add, float* block) {
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
 #pragma GCC unroll 2
@@ -175,7 +176,7 @@ XSMOE_INLINE void leave(const Vec (&sums)[Rows][Vecs], bool add, float* block) {
 
 template <int Rows, int Vecs, bool transposed, class Value>
 __attribute__((noinline)) void vector_block(
-    const Left<Value>& left, const Right<Value>& right, int64_t index, float* block
+    const Lhs<Value>& left, const Rhs<Value>& right, int64_t index, float* block
 ) {
     Vec sums[Rows][Vecs];
     clear(sums);
@@ -186,12 +187,12 @@ __attribute__((noinline)) void vector_block(
         const typename Words<Value>::Word* words = segment.right + index * segment.panels;
         for (int64_t first = 0; first < segment.words; first += right.chain) {
             if (summed >= right.chain) {
-                leave(sums, added, block);
+                write_sums(sums, added, block);
                 clear(sums);
                 added = true;
                 summed = 0;
             }
-            const int64_t count = least(segment.words - first, right.chain);
+            const int64_t count = minimum(segment.words - first, right.chain);
             const int64_t step = transposed ? left.stride : int64_t{Words<Value>::values};
             accumulate<Rows, Vecs, transposed>(
                 left.at + segment.left + first * step, left.stride, words + first * right.stride, right.stride, count,
@@ -200,12 +201,12 @@ __attribute__((noinline)) void vector_block(
             summed += count;
         }
     }
-    leave(sums, added, block);
+    write_sums(sums, added, block);
 }
 
 template <int Rows, bool transposed, class Value>
 XSMOE_INLINE void vector_blocks(
-    int rows, int vecs, const Left<Value>& left, const Right<Value>& right, int64_t index, float* block
+    int rows, int vecs, const Lhs<Value>& left, const Rhs<Value>& right, int64_t index, float* block
 ) {
     if constexpr (Rows > 0) {
         if (rows < Rows) return vector_blocks<Rows - 1, transposed>(rows, vecs, left, right, index, block);
@@ -216,8 +217,8 @@ XSMOE_INLINE void vector_blocks(
 
 #ifdef __AMX_BF16__
 
-// Tiles 0 and 1 hold sums of the block's first 16 rows, 2 and 3 of the others; 4 and 5 rows of the left factor; 6 and 7
-// words of the right one.
+// Tiles 0 and 1 hold the sums of the block's first 16 rows, 2 and 3 those of the other rows. Tiles 4 and 5 hold rows of
+// the lhs, 6 and 7 words of the rhs.
 struct BlockShapes {
     TileShapes of[33];
 
@@ -237,9 +238,9 @@ struct BlockShapes {
 constexpr BlockShapes block_shapes;
 
 [[maybe_unused]] __attribute__((noinline)) void matrix_block(
-    int rows, int vecs, const Left<BFloat16>& left, const Right<BFloat16>& right, int64_t index, float* block
+    int rows, int vecs, const Lhs<BFloat16>& left, const Rhs<BFloat16>& right, int64_t index, float* block
 ) {
-    // The tile instructions do not tell the compiler what memory they read.
+    // The compiler does not see which memory the tile instructions read.
     __asm__ volatile("" ::: "memory");
     if (rows != 32) XSMOE_TILE_CONFIGURE(&block_shapes.of[rows]);
     const int64_t left_bytes = left.stride * int64_t{sizeof(BFloat16)};
@@ -281,7 +282,7 @@ constexpr BlockShapes block_shapes;
 
 #endif
 
-// Held by a thread while it multiplies: the shapes of the processor's matrix tiles.
+// The tile configuration of a thread. A thread holds one while it multiplies.
 struct MatrixUnit {
 #ifdef __AMX_BF16__
     MatrixUnit() { XSMOE_TILE_CONFIGURE(&block_shapes.of[32]); }
@@ -293,21 +294,22 @@ struct MatrixUnit {
     MatrixUnit& operator=(const MatrixUnit&) = delete;
 };
 
-// left (rows, K) times right (K, columns), block by block: `epilogue(row, rows, column, columns, sums)` gets the sums
-// of some rows and columns, at most `panel` columns, with rows `panel` floats apart; before a block is computed,
-// `prologue(row, rows, column)` may begin to read what its epilogue needs. `columns` is a multiple of `lanes`.
+// Compute left (rows, K) times right (K, columns), block by block. `epilogue(row, rows, column, columns, sums)` gets
+// the sums of some rows and at most `panel` columns; the rows of sums are `panel` floats apart. `prologue(row, rows,
+// column)` runs before a block is computed and may prefetch what the epilogue needs. `columns` is a multiple of
+// `lanes`.
 template <bool transposed, class Value, class Prologue, class Epilogue>
 XSMOE_INLINE void product(
-    int64_t rows, int64_t columns, const Left<Value>& left, const Right<Value>& right, const Prologue& prologue,
+    int64_t rows, int64_t columns, const Lhs<Value>& left, const Rhs<Value>& right, const Prologue& prologue,
     const Epilogue& epilogue
 ) {
     constexpr int height = Words<Value>::block_rows;
     alignas(64) float block[height * panel];
     const auto compute = [&](int64_t row, int64_t column) {
-        const int block_rows = static_cast<int>(least(rows - row, height));
+        const int block_rows = static_cast<int>(minimum(rows - row, height));
         const int vecs = columns - column >= panel ? 2 : 1;
         const int64_t index = column / panel;
-        const Left<Value> from = {left.at + (transposed ? row : row * left.stride), left.stride};
+        const Lhs<Value> from = {left.at + (transposed ? row : row * left.stride), left.stride};
         prologue(row, block_rows, column);
 #ifdef __AMX_BF16__
         if constexpr (sizeof(Value) == sizeof(BFloat16)) {
@@ -320,7 +322,7 @@ XSMOE_INLINE void product(
 #endif
         epilogue(row, block_rows, column, vecs * lanes, static_cast<const float*>(block));
     };
-    // The weights of all experts are larger than the tile: each panel of them is then read once for the whole tile.
+    // The weights of all experts are larger than the tile, so each panel of weights is read once for the whole tile.
     if (right.count > 1) {
         for (int64_t column = 0; column < columns; column += panel) {
             for (int64_t row = 0; row < rows; row += height) compute(row, column);
@@ -334,10 +336,10 @@ XSMOE_INLINE void product(
 
 template <bool transposed, class Value, class Epilogue>
 XSMOE_INLINE void product(
-    int64_t rows, int64_t columns, const Left<Value>& left, const Right<Value>& right, const Epilogue& epilogue
+    int64_t rows, int64_t columns, const Lhs<Value>& left, const Rhs<Value>& right, const Epilogue& epilogue
 ) {
     product<transposed>(rows, columns, left, right, [](int64_t, int, int64_t) {}, epilogue);
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

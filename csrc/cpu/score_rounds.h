@@ -1,4 +1,4 @@
-// How queries are scored against items: in rounds of queries, so that what a round keeps stays small, each cut into
+// The loop structure of scoring: queries are processed in rounds, which bounds the memory. A round is divided into
 // cells for torch's threads.
 #pragma once
 
@@ -12,7 +12,8 @@
 
 namespace xsmoe {
 
-// What queries have seen: ragged lists in any order, which a round hands out ascending and without repetitions.
+// The seen items of all queries: ragged lists in any order. A round gets them in ascending order and without
+// duplicates.
 class SeenLists {
 public:
     SeenLists(const std::optional<Tensor>& values, const std::optional<Tensor>& offsets) {
@@ -21,15 +22,16 @@ public:
         offsets_ = *offsets;
     }
 
-    // Where a round ends that begins at query `first`: at `last` or before it, if what its queries have seen would
-    // take too much memory.
-    int64_t fitting(int64_t first, int64_t last) const {
+    // Return the end of a round that begins at query `first`: `last`, or less if the seen items of these queries would
+    // need too much memory.
+    int64_t round_end(int64_t first, int64_t last) const {
         if (!values_) return last;
-        while (last - first > 1 && bound(last) - bound(first) > most_values) last = first + (last - first) / 2;
+        while (last - first > 1 && bound(last) - bound(first) > max_values) last = first + (last - first) / 2;
         return last;
     }
 
-    // Of the queries [first, last); valid until the next call. Lists that ascend are used where they lie.
+    // Return the seen items of the queries [first, last), valid until the next call. Lists in ascending order are not
+    // copied.
     const SeenItems* of(int64_t first, int64_t last) {
         rows_.assign(static_cast<size_t>(last - first), SeenItems{nullptr, nullptr});
         if (!values_ || values_->size(0) == 0) return rows_.data();
@@ -68,7 +70,7 @@ public:
     }
 
 private:
-    static constexpr int64_t most_values = int64_t{1} << 21;  // 16 MiB
+    static constexpr int64_t max_values = int64_t{1} << 21;  // 16 MiB
 
     int64_t bound(int64_t i) const {
         const int64_t at = i * offsets_->stride(0);
@@ -80,8 +82,8 @@ private:
     std::vector<SeenItems> rows_;
 };
 
-// A round's queries and the items cut into cells: first the items, for a cell packs its own, then the queries where
-// there are more threads than tiles of items.
+// The division of a round's queries and of the items into cells. Items are divided first, because every cell packs its
+// items. Queries are divided only if there are more threads than parts of the items.
 class Cells {
 public:
     Cells(int64_t queries, int64_t query_block, int64_t items, int64_t item_block, int64_t dim)
@@ -90,7 +92,7 @@ public:
 
     int64_t count() const { return items_.count * queries_.count; }
 
-    // Parts of the items: so many cells in a row have the same queries.
+    // The number of parts of the items. This many consecutive cells have the same queries.
     int64_t item_parts() const { return items_.count; }
 
     Cell operator[](int64_t cell) const {
@@ -99,8 +101,8 @@ public:
         return {first_query, last_query, first_item, last_item};
     }
 
-    // The most queries that a cell has.
-    int64_t most_queries() const {
+    // Return the largest number of queries in a cell.
+    int64_t max_queries() const {
         int64_t most = 0;
         for (int64_t part = 0; part < queries_.count; ++part) {
             const auto [first, last] = queries_[part];
@@ -112,7 +114,7 @@ public:
 private:
     static int64_t threads() { return int64_t{torch::stable::get_num_threads()}; }
 
-    // The work of a query or an item, which is its product with all others and a look at each score.
+    // Return the work of a query or an item: its product with all others, and one comparison per score.
     static double cost(int64_t others, int64_t dim) {
         return 2.0 * static_cast<double>(others) * static_cast<double>(dim + 16);
     }
@@ -120,7 +122,8 @@ private:
     Chunks items_, queries_;
 };
 
-// Queries of a round: what packing their items costs must not show, and a copy of them stays small.
+// Return the number of queries in a round: enough to amortize packing the items, few enough to keep a copy of the
+// queries small.
 inline int64_t queries_of_round(int64_t dim) {
     return std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(dim, 1), 256, 4096);
 }

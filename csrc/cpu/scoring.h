@@ -1,17 +1,17 @@
-// What kernels that score queries against items are given.
+// The arguments of the kernels that score queries against items.
 #pragma once
 
 #include <cstdint>
 
 namespace xsmoe {
 
-// The distinct items that a query has seen, ascending.
+// The distinct items that a query has seen, in ascending order.
 struct SeenItems {
     const int64_t *first, *last;
 };
 
-// A round of queries against all items: queries (rows, dim) with numbers of a row next to each other, items (C, dim)
-// with any strides, and the items that each of these queries has seen.
+// A round of queries against all items: queries (rows, dim) with contiguous rows, items (C, dim) with any strides, and
+// the seen items of each query.
 struct Scoring {
     int64_t dim;
     const void* queries;
@@ -21,7 +21,7 @@ struct Scoring {
     const SeenItems* seen;
 };
 
-// Some of the round's queries against some of the items.
+// A range of the round's queries and a range of the items.
 struct Cell {
     int64_t first_query, last_query, first_item, last_item;
 };

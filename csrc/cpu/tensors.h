@@ -1,11 +1,11 @@
-// Tensors, and scratch memory for threads of a CPU.
+// Tensors, and scratch memory for CPU threads.
 #pragma once
 
 #include "shared/tensors.h"
 
 namespace xsmoe {
 
-// Scratch memory of so many bytes for each chunk.
+// Scratch memory, `bytes` for each chunk.
 class ChunkScratch {
 public:
     ChunkScratch(const Tensor& like, int64_t chunks, int64_t bytes)

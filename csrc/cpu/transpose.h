@@ -1,15 +1,15 @@
-// Four rows of four 32-bit words turned into four columns.
+// The transpose of four rows of four 32-bit words.
 #pragma once
 
 #include "cpu/vec.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 typedef uint32_t Quad __attribute__((vector_size(16)));
 typedef uint16_t HalfQuad __attribute__((vector_size(8)));
 
-// Four numbers as floats.
+// Load four numbers as floats.
 XSMOE_INLINE Quad load_quad(const float* from) { return load_as<Quad>(from); }
 
 XSMOE_INLINE Quad load_quad(const BFloat16* from) {
@@ -28,4 +28,4 @@ XSMOE_INLINE void transpose(Quad (&rows)[4]) {
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,4 +1,4 @@
-// Numbers as tensors store them.
+// Number types of tensors.
 #pragma once
 
 #include <cstdint>

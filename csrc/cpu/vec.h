@@ -1,8 +1,8 @@
-// Vectors of float32 as wide as the tier's registers, and the functions of the kernels on them.
+// Vectors of float32 as wide as the registers of the instruction set level, and functions on them.
 //
-// A tier is one choice of instruction sets; the files that include this one are compiled once for each, with XSMOE_TIER
-// naming the namespace. Everything has internal linkage and nothing comes from the standard library's templates, so
-// that no function compiled for one tier can be called from another.
+// The files that include this one are compiled once for each level, with XSMOE_ISA as the level's namespace. All
+// functions have internal linkage, and the standard library's templates are not used. So no function that is compiled
+// for one level can be called from another.
 #pragma once
 
 #include <cstddef>
@@ -15,13 +15,13 @@
 
 #include "cpu/types.h"
 
-#ifndef XSMOE_TIER
-#error "compile with -DXSMOE_TIER=<namespace of the tier>"
+#ifndef XSMOE_ISA
+#error "compile with -DXSMOE_ISA=<namespace of the instruction set level>"
 #endif
 
 #define XSMOE_INLINE inline __attribute__((always_inline))
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 #if defined(__AVX512F__)
@@ -39,7 +39,7 @@ typedef uint16_t HalfVec __attribute__((vector_size(2 * lanes)));
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class To, class From>
 XSMOE_INLINE To bit_cast(From from) {
@@ -51,7 +51,7 @@ XSMOE_INLINE To bit_cast(From from) {
 
 XSMOE_INLINE Vec splat(float value) { return value - Vec{}; }
 
-// What lies at an address, however it is aligned.
+// Load a vector from an address of any alignment.
 template <class Vector>
 XSMOE_INLINE Vector load_as(const void* from) {
     Vector value;
@@ -71,7 +71,7 @@ XSMOE_INLINE Vec load(const BFloat16* from) {
     return bit_cast<Vec>(__builtin_convertvector(load_as<HalfVec>(from), BitVec) << 16);
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even. NaN stays NaN.
 XSMOE_INLINE void store(BFloat16* to, Vec value) {
     const BitVec bits = bit_cast<BitVec>(value);
     const BitVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -91,7 +91,7 @@ XSMOE_INLINE void assign(BFloat16& to, float value) {
     to.bits = static_cast<uint16_t>(value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40);
 }
 
-// The leading `count` lanes; `count` is below `lanes` at the end of a row only.
+// Store the leading `count` lanes. `count` is below `lanes` at the end of a row only.
 template <class T>
 XSMOE_INLINE void store(T* to, Vec value, int64_t count) {
     if (count >= lanes) {
@@ -101,7 +101,7 @@ XSMOE_INLINE void store(T* to, Vec value, int64_t count) {
     }
 }
 
-// Zeros beyond the leading `count` lanes.
+// Load `count` numbers. The lanes after them are 0.
 template <class T>
 XSMOE_INLINE Vec load(const T* from, int64_t count) {
     if (count >= lanes) return load(from);
@@ -110,13 +110,13 @@ XSMOE_INLINE Vec load(const T* from, int64_t count) {
     return value;
 }
 
-// The leading `count` lanes, zeros in the others.
+// Return the leading `count` lanes, and 0 in the others.
 XSMOE_INLINE Vec leading(Vec value, int64_t count) {
     for (int64_t i = count; i < lanes; ++i) value[i] = 0.0f;
     return value;
 }
 
-// The sum of the lanes, by halves: the same order in every call.
+// Return the sum of the lanes, by halves: the order is the same in every call.
 template <int width>
 XSMOE_INLINE float sum_of(const float* part) {
     if constexpr (width == 1) {
@@ -139,7 +139,7 @@ XSMOE_INLINE float sum(Vec value) {
     return sum_of<lanes>(part);
 }
 
-// The dot product of rows, in two sums.
+// Return the dot product of two rows, as the sum of two partial sums.
 template <class T>
 float dot(const T* a, const T* b, int64_t count) {
     Vec even = {}, odd = {};
@@ -154,7 +154,7 @@ float dot(const T* a, const T* b, int64_t count) {
 
 XSMOE_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
-// 1 / x for x in [1, 2^60], to the last bit or two.
+// Return 1 / x for x in [1, 2^60], with an error of one or two bits.
 XSMOE_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
     const Vec guess = bit_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
@@ -164,13 +164,13 @@ XSMOE_INLINE Vec reciprocal(Vec x) {
 #endif
 }
 
-// e^x for x <= 0, 0 below -87 (where float32 has no normal numbers left); NaN stays NaN.
+// Return e^x for x <= 0, and 0 below -87 (the limit of normal float32 numbers). NaN stays NaN.
 XSMOE_INLINE Vec exp_negative(Vec x) {
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is in the low bits
     const Vec shifted = x * 1.44269504f + shift;
     const Vec n = shifted - shift;
     const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    // e^r within 3e-9 for |r| <= ln 2 / 2, a fit of least largest error.
+    // e^r within 3e-9 for |r| <= ln 2 / 2, a minimax fit.
     Vec p = r * 1.381453835e-03f + 8.368745542e-03f;
     p = p * r + 4.166839084e-02f;
     p = p * r + 1.666652039e-01f;
@@ -182,4 +182,4 @@ XSMOE_INLINE Vec exp_negative(Vec x) {
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

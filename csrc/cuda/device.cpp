@@ -22,7 +22,7 @@ namespace {
 
 using GetStream = int32_t (*)(int32_t, void**);
 
-// Looked up when it is needed, so that this library also links beside a torch without CUDA.
+// Look the function up when it is needed, so that this library also links with a torch without CUDA.
 GetStream stream_getter() {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
     void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;

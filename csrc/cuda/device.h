@@ -1,4 +1,4 @@
-// The device that an operator's tensors lie on: current while an OnDevice lives, with torch's current stream.
+// A guard that makes the device of an operator's tensors current, and torch's current stream on it.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -9,10 +9,10 @@
 
 namespace xsmoe::cuda {
 
-// A cudaStream_t, for sources that do not see CUDA.
+// A cudaStream_t, for sources that do not include CUDA's headers.
 using StreamHandle = void*;
 
-// torch's current stream on a device.
+// Return torch's current stream on a device.
 StreamHandle current_stream(int index);
 
 class OnDevice {

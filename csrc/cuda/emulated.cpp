@@ -1,4 +1,4 @@
-// CUDA's threads as fibers of one thread of the CPU.
+// CUDA threads as fibers of one CPU thread.
 
 #include "cuda/emulated.h"
 
@@ -33,7 +33,7 @@ constexpr int lanes_of_warp = 32;
     std::abort();
 }
 
-// A stack that goes back to the pool of its thread.
+// The stack of a fiber. The destructor returns it to the pool of the CPU thread.
 class Stack {
 public:
     Stack() {
@@ -43,7 +43,7 @@ public:
             return;
         }
         void* taken = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (taken == MAP_FAILED) fail("there is no memory for a thread's stack");
+        if (taken == MAP_FAILED) fail("no memory for the stack of a thread");
         memory_ = taken;
     }
     ~Stack() { pool().push_back(memory_); }
@@ -60,8 +60,8 @@ private:
     void* memory_;
 };
 
-// Threads that wait for each other; what they exchange is read before any of them can wait here again.
-struct Meeting {
+// A barrier. The values that its threads exchange stay readable until all threads arrive at it again.
+struct Barrier {
     int members = 0, arrived = 0;
     uint64_t rounds = 0;
     const char* collective = "";
@@ -81,7 +81,7 @@ struct Thread {
     std::unique_ptr<Stack> stack;
     Place place;
     Block* block;
-    Meeting* waits = nullptr;
+    Barrier* waits = nullptr;
     uint64_t round = 0;
     const char* at = "";
     bool ended = false;
@@ -92,14 +92,14 @@ struct Thread {
 struct Block {
     std::unique_ptr<unsigned char[]> shared;
     std::vector<std::unique_ptr<Thread>> threads;
-    std::vector<Meeting> warps;
-    Meeting all;
+    std::vector<Barrier> warps;
+    Barrier all;
 };
 
-// The launch that is running.
+// The running launch.
 struct Launch {
     const std::function<void()>* kernel;
-    Meeting grid;
+    Barrier grid;
     ucontext_t scheduler;
     Thread* current = nullptr;
 #if XSMOE_TELL_SANITIZER
@@ -154,20 +154,20 @@ void resume(Thread& thread) {
     if (thread.ended) thread.stack.reset();
 }
 
-void wait(Meeting& meeting, const char* collective) {
+void wait(Barrier& barrier, const char* collective) {
     Thread& self = *launch->current;
-    if (meeting.arrived > 0 && meeting.collective != collective && std::strcmp(meeting.collective, collective) != 0) {
-        fail(std::string("threads that should meet wait at ") + meeting.collective + " and at " + collective);
+    if (barrier.arrived > 0 && barrier.collective != collective && std::strcmp(barrier.collective, collective) != 0) {
+        fail(std::string("threads of one barrier wait at ") + barrier.collective + " and at " + collective);
     }
-    meeting.collective = collective;
-    if (++meeting.arrived == meeting.members) {
-        std::copy(meeting.left, meeting.left + lanes_of_warp, meeting.seen);
-        meeting.arrived = 0;
-        ++meeting.rounds;
+    barrier.collective = collective;
+    if (++barrier.arrived == barrier.members) {
+        std::copy(barrier.left, barrier.left + lanes_of_warp, barrier.seen);
+        barrier.arrived = 0;
+        ++barrier.rounds;
         return;
     }
-    self.waits = &meeting;
-    self.round = meeting.rounds;
+    self.waits = &barrier;
+    self.round = barrier.rounds;
     self.at = collective;
     to_scheduler(false);
     self.waits = nullptr;
@@ -175,7 +175,7 @@ void wait(Meeting& meeting, const char* collective) {
 
 bool can_run(const Thread& thread) { return !thread.ended && (!thread.waits || thread.waits->rounds != thread.round); }
 
-std::string told(const Thread& thread) {
+std::string describe(const Thread& thread) {
     const std::string who =
         "thread " + std::to_string(thread.place.thread.x) + " of block " + std::to_string(thread.place.block.x);
     return thread.ended ? who + " has ended" : who + " waits at " + thread.at;
@@ -195,7 +195,7 @@ std::unique_ptr<Block> make_block(const Grid& grid, dim3 at) {
     block->shared.reset(static_cast<unsigned char*>(::operator new[](bytes)));
     std::fill_n(block->shared.get(), bytes, static_cast<unsigned char>(0xff));
     block->warps.resize(static_cast<size_t>(grid.threads) / lanes_of_warp);
-    for (Meeting& warp : block->warps) warp.members = lanes_of_warp;
+    for (Barrier& warp : block->warps) warp.members = lanes_of_warp;
     block->all.members = grid.threads;
     for (unsigned x = 0; x < static_cast<unsigned>(grid.threads); ++x) {
         auto thread = std::make_unique<Thread>();
@@ -232,7 +232,7 @@ void finish(const std::vector<std::unique_ptr<Block>>& blocks) {
             const auto other = std::find_if(threads.begin(), threads.end(), [&](Thread* one) {
                 return one->waits != (*waiting)->waits || one->ended;
             });
-            fail("nobody can go on: " + told(**waiting) + (other == threads.end() ? "" : ", and " + told(**other)));
+            fail("deadlock: " + describe(**waiting) + (other == threads.end() ? "" : ", and " + describe(**other)));
         }
     }
 }
@@ -257,7 +257,7 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
     launch = &mine;
     const int64_t count = int64_t{grid.blocks.x} * grid.blocks.y * grid.blocks.z;
     if (grid.cooperative && count > multiprocessors())
-        fail("a cooperative launch has more blocks than there is room for");
+        fail("a cooperative launch has more blocks than fit on the device");
     mine.grid.members = static_cast<int>(grid.cooperative ? count * grid.threads : 0);
     std::vector<std::unique_ptr<Block>> blocks;
     for (int64_t i = 0; i < count; ++i) {
@@ -274,9 +274,9 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
 }
 
 const uint64_t* exchange(const char* collective, unsigned lanes, uint64_t value) {
-    if (lanes != 0xffffffffu) fail(std::string(collective) + " is asked of a part of a warp");
+    if (lanes != 0xffffffffu) fail(std::string(collective) + " must be called by a whole warp");
     Block& block = *launch->current->block;
-    Meeting& warp = block.warps[place.thread.x / lanes_of_warp];
+    Barrier& warp = block.warps[place.thread.x / lanes_of_warp];
     warp.left[place.thread.x % lanes_of_warp] = value;
     wait(warp, collective);
     return warp.seen;
@@ -291,11 +291,11 @@ void wait_for_grid() {
     wait(launch->grid, "wait_for_grid");
 }
 
-void begin_copy(void* shared, const void* global, int size, int bytes) {
+void copy_async(void* shared, const void* global, int size, int bytes) {
     const auto from = reinterpret_cast<uintptr_t>(global), to = reinterpret_cast<uintptr_t>(shared);
     const auto boundary = static_cast<uintptr_t>(size);
     if (from % boundary != 0 || to % boundary != 0) {
-        fail("a copy of " + std::to_string(size) + " bytes between addresses that are no multiples of it");
+        fail("a copy of " + std::to_string(size) + " bytes between addresses that are not multiples of it");
     }
     if (bytes < 0 || bytes > size)
         fail("a copy of " + std::to_string(bytes) + " of " + std::to_string(size) + " bytes");
@@ -303,7 +303,7 @@ void begin_copy(void* shared, const void* global, int size, int bytes) {
     launch->current->begun.push_back({shared, global, size, bytes});
 }
 
-void close_copies() {
+void commit_copies() {
     Thread& self = *launch->current;
     self.groups.push_back(std::move(self.begun));
     self.begun.clear();

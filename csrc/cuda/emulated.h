@@ -1,11 +1,10 @@
-// CUDA's language on a CPU, for tests on machines without a GPU: a thread is a fiber, and threads take turns at
-// barriers.
+// CUDA's language on a CPU, for tests on machines without a GPU. A CUDA thread is a fiber; threads switch at barriers.
 //
-// It is as strict as it can be. Shared memory begins as NaN and ends where the launch said; asynchronous copies arrive
-// only when they are waited for; a collective that not all lanes of a warp reach, or a barrier that not all threads of
-// a block reach, ends the program with what each of them waits for. Threads run in ascending or, with
-// XSMOE_EMULATED_ORDER=descending, in descending order between barriers; a device has XSMOE_EMULATED_MULTIPROCESSORS
-// multiprocessors, by default 3, each with room for one block of a cooperative launch.
+// The emulation is as strict as possible. Shared memory starts as NaN and ends at the size of the launch. Asynchronous
+// copies write their target only when the kernel waits for them. The program aborts if some lanes of a warp miss a
+// collective, or some threads of a block miss a barrier; the message names where each thread waits. Between barriers,
+// threads run in ascending order, or in descending order with XSMOE_EMULATED_ORDER=descending. A device has
+// XSMOE_EMULATED_MULTIPROCESSORS multiprocessors (3 by default), each of which holds one block of a cooperative launch.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +40,7 @@ struct dim3 {
 
 namespace xsmoe::cuda {
 
-// There is one stream, and launches end before they return.
+// There is one stream, and launches are synchronous.
 using Stream = void*;
 
 namespace emulated {
@@ -53,25 +52,25 @@ struct Grid {
     bool cooperative;
 };
 
-// Where the running thread is.
+// The indices of the running thread.
 struct Place {
     dim3 thread, block, threads, blocks;
 };
 extern Place place;
 
-// Runs `kernel` once for each thread of each block, and returns when all have ended.
+// Run `kernel` once for each thread of each block, and return when all have ended.
 void run(const Grid& grid, const std::function<void()>& kernel);
 
-// What collectives need of the lanes of a warp: leaves `value`, waits for all lanes, and returns what each of them
-// left.
+// The exchange behind all collectives: store `value`, wait for all lanes of the warp, and return the values of all
+// lanes.
 const uint64_t* exchange(const char* collective, unsigned lanes, uint64_t value);
 
 unsigned char* shared_memory();
 void wait_for_block();
 void wait_for_grid();
-// Of `size` bytes, the first `bytes` of which are copied and the others become zeros.
-void begin_copy(void* shared, const void* global, int size, int bytes);
-void close_copies();
+// Copy the first `bytes` of `size` bytes, and fill the others with zeros.
+void copy_async(void* shared, const void* global, int size, int bytes);
+void commit_copies();
 void wait_for_copies(int open);
 int multiprocessors();
 
@@ -97,11 +96,11 @@ inline unsigned lane() { return place.thread.x % 32; }
 
 inline unsigned char* shared_memory() { return emulated::shared_memory(); }
 inline void wait_for_grid() { emulated::wait_for_grid(); }
-inline void begin_copy(void* shared, const void* global, int bytes) { emulated::begin_copy(shared, global, 16, bytes); }
-inline void begin_copy_4(void* shared, const void* global, bool there) {
-    emulated::begin_copy(shared, global, 4, there ? 4 : 0);
+inline void copy_async(void* shared, const void* global, int bytes) { emulated::copy_async(shared, global, 16, bytes); }
+inline void copy_async_4(void* shared, const void* global, bool there) {
+    emulated::copy_async(shared, global, 4, there ? 4 : 0);
 }
-inline void close_copies() { emulated::close_copies(); }
+inline void commit_copies() { emulated::commit_copies(); }
 template <int open>
 void wait_for_copies() {
     emulated::wait_for_copies(open);

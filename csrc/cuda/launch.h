@@ -1,4 +1,4 @@
-// Launches of kernels, each of them checked.
+// Checked kernel launches.
 #pragma once
 
 #include <cstdint>
@@ -9,25 +9,25 @@
 
 namespace xsmoe::cuda {
 
-// The least whole number of `parts` that cover `count`.
+// Return how many parts of `part` elements cover `count` elements.
 constexpr int64_t parts_of(int64_t count, int64_t part) { return (count + part - 1) / part; }
 
-// How a kernel is launched: blocks along x, threads of each, and bytes of dynamic shared memory.
+// The launch configuration: blocks along x, threads per block, and bytes of dynamic shared memory.
 struct Shape {
     int64_t blocks;
     int threads;
     int64_t shared_bytes = 0;
-    // All blocks run at once, and may wait for each other.
+    // All blocks run at the same time, and may wait for each other.
     bool cooperative = false;
 };
 
-constexpr int64_t most_blocks = 0x7fffffff;
+constexpr int64_t max_blocks = 0x7fffffff;
 
 inline void check_shape(const Shape& shape, const char* kernel) {
-    if (shape.blocks > most_blocks) {
+    if (shape.blocks > max_blocks) {
         throw std::runtime_error(
-            std::string(kernel) + " would take " + std::to_string(shape.blocks) + " blocks, more than a grid has; " +
-            "give it fewer rows at a time"
+            std::string(kernel) + " would need " + std::to_string(shape.blocks) + " blocks, more than a grid has; " +
+            "call it with fewer rows at a time"
         );
     }
 }
@@ -36,7 +36,7 @@ inline void check_shape(const Shape& shape, const char* kernel) {
 
 inline void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // or torch would find it again, at a place that is not to blame
+    cudaGetLastError();  // clear the error, or torch would report it at an unrelated call
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
@@ -47,9 +47,9 @@ inline int multiprocessors() {
     return count;
 }
 
-// How many blocks of a cooperative launch the current device has room for.
+// Return the largest number of blocks of a cooperative launch on the current device.
 template <class... Parameters>
-int64_t most_cooperative_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
+int64_t max_cooperative_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
     int each = 0;
     check(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, static_cast<size_t>(shared_bytes)),
@@ -58,14 +58,14 @@ int64_t most_cooperative_blocks(void (*kernel)(Parameters...), int threads, int6
     return int64_t{each} * multiprocessors();
 }
 
-// Starts a kernel on the current device; nothing for no blocks.
+// Launch a kernel on the current device. Zero blocks launch nothing.
 template <class... Parameters, class... Arguments>
 void launch(
     const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream, Arguments... arguments
 ) {
     if (shape.blocks == 0) return;
     check_shape(shape, name);
-    if (shape.shared_bytes > most_shared_bytes) {
+    if (shape.shared_bytes > max_shared_bytes) {
         check(
             cudaFuncSetAttribute(
                 kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)
@@ -91,7 +91,7 @@ void launch(
 inline int multiprocessors() { return emulated::multiprocessors(); }
 
 template <class... Parameters>
-int64_t most_cooperative_blocks(void (*)(Parameters...), int, int64_t) {
+int64_t max_cooperative_blocks(void (*)(Parameters...), int, int64_t) {
     return multiprocessors();
 }
 

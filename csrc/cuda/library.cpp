@@ -1,4 +1,4 @@
-// The library xsmoe_cuda: what belongs to no operator. Operators add theirs in csrc/<operator>/cuda.cpp.
+// The library xsmoe_cuda: functions that belong to no operator. Operators add their own in csrc/<operator>/cuda.cpp.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,9 +1,9 @@
-// Numbers as tensors store them, as kernels for GPUs read and write them.
+// Number types of tensors in CUDA kernels: conversions, and loads and stores of 16 bytes.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/number_type.h"
+#include "cuda/dtype.h"
 #include "cuda/runtime.h"
 
 #ifdef __CUDACC__
@@ -12,7 +12,7 @@
 
 namespace xsmoe::cuda {
 
-// The upper half of a float32.
+// A bfloat16 number: the upper half of a float32.
 struct BFloat16 {
     uint16_t bits;
 };
@@ -21,13 +21,13 @@ struct Half {
     uint16_t bits;
 };
 
-// Calls `run` with a zero of that type.
+// Call `run` with a zero of the C++ type of a dtype.
 template <class Run>
-auto with_number(Number number, const Run& run) {
-    switch (number) {
-        case Number::bfloat16:
+auto with_dtype(Dtype dtype, const Run& run) {
+    switch (dtype) {
+        case Dtype::bfloat16:
             return run(BFloat16{});
-        case Number::float16:
+        case Dtype::float16:
             return run(Half{});
         default:
             return run(float{});
@@ -67,7 +67,7 @@ __device__ inline float to_float(Half value) {
 #endif
 }
 
-// Rounds to nearest, ties to even.
+// Round to nearest, ties to even.
 template <class T>
 __device__ inline T from_float(float value);
 
@@ -92,17 +92,17 @@ __device__ inline Half from_float<Half>(float value) {
 #endif
 }
 
-// As many numbers as 16 bytes hold.
+// The count of numbers in 16 bytes.
 template <class T>
 constexpr int per_load = 16 / static_cast<int>(sizeof(T));
 
-// Whether rows that begin at `data` and lie `stride` numbers apart can be read 16 bytes at a time.
+// Return whether rows that begin at `data` and are `stride` numbers apart can be read 16 bytes at a time.
 template <class T>
 bool rows_allow_loads(const T* data, int64_t stride) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % per_load<T> == 0;
 }
 
-// 16 bytes of numbers, from a 16-byte boundary.
+// Load 16 bytes of numbers, from an address that is a multiple of 16.
 template <class T>
 __device__ inline void load_16(const T* from, float (&values)[per_load<T>]) {
     const uint4 words = *reinterpret_cast<const uint4*>(from);
@@ -114,7 +114,7 @@ __device__ inline void load_16(const T* from, float (&values)[per_load<T>]) {
     }
 }
 
-// The same the other way round.
+// Store 16 bytes of numbers, at an address that is a multiple of 16.
 template <class T>
 __device__ inline void store_16(T* to, const float (&values)[per_load<T>]) {
     uint32_t all[4];

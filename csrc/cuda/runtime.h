@@ -1,6 +1,6 @@
-// What kernels for GPUs are written in: CUDA's own language, or its emulation on a CPU.
+// The language of the CUDA kernels: CUDA itself, or its emulation on a CPU.
 //
-// A kernel of csrc/<operator>/cuda.cu keeps to what both have: blocks of whole warps along x, dynamic shared memory
+// A kernel in csrc/<operator>/cuda.cu uses only what both support: blocks of whole warps along x, dynamic shared memory
 // from shared_memory(), collectives of whole warps, and the helpers below.
 #pragma once
 
@@ -11,9 +11,9 @@
 
 #include <cstdint>
 
-// Has the next loop unrolled, so that an array which it indexes stays in registers.
+// Unroll the next loop, so that an array that it indexes stays in registers.
 #define XSMOE_UNROLL _Pragma("unroll")
-// Has it left as it is, where several turns at once would take registers and gain nothing.
+// Do not unroll the next loop: unrolling would need registers and gain nothing.
 #define XSMOE_ROLLED _Pragma("unroll 1")
 
 #else
@@ -30,39 +30,40 @@ namespace xsmoe::cuda {
 constexpr int warp_size = 32;
 constexpr unsigned whole_warp = 0xffffffffu;
 
-// The rest of a block's 48 KB need no permission of the device.
-constexpr int most_shared_bytes = 48 * 1024;
+// A block may use up to 48 KB of shared memory without an opt-in.
+constexpr int max_shared_bytes = 48 * 1024;
 
 #ifdef __CUDACC__
 
 using Stream = cudaStream_t;
 
-// The block's dynamic shared memory, from a 16-byte boundary on.
+// Return the block's dynamic shared memory, aligned to 16 bytes.
 __device__ inline unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char xsmoe_shared_memory[];
     return xsmoe_shared_memory;
 }
 
-// Waits for all threads of a cooperative launch, and has them see what each wrote.
+// Wait for all threads of a cooperative launch, and make their writes visible.
 __device__ inline void wait_for_grid() { cooperative_groups::this_grid().sync(); }
 
-// Begins to copy 16 bytes from global to shared memory, of which the last 16 - `bytes` become zeros.
-__device__ inline void begin_copy(void* shared, const void* global, int bytes) {
+// cp.async: start a copy of 16 bytes from global to shared memory. The last 16 - `bytes` of them become zeros.
+__device__ inline void copy_async(void* shared, const void* global, int bytes) {
     const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(target), "l"(global), "r"(bytes) : "memory");
 }
 
-// The same for 4 bytes, which need not lie on a 16-byte boundary; zeros unless they are `there`.
-__device__ inline void begin_copy_4(void* shared, const void* global, bool there) {
+// cp.async: start a copy of 4 bytes from an address that is a multiple of 4. If not `there`, the bytes become zeros.
+__device__ inline void copy_async_4(void* shared, const void* global, bool there) {
     const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     const int bytes = there ? 4 : 0;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(target), "l"(global), "r"(bytes) : "memory");
 }
 
-// Makes one group of the copies begun since the last.
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// cp.async.commit_group: make one group of the copies since the last commit.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
-// Waits for this thread's groups of copies, all but the `open` latest; other threads see them after a barrier.
+// cp.async.wait_group: wait until at most `open` groups of this thread are pending. Other threads see the data after a
+// barrier.
 template <int open>
 __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(open) : "memory");

@@ -1,4 +1,4 @@
-// grouped_mm on the CPU: takes tensors apart, and shares rows and gradients out among threads.
+// grouped_mm on the CPU: unpacks the tensors, and divides rows and gradients among threads.
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,7 +9,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
-#include "cpu/tiers.h"
+#include "cpu/isa_kernels.h"
 #include "grouped_mm/kernels.h"
 
 namespace xsmoe::grouped_mm {
@@ -26,7 +26,7 @@ struct Group {
     int64_t rows() const { return last - first; }
 };
 
-// The groups that have rows, and the rows that stand in no group: [0, first) and [last, all).
+// The groups that have rows, and the rows outside of all groups: [0, first) and [last, all).
 struct Groups {
     explicit Groups(const Tensor& offsets) {
         const int64_t experts = offsets.size(0) - 1;
@@ -58,8 +58,8 @@ void clear(char* at, int64_t bytes) {
     });
 }
 
-// The rows of x times the weights of their groups, zeros in the other rows. Blocks of rows are shared out, whichever
-// group they belong to.
+// Multiply the rows of x by the weights of their groups; the other rows become zeros. Threads divide blocks of rows,
+// independently of the groups.
 Tensor multiply(
     const Kernels& kernels, const Tensor& x, const Tensor& weight, int inner_dim, int column_dim, const Groups& groups
 ) {
@@ -73,15 +73,15 @@ Tensor multiply(
     clear(out, groups.first * columns * size);
     clear(out + groups.last * columns * size, (x.size(0) - groups.last) * columns * size);
 
-    std::vector<int64_t> ends;  // blocks of all groups so far
-    int64_t blocks = 0, most_rows = 0;
+    std::vector<int64_t> ends;  // cumulative number of blocks
+    int64_t blocks = 0, max_rows = 0;
     for (const Group& group : groups.filled) {
         ends.push_back(blocks += ceil_divide(group.rows(), kernels.block_rows));
-        most_rows = std::max(most_rows, group.rows());
+        max_rows = std::max(max_rows, group.rows());
     }
     const Product call{inner, columns, data(x), x.stride(0), weight.stride(inner_dim), weight.stride(column_dim), out};
     const Chunks chunks(blocks, 1, 2.0 * static_cast<double>(kernels.block_rows * inner * columns));
-    const ChunkScratch work(x, chunks.count, kernels.product_bytes(call, most_rows));
+    const ChunkScratch work(x, chunks.count, kernels.product_bytes(call, max_rows));
     const char* weights = static_cast<const char*>(data(weight));
     for_each_chunk(chunks.count, [&](int64_t chunk) {
         const auto [first, last] = chunks[chunk];
@@ -109,7 +109,7 @@ struct Job {
     double cost() const { return 2.0 * static_cast<double>(group.rows() * cell.height * cell.width); }
 };
 
-// Cuts the gradients of (inner, columns) weights into cells, so many that every thread gets its share.
+// Divide the gradients of (inner, columns) weights into enough cells for all threads.
 std::vector<Job> cut(const Kernels& kernels, const std::vector<Group>& groups, int64_t inner, int64_t columns) {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t enough = threads > 1 ? ceil_divide(4 * threads, static_cast<int64_t>(groups.size())) : 1;
@@ -134,7 +134,7 @@ std::vector<Job> cut(const Kernels& kernels, const std::vector<Group>& groups, i
     return jobs;
 }
 
-// The gradient of the weight, zeros for frozen experts and for those without rows.
+// Return the gradient of the weight, with zeros for frozen experts and for experts without rows.
 Tensor gradient(
     const Kernels& kernels, const Tensor& grad, const Tensor& x, const Tensor& weight, const Groups& groups,
     int64_t num_frozen
@@ -159,7 +159,7 @@ Tensor gradient(
     for (const Job& job : jobs) cost += job.cost();
     const auto count = static_cast<int64_t>(jobs.size());
     const Chunks chunks(count, 1, cost / static_cast<double>(count));
-    // A thread gets the cells whose middle lies in its share of the work.
+    // A thread computes the cells whose middle is in its part of the work.
     std::vector<size_t> begins(static_cast<size_t>(chunks.count + 1), jobs.size());
     double passed = 0;
     for (size_t i = jobs.size(); i-- > 0;) {

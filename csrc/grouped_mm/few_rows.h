@@ -1,11 +1,11 @@
-// Products of so few rows that packing the weight would take longer than multiplying by it where it lies.
+// Products of few rows: packing the weight would take longer than multiplying by it in place.
 #pragma once
 
 #include "cpu/pack.h"
 #include "cpu/transpose.h"
 #include "grouped_mm/kernels.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 template <class T>
@@ -16,15 +16,15 @@ struct Rows {
     int64_t y_stride;
 };
 
-// The weight's columns follow each other: each of its rows, times a number of x, adds to a row of y.
+// Columns of the weight are contiguous: each row of the weight, times a number of x, is added to a row of y.
 template <class T, int count>
 void add_rows(const Rows<T>& rows, const T* weight, int64_t stride, int64_t inner, int64_t columns) {
     for (int64_t column = 0; column < columns; column += panel) {
-        const int64_t room = columns - column;
+        const int64_t available = columns - column;
         Vec totals[count][2] = {};
         const T* from = weight + column;
-        for (int64_t first = 0; first < inner; first += stretch) {
-            const int64_t last = least(first + stretch, inner);
+        for (int64_t first = 0; first < inner; first += words_per_sum) {
+            const int64_t last = minimum(first + words_per_sum, inner);
             Vec sums[count][2] = {};
             const auto step = [&](int64_t k, Vec left, Vec right) {
 #pragma GCC unroll 8
@@ -34,14 +34,14 @@ void add_rows(const Rows<T>& rows, const T* weight, int64_t stride, int64_t inne
                     sums[row][1] += value * right;
                 }
             };
-            if (room >= panel) {
+            if (available >= panel) {
                 for (int64_t k = first; k < last; ++k, from += stride) {
-                    prefetch_panel(from + ahead * stride);
+                    prefetch_panel(from + prefetch_distance * stride);
                     step(k, load(from), load(from + lanes));
                 }
             } else {
                 for (int64_t k = first; k < last; ++k, from += stride) {
-                    step(k, load(from, room), room > lanes ? load(from + lanes, room - lanes) : Vec{});
+                    step(k, load(from, available), available > lanes ? load(from + lanes, available - lanes) : Vec{});
                 }
             }
             for (int row = 0; row < count; ++row) {
@@ -51,8 +51,8 @@ void add_rows(const Rows<T>& rows, const T* weight, int64_t stride, int64_t inne
         }
         for (int row = 0; row < count; ++row) {
             T* to = rows.y + row * rows.y_stride + column;
-            store(to, totals[row][0], room);
-            if (room > lanes) store(to + lanes, totals[row][1], room - lanes);
+            store(to, totals[row][0], available);
+            if (available > lanes) store(to + lanes, totals[row][1], available - lanes);
         }
     }
 }
@@ -68,7 +68,7 @@ XSMOE_INLINE FloatQuad fold(Vec value) {
     return parts[0];
 }
 
-// The sums of the lanes of four vectors.
+// Return the sum of the lanes of each of four vectors.
 XSMOE_INLINE FloatQuad sums_of(const Vec (&vectors)[4]) {
     Quad rows[4];
 #pragma GCC unroll 4
@@ -78,21 +78,21 @@ XSMOE_INLINE FloatQuad sums_of(const Vec (&vectors)[4]) {
            (bit_cast<FloatQuad>(rows[1]) + bit_cast<FloatQuad>(rows[3]));
 }
 
-// The weight's rows follow each other within a column: each number of y is a sum of products, four columns at once.
+// Rows of the weight are contiguous within a column: each number of y is a dot product, four columns at a time.
 template <class T, int count>
 void dot_columns(const Rows<T>& rows, const T* weight, int64_t stride, int64_t inner, int64_t columns) {
     for (int64_t column = 0; column < columns; column += 4) {
-        const int64_t width = least(columns - column, 4);
+        const int64_t width = minimum(columns - column, 4);
         const T* from[4];
         for (int i = 0; i < 4; ++i) from[i] = weight + (column + (i < width ? i : 0)) * stride;
         Vec sums[count][4] = {};
-        const auto step = [&](int64_t k, int64_t room) {
+        const auto step = [&](int64_t k, int64_t available) {
             Vec columns_of[4];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) columns_of[i] = load(from[i] + k, room);
+            for (int i = 0; i < 4; ++i) columns_of[i] = load(from[i] + k, available);
 #pragma GCC unroll 8
             for (int row = 0; row < count; ++row) {
-                const Vec value = load(rows.x + row * rows.x_stride + k, room);
+                const Vec value = load(rows.x + row * rows.x_stride + k, available);
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) sums[row][i] += value * columns_of[i];
             }
@@ -120,17 +120,17 @@ void multiply_rows(const grouped_mm::Product& call, const T* weight, const T* x,
     }
 }
 
-// The most rows for which this is faster than packing the weight.
+// The largest number of rows for which this is faster than packing the weight.
 constexpr int64_t few_rows = 8;
 
 template <class T>
 void multiply_few(const grouped_mm::Product& call, const T* weight, const T* x, int64_t rows, T* y) {
-    const int64_t together = call.inner_stride == 1 || lanes < 16 ? 4 : 8;  // whose sums stay in registers
+    const int64_t together = call.inner_stride == 1 || lanes < 16 ? 4 : 8;  // the sums stay in registers
     for (int64_t row = 0; row < rows; row += together) {
-        const int64_t count = least(rows - row, together);
+        const int64_t count = minimum(rows - row, together);
         multiply_rows<T, 8>(call, weight, x + row * call.x_stride, count, y + row * call.columns);
     }
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,4 +1,4 @@
-// A cell of a weight's gradient, x^T grad, by tiles of rows: sums of many tiles stay in cache.
+// A cell of a weight's gradient, x^T grad, by tiles of rows. The sums of many tiles stay in cache.
 #pragma once
 
 #include "cpu/arena.h"
@@ -6,17 +6,17 @@
 #include "cpu/transpose.h"
 #include "grouped_mm/kernels.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using grouped_mm::Cell;
 using grouped_mm::Gradient;
 
-constexpr int64_t tile_rows = 256;  // a multiple of what every product reads at once
+constexpr int64_t tile_rows = 256;  // a multiple of the rows that every product reads together
 
 template <class T>
 struct GradientScratch {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     typedef typename Words<Value>::Word Word;
 
     Value* left;  // the cell's columns of x
@@ -24,41 +24,41 @@ struct GradientScratch {
     float* sums;  // (panels, height, panel)
 
     GradientScratch(Arena& arena, int64_t height, int64_t width)
-        : left(arena.take<Value>(round_up(height, Words<Value>::block_rows) * (tile_rows + 2))),
-          right(arena.take<Word>(tile_rows / Words<Value>::values * round_up(width, panel))),
-          sums(arena.take<float>(round_up(width, panel) * height)) {}
+        : left(arena.allocate<Value>(round_up(height, Words<Value>::block_rows) * (tile_rows + 2))),
+          right(arena.allocate<Word>(tile_rows / Words<Value>::values * round_up(width, panel))),
+          sums(arena.allocate<float>(round_up(width, panel) * height)) {}
 };
 
-// Columns of x as left factors of products over its rows: rows of as many floats as a block of a product covers, block
-// by block, or the columns transposed. Here and below x and grad are read row by row, as they lie in memory.
+// Columns of x as left operands of products over its rows: either rows of as many floats as a block has rows, block by
+// block, or the transposed columns. Here and below, x and grad are read row by row, in memory order.
 XSMOE_INLINE int64_t left_distance(int64_t rows) { return (rows + 2) * Words<float>::block_rows; }
 
 template <class T>
 XSMOE_INLINE void left_columns(const T* x, int64_t stride, int64_t rows, int64_t columns, float* to) {
     constexpr int64_t height = Words<float>::block_rows;
-    static_assert(round_up(height, lanes) <= 2 * height, "a row's surplus fits behind its block");
+    static_assert(round_up(height, lanes) <= 2 * height, "a row's surplus fits after its block");
     const int64_t distance = left_distance(rows);
     for (int64_t row = 0; row < rows; ++row, x += stride, to += height) {
         float* block = to;
         int64_t column = 0;
-        // A row's surplus is overwritten by the next one.
+        // The next row overwrites the surplus of a row.
         for (; column + round_up(height, lanes) <= columns; column += height, block += distance) {
             for (int i = 0; i < height; i += lanes) store(block + i, load(x + column + i));
         }
         for (; column < columns; column += height, block += distance) {
-            const int64_t room = columns - column;
-            for (int i = 0; i < height; ++i) block[i] = i < room ? to_float(x[column + i]) : 0;
+            const int64_t available = columns - column;
+            for (int i = 0; i < height; ++i) block[i] = i < available ? to_float(x[column + i]) : 0;
         }
     }
 }
 
-XSMOE_INLINE Left<float> left_block(const float* left, int64_t rows, int64_t column) {
+XSMOE_INLINE Lhs<float> left_block(const float* left, int64_t rows, int64_t column) {
     return {left + column / Words<float>::block_rows * left_distance(rows), Words<float>::block_rows};
 }
 
 #ifdef __AVX512BF16__
 
-// Four columns of two rows, paired.
+// Return four columns of two rows, as pairs.
 XSMOE_INLINE Quad pairs_of(const BFloat16* first, const BFloat16* second) {
     HalfQuad low, high;
     std::memcpy(&low, first, sizeof(low));
@@ -88,12 +88,12 @@ XSMOE_INLINE void left_columns(const BFloat16* x, int64_t stride, int64_t rows, 
     }
 }
 
-XSMOE_INLINE Left<BFloat16> left_block(const BFloat16* left, int64_t rows, int64_t column) {
+XSMOE_INLINE Lhs<BFloat16> left_block(const BFloat16* left, int64_t rows, int64_t column) {
     const int64_t padded = round_up(rows, Words<BFloat16>::inner);
     return {left + column * padded, padded};
 }
 
-// The panel's columns of two rows, paired; `second` is null where there is but one.
+// Store the panel's columns of two rows, as pairs. `second` is null if there is only one row.
 XSMOE_INLINE void store_pairs(const BFloat16* first, const BFloat16* second, int64_t width, Pair* to) {
     for (int i = 0; i < panel; i += lanes, width -= lanes) {
         BitVec low = {}, high = {};
@@ -133,16 +133,16 @@ XSMOE_INLINE void right_columns(const T* grad, int64_t stride, int64_t rows, int
             store(at + lanes, load(grad + column + lanes));
         }
         if (column < width) {
-            const int64_t room = width - column;
-            store(at, load(grad + column, room));
-            store(at + lanes, room > lanes ? load(grad + column + lanes, room - lanes) : Vec{});
+            const int64_t available = width - column;
+            store(at, load(grad + column, available));
+            store(at + lanes, available > lanes ? load(grad + column + lanes, available - lanes) : Vec{});
         }
     }
 }
 
 template <class T>
 void gradient(const Gradient& call, Cell cell, int64_t first, int64_t last, void* memory, void* to) {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     typedef typename Words<Value>::Word Word;
     constexpr bool transposed = Words<Value>::values == 1;
     constexpr int64_t height = Words<Value>::block_rows;
@@ -157,12 +157,12 @@ void gradient(const Gradient& call, Cell cell, int64_t first, int64_t last, void
         const T* x = static_cast<const T*>(call.x) + row * call.x_stride + cell.inner;
         const T* grad = static_cast<const T*>(call.grad) + row * call.grad_stride + cell.column;
         left_columns(x, call.x_stride, rows, cell.height, scratch.left);
-        // The product fetches rows of grad ahead of time where they lie, which a copy would wait for.
+        // The product prefetches rows of grad if they are read in place. A copy would wait for them.
         const bool in_place = sizeof(T) == sizeof(float) && cell.width % lanes == 0;
         if (!in_place) right_columns(grad, call.grad_stride, rows, cell.width, scratch.right);
         const int64_t words = packed_inner<Value>(rows);
         for (int64_t column = 0; column < cell.width; column += panel) {
-            const int64_t room = cell.width - column;
+            const int64_t available = cell.width - column;
             const Word* right =
                 in_place ? reinterpret_cast<const Word*>(grad + column) : scratch.right + column * words;
             const Segment<Value> segment = {0, right, words, 0};
@@ -171,15 +171,15 @@ void gradient(const Gradient& call, Cell cell, int64_t first, int64_t last, void
                 float* sums = scratch.sums + column * cell.height + top * panel;
                 T* out = static_cast<T*>(to) + (cell.inner + top) * call.columns + cell.column + column;
                 product<transposed>(
-                    least(cell.height - top, height), least(round_up(room, lanes), panel),
-                    left_block(scratch.left, rows, top), Right<Value>{&segment, 1, stride},
+                    minimum(cell.height - top, height), minimum(round_up(available, lanes), panel),
+                    left_block(scratch.left, rows, top), Rhs<Value>{&segment, 1, stride},
                     [&](int64_t, int count, int64_t, int width, const float* block) {
                         for (int r = 0; r < count; ++r, block += panel) {
                             for (int i = 0; i < width; i += lanes) {
                                 float* sum = sums + r * panel + i;
                                 const Vec here = begins ? load(block + i) : load(sum) + load(block + i);
                                 if (ends) {
-                                    store(out + r * call.columns + i, here, room - i);
+                                    store(out + r * call.columns + i, here, available - i);
                                 } else {
                                     store(sum, here);
                                 }
@@ -193,4 +193,4 @@ void gradient(const Gradient& call, Cell cell, int64_t first, int64_t last, void
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,4 +1,4 @@
-// in_batch_softmax_loss on the CPU: takes tensors apart, and shares items out among threads.
+// in_batch_softmax_loss on the CPU: unpacks the tensors, and divides items among threads.
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,7 +10,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
-#include "cpu/tiers.h"
+#include "cpu/isa_kernels.h"
 #include "in_batch_softmax_loss/kernels.h"
 
 namespace xsmoe::in_batch_softmax_loss {
@@ -19,41 +19,42 @@ XSMOE_KERNELS_FOR
 
 namespace {
 
-// Floats of logits that a part keeps for a tile, so that they lie in a second-level cache next to its items and their
-// gradients; more of them where the tile would have too few queries for each time that it reads these.
-constexpr int64_t most_logits = 130'000, most_logits_of_few = int64_t{1} << 18;
-constexpr int64_t most_queries = 256, few_queries = 96, least_queries = 32;
-// Floats that all parts keep together for a tile, unless the gradients that are returned have four times as many.
-constexpr int64_t most_kept = int64_t{1} << 19;
-// Queries of a tile that keeps no logits.
+// The floats of logits that a part keeps for a tile: they fit in a second-level cache together with the part's items
+// and their gradients. The larger limit holds if the tile would otherwise have too few queries for each read of the
+// items.
+constexpr int64_t max_logits = 130'000, max_logits_of_few = int64_t{1} << 18;
+constexpr int64_t max_queries = 256, few_queries = 96, min_queries = 32;
+// The floats of logits that all parts keep for a tile, or a quarter of the floats of the returned gradients, if that is
+// more.
+constexpr int64_t max_kept = int64_t{1} << 19;
+// The queries of a tile that keeps no logits.
 constexpr int64_t plain_tile = 112;
-// Floats of the parts' shares of the queries' gradients, 64 MB of them; queries beyond them wait.
-constexpr int64_t most_partial = int64_t{1} << 24;
-// What tiles are multiples of: the widest vectors.
+// The floats of all parts' contributions to the queries' gradients, 64 MB. Further queries are processed after them.
+constexpr int64_t max_partial = int64_t{1} << 24;
+// Tiles are multiples of the widest vectors.
 constexpr int64_t multiple = 16;
 
-// Tiles of equal height, at most `most` and a multiple.
+// Return the height of tiles of equal height, at most `most` and a multiple of `multiple`.
 int64_t equal_tiles(int64_t queries, int64_t most) {
     const int64_t tiles = (queries + most - 1) / most;
     return (queries + tiles * multiple - 1) / (tiles * multiple) * multiple;
 }
 
 Plan plan_of(const Batch& batch, const Results& results, int64_t parts, int64_t widest) {
-    const int64_t kept = std::max(most_kept, (batch.num_queries + batch.num_items) * batch.dim / 4);
-    // A tile's share of the queries' gradients is there for two tiles at a time.
+    const int64_t kept = std::max(max_kept, (batch.num_queries + batch.num_items) * batch.dim / 4);
+    // A tile's contributions to the queries' gradients are stored for two tiles at a time.
     const int64_t of_query = batch.num_items + (results.need_queries ? 2 * parts * batch.dim : 0);
     const int64_t affordable = std::min(
         kept / of_query,
-        std::max(std::min(most_logits / widest, most_queries), std::min(most_logits_of_few / widest, few_queries))
+        std::max(std::min(max_logits / widest, max_queries), std::min(max_logits_of_few / widest, few_queries))
     );
-    const bool keeps =
-        !results.lse_known && (results.need_queries || results.need_items) && affordable >= least_queries;
+    const bool keeps = !results.lse_known && (results.need_queries || results.need_items) && affordable >= min_queries;
     const int64_t tile = equal_tiles(batch.num_queries, keeps ? affordable / multiple * multiple : plain_tile);
-    const int64_t tiles = std::max<int64_t>(1, most_partial / (parts * (batch.dim + 1) * tile));
+    const int64_t tiles = std::max<int64_t>(1, max_partial / (parts * (batch.dim + 1) * tile));
     return {
         .keeps = keeps,
         .tile = tile,
-        // Rows of logits that are many cache lines apart, a power of two of them, would share cache sets.
+        // Rows of logits whose distance is a power of two would map to the same cache sets.
         .stride = tile % 64 == 0 ? tile + multiple : tile,
         .block = keeps ? tile : std::min(batch.num_queries, tiles * tile),
         .parts = parts,
@@ -61,7 +62,7 @@ Plan plan_of(const Batch& batch, const Results& results, int64_t parts, int64_t 
     };
 }
 
-// The arguments that forward and backward share, as the kernels take them.
+// The arguments that forward and backward share, in the form that the kernels need.
 class Input {
 public:
     Input(
@@ -79,24 +80,25 @@ public:
         batch_.dim = items.size(1);
         batch_.width = rejected.size(1);
         batch_.queries = data(queries_);
-        // Rows without numbers may lie nowhere, and nowhere has no neighbours.
+        // Rows without numbers may have any stride.
         batch_.query_stride = batch_.dim == 0 ? 0 : queries_.stride(0);
         batch_.items = data(items_);
         batch_.item_stride = batch_.dim == 0 ? 0 : items_.stride(0);
         batch_.targets = static_cast<const int64_t*>(data(targets_));
         batch_.rejected = static_cast<const int64_t*>(data(rejected_));
         if (users) batch_.users = static_cast<const int64_t*>(data(held(torch::stable::contiguous(*users))));
-        correct(logq, counts);
+        compute_bias(logq, counts);
     }
 
-    // The losses' and gradients' part of a call. Returns the items' gradients.
+    // Compute losses and gradients. Return the items' gradients.
     Tensor run(Results results) {
         const int64_t items = batch_.num_items, dim = batch_.dim;
         const Tensor grad_items = results.need_items ? empty(items_, {items, dim}, items_.scalar_type())
                                                      : empty(items_, {0}, items_.scalar_type());
         const double products = 2.0 + (results.need_queries ? 2.0 : 0.0) + (results.need_items ? 2.0 : 0.0);
-        const double at_once = static_cast<double>(std::min(batch_.num_queries, most_queries));
-        // Each part gives all queries a gradient: of fewer items than these have numbers that costs more than it saves.
+        const double at_once = static_cast<double>(std::min(batch_.num_queries, max_queries));
+        // Each part computes a gradient for all queries. If a part had fewer items than a query has numbers, this would
+        // cost more than the part saves.
         const int64_t worth = results.need_queries ? std::max<int64_t>(2, items / std::max<int64_t>(1, dim)) : items;
         const Chunks parts(
             items, kernels_.granularity, at_once * (products * static_cast<double>(dim) + 20.0),
@@ -132,9 +134,9 @@ public:
             });
         };
         if (call.plan.keeps) {
-            keeping(call, for_each_part);
+            run_with_kept_logits(call, for_each_part);
         } else {
-            computing_again(call, for_each_part);
+            run_with_recomputed_logits(call, for_each_part);
         }
         if (elsewhere) for_each_part([&](const Part& part) { kernels_.store_sums(call, part.items); });
         return grad_items;
@@ -142,7 +144,7 @@ public:
 
 private:
     template <class ForEachPart>
-    void keeping(const Call& call, const ForEachPart& for_each_part) {
+    void run_with_kept_logits(const Call& call, const ForEachPart& for_each_part) {
         const int64_t tiles = (batch_.num_queries + call.plan.tile - 1) / call.plan.tile;
         const int64_t steps = tiles + (call.results.need_queries ? 2 : 1);
         for (int64_t index = 0; index < steps; ++index) {
@@ -151,7 +153,7 @@ private:
     }
 
     template <class ForEachPart>
-    void computing_again(const Call& call, const ForEachPart& for_each_part) {
+    void run_with_recomputed_logits(const Call& call, const ForEachPart& for_each_part) {
         const Results& results = call.results;
         const int64_t queries = batch_.num_queries;
         if (!results.lse_known) {
@@ -159,7 +161,7 @@ private:
             const Chunks shares(queries, 64, 100.0 * static_cast<double>(call.plan.parts));
             for_each_chunk(shares.count, [&](int64_t chunk) {
                 const auto [first, last] = shares[chunk];
-                kernels_.put_together(call, {first, last});
+                kernels_.combine(call, {first, last});
             });
         }
         if (!results.need_queries && !results.need_items) return;
@@ -170,7 +172,7 @@ private:
             const Chunks shares(block.size(), 1, static_cast<double>(call.plan.parts * batch_.dim));
             for_each_chunk(shares.count, [&](int64_t chunk) {
                 const auto [from, to] = shares[chunk];
-                kernels_.hand_out(call, block, {from, to});
+                kernels_.write_gradients(call, block, {from, to});
             });
         }
     }
@@ -183,14 +185,14 @@ private:
         );
     }
 
-    // What counts and logq add to the logits of negatives.
-    void correct(const std::optional<Tensor>& logq, const std::optional<Tensor>& counts) {
+    // Compute what counts and logq add to the logits of negatives.
+    void compute_bias(const std::optional<Tensor>& logq, const std::optional<Tensor>& counts) {
         const int64_t items = batch_.num_items;
         batch_.logq = logq ? floats(*logq) : nullptr;
         const float* times = counts ? floats(*counts) : nullptr;
         const bool never = times != nullptr && std::find(times, times + items, 0.0f) != times + items;
         float* bias = mutable_data_as<float>(held(empty(items_, {items}, ScalarType::Float)));
-        // Not left to a bias of -inf: an item that is never a negative may have any logit, +inf and NaN too.
+        // A bias of -inf would not be enough: an item that is never a negative may have any logit, even +inf or NaN.
         bool* drawn = never ? mutable_data_as<bool>(held(empty(items_, {items}, ScalarType::Bool))) : nullptr;
         for (int64_t i = 0; i < items; ++i) {
             const bool negative = times == nullptr || times[i] != 0;
@@ -202,15 +204,15 @@ private:
         batch_.drawn = drawn;
     }
 
-    // Packs the items if they do not serve as they lie, and each is needed more than once.
+    // Pack the items if they cannot be read in place and each of them is needed more than once.
     void pack(const Chunks& parts, bool keeps) {
-        std::vector<char> serve(static_cast<size_t>(parts.count));
+        std::vector<char> usable(static_cast<size_t>(parts.count));
         const auto part_of = [&](int64_t index) { return Span{parts[index].first, parts[index].last}; };
         for_each_chunk(parts.count, [&](int64_t index) {
-            serve[static_cast<size_t>(index)] = kernels_.serve_in_place(batch_, part_of(index));
+            usable[static_cast<size_t>(index)] = kernels_.usable_in_place(batch_, part_of(index));
         });
-        batch_.packs = std::find(serve.begin(), serve.end(), 0) != serve.end();
-        if (!batch_.packs || !keeps) return;
+        batch_.pack_items = std::find(usable.begin(), usable.end(), 0) != usable.end();
+        if (!batch_.pack_items || !keeps) return;
         batch_.packed = mutable_data(held(scratch(items_, kernels_.packed_bytes(batch_))));
         for_each_chunk(parts.count, [&](int64_t index) { kernels_.pack(batch_, part_of(index)); });
     }
@@ -261,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     return {loss, lse, grad_queries, grad_items};
 }
 
-// What forward got ahead, times the loss's gradient.
+// Multiply a gradient that forward already computed by the loss's gradient.
 Tensor scaled(const Tensor& gradient, float factor) {
     const Tensor from = torch::stable::contiguous(gradient), result = torch::stable::empty_like(from);
     const Kernels& kernels = kernels_for(gradient.scalar_type());
@@ -281,7 +283,7 @@ std::tuple<Tensor, Tensor> backward(
     const int64_t num_queries = queries.size(0);
     const float factor = *static_cast<const float*>(data(grad));
     const Tensor grad_queries = gradient_of(queries, need_queries);
-    // Zero, whatever the loss's gradient is.
+    // The gradients are zero, whatever the loss's gradient is.
     if (num_queries == 0) return {grad_queries, zeros(items, need_items)};
     if (ahead_queries && ahead_items) return {scaled(*ahead_queries, factor), scaled(*ahead_items, factor)};
     if (!need_queries && !need_items) return {grad_queries, zeros(items, need_items)};

@@ -1,11 +1,11 @@
-// A tile of logits: some items against some queries, a row for each item.
+// A tile of logits: some items times some queries, a row for each item.
 #pragma once
 
-#include "cpu/left_rows.h"
+#include "cpu/lhs_rows.h"
 #include "cpu/pack.h"
 #include "in_batch_softmax_loss/kernels.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using in_batch_softmax_loss::Batch;
@@ -16,29 +16,30 @@ using in_batch_softmax_loss::Span;
 
 constexpr float infinity = __builtin_inff();
 
-// Items whose logits are computed together: whole blocks of products, and of what they read of the inner dimension.
+// The number of items whose logits are computed together: whole blocks of products, and whole words of the inner
+// dimension of the gradients' products.
 template <class Value>
 constexpr int64_t strip = Words<Value>::values == 2 ? 512 : 504;
 
-// Calls body(items) for each strip of a part.
+// Call body(items) for each strip of a part.
 template <class Value, class Body>
 XSMOE_INLINE void for_strips(Span items, const Body& body) {
     for (int64_t first = items.first; first < items.last; first += strip<Value>) {
-        body(Span{first, least(first + strip<Value>, items.last)});
+        body(Span{first, minimum(first + strip<Value>, items.last)});
     }
 }
 
 template <class T>
 struct LogitScratch {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     typedef typename Words<Value>::Word Word;
 
-    LeftRows<T> items;
-    Word* queries;  // a tile's, as right factor
+    LhsRows<T> items;
+    Word* queries;  // a tile's, as right operand
 
-    LogitScratch(Arena& arena, int64_t tile, int64_t most_items, int64_t dim)
-        : items(dim, Words<Value>::inner), queries(arena.take<Word>(packed_words<Value>(dim, tile))) {
-        items.take(arena, least(most_items, strip<Value>));
+    LogitScratch(Arena& arena, int64_t tile, int64_t max_items, int64_t dim)
+        : items(dim, Words<Value>::inner), queries(arena.allocate<Word>(packed_words<Value>(dim, tile))) {
+        items.allocate(arena, minimum(max_items, strip<Value>));
     }
 };
 
@@ -54,24 +55,24 @@ const T* item_rows(const Batch& batch, int64_t first) {
 
 template <class T>
 void pack_columns(const Batch& batch, Span queries, const LogitScratch<T>& scratch) {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     const T* from = query_rows<T>(batch, queries.first);
     pack<Value>(from, batch.dim, queries.size(), 1, batch.query_stride, scratch.queries);
 }
 
-// The items of a strip against the queries that were packed; -inf is no candidate. `own`, if there is one, takes the
-// logits of the targets among them, whose counts do not matter.
+// Compute the logits of a strip's items and the packed queries; -inf marks an item that is no candidate. `own`, if not
+// null, gets the logits of the targets among the items, to which counts do not apply.
 template <class T>
 void compute_logits(
     const Batch& batch, const LogitScratch<T>& scratch, Span items, Span queries, float* logits, int64_t stride,
     float* own
 ) {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     const int64_t words = packed_inner<Value>(batch.dim);
     const Segment<Value> segment = {0, scratch.queries, words, words * panel};
-    const Left<Value> left = scratch.items.of(item_rows<T>(batch, items.first), batch.item_stride, items.size());
+    const Lhs<Value> left = scratch.items.of(item_rows<T>(batch, items.first), batch.item_stride, items.size());
     product<false>(
-        items.size(), round_up(queries.size(), lanes), left, Right<Value>{&segment, 1, panel},
+        items.size(), round_up(queries.size(), lanes), left, Rhs<Value>{&segment, 1, panel},
         [&](int64_t row, int count, int64_t column, int width, const float* sums) {
             for (int r = 0; r < count; ++r, sums += panel) {
                 const int64_t item = items.first + row + r;
@@ -99,4 +100,4 @@ void compute_logits(
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,9 +1,9 @@
-// Logits through the softmax: a row for each item, so that vectors hold numbers of several queries.
+// The softmax of logits. A row holds the logits of an item, so that the lanes of a vector belong to different queries.
 #pragma once
 
 #include "in_batch_softmax_loss/logits.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 template <int count>
@@ -11,7 +11,7 @@ struct Columns {
     static constexpr int vecs = count;
 };
 
-// Calls body(Columns<n>, column) for groups of n vectors of columns.
+// Call body(Columns<n>, column) for groups of n vectors of columns.
 template <class Body>
 XSMOE_INLINE void for_columns(int64_t columns, const Body& body) {
     int64_t column = 0;
@@ -19,13 +19,13 @@ XSMOE_INLINE void for_columns(int64_t columns, const Body& body) {
     for (; column < columns; column += lanes) body(Columns<1>{}, column);
 }
 
-// Items whose exponentials one float32 sums: the sums of these are summed, which keeps rounding in bounds.
-constexpr int64_t summed = 64;
+// The number of exponentials in one float32 sum. Sums of these sums bound the rounding error.
+constexpr int64_t terms_per_sum = 64;
 
-// What logits are lessened by: queries without a candidate so far have none.
+// Return the number to subtract from logits: 0 for queries that have no candidate so far.
 XSMOE_INLINE Vec shift_of(Vec most) { return most == -infinity ? Vec{} : most; }
 
-// The largest logit so far and the sum of exp(logit - most), of each query of a tile.
+// The largest logit so far and the sum of exp(logit - most), for each query of a tile.
 struct Softmax {
     float *most, *sum;
 
@@ -36,7 +36,7 @@ struct Softmax {
         }
     }
 
-    void raise(const float* logits, int64_t items, int64_t stride, int64_t columns) const {
+    void update_max(const float* logits, int64_t items, int64_t stride, int64_t columns) const {
         for_columns(columns, [&](auto group, int64_t column) {
             constexpr int vecs = decltype(group)::vecs;
             Vec largest[vecs];
@@ -51,11 +51,11 @@ struct Softmax {
         });
     }
 
-    // Adds exp(logit - most); logits become these where they lie, if they are `kept`.
+    // Add exp(logit - most) to the sums. If `kept`, the exponentials replace the logits.
     template <bool kept>
     void add(float* logits, int64_t items, int64_t stride, int64_t columns) const {
-        for (int64_t first = 0; first < items; first += summed) {
-            const int64_t last = least(first + summed, items);
+        for (int64_t first = 0; first < items; first += terms_per_sum) {
+            const int64_t last = minimum(first + terms_per_sum, items);
             for_columns(columns, [&](auto group, int64_t column) {
                 constexpr int vecs = decltype(group)::vecs;
                 Vec shift[vecs], sums[vecs] = {};
@@ -64,9 +64,9 @@ struct Softmax {
                     float* at = logits + item * stride + column;
 #pragma GCC unroll 4
                     for (int v = 0; v < vecs; ++v) {
-                        const Vec grown = exp_negative(load(at + v * lanes) - shift[v]);
-                        sums[v] += grown;
-                        if (kept) store(at + v * lanes, grown);
+                        const Vec exponential = exp_negative(load(at + v * lanes) - shift[v]);
+                        sums[v] += exponential;
+                        if (kept) store(at + v * lanes, exponential);
                     }
                 }
                 for (int v = 0; v < vecs; ++v) {
@@ -77,10 +77,10 @@ struct Softmax {
         }
     }
 
-    // Takes in a strip of logits that are not kept.
-    void take(float* logits, int64_t items, int64_t stride, int64_t columns, float* before) const {
+    // Add a strip of logits that are not kept.
+    void add(float* logits, int64_t items, int64_t stride, int64_t columns, float* before) const {
         std::memcpy(before, most, columns * sizeof(float));
-        raise(logits, items, stride, columns);
+        update_max(logits, items, stride, columns);
         for (int64_t i = 0; i < columns; i += lanes) {
             const Vec old = load(before + i), shift = shift_of(load(most + i));
             store(sum + i, old < shift ? load(sum + i) * exp_negative(old - shift) : load(sum + i));
@@ -89,11 +89,11 @@ struct Softmax {
     }
 };
 
-// Statistics of all parts together.
-struct Together {
+// The combined statistics of all parts.
+struct Combined {
     Vec most, sum;
 
-    Together(const Softmax& first, int64_t distance, int64_t parts, int64_t column)
+    Combined(const Softmax& first, int64_t distance, int64_t parts, int64_t column)
         : most(load(first.most + column)), sum{} {
         for (int64_t part = 1; part < parts; ++part) {
             most = maximum(load(first.most + part * distance + column), most);
@@ -110,7 +110,7 @@ struct Together {
     }
 };
 
-// Exponentials become shares: a factor for each query.
+// Multiply exponentials by a factor for each query, which gives dlogits.
 XSMOE_INLINE void multiply_columns(
     float* logits, int64_t items, int64_t stride, int64_t columns, const float* factors
 ) {
@@ -120,8 +120,8 @@ XSMOE_INLINE void multiply_columns(
     }
 }
 
-// Logits become shares: exp(logit - lse) times a factor.
-XSMOE_INLINE void share_columns(
+// Replace logits by dlogits: exp(logit - lse) times a factor.
+XSMOE_INLINE void softmax_gradient_columns(
     float* logits, int64_t items, int64_t stride, int64_t columns, const float* lse, float factor
 ) {
     for (int64_t item = 0; item < items; ++item) {
@@ -133,4 +133,4 @@ XSMOE_INLINE void share_columns(
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,4 +1,4 @@
-// packed_attention on the CPU: takes tensors apart, and shares the heads of all sequences out among threads.
+// packed_attention on the CPU: unpacks the tensors, and divides the heads of all sequences among threads.
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,7 +10,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
-#include "cpu/tiers.h"
+#include "cpu/isa_kernels.h"
 #include "packed_attention/kernels.h"
 
 namespace xsmoe::packed_attention {
@@ -36,7 +36,7 @@ std::vector<int64_t> bounds_of(const Tensor& offsets) {
     return bounds;
 }
 
-// The arguments as the kernels take them, and what has to live as long as they do.
+// The arguments in the form that the kernels need, and the objects that own their memory.
 struct Arguments {
     Tensor q, k, v;
     std::optional<Tensor> keep;
@@ -56,12 +56,13 @@ struct Arguments {
 
     Attention attention(int64_t places, double dropout_p) const {
         const auto* kept = keep ? static_cast<const uint8_t*>(data(*keep)) : nullptr;
-        const auto grown = static_cast<float>(1.0 / (1.0 - dropout_p));
-        return {q.size(1), q.size(2), heads(q), heads(k), heads(v), bounds.data(), longest, kept, places, grown};
+        const auto keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+        return {q.size(1), q.size(2), heads(q), heads(k), heads(v), bounds.data(), longest, kept, places, keep_scale};
     }
 
-    // Units cut into stretches of about the same work, one for each thread, fewer where waking them would not pay.
-    std::vector<Range> stretches(int64_t products) const {
+    // Divide units into ranges of about the same work: one for each thread, or fewer if a range would be too little
+    // work.
+    std::vector<Range> ranges(int64_t products) const {
         const int64_t num_heads = q.size(1);
         std::vector<double> work{0.0};
         for (int64_t b = 0; b < sequences(); ++b) {
@@ -82,7 +83,7 @@ struct Arguments {
         return found;
     }
 
-    // An (M, H, d) result, with zeros in the rows of no sequence.
+    // Allocate an (M, H, d) result, with zeros in the rows outside of all sequences.
     Tensor result() const {
         const int64_t rows = q.size(0), row_bytes = q.size(1) * q.size(2) * element_size(q);
         const Tensor tensor = empty(q, {rows, q.size(1), q.size(2)}, q.scalar_type());
@@ -100,11 +101,11 @@ void run(
     const Arguments& arguments, const Call& call, int64_t products, int64_t bytes,
     void (*kernel)(const Call&, int64_t, int64_t, void*)
 ) {
-    const std::vector<Range> stretches = arguments.stretches(products);
-    const auto count = static_cast<int64_t>(stretches.size());
+    const std::vector<Range> ranges = arguments.ranges(products);
+    const auto count = static_cast<int64_t>(ranges.size());
     const ChunkScratch work(arguments.q, count, bytes);
     for_each_chunk(count, [&](int64_t chunk) {
-        const auto [first, last] = stretches[static_cast<size_t>(chunk)];
+        const auto [first, last] = ranges[static_cast<size_t>(chunk)];
         kernel(call, first, last, work.of(chunk));
     });
 }

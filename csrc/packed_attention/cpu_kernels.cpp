@@ -1,14 +1,14 @@
-// packed_attention, one head of one sequence after the other: the shares of a tile of queries in all keys up to them
-// are computed where they stay in cache, and computed again in backward. Nothing is padded, and no memory grows with
-// the square of a length. Compiled once for each tier.
+// packed_attention, one head of one sequence after the other. The attention probabilities of a tile of queries are
+// computed in cache, and recomputed in backward. Nothing is padded, and no memory grows with the square of a length.
+// Compiled once for each instruction set level.
 
 #include "cpu/arena.h"
-#include "cpu/left_rows.h"
+#include "cpu/lhs_rows.h"
 #include "cpu/transpose.h"
 #include "packed_attention/kernels.h"
-#include "packed_attention/shares.h"
+#include "packed_attention/softmax.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using packed_attention::Attention;
@@ -21,7 +21,7 @@ XSMOE_INLINE int64_t pitch_of(const Attention& call) { return round_up(call.dim,
 
 // One head of one sequence.
 struct Unit {
-    int64_t head, first, rows;  // which head; its first row among all rows, and how many there are
+    int64_t head, first, rows;  // index of the head, its first row among all rows, and its number of rows
     const uint8_t* keep;
 
     Unit(const Attention& call, int64_t unit)
@@ -35,14 +35,14 @@ struct Unit {
         return static_cast<const T*>(tensor.at) + first * tensor.row_stride + head * tensor.head_stride;
     }
 
-    // Where row `row` of a dense result begins.
+    // Return the address of row `row` in a dense result.
     template <class T>
     T* out(const Attention& call, void* result, int64_t row) const {
         return static_cast<T*>(result) + ((first + row) * call.heads + head) * call.dim;
     }
 };
 
-// Some rows as columns of a tile, with zeros up to a whole vector of them.
+// Copy rows into the columns of a tile, padded with zeros to a whole vector.
 template <class T>
 void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t dim, float* to) {
     if (rows % lanes != 0) {
@@ -50,7 +50,7 @@ void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t dim, fl
     }
     for (int64_t row = 0; row < rows; row += 4) {
         const T* source = from + row * stride;
-        const int64_t height = least(rows - row, 4);
+        const int64_t height = minimum(rows - row, 4);
         int64_t column = 0;
         for (; column + 4 <= dim; column += 4) {
             Quad quads[4] = {};
@@ -68,14 +68,14 @@ void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t dim, fl
     }
 }
 
-// The scores of a tile's queries, or the gradients of their shares: dot products of all keys' or values' rows with
-// those that were turned into columns.
+// Compute the scores of a tile's queries, or the gradients of their probabilities: dot products of all rows of keys or
+// values with the tile's columns.
 XSMOE_INLINE void dot_products(
-    const Attention& call, const Left<float>& left, int64_t keys, int64_t queries, const float* columns, float* to
+    const Attention& call, const Lhs<float>& left, int64_t keys, int64_t queries, const float* columns, float* to
 ) {
     const Segment<float> segment = {0, columns, call.dim, panel};
     product<false>(
-        keys, round_up(queries, lanes), left, Right<float>{&segment, 1, tile},
+        keys, round_up(queries, lanes), left, Rhs<float>{&segment, 1, tile},
         [&](int64_t row, int rows, int64_t column, int width, const float* sums) {
             for (int i = 0; i < rows; ++i) {
                 for (int at = 0; at < width; at += lanes) {
@@ -86,15 +86,16 @@ XSMOE_INLINE void dot_products(
     );
 }
 
-// Sums of `count` rows of a tensor, weighed by a tile or, `transposed`, by its columns, as rows of a result.
+// Compute sums of `count` rows of a tensor, weighted by a tile or, if `transposed`, by its columns, as rows of a
+// result.
 template <bool transposed, class T>
 XSMOE_INLINE void weighted_sums(
-    const Attention& call, const Unit& unit, const float* weights, const Left<float>& rows, int64_t count,
+    const Attention& call, const Unit& unit, const float* weights, const Lhs<float>& rows, int64_t count,
     int64_t first_result, int64_t results, void* to
 ) {
     const Segment<float> segment = {0, rows.at, count, panel};
     product<transposed>(
-        results, pitch_of(call), Left<float>{weights, tile}, Right<float>{&segment, 1, rows.stride},
+        results, pitch_of(call), Lhs<float>{weights, tile}, Rhs<float>{&segment, 1, rows.stride},
         [&](int64_t row, int block, int64_t column, int width, const float* sums) {
             for (int i = 0; i < block; ++i) {
                 T* into = unit.out<T>(call, to, first_result + row + i);
@@ -106,14 +107,14 @@ XSMOE_INLINE void weighted_sums(
     );
 }
 
-// What a tile's queries add to the gradients of all keys, or values, up to them: (keys, pitch).
+// Add a tile's contribution to the gradients of all keys, or values, up to its queries: (keys, pitch).
 XSMOE_INLINE void add_weighted_sums(
-    const Attention& call, const float* weights, const Left<float>& rows, int64_t count, int64_t results, float* to
+    const Attention& call, const float* weights, const Lhs<float>& rows, int64_t count, int64_t results, float* to
 ) {
     const int64_t pitch = pitch_of(call);
     const Segment<float> segment = {0, rows.at, count, panel};
     product<false>(
-        results, pitch, Left<float>{weights, tile}, Right<float>{&segment, 1, rows.stride},
+        results, pitch, Lhs<float>{weights, tile}, Rhs<float>{&segment, 1, rows.stride},
         [&](int64_t row, int block, int64_t column, int width, const float* sums) {
             for (int i = 0; i < block; ++i) {
                 float* into = to + (row + i) * pitch + column;
@@ -124,7 +125,7 @@ XSMOE_INLINE void add_weighted_sums(
     );
 }
 
-// Some queries' rows of the mask as columns of a tile.
+// Copy some queries' rows of the mask into the columns of a tile.
 XSMOE_INLINE void transpose_kept(
     const Attention& call, const Unit& unit, int64_t first, int64_t queries, uint8_t* kept
 ) {
@@ -136,24 +137,24 @@ XSMOE_INLINE void transpose_kept(
 
 template <class T>
 struct ForwardScratch {
-    LeftRows<T, float> k, v;
-    float *queries, *shares;  // (dim, tile), (longest, tile)
-    uint8_t* kept;            // (longest, tile)
+    LhsRows<T, float> k, v;
+    float *queries, *probabilities;  // (dim, tile), (longest, tile)
+    uint8_t* kept;                   // (longest, tile)
 
     ForwardScratch(Arena& arena, const Attention& call)
         : k(call.dim, lanes),
           v(call.dim, lanes),
-          queries(arena.take<float>(call.dim * tile)),
-          shares(arena.take<float>(call.longest * tile)),
-          kept(arena.take<uint8_t>(call.keep == nullptr ? 0 : call.longest * tile)) {
-        k.take(arena, call.longest);
-        v.take(arena, call.longest);
+          queries(arena.allocate<float>(call.dim * tile)),
+          probabilities(arena.allocate<float>(call.longest * tile)),
+          kept(arena.allocate<uint8_t>(call.keep == nullptr ? 0 : call.longest * tile)) {
+        k.allocate(arena, call.longest);
+        v.allocate(arena, call.longest);
     }
 
     Dropout dropout(const Attention& call, const Unit& unit, int64_t first, int64_t queries) const {
         if (unit.keep == nullptr) return {nullptr, 1.0f};
         transpose_kept(call, unit, first, queries, kept);
-        return {kept, call.grown};
+        return {kept, call.keep_scale};
     }
 };
 
@@ -165,42 +166,42 @@ void forward(const Forward& call, int64_t first_unit, int64_t last_unit, void* m
     for (int64_t place = first_unit; place < last_unit; ++place) {
         const Unit unit(call, place);
         const T* q = unit.in<T>(call.q);
-        const Left<float> k = scratch.k.of(unit.in<T>(call.k), call.k.row_stride, unit.rows);
-        const Left<float> v = scratch.v.of(unit.in<T>(call.v), call.v.row_stride, unit.rows);
+        const Lhs<float> k = scratch.k.of(unit.in<T>(call.k), call.k.row_stride, unit.rows);
+        const Lhs<float> v = scratch.v.of(unit.in<T>(call.v), call.v.row_stride, unit.rows);
         for (int64_t first = 0; first < unit.rows; first += tile) {
-            const int64_t count = least(unit.rows - first, tile), keys = first + count;
+            const int64_t count = minimum(unit.rows - first, tile), keys = first + count;
             transpose_rows(q + first * call.q.row_stride, call.q.row_stride, count, call.dim, scratch.queries);
-            dot_products(call, k, keys, count, scratch.queries, scratch.shares);
+            dot_products(call, k, keys, count, scratch.queries, scratch.probabilities);
             const Dropout dropout = scratch.dropout(call, unit, first, count);
             for (int64_t query = 0; query < count; query += lanes) {
-                softmax({first + query, keys}, scale, scratch.shares + query);
+                softmax({first + query, keys}, scale, scratch.probabilities + query);
                 if (unit.keep == nullptr) continue;
                 for (int64_t key = 0; key < keys; ++key) {
-                    float* share = scratch.shares + key * tile + query;
-                    store(share, dropout.of(key, query, load(share)));
+                    float* probability = scratch.probabilities + key * tile + query;
+                    store(probability, dropout.of(key, query, load(probability)));
                 }
             }
-            weighted_sums<true, T>(call, unit, scratch.shares, v, keys, first, count, call.y);
+            weighted_sums<true, T>(call, unit, scratch.probabilities, v, keys, first, count, call.y);
         }
     }
 }
 
 template <class T>
 struct BackwardScratch : ForwardScratch<T> {
-    LeftRows<T, float> q, grad;
+    LhsRows<T, float> q, grad;
     float *upstream, *grads;         // (dim, tile), (longest, tile)
-    float *key_grads, *value_grads;  // (longest, pitch), of a sequence of several tiles
+    float *key_grads, *value_grads;  // (longest, pitch), if a sequence has several tiles
 
     BackwardScratch(Arena& arena, const Backward& call)
         : ForwardScratch<T>(arena, call),
           q(call.dim, lanes),
           grad(call.dim, lanes),
-          upstream(arena.take<float>(call.dim * tile)),
-          grads(arena.take<float>(call.longest * tile)),
-          key_grads(arena.take<float>(call.longest > tile ? call.longest * pitch_of(call) : 0)),
-          value_grads(arena.take<float>(call.longest > tile ? call.longest * pitch_of(call) : 0)) {
-        q.take(arena, least(call.longest, tile));
-        grad.take(arena, least(call.longest, tile));
+          upstream(arena.allocate<float>(call.dim * tile)),
+          grads(arena.allocate<float>(call.longest * tile)),
+          key_grads(arena.allocate<float>(call.longest > tile ? call.longest * pitch_of(call) : 0)),
+          value_grads(arena.allocate<float>(call.longest > tile ? call.longest * pitch_of(call) : 0)) {
+        q.allocate(arena, minimum(call.longest, tile));
+        grad.allocate(arena, minimum(call.longest, tile));
     }
 };
 
@@ -222,8 +223,8 @@ void backward(const Backward& call, int64_t first_unit, int64_t last_unit, void*
     const float scale = scale_of(call.dim);
     for (int64_t place = first_unit; place < last_unit; ++place) {
         const Unit unit(call, place);
-        const Left<float> k = scratch.k.of(unit.in<T>(call.k), call.k.row_stride, unit.rows);
-        const Left<float> v = scratch.v.of(unit.in<T>(call.v), call.v.row_stride, unit.rows);
+        const Lhs<float> k = scratch.k.of(unit.in<T>(call.k), call.k.row_stride, unit.rows);
+        const Lhs<float> v = scratch.v.of(unit.in<T>(call.v), call.v.row_stride, unit.rows);
         const bool tiled = unit.rows > tile;
         if (tiled) {
             const size_t bytes = static_cast<size_t>(unit.rows * pitch_of(call)) * sizeof(float);
@@ -231,25 +232,25 @@ void backward(const Backward& call, int64_t first_unit, int64_t last_unit, void*
             std::memset(scratch.value_grads, 0, bytes);
         }
         for (int64_t first = 0; first < unit.rows; first += tile) {
-            const int64_t count = least(unit.rows - first, tile), keys = first + count;
+            const int64_t count = minimum(unit.rows - first, tile), keys = first + count;
             const int64_t q_stride = call.q.row_stride, grad_stride = call.grad.row_stride;
             const T *q_rows = unit.in<T>(call.q) + first * q_stride,
                     *rows = unit.in<T>(call.grad) + first * grad_stride;
             transpose_rows(q_rows, q_stride, count, call.dim, scratch.queries);
             transpose_rows(rows, grad_stride, count, call.dim, scratch.upstream);
-            dot_products(call, k, keys, count, scratch.queries, scratch.shares);
+            dot_products(call, k, keys, count, scratch.queries, scratch.probabilities);
             dot_products(call, v, keys, count, scratch.upstream, scratch.grads);
             const Dropout dropout = scratch.dropout(call, unit, first, count);
             for (int64_t query = 0; query < count; query += lanes) {
                 const Queries queries = {first + query, keys};
-                softmax(queries, scale, scratch.shares + query);
-                softmax_gradient(queries, dropout, query, scale, scratch.shares + query, scratch.grads + query);
+                softmax(queries, scale, scratch.probabilities + query);
+                softmax_gradient(queries, dropout, query, scale, scratch.probabilities + query, scratch.grads + query);
             }
             if (call.dq != nullptr) {
                 weighted_sums<true, T>(call, unit, scratch.grads, k, keys, first, count, call.dq);
             }
             if (call.dk != nullptr) {
-                const Left<float> q = scratch.q.of(q_rows, q_stride, count);
+                const Lhs<float> q = scratch.q.of(q_rows, q_stride, count);
                 if (tiled) {
                     add_weighted_sums(call, scratch.grads, q, count, keys, scratch.key_grads);
                 } else {
@@ -257,11 +258,11 @@ void backward(const Backward& call, int64_t first_unit, int64_t last_unit, void*
                 }
             }
             if (call.dv != nullptr) {
-                const Left<float> grad = scratch.grad.of(rows, grad_stride, count);
+                const Lhs<float> grad = scratch.grad.of(rows, grad_stride, count);
                 if (tiled) {
-                    add_weighted_sums(call, scratch.shares, grad, count, keys, scratch.value_grads);
+                    add_weighted_sums(call, scratch.probabilities, grad, count, keys, scratch.value_grads);
                 } else {
-                    weighted_sums<false, T>(call, unit, scratch.shares, grad, count, 0, keys, call.dv);
+                    weighted_sums<false, T>(call, unit, scratch.probabilities, grad, count, 0, keys, call.dv);
                 }
             }
         }
@@ -281,11 +282,11 @@ constexpr Kernels table = {
 };
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA
 
-namespace xsmoe::packed_attention::XSMOE_TIER {
+namespace xsmoe::packed_attention::XSMOE_ISA {
 
-extern const Kernels for_float = xsmoe::XSMOE_TIER::table<float>;
-extern const Kernels for_bfloat16 = xsmoe::XSMOE_TIER::table<BFloat16>;
+extern const Kernels for_float = xsmoe::XSMOE_ISA::table<float>;
+extern const Kernels for_bfloat16 = xsmoe::XSMOE_ISA::table<BFloat16>;
 
-}  // namespace xsmoe::packed_attention::XSMOE_TIER
+}  // namespace xsmoe::packed_attention::XSMOE_ISA

@@ -1,4 +1,4 @@
-// rank_of_target on the CPU: takes tensors apart, shares queries and items out among threads, and adds up their counts.
+// rank_of_target on the CPU: unpacks the tensors, divides queries and items among threads, and adds up their counts.
 
 #include <torch/csrc/stable/library.h>
 
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/score_rounds.h"
-#include "cpu/tiers.h"
+#include "cpu/isa_kernels.h"
 #include "rank_of_target/kernels.h"
 
 namespace xsmoe::rank_of_target {
@@ -17,9 +17,9 @@ XSMOE_KERNELS_FOR
 
 namespace {
 
-// The rank of a target whose round's cells found `found`.
+// Return the rank of a target from the counts of all cells of its round.
 int64_t rank(const Found& found, int64_t items, int64_t target, SeenItems seen) {
-    if (std::isfinite(found.own)) return 1 + found.higher + found.equal / 2;  // of the equals the target is one
+    if (std::isfinite(found.own)) return 1 + found.higher + found.equal / 2;  // the target is one of the equal items
     const bool among_seen = std::binary_search(seen.first, seen.last, target);
     return items - (seen.last - seen.first) + (among_seen ? 1 : 0);
 }
@@ -38,7 +38,7 @@ Tensor forward(
     SeenLists lists(seen, seen_offsets);
     const int64_t most = queries_of_round(dim);
     for (int64_t first = 0, last; first < num_queries; first = last) {
-        last = lists.fitting(first, std::min(num_queries, first + most));
+        last = lists.round_end(first, std::min(num_queries, first + most));
         const int64_t count = last - first;
         const SeenItems* seen_items = lists.of(first, last);
         const Count call{
@@ -47,7 +47,7 @@ Tensor forward(
             target + first
         };
         const Cells cells(count, kernels.block_queries, num_items, kernels.tile_items(dim), dim);
-        const ChunkScratch work(queries, cells.count(), kernels.count_bytes(call, cells.most_queries()));
+        const ChunkScratch work(queries, cells.count(), kernels.count_bytes(call, cells.max_queries()));
         const Tensor counts = scratch(queries, cells.item_parts() * count * int64_t{sizeof(Found)});
         auto* found = mutable_data_as<Found>(counts);
         for_each_chunk(cells.count(), [&](int64_t chunk) {

@@ -1,17 +1,17 @@
-// rank_of_target: counts items that score higher than the target or equal to it, and takes the seen ones back out.
-// Compiled once for each tier.
+// rank_of_target: counts items that score higher than the target or equal to it, and subtracts the seen ones. Compiled
+// once for each instruction set level.
 
 #include "cpu/score_tiles.h"
 #include "rank_of_target/kernels.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using rank_of_target::Count;
 using rank_of_target::Found;
 using rank_of_target::Kernels;
 
-// Counts of a query, one for each lane. A catalogue that overflows them has some ten billion items.
+// The counts of a query, one for each lane. They overflow at about ten billion items.
 struct LaneCounts {
     IntVec higher, equal;
 };
@@ -21,16 +21,16 @@ struct CountScratch {
     ScoreTiles<T> tiles;
     LaneCounts* counts;
     float* own;
-    const int64_t** seen;  // for each query the first seen item that has not come yet
+    const int64_t** seen;  // for each query, the next seen item
 
     CountScratch(Arena& arena, const Count& call, int64_t queries)
         : tiles(arena, call.scoring, queries),
-          counts(arena.take<LaneCounts>(queries)),
-          own(arena.take<float>(queries)),
-          seen(arena.take<const int64_t*>(queries)) {}
+          counts(arena.allocate<LaneCounts>(queries)),
+          own(arena.allocate<float>(queries)),
+          seen(arena.allocate<const int64_t*>(queries)) {}
 };
 
-// The first of ascending items that is not below `item`.
+// Return the first of ascending items that is not below `item`.
 const int64_t* lower_bound(SeenItems seen, int64_t item) {
     const int64_t *first = seen.first, *last = seen.last;
     while (first < last) {
@@ -99,11 +99,11 @@ constexpr Kernels table = {
 };
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA
 
-namespace xsmoe::rank_of_target::XSMOE_TIER {
+namespace xsmoe::rank_of_target::XSMOE_ISA {
 
-extern const Kernels for_float = xsmoe::XSMOE_TIER::table<float>;
-extern const Kernels for_bfloat16 = xsmoe::XSMOE_TIER::table<BFloat16>;
+extern const Kernels for_float = xsmoe::XSMOE_ISA::table<float>;
+extern const Kernels for_bfloat16 = xsmoe::XSMOE_ISA::table<BFloat16>;
 
-}  // namespace xsmoe::rank_of_target::XSMOE_TIER
+}  // namespace xsmoe::rank_of_target::XSMOE_ISA

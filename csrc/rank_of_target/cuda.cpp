@@ -1,4 +1,4 @@
-// rank_of_target on NVIDIA GPUs: takes tensors apart and allocates what its kernels write.
+// rank_of_target on NVIDIA GPUs: unpacks the tensors and allocates the outputs of the kernels.
 
 #include <torch/csrc/stable/library.h>
 

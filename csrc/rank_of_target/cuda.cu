@@ -1,11 +1,11 @@
-// Ranks of targets among all items, in float32 on the ordinary cores.
+// Ranks of targets among all items, in float32 on the CUDA cores.
 //
-// A score is one chain of fused multiplications and additions, by ascending place in the row, from 0. It has the same
-// bits wherever it is computed: for the target alone, in a tile, or once more for an item that was seen. So the tiles
-// count all items, and what was seen is taken back after them, exactly.
+// A score is one chain of fused multiply-adds, by ascending index in the row, starting from 0. It has the same bits
+// wherever it is computed: for the target alone, in a tile, or again for a seen item. So the tiles count all items, and
+// the counts of seen items are subtracted afterwards, exactly.
 //
-// An item that scores higher than the target has two points, an equal one has one: with p points the rank, 1 + #higher
-// + ceil(#equal / 2), is 1 + ceil(p / 2). NaN has none.
+// An item that scores higher than the target adds two points, an equal one adds one. With p points the rank, 1 +
+// #higher + ceil(#equal / 2), is 1 + ceil(p / 2). NaN adds no points.
 
 #include "rank_of_target/cuda.h"
 
@@ -22,15 +22,15 @@ using namespace cuda;
 namespace {
 
 template <class T>
-__device__ inline T least(T a, T b) {
+__device__ inline T minimum(T a, T b) {
     return a < b ? a : b;
 }
 
-// A block of the product: threads stand in a square, each with every 16th query and every 16th item of a tile.
+// A block of the product: threads form a square. Each thread has every 16th query and every 16th item of a tile.
 constexpr int threads = 256, across = 16;
 constexpr int items_each = 8, tile_items = across * items_each;
 constexpr int many_each = 8, few_each = 2;
-// Places of rows that are in shared memory at a time, in chunks of 16 bytes, and how often.
+// The numbers of a row that are in shared memory at a time, in chunks of 16 bytes, and the number of stages.
 constexpr int chunks = 4, step = 4 * chunks;
 constexpr int stages = 3;
 
@@ -38,25 +38,25 @@ template <int queries_each>
 constexpr int tile_queries = across * queries_each;
 template <int queries_each>
 constexpr int stage_chunks = (tile_queries<queries_each> + tile_items) * chunks;
-// Blocks of a multiprocessor at a time.
+// The blocks per multiprocessor.
 constexpr int blocks_each = 2;
 
-// Bits that mark items at a time: 16 KB, of which a multiprocessor has room for many blocks.
-constexpr int64_t most_marks = int64_t{1} << 17;
+// The bits that mark seen items at a time: 16 KB, so that a multiprocessor holds many blocks.
+constexpr int64_t max_marks = int64_t{1} << 17;
 constexpr int marks_of_16_bytes = 128;
 constexpr int rank_threads = 128, own_threads = 64;
 
-// Of the points of all slices.
-constexpr int64_t most_scratch_bytes = int64_t{64} << 20;
-// More waves of blocks than these even out the last one no further.
-constexpr int64_t most_waves = 8;
+// The scratch memory of all slices' points.
+constexpr int64_t max_scratch_bytes = int64_t{64} << 20;
+// More waves of blocks than this do not balance the last wave any better.
+constexpr int64_t max_waves = 8;
 
-// Where a chunk of a row lies: rows lie one after the other, with their chunks in such an order that the same chunk of
-// eight rows in a row, which a warp reads at once, is in all banks.
+// Return the index of a chunk of a row in shared memory. Rows are consecutive. Their chunks are permuted (swizzled), so
+// that the same chunk of eight consecutive rows, which a warp reads at once, is spread over all banks.
 __device__ inline int place(int row, int chunk) { return row * chunks + (chunk ^ (row / 2 % chunks)); }
 
-// Begins to copy `step` numbers of each of a tile's rows, from `from` on; zeros for rows from `rows_there` on, and for
-// numbers from `numbers_there` on.
+// Start asynchronous copies of `step` numbers of each row of a tile, from `from` on. Rows from `rows_there` on, and
+// numbers from `numbers_there` on, become zeros.
 template <int rows, bool aligned>
 __device__ inline void begin_rows(
     float4* to, const float* from, int64_t stride, int rows_there, int numbers_there, int thread
@@ -66,21 +66,21 @@ __device__ inline void begin_rows(
     for (int first = 0; first < count; first += threads) {
         const int row = (first + thread) / chunks, chunk = thread % chunks;
         if (count % threads != 0 && first + thread >= count) break;
-        const int numbers = row < rows_there && 4 * chunk < numbers_there ? least(numbers_there - 4 * chunk, 4) : 0;
-        // Where there is nothing, the address must still be one.
+        const int numbers = row < rows_there && 4 * chunk < numbers_there ? minimum(numbers_there - 4 * chunk, 4) : 0;
+        // A copy of zero bytes needs a valid address too.
         const float* source = numbers > 0 ? from + row * stride + 4 * chunk : from;
         float4* target = to + place(row, chunk);
         if constexpr (aligned) {
-            begin_copy(target, source, 4 * numbers);
+            copy_async(target, source, 4 * numbers);
         } else {
             for (int i = 0; i < 4; ++i) {
-                begin_copy_4(reinterpret_cast<float*>(target) + i, i < numbers ? source + i : from, i < numbers);
+                copy_async_4(reinterpret_cast<float*>(target) + i, i < numbers ? source + i : from, i < numbers);
             }
         }
     }
 }
 
-// Adds the products of `step` places to the scores of this thread's queries and items.
+// Add the products of `step` numbers to the scores of this thread's queries and items.
 template <int queries_each>
 __device__ inline void add_products(
     float (&scores)[queries_each][items_each], const float4* stage, int query, int item
@@ -106,7 +106,7 @@ __device__ inline void add_products(
     }
 }
 
-// The score of one query and one item, with the bits that tiles give it.
+// Return the score of one query and one item, with the same bits as in a tile.
 template <bool aligned>
 __device__ inline float score(const float* query, const float* item, int64_t dim) {
     float total = 0;
@@ -129,13 +129,13 @@ __device__ inline unsigned points_of(float score, float own) {
     return static_cast<unsigned>(score > own) + static_cast<unsigned>(score >= own);
 }
 
-// The points of a tile that a thread keeps: those of eight threads together from the `items_there` items.
+// Return the points that this thread keeps of a tile: the sums over eight threads, for the `items_there` items.
 template <int queries_each>
 __device__ inline unsigned points_of_tile(
     const float (&scores)[queries_each][items_each], float own, int item, int items_there
 ) {
     constexpr int words = (queries_each + 3) / 4;
-    // A query's 16 points of a thread, and 128 of eight threads, take a byte.
+    // A query's 16 points of a thread, and the 128 of eight threads, fit in a byte.
     unsigned packed[words] = {};
     XSMOE_UNROLL
     for (int q = 0; q < queries_each; ++q) {
@@ -153,7 +153,7 @@ __device__ inline unsigned points_of_tile(
     return ((kept < 4 ? packed[0] : packed[words - 1]) >> (8 * (kept % 4))) & 0xff;
 }
 
-// The targets' scores; NaN for a target that is no item.
+// Compute the targets' scores; NaN for a target that is not an item.
 template <bool aligned>
 __global__ void own_kernel(Call call) {
     const int64_t query = int64_t{blockIdx.x} * own_threads + threadIdx.x;
@@ -167,20 +167,21 @@ __global__ void own_kernel(Call call) {
                              : bits_to_float(0x7fc00000);
 }
 
-// Points of a tile's queries from a slice of the items. The copies of a stage begin two stages ahead, across the tiles.
+// Compute the points of a tile's queries from a slice of the items. The copies of a stage start two stages ahead,
+// across tiles.
 template <int queries_each, bool aligned>
 __global__ void __launch_bounds__(threads, blocks_each) count_kernel(Call call) {
     constexpr int rows = tile_queries<queries_each>;
     auto* shared = reinterpret_cast<float4*>(shared_memory());
     const int thread = static_cast<int>(threadIdx.x);
-    // A warp has four queries by eight items of each square of them; of the eight threads with the same queries the
-    // q-th keeps what belongs to the q-th of these.
+    // A warp has four queries by eight items of each 16 by 16 square. Of the eight threads with the same queries,
+    // thread q keeps the points of square q.
     const int query = warp() / 2 * 4 + lane() / 8, item = warp() % 2 * 8 + lane() % 8, kept = lane() % 8;
     const int64_t row_blocks = parts_of(call.num_queries, rows), slice = blockIdx.x / row_blocks;
     const int64_t first_query = blockIdx.x % row_blocks * rows;
-    const int queries_there = static_cast<int>(least<int64_t>(rows, call.num_queries - first_query));
+    const int queries_there = static_cast<int>(minimum<int64_t>(rows, call.num_queries - first_query));
     const int begin = static_cast<int>(slice * call.plan.slice_tiles * tile_items);
-    const int end = static_cast<int>(least(begin + call.plan.slice_tiles * tile_items, call.num_items));
+    const int end = static_cast<int>(minimum(begin + call.plan.slice_tiles * tile_items, call.num_items));
 
     const int64_t dim = call.dim;
     int next_item = begin;
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(threads, blocks_each) count_kernel(Call call) 
     const auto begin_next = [&](int stage) {
         if (next_item < end && next_place < dim) {
             float4* to = shared + stage * stage_chunks<queries_each>;
-            const int numbers = static_cast<int>(least<int64_t>(step, dim - next_place));
+            const int numbers = static_cast<int>(minimum<int64_t>(step, dim - next_place));
             const float* queries = call.queries.data + first_query * call.queries.stride + next_place;
             const float* items = call.items.data + next_item * call.items.stride + next_place;
             begin_rows<rows, aligned>(to, queries, call.queries.stride, queries_there, numbers, thread);
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(threads, blocks_each) count_kernel(Call call) 
                 next_item += tile_items;
             }
         }
-        close_copies();
+        commit_copies();
     };
 
     const int row = kept * across + query;
@@ -236,10 +237,10 @@ __device__ inline int64_t offset(const Lists& lists, int64_t m) {
     if (lists.offsets == nullptr) return 0;
     const int64_t at =
         lists.wide ? static_cast<const int64_t*>(lists.offsets)[m] : static_cast<const int32_t*>(lists.offsets)[m];
-    return at < 0 ? 0 : least(at, lists.count);
+    return at < 0 ? 0 : minimum(at, lists.count);
 }
 
-// The sum over a block, for thread 0; takes a barrier.
+// Return the sum over a block in thread 0. The function contains a barrier.
 __device__ inline int64_t block_sum(int64_t value, int64_t* of_warps) {
     for (int other = warp_size / 2; other > 0; other /= 2) value += __shfl_xor_sync(whole_warp, value, other);
     if (lane() == 0) of_warps[warp()] = value;
@@ -249,8 +250,8 @@ __device__ inline int64_t block_sum(int64_t value, int64_t* of_warps) {
     return sum;
 }
 
-// A query's rank: its points of all slices, without those of what it has seen. Of an item that is listed twice the
-// first thread to mark it takes the points; items are marked by windows, in bits.
+// Compute a query's rank: its points of all slices, minus those of its seen items. If an item is listed twice, the
+// first thread that marks it subtracts its points. Marks are bits, for one window of items at a time.
 template <bool aligned>
 __global__ void rank_kernel(Call call, int64_t window) {
     auto* marks = reinterpret_cast<unsigned*>(shared_memory());
@@ -263,7 +264,7 @@ __global__ void rank_kernel(Call call, int64_t window) {
         points += call.points[slice * call.num_queries + query];
     }
     for (int64_t first = 0; begin < end && first < call.num_items; first += window) {
-        const int64_t count = least(window, call.num_items - first);
+        const int64_t count = minimum(window, call.num_items - first);
         for (int64_t i = threadIdx.x; i < parts_of(count, marks_of_16_bytes); i += rank_threads) {
             reinterpret_cast<uint4*>(marks)[i] = make_uint4(0, 0, 0, 0);
         }
@@ -282,7 +283,7 @@ __global__ void rank_kernel(Call call, int64_t window) {
     points = block_sum(points, of_warps);
     hidden = block_sum(hidden, of_warps + rank_threads / warp_size);
     if (threadIdx.x != 0) return;
-    // The target is equal to itself. If its score is not finite, all others that were not seen are before it.
+    // The target is equal to itself. If its score is not finite, all other unseen items rank before it.
     call.ranks[query] = own - own == 0 ? 1 + points / 2 : call.num_items - hidden;
 }
 
@@ -290,7 +291,7 @@ template <int queries_each, bool aligned>
 void count(const Call& call, Stream stream) {
     const int64_t row_blocks = parts_of(call.num_queries, tile_queries<queries_each>);
     constexpr int64_t shared_bytes = int64_t{16} * stages * stage_chunks<queries_each>;
-    static_assert(shared_bytes <= most_shared_bytes);
+    static_assert(shared_bytes <= max_shared_bytes);
     launch(
         "rank_of_target's count_kernel", count_kernel<queries_each, aligned>,
         {row_blocks * call.plan.slices, threads, shared_bytes}, stream, call
@@ -308,7 +309,7 @@ void rank_rows(const Call& call, Stream stream) {
     } else {
         count<many_each, aligned>(call, stream);
     }
-    const int64_t window = std::min(most_marks, parts_of(call.num_items, marks_of_16_bytes) * marks_of_16_bytes);
+    const int64_t window = std::min(max_marks, parts_of(call.num_items, marks_of_16_bytes) * marks_of_16_bytes);
     const int64_t of_warps = 2 * (rank_threads / warp_size) * int64_t{sizeof(int64_t)};
     launch(
         "rank_of_target's rank_kernel", rank_kernel<aligned>,
@@ -324,12 +325,13 @@ Plan plan(int64_t num_queries, int64_t num_items) {
     const int64_t at_once = int64_t{multiprocessors()} * blocks_each;
     const int64_t tiles = parts_of(num_items, tile_items);
     const int64_t most = std::min(
-        tiles, std::max<int64_t>(1, most_scratch_bytes / int64_t{sizeof(int64_t)} / std::max<int64_t>(num_queries, 1))
+        tiles, std::max<int64_t>(1, max_scratch_bytes / int64_t{sizeof(int64_t)} / std::max<int64_t>(num_queries, 1))
     );
-    // The waves of blocks that end first; to begin and to end a slice takes a block about as long as a tile.
+    // Choose the slices whose waves of blocks end first. Starting and ending a slice takes a block about as long as a
+    // tile.
     Plan best{few, 1, tiles};
     int64_t least = parts_of(row_blocks, at_once) * (tiles + 1);
-    for (int64_t waves = 1; waves <= most_waves; ++waves) {
+    for (int64_t waves = 1; waves <= max_waves; ++waves) {
         const int64_t slice_tiles = parts_of(tiles, std::clamp<int64_t>(waves * at_once / row_blocks, 1, most));
         const int64_t slices = parts_of(tiles, slice_tiles);
         const int64_t time = parts_of(row_blocks * slices, at_once) * (slice_tiles + 1);

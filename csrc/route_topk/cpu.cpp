@@ -1,4 +1,4 @@
-// route_topk on the CPU: takes tensors apart, shares rows out among threads, and sorts their choices by expert.
+// route_topk on the CPU: unpacks the tensors, divides rows among threads, and sorts their choices by expert.
 
 #include <torch/csrc/stable/library.h>
 
@@ -7,7 +7,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
-#include "cpu/tiers.h"
+#include "cpu/isa_kernels.h"
 #include "route_topk/kernels.h"
 
 namespace xsmoe::route_topk {
@@ -18,7 +18,7 @@ namespace {
 
 Matrix matrix(const Tensor& tensor) { return {data(tensor), tensor.stride(0), tensor.stride(1)}; }
 
-// The work of a row, of which a nanosecond counts as a hundred operations.
+// Return the work of a row, in floating-point operations: a hundred per nanosecond.
 double row_cost(int64_t experts, int64_t chosen) {
     return 100.0 * static_cast<double>(experts) * (1.0 + 0.25 * static_cast<double>(chosen));
 }
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor logits, int64_t k, boo
         kernels.forward(call, first, last, work.of(chunk), counts.data() + chunk * experts);
     });
 
-    // Each chunk's places of an expert come behind those of the chunks before it.
+    // Each chunk's choices of an expert come after those of the chunks before it.
     auto* bounds = mutable_data_as<int64_t>(offsets);
     int64_t begin = 0;
     for (int64_t e = 0; e < experts; ++e) {

@@ -1,13 +1,13 @@
-// route_topk on as many rows at once as a vector has lanes: a row is a lane, so that all rows rank, exponentiate and
-// sum by the same instructions, and the result does not depend on which rows stand beside each other. Compiled once for
-// each tier.
+// route_topk on as many rows at once as a vector has lanes. A lane holds a row, so that all rows are computed by the
+// same instructions, and a result does not depend on the neighboring rows. Compiled once for each instruction set
+// level.
 
 #include "cpu/arena.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
 #include "route_topk/kernels.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using route_topk::Backward;
@@ -15,7 +15,7 @@ using route_topk::Forward;
 using route_topk::Kernels;
 using route_topk::Matrix;
 
-// Turns four rows of four numbers into four columns, `lanes` apart.
+// Transpose four rows of four numbers into four columns, `lanes` apart.
 template <class T>
 XSMOE_INLINE void transpose_quads(const T* from, int64_t row_stride, float* to) {
     Quad quads[4];
@@ -24,7 +24,7 @@ XSMOE_INLINE void transpose_quads(const T* from, int64_t row_stride, float* to) 
     for (int i = 0; i < 4; ++i) std::memcpy(to + i * lanes, &quads[i], sizeof(Quad));
 }
 
-// The (columns, lanes) transpose of some rows, with zeros in the lanes beyond them.
+// Compute the (columns, lanes) transpose of some rows, with zeros in the other lanes.
 template <class T>
 void load_columns(const Matrix& matrix, int64_t first, int64_t rows, int64_t columns, float* to) {
     const T* from = static_cast<const T*>(matrix.at) + first * matrix.row_stride;
@@ -44,7 +44,7 @@ void load_columns(const Matrix& matrix, int64_t first, int64_t rows, int64_t col
     }
 }
 
-// Integers in the order in which logits rank: NaN before infinity, as in torch's sorts, and both zeros alike.
+// Return integers in the order of the logits: NaN above infinity, as in torch's sorts, and both zeros equal.
 XSMOE_INLINE IntVec key_of(Vec logit) {
     const IntVec bits = bit_cast<IntVec>(logit + 0.0f);
     const IntVec key = bits ^ ((bits >> 31) & 0x7fffffff);
@@ -53,7 +53,7 @@ XSMOE_INLINE IntVec key_of(Vec logit) {
 
 XSMOE_INLINE Vec logit_of(IntVec key) { return bit_cast<Vec>(key ^ ((key >> 31) & 0x7fffffff)); }
 
-// A sum whose error does not grow with the number of experts: what rounding takes from it is given back (Kahan).
+// A compensated sum (Kahan), whose error does not grow with the number of experts.
 struct Sum {
     Vec total = {}, excess = {};
 
@@ -73,13 +73,13 @@ XSMOE_INLINE bool any(IntVec mask) {
 
 constexpr int32_t below_all = -0x7fffffff - 1;
 
-// Inserts every expert into each lane's list of the best ones so far, behind those that are as good.
+// Insert every expert into each lane's list of the best ones so far, after those with an equal logit.
 void insert_all(const float* logits, int64_t experts, int64_t chosen, int32_t* keys, int32_t* places) {
     for (int64_t j = 0; j < chosen; ++j) {
         store(keys + j * lanes, IntVec{} + below_all);
         store(places + j * lanes, IntVec{});
     }
-    const int64_t settled = 4 * lanes * chosen;  // from here on an expert seldom is among the best of any lane
+    const int64_t settled = 4 * lanes * chosen;  // after this many experts, an expert seldom enters any lane's list
     for (int64_t e = 0; e < experts; ++e) {
         const IntVec key = key_of(load(logits + e * lanes));
         if (e >= settled && !any(key > load(keys + (chosen - 1) * lanes))) continue;
@@ -95,19 +95,19 @@ void insert_all(const float* logits, int64_t experts, int64_t chosen, int32_t* k
     }
 }
 
-// What sorting a lane takes: its keys and their experts, twice.
+// The memory to sort a lane: its keys and their experts, twice.
 struct SortScratch {
     uint32_t *keys, *other_keys;
     int32_t *places, *other_places;
 
     SortScratch(Arena& arena, int64_t experts)
-        : keys(arena.take<uint32_t>(experts)),
-          other_keys(arena.take<uint32_t>(experts)),
-          places(arena.take<int32_t>(experts)),
-          other_places(arena.take<int32_t>(experts)) {}
+        : keys(arena.allocate<uint32_t>(experts)),
+          other_keys(arena.allocate<uint32_t>(experts)),
+          places(arena.allocate<int32_t>(experts)),
+          other_places(arena.allocate<int32_t>(experts)) {}
 };
 
-// Sorts all experts of each lane, digit by digit from the last on: stable, so that equals stay in their order.
+// Sort all experts of each lane by a radix sort from the last digit on. It is stable: equal logits keep their order.
 void sort_all(
     const float* logits, int64_t experts, int64_t chosen, SortScratch scratch, int32_t* keys, int32_t* places
 ) {
@@ -149,9 +149,9 @@ void sort_all(
     }
 }
 
-// Insertion costs a few vector operations for each expert and place, sorting some twelve cycles for each expert and
-// row, and 1,200 for the counts of its digits.
-XSMOE_INLINE bool sorts(int64_t experts, int64_t chosen) {
+// Return whether sorting is faster. Insertion costs a few vector operations for each expert and place. Sorting costs
+// some twelve cycles for each expert and row, and 1,200 for the histograms of the digits.
+XSMOE_INLINE bool sorting_is_faster(int64_t experts, int64_t chosen) {
     return 5 * experts * chosen > lanes * (12 * experts + 1200);
 }
 
@@ -161,10 +161,10 @@ struct ForwardScratch {
     SortScratch sort;
 
     ForwardScratch(Arena& arena, const Forward& call)
-        : logits(arena.take<float>(call.experts * lanes)),
-          keys(arena.take<int32_t>(call.chosen * lanes)),
-          places(arena.take<int32_t>(call.chosen * lanes)),
-          sort(arena, sorts(call.experts, call.chosen) ? call.experts : 0) {}
+        : logits(arena.allocate<float>(call.experts * lanes)),
+          keys(arena.allocate<int32_t>(call.chosen * lanes)),
+          places(arena.allocate<int32_t>(call.chosen * lanes)),
+          sort(arena, sorting_is_faster(call.experts, call.chosen) ? call.experts : 0) {}
 };
 
 template <class T>
@@ -173,22 +173,22 @@ void forward(const Forward& call, int64_t first, int64_t last, void* memory, int
     const ForwardScratch scratch(arena, call);
     const int64_t experts = call.experts, chosen = call.chosen;
     for (int64_t row = first; row < last; row += lanes) {
-        const int64_t rows = least(last - row, lanes);
+        const int64_t rows = minimum(last - row, lanes);
         load_columns<T>(call.logits, row, rows, experts, scratch.logits);
-        if (sorts(experts, chosen)) {
+        if (sorting_is_faster(experts, chosen)) {
             sort_all(scratch.logits, experts, chosen, scratch.sort, scratch.keys, scratch.places);
         } else {
             insert_all(scratch.logits, experts, chosen, scratch.keys, scratch.places);
         }
 
-        // The keys turn into gates where they lie.
+        // The gates replace the keys in place.
         const Vec top = logit_of(load(scratch.keys));
         auto* gates = reinterpret_cast<float*>(scratch.keys);
         Sum sum;
         for (int64_t j = 0; j < chosen; ++j) {
-            const Vec grown = exp_negative(logit_of(load(scratch.keys + j * lanes)) - top);
-            store(gates + j * lanes, grown);
-            sum += grown;
+            const Vec exponential = exp_negative(logit_of(load(scratch.keys + j * lanes)) - top);
+            store(gates + j * lanes, exponential);
+            sum += exponential;
         }
         if (!call.renormalize) {
             sum = Sum{};
@@ -214,12 +214,12 @@ struct BackwardScratch {
     float* probabilities;  // (experts, lanes), without renormalization
 
     BackwardScratch(Arena& arena, const Backward& call)
-        : grad(arena.take<float>(call.chosen * lanes)),
-          gates(arena.take<float>(call.chosen * lanes)),
-          probabilities(arena.take<float>(call.renormalize ? 0 : call.experts * lanes)) {}
+        : grad(arena.allocate<float>(call.chosen * lanes)),
+          gates(arena.allocate<float>(call.chosen * lanes)),
+          probabilities(arena.allocate<float>(call.renormalize ? 0 : call.experts * lanes)) {}
 };
 
-// Turns logits (count, lanes) into their softmax in each lane.
+// Replace logits (count, lanes) by their softmax in each lane.
 XSMOE_INLINE void softmax(float* logits, int64_t count) {
     IntVec most = key_of(load(logits));
     for (int64_t i = 1; i < count; ++i) {
@@ -229,9 +229,9 @@ XSMOE_INLINE void softmax(float* logits, int64_t count) {
     const Vec top = logit_of(most);
     Sum sum;
     for (int64_t i = 0; i < count; ++i) {
-        const Vec grown = exp_negative(load(logits + i * lanes) - top);
-        store(logits + i * lanes, grown);
-        sum += grown;
+        const Vec exponential = exp_negative(load(logits + i * lanes) - top);
+        store(logits + i * lanes, exponential);
+        sum += exponential;
     }
     for (int64_t i = 0; i < count; ++i) store(logits + i * lanes, load(logits + i * lanes) / sum.total);
 }
@@ -242,7 +242,7 @@ void backward(const Backward& call, int64_t first, int64_t last, void* memory) {
     const BackwardScratch scratch(arena, call);
     const int64_t experts = call.experts, chosen = call.chosen;
     for (int64_t row = first; row < last; row += lanes) {
-        const int64_t rows = least(last - row, lanes);
+        const int64_t rows = minimum(last - row, lanes);
         const int64_t* places = call.places + row * chosen;
         const T* logits = static_cast<const T*>(call.logits.at) + row * call.logits.row_stride;
         T* to = static_cast<T*>(call.dlogits) + row * experts;
@@ -300,11 +300,11 @@ constexpr Kernels table = {
 };
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA
 
-namespace xsmoe::route_topk::XSMOE_TIER {
+namespace xsmoe::route_topk::XSMOE_ISA {
 
-extern const Kernels for_float = xsmoe::XSMOE_TIER::table<float>;
-extern const Kernels for_bfloat16 = xsmoe::XSMOE_TIER::table<BFloat16>;
+extern const Kernels for_float = xsmoe::XSMOE_ISA::table<float>;
+extern const Kernels for_bfloat16 = xsmoe::XSMOE_ISA::table<BFloat16>;
 
-}  // namespace xsmoe::route_topk::XSMOE_TIER
+}  // namespace xsmoe::route_topk::XSMOE_ISA

@@ -1,4 +1,4 @@
-// route_topk on a GPU: takes tensors apart and launches the kernels.
+// route_topk on a GPU: unpacks the tensors and launches the kernels.
 
 #include <torch/csrc/stable/library.h>
 
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor logits, int64_t k, bool 
     const Tensor order = empty(logits, {rows * k}, ScalarType::Long);
     const Tensor offsets = empty(logits, {experts + 1}, ScalarType::Long);
     Forward call{
-        .number = number_of(logits, "logits"),
+        .dtype = dtype_of(logits, "logits"),
         .rows = rows,
         .experts = experts,
         .chosen = k,
@@ -59,7 +59,7 @@ Tensor gradient(Tensor grad, Tensor logits, Tensor places, bool renormalize) {
     const int64_t rows = logits.size(0), experts = logits.size(1);
     const Tensor dlogits = empty(logits, {rows, experts}, logits.scalar_type());
     const Backward call{
-        .number = number_of(logits, "logits"),
+        .dtype = dtype_of(logits, "logits"),
         .rows = rows,
         .experts = experts,
         .chosen = places.size(1),

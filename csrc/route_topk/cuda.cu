@@ -1,4 +1,4 @@
-// Launches the CUDA kernels of route_topk, for the type of their numbers and the length of their rows.
+// Launches of route_topk's CUDA kernels, by dtype and number of experts.
 
 #include "route_topk/cuda.h"
 
@@ -22,19 +22,19 @@ auto with_layout(int64_t experts, const Run& run) {
     return run(Layout<T, 32, 32>{});
 }
 
-// Calls `run` with the layout of rows of so many numbers of that type.
+// Call `run` with the layout of rows of this dtype and number of experts.
 template <class Run>
-auto with_layout(Number number, int64_t experts, const Run& run) {
-    if (experts > most_experts) {
+auto with_layout(Dtype dtype, int64_t experts, const Run& run) {
+    if (experts > max_experts) {
         throw std::invalid_argument(
-            "logits has " + std::to_string(experts) + " experts, but the CUDA kernels of route_topk take at most " +
-            std::to_string(most_experts)
+            "logits has " + std::to_string(experts) + " experts, but the CUDA kernels of route_topk support at most " +
+            std::to_string(max_experts)
         );
     }
-    return with_number(number, [&](auto zero) { return with_layout<decltype(zero)>(experts, run); });
+    return with_dtype(dtype, [&](auto zero) { return with_layout<decltype(zero)>(experts, run); });
 }
 
-// What is enough for a kernel that holds no rows in registers.
+// The register layout of a kernel that holds no rows in registers.
 template <class Row>
 using Narrowest = Layout<typename Row::Value, Row::lanes, 8>;
 
@@ -43,36 +43,36 @@ bool loads_whole(const void* logits, int64_t stride) {
     return rows_allow_loads(static_cast<const typename Row::Value*>(logits), stride);
 }
 
-// As many warps as shared memory has room for.
+// Return a plan with as many warps as fit in shared memory.
 Plan plan_for(int rows_at_once, const Forward& call) {
-    for (int warps = most_warps;; --warps) {
+    for (int warps = max_warps;; --warps) {
         const Plan plan(warps, rows_at_once, static_cast<int>(call.experts), static_cast<int>(call.chosen));
-        if (plan.bytes <= most_shared_bytes || warps == 1) return plan;
+        if (plan.bytes <= max_shared_bytes || warps == 1) return plan;
     }
 }
 
 }  // namespace
 
 int64_t forward_blocks(const Forward& call) {
-    return with_layout(call.number, call.experts, [&](auto layout) -> int64_t {
+    return with_layout(call.dtype, call.experts, [&](auto layout) -> int64_t {
         using Row = decltype(layout);
         const Plan plan = plan_for(Row::rows, call);
         const int64_t wanted = parts_of(parts_of(call.rows, Row::rows), plan.warps);
-        if (wanted <= 1) return 1;  // without rows there are offsets too
-        // Each block reads the counts of all: no more of them than fill a GPU.
-        const int64_t room = most_cooperative_blocks(route_kernel<Row>, plan.warps * warp_size, plan.bytes);
-        return std::min({wanted, room, int64_t{multiprocessors()}});
+        if (wanted <= 1) return 1;  // offsets are written even without rows
+        // Each block reads the counts of all blocks, so launch no more blocks than fill a GPU.
+        const int64_t limit = max_cooperative_blocks(route_kernel<Row>, plan.warps * warp_size, plan.bytes);
+        return std::min({wanted, limit, int64_t{multiprocessors()}});
     });
 }
 
 void forward(const Forward& call, int64_t blocks, void* stream) {
-    if (parts_of(call.rows, blocks) + most_threads > INT32_MAX) {
+    if (parts_of(call.rows, blocks) + max_threads > INT32_MAX) {
         throw std::invalid_argument(
             "logits has " + std::to_string(call.rows) + " rows, too many to count those of a block in 32 bits; route " +
             "fewer at a time"
         );
     }
-    with_layout(call.number, call.experts, [&](auto layout) {
+    with_layout(call.dtype, call.experts, [&](auto layout) {
         using Row = decltype(layout);
         const Plan plan = plan_for(Row::rows, call);
         const Shape shape{blocks, plan.warps * warp_size, plan.bytes, blocks > 1};
@@ -82,7 +82,7 @@ void forward(const Forward& call, int64_t blocks, void* stream) {
 }
 
 void backward(const Backward& call, void* stream) {
-    with_layout(call.number, call.experts, [&](auto layout) {
+    with_layout(call.dtype, call.experts, [&](auto layout) {
         using Row = decltype(layout);
         const int64_t bytes = int64_t{4} * gradient_warps * Row::rows * call.experts;
         const Shape shape{parts_of(call.rows, int64_t{gradient_warps} * Row::rows), gradient_warps * warp_size, bytes};

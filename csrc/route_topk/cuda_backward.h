@@ -1,4 +1,5 @@
-// The kernels of the logits' gradient: a warp makes those of its rows in shared memory, and writes them in one piece.
+// The kernels of the logits' gradient. A warp computes the gradients of its rows in shared memory, then copies them
+// out.
 #pragma once
 
 #include "route_topk/cuda.h"
@@ -6,7 +7,7 @@
 
 namespace xsmoe::cuda::route_topk {
 
-// Writes a warp's gradients, which follow each other in shared and in global memory.
+// Copy a warp's gradients, which are contiguous in shared and in global memory.
 template <class T>
 __device__ inline void write_out(const float* from, T* to, int count) {
     int first = lane();
@@ -27,7 +28,7 @@ __device__ inline void write_out(const float* from, T* to, int count) {
 
 constexpr int gradient_warps = 8;
 
-// The rows of a warp, and where their gradients are made: (rows, experts), zeros at first.
+// The rows of a warp, and the shared memory of their gradients: (rows, experts), initially zero.
 template <class Row>
 struct Gradients {
     int experts, rows;
@@ -69,7 +70,7 @@ struct Gradients {
     }
 };
 
-// Of gates that are a softmax over the chosen experts: reads no other logits.
+// The gradient of gates that are a softmax over the chosen experts. It reads no other logits.
 template <class Row>
 __global__ void __launch_bounds__(gradient_warps* warp_size) chosen_gradient_kernel(Backward call) {
     const Gradients<Row> own(call);
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(gradient_warps* warp_size) chosen_gradient_ker
     float most = -INFINITY, total = 0, mean = 0;
     XSMOE_ROLLED
     for (int j = begin; j < end; j += Row::lanes) most = fmaxf(most, logit(j));
-    most = most_of_row<Row::lanes>(most);
+    most = max_of_row<Row::lanes>(most);
     XSMOE_ROLLED
     for (int j = begin; j < end; j += Row::lanes) total += expf(logit(j) - most);
     const float share = 1.0f / sum_of_row<Row::lanes>(total);
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(gradient_warps* warp_size) chosen_gradient_ker
     own.write(call);
 }
 
-// Of gates that are a softmax over all experts.
+// The gradient of gates that are a softmax over all experts.
 template <class Row>
 __global__ void __launch_bounds__(gradient_warps* warp_size) whole_gradient_kernel(Backward call, bool whole) {
     const Gradients<Row> own(call);
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(gradient_warps* warp_size) whole_gradient_kern
     float gates[Row::values], most = -INFINITY, total = 0, mean = 0;
     XSMOE_UNROLL
     for (int v = 0; v < Row::values; ++v) most = Row::column(v) < columns ? fmaxf(most, row[v]) : most;
-    most = most_of_row<Row::lanes>(most);
+    most = max_of_row<Row::lanes>(most);
     XSMOE_UNROLL
     for (int v = 0; v < Row::values; ++v) {
         gates[v] = Row::column(v) < columns ? expf(row[v] - most) : 0.0f;

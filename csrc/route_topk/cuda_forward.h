@@ -1,5 +1,5 @@
-// The kernel that routes: rows are shared out among the warps of a few blocks, which choose the experts of theirs,
-// count them, wait for each other, and put what they chose where the counts of the warps before say.
+// The routing kernel. The warps of a few blocks divide the rows, choose the experts of their rows, and count them. Then
+// all blocks wait for each other, and each warp writes its choices after those of the warps before it.
 #pragma once
 
 #include "cuda/launch.h"
@@ -8,27 +8,27 @@
 
 namespace xsmoe::cuda::route_topk {
 
-constexpr int most_warps = 16;
-constexpr int most_threads = most_warps * warp_size;
-// Of the counts of all blocks, for an expert.
-constexpr int most_slices = 16;
-// Of the counts of a slice that are loaded at once.
+constexpr int max_warps = 16;
+constexpr int max_threads = max_warps * warp_size;
+// The largest number of slices into which all blocks' counts of an expert are divided.
+constexpr int max_slices = 16;
+// The number of a slice's counts that are loaded together.
 constexpr int batch = 8;
 
-// How forward's shared memory is carved up.
+// The layout of forward's shared memory.
 struct Plan {
     int warps, slices;
-    int64_t staged;  // choices of a warp at once
+    int64_t staged;  // choices that a warp keeps in shared memory at once
     int64_t counts, begins, keys, places, bytes;
 
     __host__ __device__ Plan(int warps, int rows, int experts, int chosen)
         : warps(warps), staged(int64_t{rows} * chosen) {
-        const int fitting = warps * warp_size / experts;
-        slices = fitting < 1 ? 1 : fitting < most_slices ? fitting : most_slices;
-        // 64-bit sums of chunks of experts come first.
+        const int slices_that_fit = warps * warp_size / experts;
+        slices = slices_that_fit < 1 ? 1 : slices_that_fit < max_slices ? slices_that_fit : max_slices;
+        // The first region holds 64-bit sums of chunks of experts.
         counts = warp_size * 8;
         keys = begins = up(counts + int64_t{4} * warps * experts);
-        // What is staged has been written when the experts' beginnings are computed.
+        // The staged choices are no longer needed when the experts' offsets are computed.
         places = up(keys + 4 * warps * staged);
         const int64_t end = up(places + 2 * warps * staged), other_end = begins + int64_t{16} * slices * experts;
         bytes = end > other_end ? end : other_end;
@@ -37,7 +37,7 @@ struct Plan {
     static __host__ __device__ int64_t up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 };
 
-// A warp's rows: it has a part of the groups that are routed at once, behind those of the warps before it.
+// A warp's rows: some of the groups of rows that are routed together, after those of the warps before it.
 struct Part {
     int64_t first, last;
 
@@ -56,9 +56,9 @@ __device__ inline void load_group(Row& row, const Forward& call, int64_t group, 
     row.load(logits, own < call.rows ? static_cast<int>(call.experts) : 0, whole);
 }
 
-// Turns a row's staged keys into its gates.
+// Replace a row's staged keys by its gates.
 template <class Row>
-__device__ inline void weigh(uint32_t* keys, int chosen, float total, bool renormalize) {
+__device__ inline void normalize_gates(uint32_t* keys, int chosen, float total, bool renormalize) {
     using T = typename Row::Value;
     const float largest = logit_of_key<T>(keys[0]);
     __syncwarp();
@@ -77,7 +77,7 @@ __device__ inline void weigh(uint32_t* keys, int chosen, float total, bool renor
     }
 }
 
-// Chooses the experts of a warp's rows, and counts them.
+// Choose the experts of a warp's rows, and count them.
 template <class Row>
 __device__ void choose(
     const Forward& call, const Part& part, uint32_t* keys, uint16_t* places, int* counts, bool whole
@@ -87,7 +87,7 @@ __device__ void choose(
     uint32_t* row_keys = keys + Row::row() * chosen;
     uint16_t* row_places = places + Row::row() * chosen;
     Row loaded{};
-    // Rows are loaded while those before them are routed.
+    // Rows are loaded while the previous ones are routed.
     XSMOE_ROLLED
     for (int64_t next = part.first; next <= part.last; ++next) {
         const int64_t first_row = (next - 1) * Row::rows;
@@ -105,7 +105,7 @@ __device__ void choose(
             uint32_t most = left[0];
             XSMOE_UNROLL
             for (int v = 1; v < Row::values; ++v) most = left[v] > most ? left[v] : most;
-            const float largest = logit_of_key<T>(most_of_row<Row::lanes>(most));
+            const float largest = logit_of_key<T>(max_of_row<Row::lanes>(most));
             XSMOE_UNROLL
             for (int v = 0; v < Row::values; ++v) {
                 total += left[v] == taken ? 0.0f : expf(logit_of_key<T>(left[v]) - largest);
@@ -122,7 +122,7 @@ __device__ void choose(
             }
         }
         __syncwarp();
-        weigh<Row>(row_keys, chosen, total, call.renormalize);
+        normalize_gates<Row>(row_keys, chosen, total, call.renormalize);
         __syncwarp();
         T* gates_to = static_cast<T*>(call.gates) + first_row * chosen;
         int64_t* places_to = call.places + first_row * chosen;
@@ -136,21 +136,21 @@ __device__ void choose(
     }
 }
 
-// Turns counts (warps, experts) into how many choices of an expert the warps before have, and returns how many all
-// have.
+// Replace counts (warps, experts) by the exclusive prefix sum over warps, and return the total of an expert.
 __device__ inline int count_before(int* counts, int warps, int experts) {
-    int own[most_warps], before = 0;
+    int own[max_warps], before = 0;
     XSMOE_UNROLL
-    for (int w = 0; w < most_warps; ++w) own[w] = w < warps ? counts[w * experts] : 0;
+    for (int w = 0; w < max_warps; ++w) own[w] = w < warps ? counts[w * experts] : 0;
     XSMOE_UNROLL
-    for (int w = 0; w < most_warps; ++w) {
+    for (int w = 0; w < max_warps; ++w) {
         if (w < warps) counts[w * experts] = before;
         before += own[w];
     }
     return before;
 }
 
-// Where each expert's choices of this block begin in the order of all: begins (experts,), of two (slices, experts).
+// Compute the first index of this block's choices of each expert in the order of all: begins (experts,). The memory of
+// `begins` has space for two (slices, experts) arrays.
 __device__ void find_begins(const Forward& call, const Plan& plan, int64_t* begins, int64_t* chunk_sums) {
     const int experts = static_cast<int>(call.experts), threads = static_cast<int>(blockDim.x);
     const int thread = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
@@ -184,7 +184,7 @@ __device__ void find_begins(const Forward& call, const Plan& plan, int64_t* begi
         int64_t total = 0, before = 0;
         if (expert < experts) {
             XSMOE_UNROLL
-            for (int slice = 0; slice < most_slices; ++slice) {
+            for (int slice = 0; slice < max_slices; ++slice) {
                 if (slice < plan.slices) {
                     total += begins[slice * experts + expert];
                     before += befores[slice * experts + expert];
@@ -216,7 +216,7 @@ __device__ void find_begins(const Forward& call, const Plan& plan, int64_t* begi
     __syncthreads();
 }
 
-// Puts the places [first, last) behind those that chose the same expert before; counts (experts,) are of the latter.
+// Write the choices [first, last) after the earlier choices of the same expert, whose numbers are counts (experts,).
 __device__ inline void sort(const Forward& call, int64_t first, int64_t last, const int64_t* begins, int* counts) {
     const auto chosen_at = [&](int64_t at) { return at < last ? static_cast<int>(call.places[at]) : -1; };
     int next = chosen_at(first + lane());
@@ -237,9 +237,9 @@ __device__ inline void sort(const Forward& call, int64_t first, int64_t last, co
     }
 }
 
-// A multiprocessor has one block of it: fewer registers would not get it another.
+// A multiprocessor holds one block. With fewer registers it would not hold two.
 template <class Row>
-__global__ void __launch_bounds__(most_threads, 1) route_kernel(Forward call, bool whole) {
+__global__ void __launch_bounds__(max_threads, 1) route_kernel(Forward call, bool whole) {
     const int experts = static_cast<int>(call.experts), thread = static_cast<int>(threadIdx.x);
     const auto threads = static_cast<int>(blockDim.x);
     const Plan plan(threads / warp_size, Row::rows, experts, static_cast<int>(call.chosen));

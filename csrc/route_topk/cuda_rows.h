@@ -1,27 +1,27 @@
-// Rows of logits in the registers of a warp, each row in a few of its lanes.
+// Rows of logits in the registers of a warp. A few lanes hold a row.
 #pragma once
 
 #include "cuda/numbers.h"
 
 namespace xsmoe::cuda::route_topk {
 
-// A lane of a row has `values_` of its numbers, 16 bytes of neighbours at a time: lane l has the chunks l, lanes + l,
-// 2 lanes + l and so on, so that what lanes load together lies together.
+// A lane holds `values_` numbers of a row, in chunks of 16 bytes. Lane l holds the chunks l, lanes + l, 2 lanes + l and
+// so on, so that the loads of neighboring lanes are contiguous.
 template <class T, int lanes_, int values_>
 struct Layout {
     using Value = T;
     static constexpr int lanes = lanes_, values = values_;
-    static constexpr int rows = warp_size / lanes;  // of a warp at once
+    static constexpr int rows = warp_size / lanes;  // rows that a warp holds at once
     static constexpr int chunk = per_load<T>;
     static_assert(values % chunk == 0);
 
-    // Numbers as they are stored, so that nothing waits for a load until they are used.
+    // Numbers are kept in their storage type, so that no instruction waits for a load before the numbers are used.
     static constexpr int per_word = 4 / static_cast<int>(sizeof(T));
     uint32_t words[values / per_word];
 
     static __device__ int row() { return lane() / lanes; }
     static __device__ int lane_of_row() { return lane() % lanes; }
-    // Of number `value` of this lane.
+    // Return the column of number `value` of this lane.
     static __device__ int column(int value) { return (value / chunk * lanes + lane_of_row()) * chunk + value % chunk; }
 
     __device__ float operator[](int value) const {
@@ -32,7 +32,7 @@ struct Layout {
         }
     }
 
-    // Zeros beyond the row's end; `whole` says that its chunks may be loaded at once.
+    // Load a row, with zeros after its end. `whole` says that its chunks can be loaded with one instruction each.
     __device__ void load(const T* from, int columns, bool whole) {
         XSMOE_UNROLL
         for (int first = 0; first < values; first += chunk) {
@@ -66,7 +66,7 @@ private:
     }
 };
 
-// Over the lanes of a row; each of them gets the same bits.
+// Reduce over the lanes of a row. All of these lanes get the same bits.
 template <int lanes>
 __device__ inline float sum_of_row(float value) {
     XSMOE_UNROLL
@@ -74,16 +74,16 @@ __device__ inline float sum_of_row(float value) {
     return value;
 }
 
-// NaN does not count.
+// Return the largest number of a row, without NaN.
 template <int lanes>
-__device__ inline float most_of_row(float value) {
+__device__ inline float max_of_row(float value) {
     XSMOE_UNROLL
     for (int other = lanes / 2; other > 0; other /= 2) value = fmaxf(value, __shfl_xor_sync(whole_warp, value, other));
     return value;
 }
 
 template <int lanes>
-__device__ inline uint32_t most_of_row(uint32_t value) {
+__device__ inline uint32_t max_of_row(uint32_t value) {
     if constexpr (lanes == warp_size) {
         return __reduce_max_sync(whole_warp, value);
     } else {
@@ -97,11 +97,11 @@ __device__ inline uint32_t most_of_row(uint32_t value) {
 }
 
 template <int lanes>
-__device__ inline uint32_t least_of_row(uint32_t value) {
-    return ~most_of_row<lanes>(~value);
+__device__ inline uint32_t min_of_row(uint32_t value) {
+    return ~max_of_row<lanes>(~value);
 }
 
-// Integers in the order in which logits rank: NaN above infinity, as in torch's sorts, and both zeros alike.
+// Return integers in the order of the logits: NaN above infinity, as in torch's sorts, and both zeros equal.
 __device__ inline uint32_t key_of(float logit) {
     if (logit != logit) return 0xffffffffu;
     const uint32_t bits = float_to_bits(logit + 0.0f);
@@ -110,11 +110,11 @@ __device__ inline uint32_t key_of(float logit) {
 
 __device__ inline float logit_of(uint32_t key) { return bits_to_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
-// The key of what is not there or was taken; it is below all others.
+// The key of a missing or already chosen expert. It is below all others.
 constexpr uint32_t taken = 0;
 
-// A logit of 16 bits has only zeros in the last 13 of its 32 bits as float32. There its key holds the column, inverted:
-// then all keys of a row differ, and of equal logits the first one is the largest.
+// As float32, a 16-bit logit has only zeros in its last 13 bits. The key stores the inverted column there. Then all
+// keys of a row differ, and of equal logits the first has the largest key.
 template <class T>
 constexpr bool has_column = sizeof(T) == 2;
 constexpr uint32_t column_bits = 0x1fff;
@@ -131,13 +131,13 @@ __device__ inline float logit_of_key(uint32_t key) {
     return logit_of(key & 0x80000000u ? key & ~column_bits : key | column_bits);
 }
 
-// The largest key of each row and its column, of equals the first; it is taken.
+// Return the largest key of each row and its column, the first of equal ones, and mark it as taken.
 template <class Row>
 __device__ inline uint32_t take_best(uint32_t (&keys)[Row::values], int& column) {
     uint32_t best = keys[0];
     XSMOE_UNROLL
     for (int v = 1; v < Row::values; ++v) best = keys[v] > best ? keys[v] : best;
-    best = most_of_row<Row::lanes>(best);
+    best = max_of_row<Row::lanes>(best);
     if constexpr (has_column<typename Row::Value>) {
         column = static_cast<int>(column_bits - (best & column_bits));
         XSMOE_UNROLL
@@ -147,7 +147,7 @@ __device__ inline uint32_t take_best(uint32_t (&keys)[Row::values], int& column)
         XSMOE_UNROLL
         for (int v = Row::values - 1; v >= 0; --v) at = keys[v] == best ? v : at;
         const uint32_t own = at < Row::values ? static_cast<uint32_t>(Row::column(at)) : 0xffffffffu;
-        const uint32_t first = least_of_row<Row::lanes>(own);
+        const uint32_t first = min_of_row<Row::lanes>(own);
         column = static_cast<int>(first);
         XSMOE_UNROLL
         for (int v = 0; v < Row::values; ++v) keys[v] = own == first && v == at ? taken : keys[v];

@@ -1,11 +1,11 @@
-// What the kernels of route_topk are given, and the table through which each tier offers them.
+// The arguments of route_topk's kernels, and the table of kernels of an instruction set level.
 #pragma once
 
 #include <cstdint>
 
 namespace xsmoe::route_topk {
 
-// A matrix whose element (row, column) is at at[row * row_stride + column * column_stride].
+// A matrix whose element (row, column) is at[row * row_stride + column * column_stride].
 struct Matrix {
     const void* at;
     int64_t row_stride, column_stride;
@@ -16,7 +16,7 @@ struct Forward {
     bool renormalize;
     Matrix logits;
     void* gates;      // (rows, chosen)
-    int64_t* places;  // (rows, chosen), the experts chosen
+    int64_t* places;  // (rows, chosen), the chosen experts
 };
 
 struct Backward {
@@ -30,8 +30,8 @@ struct Backward {
 struct Kernels {
     int64_t lanes;  // rows that are routed together
 
-    // Rows [first, last). `scratch` has as many bytes as the function of that name says. Adds to `counts` (experts,)
-    // how often each expert was chosen.
+    // Route rows [first, last). `scratch` has the bytes that forward_bytes returns. Adds to `counts` (experts,) how
+    // often each expert was chosen.
     int64_t (*forward_bytes)(const Forward&);
     void (*forward)(const Forward&, int64_t first, int64_t last, void* scratch, int64_t* counts);
     int64_t (*backward_bytes)(const Backward&);

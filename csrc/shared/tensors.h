@@ -1,4 +1,4 @@
-// Tensors as native code sees them.
+// Tensors in C++, through torch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,12 +19,12 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
     return torch::stable::new_empty(like, shape, dtype);
 }
 
-// `count` bytes of torch's memory, where its profilers see them; as tensor, so that it is freed with it.
+// Allocate `count` bytes with torch's allocator, so that its profilers see them. The tensor owns the memory.
 inline Tensor scratch(const Tensor& like, int64_t count) { return empty(like, {count}, ScalarType::Byte); }
 
 inline int64_t element_size(const Tensor& tensor) { return static_cast<int64_t>(tensor.element_size()); }
 
-// The same matrix such that the numbers of a row follow each other; rows may be any distance apart.
+// Return the matrix, or a copy, such that each row is contiguous. Rows may be any distance apart.
 inline Tensor with_dense_rows(const Tensor& matrix) {
     return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
 }

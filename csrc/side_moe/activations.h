@@ -1,15 +1,15 @@
-// The experts' activations and their slopes.
+// The experts' activation functions and their derivatives.
 #pragma once
 
 #include "cpu/vec.h"
 #include "side_moe/kernels.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using side_moe::Activation;
 
-// Runs body<activation>() for the activation that a call names.
+// Call body<activation>() for the activation that a call names.
 template <class Body>
 void with_activation(Activation activation, const Body& body) {
     switch (activation) {
@@ -22,8 +22,8 @@ void with_activation(Activation activation, const Body& body) {
     }
 }
 
-// The distribution function of the standard normal at x: 1/2 + x P(x^2) / Q(x^2), a fit of least largest error (1.2e-8
-// before rounding) whose terms are all positive. Beyond 5.6 it is 0 or 1 to float32.
+// Return the cumulative distribution function of the standard normal at x: 1/2 + x P(x^2) / Q(x^2), a minimax fit
+// (error 1.2e-8 before rounding) whose terms are all positive. Beyond 5.6 it is 0 or 1 in float32.
 XSMOE_INLINE Vec normal_distribution(Vec x) {
     const Vec w = x * x;
     Vec p = w * 2.1580270015419956e-08f + 6.3740499172126874e-06f;
@@ -42,7 +42,7 @@ XSMOE_INLINE Vec normal_distribution(Vec x) {
 
 XSMOE_INLINE Vec normal_density(Vec x) { return exp_negative(x * x * -0.5f) * 0.39894228f; }
 
-// a = activation(x) and its derivative there.
+// a = activation(x) and its derivative at x.
 struct Activated {
     Vec value, slope;
 };
@@ -63,11 +63,11 @@ XSMOE_INLINE Activated activate(Vec x) {
         const Vec decayed = exp_negative(-magnitude);
         const Vec half = reciprocal(1.0f + decayed);
         const Vec gate = twice_u < 0.0f ? decayed * half : half;
-        const Vec bend = decayed * half * half;  // gate (1 - gate), without its cancellation
-        // Far out the bend is 0 and its factors may be infinite.
+        const Vec bend = decayed * half * half;  // gate (1 - gate), computed without cancellation
+        // For large |x| `bend` is 0 and its factors may be infinite.
         return {x * gate, bend == 0.0f ? gate : gate + x * bend * slope_of_twice_u};
     }
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,13 +1,13 @@
-// A tile of the output's gradient through up^T, expert by expert, which also gives the gates' gradients; then the
-// gradients of all hidden states and logits through one product to the gradient of x. The weights' gradients are summed
-// up tile by tile.
+// The backward pass of a tile. The output's gradient is multiplied by up^T, one expert after the other, which also
+// gives the gates' gradients. One product of the gradients of all hidden states and logits gives the gradient of x. The
+// weights' gradients are accumulated tile by tile.
 #pragma once
 
 #include "side_moe/activations.h"
 #include "side_moe/tiles.h"
 #include "side_moe/weight_gradients.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using side_moe::Backward;
@@ -22,14 +22,14 @@ void scale_row(const T* from, float factor, int64_t dim, T* to) {
 
 template <class T>
 struct BackwardScratch {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
 
     int64_t gate_stride, rank_columns, rank_stride, hidden_stride, activated_stride;
     bool experts_needed;
-    LeftRows<T> grad, x;
-    float* hidden;        // (tile, rank_columns): one expert's, where it is computed again
-    Value* dhidden;       // (tile, hidden_stride): all experts' gradients of hidden, then those of the logits
-    Value* activated;     // (tile, activated_stride): the trained experts', gated
+    LhsRows<T> grad, x;
+    float* hidden;        // (tile, rank_columns): one expert's, where it is recomputed
+    Value* dhidden;       // (tile, hidden_stride): gradients of all experts' hidden states, then of the logits
+    Value* activated;     // (tile, activated_stride): the trained experts', times their gates
     float* dots;          // (tile, lanes)
     float* dgates;        // (tile, gate_stride)
     float* expert_gates;  // (tile,)
@@ -45,17 +45,17 @@ struct BackwardScratch {
           experts_needed(call.need_x || call.need_router || call.need_down || call.need_up),
           grad(call.sizes.dim, column_multiple<Value>),
           x(call.sizes.dim, column_multiple<Value>),
-          hidden(call.hidden == nullptr ? arena.take<float>(tile_rows<Value> * rank_columns) : nullptr),
-          dhidden(arena.take<Value>(tile_rows<Value> * hidden_stride)),
-          activated(arena.take<Value>(tile_rows<Value> * activated_stride)),
-          dots(arena.take<float>(tile_rows<Value> * lanes)),
-          dgates(arena.take<float>(tile_rows<Value> * gate_stride)),
-          expert_gates(arena.take<float>(tile_rows<Value>)),
+          hidden(call.hidden == nullptr ? arena.allocate<float>(tile_rows<Value> * rank_columns) : nullptr),
+          dhidden(arena.allocate<Value>(tile_rows<Value> * hidden_stride)),
+          activated(arena.allocate<Value>(tile_rows<Value> * activated_stride)),
+          dots(arena.allocate<float>(tile_rows<Value> * lanes)),
+          dgates(arena.allocate<float>(tile_rows<Value> * gate_stride)),
+          expert_gates(arena.allocate<float>(tile_rows<Value>)),
           weights(arena, hidden_stride),
-          segments(arena.take<Segment<Value>>(call.sizes.experts + 1)) {
+          segments(arena.allocate<Segment<Value>>(call.sizes.experts + 1)) {
         if (!experts_needed) return;
-        grad.take(arena, tile_rows<Value>);
-        x.take(arena, tile_rows<Value>);
+        grad.allocate(arena, tile_rows<Value>);
+        x.allocate(arena, tile_rows<Value>);
     }
 };
 
@@ -63,7 +63,7 @@ template <class T, Activation activation>
 void backward_tile(
     const Backward& call, const BackwardScratch<T>& scratch, int64_t first, int64_t rows, bool begins, GradientSums sums
 ) {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     const auto [dim, experts, rank] = call.sizes;
     const int64_t gated = experts + 1, gate_stride = scratch.gate_stride;
     const bool rows_needed = call.need_x || call.need_router;
@@ -80,15 +80,15 @@ void backward_tile(
     }
     if (!scratch.experts_needed) return;
 
-    const Left<Value> grad_left = scratch.grad.of(grad, call.grad_stride, rows);
-    const Left<Value> x_left = scratch.x.of(x, call.x_stride, rows);
+    const Lhs<Value> grad_left = scratch.grad.of(grad, call.grad_stride, rows);
+    const Lhs<Value> x_left = scratch.x.of(x, call.x_stride, rows);
 
     for (int64_t e = rows_needed ? 0 : call.trained; e < experts; ++e) {
         const bool trained = e >= call.trained;
         if (call.hidden == nullptr) {
             const Segment<Value> down = packed_segment<Value>(call.experts[e].part[side_moe::down_columns], dim);
             product<false>(
-                rows, scratch.rank_columns, x_left, Right<Value>{&down, 1, panel},
+                rows, scratch.rank_columns, x_left, Rhs<Value>{&down, 1, panel},
                 [&](int64_t row, int count, int64_t column, int width, const float* sums) {
                     for (int r = 0; r < count; ++r) {
                         float* to = scratch.hidden + (row + r) * scratch.rank_columns + column;
@@ -104,7 +104,7 @@ void backward_tile(
         std::memset(scratch.dots, 0, rows * lanes * sizeof(float));
         const Segment<Value> up = packed_segment<Value>(call.experts[e].part[side_moe::up_columns], dim);
         product<false>(
-            rows, scratch.rank_columns, grad_left, Right<Value>{&up, 1, panel},
+            rows, scratch.rank_columns, grad_left, Rhs<Value>{&up, 1, panel},
             [&](int64_t row, int count, int64_t column) {
                 if (kept == nullptr) return;
                 for (int64_t at = row; at < row + count; ++at) prefetch_panel(kept + at * experts * rank + column);
@@ -137,7 +137,7 @@ void backward_tile(
         }
     }
 
-    // After the experts, so that the gradient is first read under the cover of a product.
+    // This runs after the experts, so that their products hide the first reads of the gradient.
     if (rows_needed) {
         for (int64_t row = 0; row < rows; ++row) {
             const T* go = grad + row * call.grad_stride;
@@ -160,7 +160,7 @@ void backward_tile(
         }
     }
 
-    // The trained experts' columns of dhidden and those of dlogits follow each other, so that x is read once for both.
+    // The trained experts' columns of dhidden and those of dlogits are adjacent, so that x is read once for both.
     const int64_t trained_columns = (experts - call.trained) * scratch.rank_stride;
     const auto row_of = [&](int64_t column) {
         const int64_t r = column % scratch.rank_stride;
@@ -193,8 +193,8 @@ void backward_tile(
     }
     scratch.segments[experts] = packed_segment<Value>(call.router, gated, experts * scratch.rank_stride);
     product<false>(
-        rows, round_up(dim, lanes), Left<Value>{scratch.dhidden, scratch.hidden_stride},
-        Right<Value>{scratch.segments, gated, panel},
+        rows, round_up(dim, lanes), Lhs<Value>{scratch.dhidden, scratch.hidden_stride},
+        Rhs<Value>{scratch.segments, gated, panel},
         [&](int64_t row, int count, int64_t column) {
             for (int64_t at = row; at < row + count; ++at) prefetch_panel(grad + at * call.grad_stride + column);
         },
@@ -213,7 +213,7 @@ void backward_tile(
 
 template <class T>
 void backward(const Backward& call, int64_t first, int64_t last, void* memory, GradientSums sums) {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     Arena arena(memory);
     const BackwardScratch<T> scratch(arena, call);
     std::memset(scratch.dhidden, 0, tile_rows<Value> * scratch.hidden_stride * sizeof(Value));
@@ -222,10 +222,10 @@ void backward(const Backward& call, int64_t first, int64_t last, void* memory, G
     const int64_t height = tile_height<Value>(last - first);
     with_activation(call.activation, [&]<Activation activation>() {
         for (int64_t row = first; row < last; row += height) {
-            backward_tile<T, activation>(call, scratch, row, least(height, last - row), row == first, sums);
+            backward_tile<T, activation>(call, scratch, row, minimum(height, last - row), row == first, sums);
         }
     });
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,4 +1,4 @@
-// side_moe on the CPU: takes tensors apart, shares rows out among threads, and adds up what they leave.
+// side_moe on the CPU: unpacks the tensors, divides rows among threads, and adds up the threads' results.
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,9 +11,9 @@
 
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
-#include "cpu/tiers.h"
+#include "cpu/isa_kernels.h"
 #include "side_moe/kernels.h"
-#include "side_moe/packs.h"
+#include "side_moe/prepacked_weights.h"
 
 namespace xsmoe::side_moe {
 
@@ -21,8 +21,8 @@ XSMOE_KERNELS_FOR
 
 namespace {
 
-// Bytes that the threads' sums of weight gradients may take together; fewer threads work where they would take more.
-constexpr int64_t most_gradient_bytes = int64_t{1} << 29;
+// The most bytes of all threads' sums of weight gradients. Fewer threads run where the sums would be larger.
+constexpr int64_t max_gradient_bytes = int64_t{1} << 29;
 
 Activation activation_named(const std::string& name) {
     if (name == "gelu") return Activation::gelu;
@@ -43,10 +43,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const ScalarType dtype = x.scalar_type();
     const Kernels& kernels = kernels_for(dtype);
     Weights weights(kernels, router, down, up, frozen_down, frozen_up, frozen_pack);
-    weights.need(down_columns);
-    weights.need(up_rows);
+    weights.request(down_columns);
+    weights.request(up_rows);
     const bool few = weights.sizes.experts + 1 <= few_gates;
-    if (!few) weights.need_router(true);
+    if (!few) weights.request_router(true);
     weights.pack();
 
     const auto [dim, experts, rank] = weights.sizes;
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
             all_norm += norm[part];
             all_counted += counted[part];
         }
-        // No rows count nothing, even where the row of x is not finite.
+        // Zero rows count as zero, even if the row of x is not finite.
         for (double& total : totals) total = rows == 0 ? 0.0 : total * all_counted;
         totals[0] = all_norm;
     }
@@ -134,12 +134,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const int64_t first = rows_needed ? 0 : trained;
     Weights weights(kernels, router, down, up, frozen_down, frozen_up, frozen_pack);
     if (rows_needed || need_down || need_up) {
-        weights.need(up_columns, first);
-        if (recompute) weights.need(down_columns, first);
+        weights.request(up_columns, first);
+        if (recompute) weights.request(down_columns, first);
     }
     if (need_x) {
-        weights.need(down_rows);
-        weights.need_router(false);
+        weights.request(down_rows);
+        weights.request_router(false);
     }
     weights.pack();
 
@@ -208,14 +208,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         call.need_backbone = false;
     }
 
-    // Each chunk sums the weights' gradients by itself.
+    // Each chunk has its own sums of the weights' gradients.
     const int64_t expert_rows = (experts - trained) * rank;
     GradientSums layout{};
     layout.router = need_down ? expert_rows : 0;
     layout.up = layout.router + (need_router ? gated : 0);
     layout.rows = layout.up + (need_up ? expert_rows : 0);
     const int64_t sum_bytes = layout.rows * panels * kernels.panel * int64_t{sizeof(float)};
-    const int64_t affordable = std::max<int64_t>(1, most_gradient_bytes / std::max<int64_t>(1, sum_bytes));
+    const int64_t affordable = std::max<int64_t>(1, max_gradient_bytes / std::max<int64_t>(1, sum_bytes));
     const Chunks chunks(
         x.size(0), kernels.block_rows, row_cost(call.sizes, need_x ? 2 : 1),
         std::min<int64_t>(affordable, torch::stable::get_num_threads())
@@ -230,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         kernels.backward(call, from, to, work.of(chunk), own);
     });
 
-    // `count` rows of the sums, from `first` on, go to a gradient whose leading `zeros` rows belong to frozen experts.
+    // `count` rows of the sums, from `first` on, become a gradient. Its leading `zeros` rows belong to frozen experts.
     const int64_t row_bytes = dim * element_size(x);
     const auto finish = [&](const Tensor& gradient, int64_t first, int64_t zeros, int64_t count) {
         if (zeros + count == 0 || dim == 0) return;
@@ -255,8 +255,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     return {dx, dbackbone, drouter, ddown, dup};
 }
 
-// Frozen experts' weights (F, R, D) in the layouts of all their products: bytes that mean something to this process
-// only.
+// Pack frozen experts' weights (F, R, D) in the layouts of all their products. Only this process can interpret the
+// bytes.
 Tensor pack_experts(Tensor down, Tensor up) {
     const Kernels& kernels = kernels_for(down.scalar_type());
     const int64_t frozen = down.size(0);

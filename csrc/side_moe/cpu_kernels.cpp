@@ -1,10 +1,10 @@
-// side_moe on tiles of rows that stay in the second-level cache. Compiled once for each tier.
+// side_moe on tiles of rows that stay in the second-level cache. Compiled once for each instruction set level.
 
 #include "side_moe/backward.h"
 #include "side_moe/forward.h"
 #include "side_moe/single_row.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using side_moe::Kernels;
@@ -26,14 +26,14 @@ void gather(
 
 template <class T>
 int64_t packed_bytes(int64_t inner, int64_t columns) {
-    return packed_words<typename Held<T>::Value>(inner, columns) * int64_t{sizeof(float)};
+    return packed_words<typename Operand<T>::Value>(inner, columns) * int64_t{sizeof(float)};
 }
 
 template <class T>
 void pack_matrix(
     const void* from, int64_t inner, int64_t columns, int64_t inner_stride, int64_t column_stride, void* to
 ) {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     pack<Value>(
         static_cast<const T*>(from), inner, columns, inner_stride, column_stride, static_cast<Word<Value>*>(to)
     );
@@ -42,7 +42,7 @@ void pack_matrix(
 template <class T>
 constexpr Kernels table = {
     .panel = panel,
-    .block_rows = Words<typename Held<T>::Value>::block_rows,
+    .block_rows = Words<typename Operand<T>::Value>::block_rows,
     .packed_bytes = packed_bytes<T>,
     .pack = pack_matrix<T>,
     .forward_bytes = bytes_of<ForwardScratch<T>, const Forward&>,
@@ -55,11 +55,11 @@ constexpr Kernels table = {
 };
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA
 
-namespace xsmoe::side_moe::XSMOE_TIER {
+namespace xsmoe::side_moe::XSMOE_ISA {
 
-extern const Kernels for_float = xsmoe::XSMOE_TIER::table<float>;
-extern const Kernels for_bfloat16 = xsmoe::XSMOE_TIER::table<BFloat16>;
+extern const Kernels for_float = xsmoe::XSMOE_ISA::table<float>;
+extern const Kernels for_bfloat16 = xsmoe::XSMOE_ISA::table<BFloat16>;
 
-}  // namespace xsmoe::side_moe::XSMOE_TIER
+}  // namespace xsmoe::side_moe::XSMOE_ISA

@@ -1,4 +1,4 @@
-// side_moe on GPUs: tensors of all levels of a launch, taken apart for the kernels that go over rows.
+// side_moe on GPUs: unpacks the tensors of all levels of a launch for the kernels that process rows.
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,20 +18,20 @@ namespace xsmoe::side_moe {
 
 namespace {
 
-using xsmoe::cuda::number_of;
+using xsmoe::cuda::dtype_of;
 using xsmoe::cuda::OnDevice;
 using Tensors = std::vector<Tensor>;
 
 void check_levels(const char* name, size_t found, size_t levels) {
-    if (found != levels || levels == 0 || levels > most_levels) {
+    if (found != levels || levels == 0 || levels > max_levels) {
         throw std::invalid_argument(
-            std::string(name) + " must have an entry for each of 1 to " + std::to_string(most_levels) +
-            " levels, not " + std::to_string(found)
+            std::string(name) + " must have an entry for each of 1 to " + std::to_string(max_levels) + " levels, not " +
+            std::to_string(found)
         );
     }
 }
 
-// Kernels take one launch's tensors as of one dtype and one device.
+// Raise an error unless all levels have the dtype and device of `first`, as the kernels of one launch require.
 void check_alike(const char* name, const Tensors& tensors, const Tensor& first) {
     for (const Tensor& tensor : tensors) {
         const bool same_device = tensor.is_cuda() == first.is_cuda() &&
@@ -46,7 +46,7 @@ const float* floats(const Tensor& tensor) { return static_cast<const float*>(dat
 
 int gated_of(const Tensor& gates) { return static_cast<int>(gates.size(1)); }
 
-// (rows, E+1) gates of each level, from rows of x and routers (E+1, D).
+// Return the (rows, E+1) gates of each level, from rows of x and routers (E+1, D).
 Tensors gate(Tensors x, Tensors router) {
     check_levels("x", x.size(), x.size());
     check_levels("router", router.size(), x.size());
@@ -69,12 +69,12 @@ Tensors gate(Tensors x, Tensors router) {
         level.gated = gated_of(gates[i]);
         levels.push_back(level);
     }
-    launch_gate(number_of(x[0], "x"), levels.data(), static_cast<int>(levels.size()), device.stream());
+    launch_gate(dtype_of(x[0], "x"), levels.data(), static_cast<int>(levels.size()), device.stream());
     return gates;
 }
 
-// The increments of norm and gate (E+1,) of each level, from gates (rows, E+1), sums of squares (E+1, column blocks,
-// rows), and row weights (N,) or nothing. With backbone_squares (N,), gates and squares have one row for all N.
+// Return the increments of norm and gate (E+1,) of each level, from gates (rows, E+1), sums of squares (E+1, column
+// blocks, rows), and optional row weights (N,). With backbone_squares (N,), gates and squares have one row for all N.
 std::tuple<Tensors, Tensors> count(
     Tensors gates, Tensors squares, Tensors backbone_squares, std::vector<std::optional<Tensor>> row_weight
 ) {
@@ -111,8 +111,8 @@ std::tuple<Tensors, Tensors> count(
     return {norm, mass};
 }
 
-// The gradients of logits (rows, 16 ceil((E+1) / 16)) of each level, and those of the backbone; empty where not needed.
-// Where x is one row, backbone_dot (1,) has grad . backbone, and grad is float32.
+// Return the gradients of the logits (rows, 16 ceil((E+1) / 16)) and of the backbone of each level; they are empty
+// where they are not needed. Where x is one row, backbone_dot (1,) is grad . backbone, and grad is float32.
 std::tuple<Tensors, Tensors> logit_gradient(
     Tensors x, Tensors backbone, Tensors grad, Tensors gates, Tensors dots, Tensors backbone_dot, bool need_logits,
     bool need_backbone
@@ -163,7 +163,7 @@ std::tuple<Tensors, Tensors> logit_gradient(
     }
     const bool wide_grad = grad[0].scalar_type() == ScalarType::Float;
     launch_logit_gradient(
-        number_of(x[0], "x"), wide_grad, levels.data(), static_cast<int>(levels.size()), device.stream()
+        dtype_of(x[0], "x"), wide_grad, levels.data(), static_cast<int>(levels.size()), device.stream()
     );
     return {grad_logits, grad_backbone};
 }

@@ -1,5 +1,5 @@
-// side_moe on GPUs: what goes over rows. A warp, or a part of it, has a row; nothing is added in an order that depends
-// on how many multiprocessors there are or on which levels share a launch.
+// side_moe on GPUs: the kernels that process rows. A warp, or a part of a warp, processes a row. The order of additions
+// does not depend on the number of multiprocessors, or on the levels that share a launch.
 
 #include "side_moe/cuda.h"
 
@@ -18,15 +18,15 @@ constexpr float infinity = __builtin_huge_valf();
 
 // Gates.
 
-// Blocks are small, since their registers allow few: the last ones then leave no multiprocessor idle for long. For more
-// blocks at once than it is asked for, ptxas would spill.
+// Blocks are small, because their registers allow few warps per multiprocessor. So no multiprocessor is idle for long
+// at the end of a launch. With more blocks per multiprocessor in __launch_bounds__, ptxas would spill.
 constexpr int gate_threads = 64, gate_blocks = 4, rows_per_warp = 4, gates_at_once = 16;
 constexpr int rows_per_gate_block = gate_threads / warp_size * rows_per_warp;
-// After spread_sums a row's gates lie in so many lanes, two in each.
+// After spread_sums, a row's gates are in this many lanes, two in each.
 constexpr int lanes_per_row = warp_size / rows_per_warp;
 static_assert(2 * lanes_per_row == gates_at_once);
 
-// Adds this lane's part of rows times `gates` rows of the router.
+// Add this lane's part of the products of rows and `gates` rows of the router.
 template <bool whole, class T>
 __device__ inline void add_products(
     const T* const (&rows)[rows_per_warp], const T* router, int gates, int64_t dim,
@@ -36,15 +36,15 @@ __device__ inline void add_products(
     for (int64_t column = lane() * width; column < dim; column += warp_size * width) {
         float states[rows_per_warp][width];
         XSMOE_UNROLL
-        for (int r = 0; r < rows_per_warp; ++r) load_piece<whole>(rows[r], column, dim, states[r]);
+        for (int r = 0; r < rows_per_warp; ++r) load_columns<whole>(rows[r], column, dim, states[r]);
         XSMOE_UNROLL
         for (int first = 0; first < gates_at_once; first += together) {
             if (first >= gates) continue;
             XSMOE_UNROLL
             for (int g = first; g < first + together; ++g) {
-                // Behind the last gate zeros, whose products are dropped.
+                // The weights after the last gate are zeros, and their products are dropped.
                 float weights[width] = {};
-                if (g < gates) load_piece<whole>(router + g * dim, column, dim, weights);
+                if (g < gates) load_columns<whole>(router + g * dim, column, dim, weights);
                 XSMOE_UNROLL
                 for (int r = 0; r < rows_per_warp; ++r) {
                     XSMOE_UNROLL
@@ -58,8 +58,8 @@ __device__ inline void add_products(
     }
 }
 
-// A row's gates, `gates_at_once` at a time. All blocks read all of the router, which stays in the first-level cache; of
-// x each block reads its own rows, again for each further 16 gates, and mostly from there too.
+// Compute a row's gates, `gates_at_once` at a time. All blocks read the whole router, which stays in the first-level
+// cache. Each block reads its own rows of x once per 16 gates, mostly from that cache too.
 template <class T>
 __global__ void __launch_bounds__(gate_threads, gate_blocks)
     gate_kernel(const __grid_constant__ Levels<GateLevel> levels, const __grid_constant__ Units blocks) {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(gate_threads, gate_blocks)
     const T* rows[rows_per_warp];
     XSMOE_UNROLL
     for (int r = 0; r < rows_per_warp; ++r) {
-        // Behind the last row that one again, whose gates nobody stores twice.
+        // Rows after the last one repeat it. Their gates are not stored.
         rows[r] = static_cast<const T*>(level.x) + std::min(first_row + r, level.rows - 1) * level.x_stride;
     }
     const T* router = static_cast<const T*>(level.router);
@@ -100,10 +100,10 @@ __global__ void __launch_bounds__(gate_threads, gate_blocks)
             if (!one_tile && exists && own + i < count) gates[first + own + i] = logits[i];
         }
         const float larger = fmaxf(largest, largest_of_lanes<lanes_per_row>(fmaxf(logits[0], logits[1])));
-        // Logits of -inf alone have no share; their differences would be NaN.
+        // If all logits so far are -inf, nothing is subtracted: -inf - (-inf) would be NaN.
         const float shift = larger == -infinity ? 0.0f : larger;
-        const float shares = sum_over_lanes<lanes_per_row>(expf(logits[0] - shift) + expf(logits[1] - shift));
-        total = fmaf(total, expf(largest - shift), shares);
+        const float added = sum_over_lanes<lanes_per_row>(expf(logits[0] - shift) + expf(logits[1] - shift));
+        total = fmaf(total, expf(largest - shift), added);
         largest = larger;
     }
     for (int first = 0; first < gated; first += gates_at_once) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(gate_threads, gate_blocks)
         for (int i = 0; i < 2; ++i) {
             const int gate = first + own + i;
             if (!exists || gate >= gated) continue;
-            // More logits than registers hold wait where their gates go.
+            // Logits that do not fit in registers are stored in the memory of their gates.
             const float logit = one_tile ? logits[i] : gates[gate];
             gates[gate] = expf(logit - largest) / total;
         }
@@ -120,14 +120,15 @@ __global__ void __launch_bounds__(gate_threads, gate_blocks)
 
 // Counters.
 
-constexpr int count_threads = 256, gates_per_warp = 8, most_slices = 256;
+constexpr int count_threads = 256, gates_per_warp = 8, max_slices = 256;
 
-// So many rows that there are at most `most_slices` slices, and that a warp's lanes have as many each.
+// The number of rows in a slice: at most `max_slices` slices, and the same number of rows for each lane of a warp.
 constexpr int64_t rows_per_slice(int64_t rows) {
-    return warp_size * std::max<int64_t>(1, parts_of(rows, int64_t{warp_size} * most_slices));
+    return warp_size * std::max<int64_t>(1, parts_of(rows, int64_t{warp_size} * max_slices));
 }
 
-// What a slice of rows adds to the norms and masses of up to eight gates, from `first` on: sums[k], sums[8 + k].
+// Compute what a slice of rows adds to the norms and masses of up to eight gates, from `first` on: sums[k], sums[8 +
+// k].
 __device__ inline void count_slice(
     const CountLevel& level, int64_t slice, int first, float (&sums)[2 * gates_per_warp]
 ) {
@@ -149,14 +150,14 @@ __device__ inline void count_slice(
         XSMOE_UNROLL
         for (int k = 0; k < gates_per_warp; ++k) {
             if (first + k >= level.gated) continue;
-            const float share = level.gates[place * level.gated + first + k] * weight;
-            sums[k] = fmaf(share, sqrtf(squares[k]), sums[k]);
-            sums[gates_per_warp + k] += share;
+            const float weighted = level.gates[place * level.gated + first + k] * weight;
+            sums[k] = fmaf(weighted, sqrtf(squares[k]), sums[k]);
+            sums[gates_per_warp + k] += weighted;
         }
     }
 }
 
-// First a warp sums a slice of rows for eight gates, so that a row's gates are read by whole sectors; then it sums all
+// First, a warp sums a slice of rows for eight gates, so that it reads a row's gates by whole sectors. Then it sums all
 // slices for one gate.
 __global__ void __launch_bounds__(count_threads) count_kernel(
     const __grid_constant__ Levels<CountLevel> levels, const __grid_constant__ Units groups,
@@ -205,7 +206,7 @@ struct Dots {
     float with_x = 0, with_backbone = 0;
 };
 
-// This lane's part of grad . x and grad . backbone; and of the backbone's gradient, on the way.
+// Compute this lane's part of grad . x and grad . backbone, and of the backbone's gradient from the same loads.
 template <bool whole, class T, class Grad>
 __device__ inline Dots row_dots(const LogitLevel& level, int64_t row, float first_gate) {
     constexpr int width = per_load<T>;
@@ -217,27 +218,27 @@ __device__ inline Dots row_dots(const LogitLevel& level, int64_t row, float firs
     Dots dots;
     for (int64_t column = lane() * width; column < level.dim; column += warp_size * width) {
         float incoming[width], states[width];
-        load_piece<whole>(grad, column, level.dim, incoming);
+        load_columns<whole>(grad, column, level.dim, incoming);
         if (need_logits) {
-            load_piece<whole>(x, column, level.dim, states);
+            load_columns<whole>(x, column, level.dim, states);
             XSMOE_UNROLL
             for (int i = 0; i < width; ++i) dots.with_x = fmaf(incoming[i], states[i], dots.with_x);
         }
         if (need_logits && own_dot) {
-            load_piece<whole>(backbone, column, level.dim, states);
+            load_columns<whole>(backbone, column, level.dim, states);
             XSMOE_UNROLL
             for (int i = 0; i < width; ++i) dots.with_backbone = fmaf(incoming[i], states[i], dots.with_backbone);
         }
         if (need_backbone) {
             XSMOE_UNROLL
             for (int i = 0; i < width; ++i) incoming[i] *= first_gate;
-            store_piece<whole>(grad_backbone, column, level.dim, incoming);
+            store_columns<whole>(grad_backbone, column, level.dim, incoming);
         }
     }
     return dots;
 }
 
-// The sum of an expert's dots; 0 for the backbone and behind the last expert.
+// Return the sum of an expert's dots; 0 for the backbone and after the last expert.
 __device__ inline float dots_of(const LogitLevel& level, int64_t row, int gate) {
     if (gate == 0 || gate >= level.gated) return 0;
     const float* dots = level.dots + (row * (level.gated - 1) + gate - 1) * level.chunks;
@@ -246,7 +247,7 @@ __device__ inline float dots_of(const LogitLevel& level, int64_t row, int gate) 
     return sum;
 }
 
-// A warp has a row, and then a lane each of its gates.
+// A warp processes a row; then each lane processes one of its gates.
 template <class T, class Grad>
 __global__ void __launch_bounds__(logit_threads)
     logit_gradient_kernel(const __grid_constant__ Levels<LogitLevel> levels, const __grid_constant__ Units blocks) {
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(logit_threads)
     if (row >= level.rows) return;
 
     const float* gates = level.gates + row * level.gated;
-    // The first 32 are asked for ahead of the rows, with which they arrive.
+    // The first 32 gates are loaded before the rows, so that both arrive together.
     const float own_gate = lane() < level.gated ? gates[lane()] : 0.0f;
     const float own_dots = level.grad_logits ? dots_of(level, row, lane()) : 0.0f;
     const float first_gate = __shfl_sync(whole_warp, own_gate, 0);
@@ -305,7 +306,7 @@ void logit_gradient_of(const LogitLevel* from, int count, Stream stream) {
     Levels<LogitLevel> levels(from, count);
     for (int i = 0; i < count; ++i) {
         LogitLevel& level = levels.level[i];
-        // Pieces are as wide as those of x, which for a wider gradient are several loads.
+        // The columns per load are those of x. A wider gradient needs several loads for them.
         level.whole = level.dim % per_load<T> == 0 && whole_rows<Grad>(level.grad, level.grad_stride, level.dim) &&
                       whole_rows<T>(level.x, level.x_stride, level.dim) &&
                       whole_rows<T>(level.backbone, level.backbone_stride, level.dim) &&
@@ -323,9 +324,9 @@ void logit_gradient_of(const LogitLevel* from, int count, Stream stream) {
 
 int64_t count_slices(int64_t rows) { return parts_of(rows, rows_per_slice(rows)); }
 
-void launch_gate(Number number, const GateLevel* levels, int count, void* stream) {
+void launch_gate(Dtype dtype, const GateLevel* levels, int count, void* stream) {
     const auto on = static_cast<Stream>(stream);
-    with_number(number, [&](auto zero) { gate_of<decltype(zero)>(levels, count, on); });
+    with_dtype(dtype, [&](auto zero) { gate_of<decltype(zero)>(levels, count, on); });
 }
 
 void launch_count(const CountLevel* from, int count, void* stream) {
@@ -335,16 +336,16 @@ void launch_count(const CountLevel* from, int count, void* stream) {
     });
     const Units gates(levels, count, [](const CountLevel& level) { return int64_t{level.gated}; });
     const int64_t wanted = parts_of(std::max(groups.all(), gates.all()), count_threads / warp_size);
-    const int64_t blocks = std::min(wanted, most_cooperative_blocks(count_kernel, count_threads, 0));
+    const int64_t blocks = std::min(wanted, max_cooperative_blocks(count_kernel, count_threads, 0));
     launch(
         "side_moe_count", count_kernel, {blocks, count_threads, 0, true}, static_cast<Stream>(stream), levels, groups,
         gates
     );
 }
 
-void launch_logit_gradient(Number number, bool wide_grad, const LogitLevel* levels, int count, void* stream) {
+void launch_logit_gradient(Dtype dtype, bool wide_grad, const LogitLevel* levels, int count, void* stream) {
     const auto on = static_cast<Stream>(stream);
-    with_number(number, [&](auto zero) {
+    with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         if (wide_grad) {
             logit_gradient_of<T, float>(levels, count, on);

@@ -1,4 +1,5 @@
-// What kernels that go over rows share: which level a block or a warp works for, loads of pieces, sums over lanes.
+// Shared parts of the kernels that process rows: the level of a block or warp, loads of several columns, sums over
+// lanes.
 #pragma once
 
 #include <algorithm>
@@ -14,20 +15,20 @@ namespace xsmoe::side_moe {
 
 using namespace xsmoe::cuda;
 
-// The levels of a launch, as an argument of its kernel: a table in memory would have to be copied there first.
+// The levels of a launch, as an argument of its kernel. A table in global memory would need a copy before the launch.
 template <class Level>
 struct Levels {
-    Level level[most_levels];
+    Level level[max_levels];
 
     Levels(const Level* from, int count) : level{} {
-        if (count > most_levels) throw std::invalid_argument("a launch takes at most 8 levels");
+        if (count > max_levels) throw std::invalid_argument("a launch supports at most 8 levels");
         std::copy(from, from + count, level);
     }
 };
 
-// Units of work, such as blocks, that levels bring one after the other.
+// Units of work, such as blocks, of all levels, one level after the other.
 struct Units {
-    int64_t first[most_levels + 1];
+    int64_t first[max_levels + 1];
     int count;
 
     template <class Level, class UnitsOf>
@@ -37,7 +38,7 @@ struct Units {
 
     int64_t all() const { return first[count]; }
 
-    // The level that a unit belongs to.
+    // Return the level of a unit.
     __device__ int level_of(int64_t unit) const {
         int found = 0;
         while (found + 1 < count && unit >= first[found + 1]) ++found;
@@ -45,10 +46,11 @@ struct Units {
     }
 };
 
-// `count` numbers of a row from a column on; `whole` says that they exist and lie at a 16-byte boundary, else what is
-// beyond the row's end is 0. A lane has the same numbers either way, so that alignment changes no bits.
+// Load `count` numbers of a row from a column on. `whole` says that all of them exist and start at a multiple of 16
+// bytes. Otherwise numbers after the row's end are 0. A lane gets the same numbers either way, so alignment does not
+// change the results.
 template <bool whole, int count, class T>
-__device__ inline void load_piece(const T* row, int64_t column, int64_t dim, float (&values)[count]) {
+__device__ inline void load_columns(const T* row, int64_t column, int64_t dim, float (&values)[count]) {
     if constexpr (whole) {
         XSMOE_UNROLL
         for (int first = 0; first < count; first += per_load<T>) {
@@ -63,9 +65,9 @@ __device__ inline void load_piece(const T* row, int64_t column, int64_t dim, flo
     }
 }
 
-// The same the other way round.
+// Store `count` numbers of a row from a column on, with the same meaning of `whole`.
 template <bool whole, class T, int count>
-__device__ inline void store_piece(T* row, int64_t column, int64_t dim, const float (&values)[count]) {
+__device__ inline void store_columns(T* row, int64_t column, int64_t dim, const float (&values)[count]) {
     if constexpr (whole) {
         static_assert(count == per_load<T>);
         store_16(row + column, values);
@@ -93,9 +95,10 @@ __device__ inline float largest_of_lanes(float value) {
     return value;
 }
 
-// Sums `count` numbers, a power of two, over the lanes of a warp, and leaves them spread over these: with count = 64
-// lane l has those at 2 l and 2 l + 1, with count = 16 lanes l and l + 1 both have that at l / 2. Each exchange halves
-// what is left, which takes about `count` of them instead of 5 * count. `apart` is the distance of the first.
+// Sum `count` numbers, a power of two, over the lanes of a warp, and leave the sums spread over the lanes: with count =
+// 64, lane l gets the sums 2 l and 2 l + 1; with count = 16, lanes l and l + 1 both get the sum l / 2. Each exchange
+// halves the remaining numbers, so it needs about `count` exchanges instead of 5 * count. `apart` is the lane distance
+// of the first exchange.
 template <int count, int apart = warp_size / 2, int size>
 __device__ inline void spread_sums(float (&values)[size]) {
     if constexpr (apart > 0 && count > 1) {

@@ -1,23 +1,24 @@
-// A tile of x through router and experts.
+// The forward pass of a tile of x: router and experts.
 //
-// With counters an expert's output x + a up stands in registers for a moment: there its squares are summed, and it is
-// added to y, gated. Without counters all experts' gated activations meet all up projections in one product.
+// With counters, an expert's output x + a up is in registers when the epilogue runs. The epilogue sums its squares and
+// adds it to y, times its gate. Without counters, one product multiplies all experts' gated activations by all up
+// projections.
 #pragma once
 
 #include "side_moe/activations.h"
 #include "side_moe/tiles.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using side_moe::Forward;
 using side_moe::Totals;
 
-// The gates' derivatives multiply a logit's rounding error by its size, so that logits are summed in shorter chains
-// than other products: a chain of K additions loses some sqrt(K) times as much as a single one.
+// The derivatives of the gates multiply a logit's rounding error by its size. So logits use shorter chains of additions
+// than other products: a chain of K additions has about sqrt(K) times the error of a single one.
 constexpr int64_t logit_chain = 32;
 
-// Gates from logits in place, row by row; columns beyond `gated` come out as zeros.
+// Replace logits by gates in place, row by row. Columns after `gated` become zeros.
 void softmax(float* logits, int64_t rows, int64_t gated, int64_t stride) {
     for (int64_t row = 0; row < rows; ++row) {
         float* at = logits + row * stride;
@@ -28,9 +29,9 @@ void softmax(float* logits, int64_t rows, int64_t gated, int64_t stride) {
         for (int i = 1; i < lanes; ++i) top = most[i] > top ? most[i] : top;
         Vec total = {};
         for (int64_t column = 0; column < stride; column += lanes) {
-            const Vec grown = exp_negative(load(at + column) - top);
-            store(at + column, grown);
-            total += grown;
+            const Vec exponential = exp_negative(load(at + column) - top);
+            store(at + column, exponential);
+            total += exponential;
         }
         const float scale = 1.0f / sum(total);
         for (int64_t column = 0; column < stride; column += lanes) store(at + column, load(at + column) * scale);
@@ -39,16 +40,16 @@ void softmax(float* logits, int64_t rows, int64_t gated, int64_t stride) {
 
 template <class T>
 struct ForwardScratch {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
 
     int64_t gate_stride, rank_stride, activated_stride, mixed_stride;
-    LeftRows<T> x;
+    LhsRows<T> x;
     float* gates;              // (tile, gate_stride)
-    float* expert_gates;       // (tile,): the sum of a row's gates but the backbone's
-    Value* activated;          // (tile, activated_stride): one expert's with counters, else all experts', gated
+    float* expert_gates;       // (tile,): the sum of a row's gates, without the backbone's
+    Value* activated;          // (tile, activated_stride): with counters one expert's, else all experts', gated
     float* squares;            // (tile, lanes)
     float* backbone_squares;   // (tile, lanes)
-    float* mixed;              // (tile, mixed_stride): y so far, where y itself cannot hold it
+    float* mixed;              // (tile, mixed_stride): partial sums of y, where y is not float32
     Segment<Value>* segments;  // (experts,)
 
     ForwardScratch(Arena& arena, const Forward& call)
@@ -57,25 +58,26 @@ struct ForwardScratch {
           activated_stride(rank_stride * (call.count ? 1 : call.sizes.experts) + lanes),
           mixed_stride(round_up(call.sizes.dim, lanes)),
           x(call.sizes.dim, column_multiple<Value>),
-          gates(arena.take<float>(tile_rows<Value> * gate_stride)),
-          expert_gates(arena.take<float>(tile_rows<Value>)),
-          activated(arena.take<Value>(tile_rows<Value> * activated_stride)),
-          squares(arena.take<float>(tile_rows<Value> * lanes)),
-          backbone_squares(arena.take<float>(tile_rows<Value> * lanes)),
+          gates(arena.allocate<float>(tile_rows<Value> * gate_stride)),
+          expert_gates(arena.allocate<float>(tile_rows<Value>)),
+          activated(arena.allocate<Value>(tile_rows<Value> * activated_stride)),
+          squares(arena.allocate<float>(tile_rows<Value> * lanes)),
+          backbone_squares(arena.allocate<float>(tile_rows<Value> * lanes)),
           mixed(
-              call.count && sizeof(T) != sizeof(float) ? arena.take<float>(tile_rows<Value> * mixed_stride) : nullptr
+              call.count && sizeof(T) != sizeof(float) ? arena.allocate<float>(tile_rows<Value> * mixed_stride)
+                                                       : nullptr
           ),
-          segments(arena.take<Segment<Value>>(call.sizes.experts)) {
-        x.take(arena, tile_rows<Value>);
+          segments(arena.allocate<Segment<Value>>(call.sizes.experts)) {
+        x.allocate(arena, tile_rows<Value>);
     }
 };
 
-// Adds an expert's gated outputs x + a up to y, and their squares to the sums of the rows. With `backbone`, which comes
-// with the first expert, y begins with the backbone's gated rows, whose squares are summed too.
+// Add an expert's gated outputs x + a up to y, and their squares to the sums of the rows. With `backbone`, which is set
+// for the first expert, y starts as the backbone's gated rows, and their squares are summed too.
 template <class T>
 struct Mixing {
     int64_t dim;
-    const float* gates;  // the backbone's, and `gate` the expert's
+    const float* gates;  // the backbone's; `gate` is the expert's
     const float* gate;
     int64_t gate_stride;
     const T* x;
@@ -88,7 +90,7 @@ struct Mixing {
     int64_t so_far_stride;
     T* y;
 
-    // Starts reading what the block's epilogue will read.
+    // Prefetch what the block's epilogue reads.
     XSMOE_INLINE void prefetch(int64_t first, int count, int64_t column) const {
         for (int64_t row = first; row < first + count; ++row) {
             prefetch_panel(x + row * x_stride + column);
@@ -101,21 +103,21 @@ struct Mixing {
     void add(int64_t first, int count, int64_t column, int width, const float* sums) const {
         for (int64_t row = first; row < first + count; ++row, sums += panel) {
             const T* from = x + row * x_stride + column;
-            const T* beside = backbone == nullptr ? nullptr : backbone + row * backbone_stride + column;
+            const T* other_row = backbone == nullptr ? nullptr : backbone + row * backbone_stride + column;
             float* sum = so_far + row * so_far_stride + column;
             T* to = y + row * dim + column;
             const Vec own = splat(gate[row * gate_stride]), other = splat(gates[row * gate_stride]);
             Vec total = load(squares + row * lanes), other_total = {};
             if (begins) other_total = load(backbone_squares + row * lanes);
             each_vector(width, dim - column, [&](int i, int64_t here) {
-                // Beyond the row's end an infinite activation times a zero is NaN.
+                // After the row's end, an infinite activation times a zero would be NaN.
                 const Vec output = leading(load(sums + i) + load(from + i, here), here);
                 total += output * output;
                 Vec mixed = own * output;
                 if constexpr (!begins) {
                     mixed += load(sum + i, here);
-                } else if (beside != nullptr) {
-                    const Vec h = load(beside + i, here);
+                } else if (other_row != nullptr) {
+                    const Vec h = load(other_row + i, here);
                     mixed += other * h;
                     other_total += h * h;
                 }
@@ -133,14 +135,14 @@ struct Mixing {
 
 template <class T, Activation activation>
 struct ForwardTile {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
 
     const Forward& call;
     const ForwardScratch<T>& scratch;
     int64_t first, rows;
     const T* x;
     const T* backbone;
-    Left<Value> left;
+    Lhs<Value> left;
 
     ForwardTile(const Forward& call, const ForwardScratch<T>& scratch, int64_t first, int64_t rows)
         : call(call),
@@ -157,7 +159,7 @@ struct ForwardTile {
         if (call.count) {
             for (int64_t e = 0; e < call.sizes.experts; ++e) {
                 activate_expert(e);
-                // Only now, so that x is first read under the cover of a product.
+                // The gates are computed here, so that the expert's product hides the first reads of x.
                 if (e == 0) gate_rows(totals);
                 mix_expert(e, totals);
             }
@@ -183,7 +185,7 @@ struct ForwardTile {
         } else {
             const Segment<Value> router = packed_segment<Value>(call.router, dim);
             product<false>(
-                rows, stride, left, Right<Value>{&router, 1, panel, logit_chain},
+                rows, stride, left, Rhs<Value>{&router, 1, panel, logit_chain},
                 [&](int64_t row, int count, int64_t column, int width, const float* sums) {
                     for (int64_t at = row; at < row + count; ++at, sums += panel) {
                         std::memcpy(gates + at * stride + column, sums, width * sizeof(float));
@@ -200,14 +202,14 @@ struct ForwardTile {
         }
     }
 
-    // An expert's activations, gated unless they are counted, and its hidden states where they are kept.
+    // Compute an expert's activations, times its gates unless the call counts, and its hidden states if they are kept.
     void activate_expert(int64_t e) const {
         const auto [dim, experts, rank] = call.sizes;
         const Segment<Value> down = packed_segment<Value>(call.experts[e].part[side_moe::down_columns], dim);
         Value* activated = scratch.activated + (call.count ? 0 : e * scratch.rank_stride);
         T* kept = call.hidden == nullptr ? nullptr : static_cast<T*>(call.hidden) + first * experts * rank + e * rank;
         product<false>(
-            rows, round_up(rank, lanes), left, Right<Value>{&down, 1, panel},
+            rows, round_up(rank, lanes), left, Rhs<Value>{&down, 1, panel},
             [&](int64_t row, int count, int64_t column, int width, const float* sums) {
                 for (int64_t at = row; at < row + count; ++at, sums += panel) {
                     const Vec gate = splat(call.count ? 1.0f : scratch.gates[at * scratch.gate_stride + e + 1]);
@@ -223,7 +225,7 @@ struct ForwardTile {
         );
     }
 
-    // Adds an expert to y and to the counters.
+    // Add an expert to y and to the counters.
     void mix_expert(int64_t e, Totals totals) const {
         const auto [dim, experts, rank] = call.sizes;
         const float* gates = scratch.gates;
@@ -250,8 +252,8 @@ struct ForwardTile {
         const bool begins = e == 0, ends = e + 1 == experts && floats == nullptr;
         const Segment<Value> up = packed_segment<Value>(call.experts[e].part[side_moe::up_rows], rank);
         product<false>(
-            rows, round_up(dim, lanes), Left<Value>{scratch.activated, scratch.activated_stride},
-            Right<Value>{&up, 1, panel},
+            rows, round_up(dim, lanes), Lhs<Value>{scratch.activated, scratch.activated_stride},
+            Rhs<Value>{&up, 1, panel},
             [&](int64_t row, int count, int64_t column) { mixing.prefetch(row, count, column); },
             [&](int64_t row, int count, int64_t column, int width, const float* sums) {
                 if (begins && ends) {
@@ -274,7 +276,7 @@ struct ForwardTile {
 
     static float norm(const float* squares) { return __builtin_sqrtf(sum(load(squares))); }
 
-    // y of all experts at once, without counters.
+    // Compute y of all experts at once, without counters.
     void mix_experts() const {
         const auto [dim, experts, rank] = call.sizes;
         sum_expert_gates(scratch.gates, rows, experts, scratch.gate_stride, scratch.expert_gates);
@@ -283,8 +285,8 @@ struct ForwardTile {
                 packed_segment<Value>(call.experts[e].part[side_moe::up_rows], rank, e * scratch.rank_stride);
         }
         product<false>(
-            rows, round_up(dim, lanes), Left<Value>{scratch.activated, scratch.activated_stride},
-            Right<Value>{scratch.segments, experts, panel},
+            rows, round_up(dim, lanes), Lhs<Value>{scratch.activated, scratch.activated_stride},
+            Rhs<Value>{scratch.segments, experts, panel},
             [&](int64_t row, int count, int64_t column) {
                 for (int64_t at = row; at < row + count; ++at) {
                     prefetch_panel(x + at * call.x_stride + column);
@@ -296,14 +298,14 @@ struct ForwardTile {
                     const Vec own = splat(scratch.expert_gates[at]),
                               other = splat(scratch.gates[at * scratch.gate_stride]);
                     const T* from = x + at * call.x_stride + column;
-                    const T* beside = backbone == nullptr ? nullptr : backbone + at * call.backbone_stride + column;
+                    const T* other_row = backbone == nullptr ? nullptr : backbone + at * call.backbone_stride + column;
                     const int64_t to = (first + at) * dim + column;
                     each_vector(width, dim - column, [&](int i, int64_t here) {
                         const Vec mixed = load(sums + i) + own * load(from + i, here);
                         if (call.mixture != nullptr) {
                             store(call.mixture + to + i, mixed, here);
                         } else {
-                            store(static_cast<T*>(call.y) + to + i, mixed + other * load(beside + i, here), here);
+                            store(static_cast<T*>(call.y) + to + i, mixed + other * load(other_row + i, here), here);
                         }
                     });
                 }
@@ -314,19 +316,20 @@ struct ForwardTile {
 
 template <class T>
 void forward(const Forward& call, int64_t first, int64_t last, void* memory, Totals totals) {
-    typedef typename Held<T>::Value Value;
+    typedef typename Operand<T>::Value Value;
     Arena arena(memory);
     const ForwardScratch<T> scratch(arena, call);
-    // Columns beyond the experts' ranks are never written, and meet zeros in the other factor.
+    // Columns after the experts' ranks are never written. They must be finite, because the other operand has zeros
+    // there.
     std::memset(scratch.activated, 0, tile_rows<Value> * scratch.activated_stride * sizeof(Value));
     const MatrixUnit unit;
     const int64_t height = tile_height<Value>(last - first);
     with_activation(call.activation, [&]<Activation activation>() {
         for (int64_t row = first; row < last; row += height) {
-            ForwardTile<T, activation>(call, scratch, row, least(height, last - row)).run(totals);
+            ForwardTile<T, activation>(call, scratch, row, minimum(height, last - row)).run(totals);
         }
     });
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,9 +1,9 @@
-// One row of x for all rows of the backbone: what is left to do for every row.
+// One row of x for all rows of the backbone: the work that remains for every row.
 #pragma once
 
 #include "side_moe/tiles.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 template <class T>
@@ -31,11 +31,11 @@ void collect(
     const void* grad, int64_t grad_stride, const void* backbone, int64_t backbone_stride, float gate, int64_t dim,
     int64_t first, int64_t last, float* sums, double* dot, void* dbackbone
 ) {
-    // Sums of 64 rows at a time keep float32's rounding in bounds.
+    // Partial sums of 64 rows bound the rounding error of float32.
     float* few = sums + round_up(dim, lanes);
     if (dim > 0) std::memset(sums, 0, 2 * round_up(dim, lanes) * sizeof(float));
     for (int64_t block = first; block < last; block += 64) {
-        const int64_t end = least(block + 64, last);
+        const int64_t end = minimum(block + 64, last);
         for (int64_t row = block; row < end; ++row) {
             const T* from = static_cast<const T*>(grad) + row * grad_stride;
             const T* other = static_cast<const T*>(backbone) + row * backbone_stride;
@@ -57,4 +57,4 @@ void collect(
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

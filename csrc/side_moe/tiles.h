@@ -1,11 +1,11 @@
-// Tiles of rows, and what forward and backward both do to them.
+// Tiles of rows, and the functions that forward and backward share.
 #pragma once
 
-#include "cpu/left_rows.h"
+#include "cpu/lhs_rows.h"
 #include "cpu/pack.h"
 #include "side_moe/kernels.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using side_moe::Sizes;
@@ -13,15 +13,15 @@ using side_moe::Sizes;
 template <class Value>
 using Word = typename Words<Value>::Word;
 
-// Columns of tiles that are left factors or are added up in vectors.
+// Return the columns of a tile that is a left operand, or that is added up in vectors.
 template <class Value>
 constexpr int64_t column_multiple = Words<Value>::inner > lanes ? Words<Value>::inner : lanes;
 
-// Rows of a tile: so many that weights stream through the cache seldom, so few that the tile stays in it.
+// The rows of a tile: enough that the weights are read seldom, few enough that the tile stays in cache.
 template <class Value>
 constexpr int64_t tile_rows = (139 / Words<Value>::block_rows + 1) / 2 * 2 * Words<Value>::block_rows;
 
-// Cuts rows into tiles of nearly equal height, whole blocks each but for the last.
+// Divide rows into tiles of nearly equal height. All tiles but the last consist of whole blocks.
 template <class Value>
 int64_t tile_height(int64_t rows) {
     const int64_t tiles = (rows + tile_rows<Value> - 1) / tile_rows<Value>;
@@ -34,18 +34,19 @@ XSMOE_INLINE Segment<Value> packed_segment(const void* packed, int64_t inner, in
     return {left, static_cast<const Word<Value>*>(packed), words, words * panel};
 }
 
-// body(i, count) for each vector of a block's row: `width` columns, of which `room` exist outside of the block.
+// Call body(i, count) for each vector of a block's row of `width` columns, of which the first `available` exist in the
+// tensor. `count` is the number of valid lanes.
 template <class Body>
-XSMOE_INLINE void each_vector(int width, int64_t room, const Body& body) {
-    if (width == panel && room >= panel) {
+XSMOE_INLINE void each_vector(int width, int64_t available, const Body& body) {
+    if (width == panel && available >= panel) {
         body(0, int64_t{lanes});
         body(lanes, int64_t{lanes});
     } else {
-        for (int i = 0; i < width; i += lanes) body(i, room - i);
+        for (int i = 0; i < width; i += lanes) body(i, available - i);
     }
 }
 
-// The sum of each row's gates but the first, which is the backbone's.
+// Compute the sum of each row's gates without the first, which is the backbone's.
 void sum_expert_gates(const float* gates, int64_t rows, int64_t experts, int64_t stride, float* to) {
     for (int64_t row = 0; row < rows; ++row) {
         float total = 0;
@@ -55,4 +56,4 @@ void sum_expert_gates(const float* gates, int64_t rows, int64_t experts, int64_t
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

@@ -1,12 +1,12 @@
-// The weights' gradients by a tile: narrow^T wide, where narrow (rows, columns) holds gradients of hidden states and
-// logits or gated activations, and wide (rows, D) is the tile of x or of the output's gradient.
+// A tile's contribution to the weights' gradients: narrow^T wide. `narrow` (rows, columns) holds gradients of hidden
+// states and logits, or gated activations. `wide` (rows, D) is the tile of x or of the output's gradient.
 //
-// Sums of many tiles lie panel by panel, so that a tile adds to them in one stream.
+// The sums are stored panel by panel, so that a tile adds to them in one sequential pass.
 #pragma once
 
 #include "side_moe/tiles.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 template <class Value>
@@ -14,37 +14,37 @@ struct WeightScratch {
     typedef typename Words<Value>::Word Word;
 
     int64_t inner;
-    Word* panel_words;  // one panel of wide, as right factor
-    Value* transposed;  // narrow^T, where its rows cannot be read as such: pairs lie along the tile's rows
+    Word* panel_words;  // one panel of wide, as right operand
+    Value* transposed;  // narrow^T, if its rows cannot be read as they are: pairs are adjacent rows of the tile
 
-    WeightScratch(Arena& arena, int64_t most_columns)
+    WeightScratch(Arena& arena, int64_t max_columns)
         : inner(round_up(tile_rows<Value>, Words<Value>::inner)),
-          panel_words(arena.take<Word>(packed_words<Value>(inner, panel))),
-          transposed(Words<Value>::values == 1 ? nullptr : arena.take<Value>(most_columns * inner)) {}
+          panel_words(arena.allocate<Word>(packed_words<Value>(inner, panel))),
+          transposed(Words<Value>::values == 1 ? nullptr : arena.allocate<Value>(max_columns * inner)) {}
 };
 
-// Copies `width` columns of the tile into a dense panel.
-XSMOE_INLINE void copy_panel(const Left<float>& wide, int64_t rows, int64_t column, int64_t width, float* to) {
+// Copy `width` columns of the tile into a dense panel.
+XSMOE_INLINE void copy_panel(const Lhs<float>& wide, int64_t rows, int64_t column, int64_t width, float* to) {
     for (int64_t row = 0; row < rows; ++row) {
         const float* from = wide.at + row * wide.stride + column;
         for (int i = 0; i < width; i += lanes) store(to + row * panel + i, load(from + i));
     }
 }
 
-XSMOE_INLINE void copy_panel(const Left<BFloat16>& wide, int64_t rows, int64_t column, int64_t width, Pair* to) {
+XSMOE_INLINE void copy_panel(const Lhs<BFloat16>& wide, int64_t rows, int64_t column, int64_t width, Pair* to) {
     pack<BFloat16>(wide.at + column, rows, width, wide.stride, 1, to);
 }
 
-// Adds narrow^T wide to rows of sums: column c of narrow to row `place(c)`, to none where that is negative. Overwrites
-// them instead where this tile `begins`. `sums` has `sum_rows` rows in each panel.
+// Add narrow^T wide to rows of sums. Column c of narrow is added to row `place(c)`, or dropped if that is negative. If
+// this tile `begins`, the rows are overwritten instead. `sums` has `sum_rows` rows in each panel.
 template <class Value, class Place>
 void add_weight_gradients(
-    const Left<Value>& narrow, int64_t columns, const Left<Value>& wide, int64_t dim, int64_t rows,
+    const Lhs<Value>& narrow, int64_t columns, const Lhs<Value>& wide, int64_t dim, int64_t rows,
     const WeightScratch<Value>& scratch, bool begins, float* sums, int64_t sum_rows, const Place& place
 ) {
     constexpr bool transposed = Words<Value>::values == 1;
     const int64_t inner = round_up(rows, Words<Value>::inner);
-    Left<Value> left = narrow;
+    Lhs<Value> left = narrow;
     if constexpr (!transposed) {
         for (int64_t column = 0; column < columns; ++column) {
             Value* to = scratch.transposed + column * inner;
@@ -55,11 +55,11 @@ void add_weight_gradients(
     }
     const Segment<Value> segment = {0, scratch.panel_words, packed_inner<Value>(rows), 0};
     for (int64_t column = 0; column < dim; column += panel) {
-        const int64_t width = least(panel, round_up(dim - column, lanes));
+        const int64_t width = minimum(panel, round_up(dim - column, lanes));
         copy_panel(wide, rows, column, width, scratch.panel_words);
         float* at = sums + column / panel * sum_rows * panel;
         product<transposed>(
-            columns, width, left, Right<Value>{&segment, 1, panel},
+            columns, width, left, Rhs<Value>{&segment, 1, panel},
             [&](int64_t row, int count, int64_t, int, const float* block) {
                 for (int r = 0; r < count; ++r, block += panel) {
                     const int64_t to = place(row + r);
@@ -76,4 +76,4 @@ void add_weight_gradients(
 }
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA

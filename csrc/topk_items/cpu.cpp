@@ -1,4 +1,4 @@
-// topk_items on the CPU: takes tensors apart, shares queries and items out among threads, and merges what they found.
+// topk_items on the CPU: unpacks the tensors, divides queries and items among threads, and merges their candidates.
 
 #include <torch/csrc/stable/library.h>
 
@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/score_rounds.h"
-#include "cpu/tiers.h"
+#include "cpu/isa_kernels.h"
 #include "topk_items/kernels.h"
 
 namespace xsmoe::topk_items {
@@ -21,8 +21,8 @@ XSMOE_KERNELS_FOR
 
 namespace {
 
-// Keys of a round in one part of the items, unless a single block of queries has more: 8 MiB.
-constexpr int64_t most_keys = int64_t{1} << 20;
+// The largest number of keys of a round in one part of the items, unless a single block of queries has more: 8 MiB.
+constexpr int64_t max_keys = int64_t{1} << 20;
 
 float score_of(Key key) {
     const auto upper = static_cast<uint32_t>(key >> 32);
@@ -39,12 +39,12 @@ float keep_best(Key* keys, int64_t count, int64_t places) {
     return score_of(keys[places - 1]);
 }
 
-// Room for more keys has queries chosen from less often, but takes more memory.
+// Return the number of keys to allocate per query. More keys mean fewer selections, but more memory.
 int64_t capacity_for(int64_t places, int64_t items) {
     return std::min(places + std::max<int64_t>(places, 128), items + 1);
 }
 
-// Adds what another part of the items holds for the same query.
+// Add the candidates of another part of the items for the same query.
 void merge(Candidates& into, const Candidates& from, int64_t places, int64_t capacity) {
     for (int64_t i = 0; i < from.count; ++i) {
         into.keys[into.count++] = from.keys[i];
@@ -54,7 +54,7 @@ void merge(Candidates& into, const Candidates& from, int64_t places, int64_t cap
     }
 }
 
-// Writes the best candidates in order, and k places in all.
+// Write the best candidates in order, and pad to k places.
 void write(const Candidates& found, int64_t places, int64_t k, float* scores, int64_t* ids) {
     const int64_t kept = std::min(found.count, places);
     if (found.count > places) keep_best(found.keys, found.count, places);
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> forward(
     const Kernels& kernels = kernels_for(queries.scalar_type());
     const int64_t num_queries = queries.size(0), num_items = items.size(0), dim = items.size(1);
     if (num_items > std::numeric_limits<uint32_t>::max()) {
-        throw std::invalid_argument("topk_items takes at most 4,294,967,295 items on a CPU");
+        throw std::invalid_argument("topk_items supports at most 4,294,967,295 items on a CPU");
     }
     queries = with_dense_rows(queries);
     const Tensor scores = empty(queries, {num_queries, k}, ScalarType::Float);
@@ -82,10 +82,10 @@ std::tuple<Tensor, Tensor> forward(
     auto* best_ids = mutable_data_as<int64_t>(ids);
     const char* query = static_cast<const char*>(data(queries));
     const int64_t places = std::max<int64_t>(1, std::min(k, num_items)), capacity = capacity_for(places, num_items);
-    const int64_t most = std::clamp(most_keys / capacity, kernels.block_queries, queries_of_round(dim));
+    const int64_t most = std::clamp(max_keys / capacity, kernels.block_queries, queries_of_round(dim));
     SeenLists lists(seen, seen_offsets);
     for (int64_t first = 0, last; first < num_queries; first = last) {
-        last = lists.fitting(first, std::min(num_queries, first + most));
+        last = lists.round_end(first, std::min(num_queries, first + most));
         const int64_t count = last - first;
         const Selection call{
             {dim, query + first * queries.stride(0) * element_size(queries), queries.stride(0), data(items),
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> forward(
             keep_best
         };
         const Cells cells(count, kernels.block_queries, num_items, kernels.tile_items(dim), dim);
-        const ChunkScratch work(queries, cells.count(), kernels.select_bytes(call, cells.most_queries()));
+        const ChunkScratch work(queries, cells.count(), kernels.select_bytes(call, cells.max_queries()));
         const Tensor memory = scratch(queries, cells.item_parts() * count * capacity * int64_t{sizeof(Key)});
         auto* keys = mutable_data_as<Key>(memory);
         std::vector<Candidates> found(static_cast<size_t>(cells.item_parts() * count));

@@ -1,10 +1,10 @@
-// topk_items: compares scores with the worst that a query still keeps, a vector at a time, and collects those above it.
-// Compiled once for each tier.
+// topk_items: compares scores with the worst score that a query still keeps, a vector at a time, and collects the
+// higher ones. Compiled once for each instruction set level.
 
 #include "cpu/score_tiles.h"
 #include "topk_items/kernels.h"
 
-namespace xsmoe::XSMOE_TIER {
+namespace xsmoe::XSMOE_ISA {
 namespace {
 
 using topk_items::Candidates;
@@ -15,16 +15,16 @@ using topk_items::Selection;
 template <class T>
 struct SelectScratch {
     ScoreTiles<T> tiles;
-    float* worst;          // of each query: items that score no higher are out
-    const int64_t** seen;  // the first seen item that may still come
+    float* worst;          // of each query: items with this score or less are dropped
+    const int64_t** seen;  // the next seen item
 
     SelectScratch(Arena& arena, const Selection& call, int64_t queries)
         : tiles(arena, call.scoring, queries),
-          worst(arena.take<float>(queries)),
-          seen(arena.take<const int64_t*>(queries)) {}
+          worst(arena.allocate<float>(queries)),
+          seen(arena.allocate<const int64_t*>(queries)) {}
 };
 
-// A bit for each lane in which a is above b.
+// Return a bit for each lane in which a is above b.
 XSMOE_INLINE uint32_t above(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_GT_OQ);
@@ -59,7 +59,7 @@ void select(const Selection& call, const Cell& cell, void* memory, Candidates* f
         Candidates& mine = found[query];
         Vec worst = splat(scratch.worst[query]);
         for (int64_t i = 0; i < items; i += lanes) {
-            // NaN is above nothing, and -inf is not above itself.
+            // NaN is not above any number, and -inf is not above itself.
             uint32_t bits = above(load(scores + i), worst);
             if (items - i < lanes) bits &= (uint32_t{1} << (items - i)) - 1;
             for (; bits != 0; bits &= bits - 1) {
@@ -86,11 +86,11 @@ constexpr Kernels table = {
 };
 
 }  // namespace
-}  // namespace xsmoe::XSMOE_TIER
+}  // namespace xsmoe::XSMOE_ISA
 
-namespace xsmoe::topk_items::XSMOE_TIER {
+namespace xsmoe::topk_items::XSMOE_ISA {
 
-extern const Kernels for_float = xsmoe::XSMOE_TIER::table<float>;
-extern const Kernels for_bfloat16 = xsmoe::XSMOE_TIER::table<BFloat16>;
+extern const Kernels for_float = xsmoe::XSMOE_ISA::table<float>;
+extern const Kernels for_bfloat16 = xsmoe::XSMOE_ISA::table<BFloat16>;
 
-}  // namespace xsmoe::topk_items::XSMOE_TIER
+}  // namespace xsmoe::topk_items::XSMOE_ISA

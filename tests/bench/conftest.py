@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from bench import floor, rows
+from bench.core import benchmark, bound
 
 
 @pytest.fixture(autouse=True)
 def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies and rotates through little memory."""
-    monkeypatch.setattr(floor, "COPIED_BYTES", 1 << 16)
-    monkeypatch.setattr(rows, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(bound, "COPIED_BYTES", 1 << 16)
+    monkeypatch.setattr(benchmark, "ROTATED_BYTES", 1)
 
 
 @pytest.fixture

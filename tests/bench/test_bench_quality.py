@@ -1,4 +1,4 @@
-"""`python -m bench quality`: what it runs, keeps, resumes, compares and prints."""
+"""`python -m bench quality`: runs, kept records, resumption, comparison and output."""
 
 import argparse
 import json
@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from bench import pictures
 from bench.__main__ import main
-from bench.quality import comparison, jobs, sources
-from bench.quality.presets import CATALOGUE, RETURNING
-from bench.quality.run import Job, perform
-from bench.quality.variants import BASE, VARIANTS, chosen
+from bench.cli import quality
+from bench.e2e.quality import comparison, streams
+from bench.e2e.quality.run import Job, build_model, train_and_test
+from bench.e2e.quality.streams import CATALOGUE, RETURNING
+from bench.e2e.quality.variants import BASE, VARIANTS, select_variants
+from bench.report import plots
 from xsmoe.cli.commands.demo import DemoSettings
 from xsmoe.cli.commands.train import cut_settings
 from xsmoe.nn import XSMoE
@@ -26,7 +27,7 @@ ARGUMENTS = ["quality", "--quick", "--seeds", "2", "--variants", ",".join(NAMES[
 
 
 class Here(Executor):
-    """Performs calls in this process, at once."""
+    """Perform calls immediately in this process."""
 
     def submit(self, call: Any, /, *given: Any, **named: Any) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -39,12 +40,12 @@ class Here(Executor):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A folder of a finished comparison on a tiny stream, and its summaries; all of the module runs in this process."""
+    """Return the folder of a finished comparison on a tiny stream, and its summaries. Runs are in this process."""
     folder = tmp_path_factory.mktemp("quality")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "processes", lambda count: Here())
         patch.setattr(comparison, "QUICK", TINY)
-        patch.setattr(sources, "IMAGE_SIZE", 16)
+        patch.setattr(streams, "IMAGE_SIZE", 16)
         assert main([*ARGUMENTS, "--folder", str(folder), "--json", str(folder / "all.json")]) == 0
         yield folder, json.loads((folder / "all.json").read_text())
 
@@ -75,7 +76,7 @@ def test_all_variants_are_compared_with_the_base(setting: Any) -> None:
             assert one["difference"]["HR@10"]["se_users"] is not None
 
 
-def test_variants_are_what_they_say(setting: Any) -> None:
+def test_variants_have_their_settings(setting: Any) -> None:
     folder, _ = setting
     base, growth, static, linear = (record(folder, name) for name in ("base", "growth", "static", "linear"))
     assert base["experts"] == {"image": [1, 1], "text": [1, 1]}
@@ -85,13 +86,13 @@ def test_variants_are_what_they_say(setting: Any) -> None:
     assert record(folder, "copy-merge")["key"]["settings"]["new_gate"] == "copy"
     assert record(folder, "paper")["key"]["settings"]["protocol"] == "paper"
     ranks = {name: [test["ranks"] for test in record(folder, name)["tests"]] for name in NAMES}
-    # Runs share what comes before the first expansion.
+    # Runs are equal before the first expansion.
     assert ranks["base"][0] == ranks["growth"][0] == ranks["copy-merge"][0]
     # A split leaves the function unchanged, and a few steps hardly change a rank.
     assert len({str(ranks[name]) for name in ("base", "growth", "static", "linear")}) == 4
 
 
-def test_a_matrix_has_the_test_of_the_next_window_beside_its_diagonal(setting: Any) -> None:
+def test_a_matrix_has_the_test_of_the_next_window_next_to_its_diagonal(setting: Any) -> None:
     folder, found = setting
     for name in NAMES:
         run = record(folder, name)
@@ -110,15 +111,14 @@ def test_a_matrix_has_the_test_of_the_next_window_beside_its_diagonal(setting: A
 def test_the_trainer_reports_the_ranks_that_are_recorded(
     setting: Any, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same run through the trainer alone gives the same tests, and prunes by the same counts."""
+    """The trainer alone gives the same tests, and prunes by the same counts."""
     folder, _ = setting
-    from bench.quality.encoders import build
     from xsmoe.data import Dataset
     from xsmoe.encoders import HiddenStateStore
     from xsmoe.stream import Stream, StreamingTrainer
 
     place = folder / "data" / "returning-quick-1"
-    source = comparison.generated("returning-quick", comparison._preset(options(folder)), 1, folder / "data")
+    source = streams.generate("returning-quick", comparison.stream_of(options(folder)), 1, folder / "data")
     assert (source.dataset, source.store) == (place / "catalogue", place / "store")
     job = Job(VARIANTS[variant], 1, source, {}, False, None, folder / "unused.json")
     config, store = job.config(), HiddenStateStore.open(source.store)
@@ -133,10 +133,10 @@ def test_the_trainer_reports_the_ranks_that_are_recorded(
 
     real_grow = trainer_module.grow
     monkeypatch.setattr(trainer_module, "grow", grow)
-    with StreamingTrainer(build(config, "side"), stream, config.stream) as trainer:
+    with StreamingTrainer(build_model(config, "side"), stream, config.stream) as trainer:
         tests = [line["all"] for line in trainer.fit() if line["kind"] == "test"]
     alone, counted[:] = list(counted), []
-    recorded = perform(job)["tests"]
+    recorded = train_and_test(job)["tests"]
     assert [test["HR@10"] for test in tests] == [test["HR@10"] for test in recorded]
     assert counted == alone
     if variant == BASE:
@@ -145,15 +145,13 @@ def test_the_trainer_reports_the_ranks_that_are_recorded(
 
 def options(folder: Path, *more: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    from bench import quality_command
-
-    quality_command.add_to(parser.add_subparsers())
+    quality.add_to(parser.add_subparsers())
     found = parser.parse_args([*ARGUMENTS, "--folder", str(folder), *more])
     found.given = []
     return found
 
 
-def test_what_is_done_is_not_run_again(
+def test_finished_runs_are_not_repeated(
     setting: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = setting
@@ -163,13 +161,13 @@ def test_what_is_done_is_not_run_again(
         performed.append((job.variant.name, job.seed))
         return record(folder, BASE, job.seed)
 
-    monkeypatch.setattr(jobs, "perform", perform)
+    monkeypatch.setattr(comparison, "train_and_test", perform)
     assert main([*ARGUMENTS, "--folder", str(folder)]) == 0
     assert performed == []
     printed = capsys.readouterr().out
     assert printed.count("(kept)") == 2 * len(NAMES)
     assert "| static " in printed
-    assert "later less own" in printed
+    assert "later minus own" in printed
     path = folder / "runs" / "returning-quick" / "linear" / "2.json"
     content = path.read_bytes()
     path.unlink()
@@ -178,7 +176,7 @@ def test_what_is_done_is_not_run_again(
     path.write_bytes(content)
 
 
-def test_a_run_that_fails_stops_no_other_and_is_said(
+def test_a_failed_run_is_reported_and_stops_no_other_run(
     setting: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder, _ = setting
@@ -188,13 +186,13 @@ def test_a_run_that_fails_stops_no_other_and_is_said(
             raise ValueError("the loss is nan")
         return record(folder, job.variant.name, 1)
 
-    monkeypatch.setattr(jobs, "perform", perform)
+    monkeypatch.setattr(comparison, "train_and_test", perform)
     (tmp_path / "data").symlink_to(folder / "data")
     assert main([*ARGUMENTS, "--folder", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "base, seed 2: FAILED: ValueError: the loss is nan" in printed
     assert (
-        "static, seed 2: FAILED: the run of this seed with growth, which says how many experts to take, failed"
+        "static, seed 2: FAILED: the run of this seed with growth, which determines the number of experts, failed"
         in printed
     )
     assert "linear, seed 1: HR@10" in printed
@@ -208,14 +206,14 @@ def test_runs_of_other_settings_are_refused(setting: Any, capsys: pytest.Capture
     assert "returning-quick-1 holds data of other parameters" in capsys.readouterr().err
 
 
-def test_a_dataset_of_ones_own_and_pictures(setting: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prepared_dataset_and_plots(setting: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     folder, _ = setting
     place = folder / "data" / "returning-quick-1"
     given = ["--dataset", str(place / "catalogue"), "--store", str(place / "store"), "--windows", "2"]
     given += ["--epochs", "1", "--seeds", "2", "--variants", "linear", "--matrix", "--folder", str(tmp_path)]
     assert main(["quality", *given, "--plot", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]) == 0
-    assert not pictures.missing()
+    assert plots.has_matplotlib()
     assert {path.name for path in tmp_path.glob("*.png")} == {"a.png", "a-matrix.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
     found = json.loads((tmp_path / "a.json").read_text())
@@ -240,13 +238,18 @@ def test_mistakes(given: list[str], message: str, tmp_path: Path, capsys: pytest
 
 
 def test_every_variant_can_be_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for variant in chosen("all"):
+    for variant in select_variants("all"):
         stream = {name: value for name, value in variant.settings.items() if name in StreamConfig.__dataclass_fields__}
         StreamConfig(**stream)
         assert set(variant.settings) - set(stream) <= {"condition", "ids"}
-    assert [variant.name for variant in chosen("linear,static,linear")] == ["base", "growth", "linear", "static"]
+    assert [variant.name for variant in select_variants("linear,static,linear")] == [
+        "base",
+        "growth",
+        "linear",
+        "static",
+    ]
     assert main(["quality", "--list", "--folder", str(tmp_path)]) == 0
-    assert "static: As many experts from the start" in capsys.readouterr().out
+    assert "static: The experts that growth has at its end" in capsys.readouterr().out
 
 
 def test_the_streams_are_those_that_were_fixed_beforehand() -> None:

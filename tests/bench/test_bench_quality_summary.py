@@ -1,4 +1,4 @@
-"""What `python -m bench quality` makes of records: pooled means, paired differences, errors, matrices, tables."""
+"""Summaries of `python -m bench quality`: pooled means, paired differences, errors, matrices, tables."""
 
 import math
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.quality import tables
-from bench.quality.summary import matrix_summary, summarize, user_error
+from bench.e2e.quality import report
+from bench.e2e.quality.summary import matrix_summary, summarize, user_error
 
 
 def record(variant: str, seed: int, *tests: dict[str, int], **more: Any) -> dict[str, Any]:
-    """A run whose tests have these users, each with the rank of its last item."""
+    """Return a run whose tests have these users, with the rank of each user's last item."""
     lines = [
         {"window": number + 1, "users": list(ranks), "ranks": list(ranks.values()), "HR@10": hit_rate(ranks)}
         for number, ranks in enumerate(tests)
@@ -51,11 +51,11 @@ def test_means_pool_users_and_differences_are_paired_by_seed() -> None:
 
 def test_errors_are_clustered_by_user() -> None:
     mine, theirs = record("copy", 1, {"a": 1, "b": 0, "c": 1}), record("base", 1, {"a": 0, "b": 0, "c": 1})
-    # With one test of each user it is the standard error of a mean.
+    # One test per user: the standard error of a mean.
     assert user_error([(mine, theirs)], "HR@10", shared=False) == pytest.approx(
         np.std([1, 0, 0], ddof=1) / math.sqrt(3)
     )
-    # Seeds that agree on the same users say nothing new; on users of their own they do.
+    # Equal seeds reduce the error only if their users are different.
     pairs = [(mine, theirs), (mine, theirs)]
     assert user_error(pairs, "HR@10", shared=True) == pytest.approx(np.std([1, 0, 0], ddof=1) / math.sqrt(3))
     assert user_error(pairs, "HR@10", shared=False) == pytest.approx(np.std([1, 0, 0] * 2, ddof=1) / math.sqrt(6))
@@ -67,7 +67,7 @@ def test_errors_are_clustered_by_user() -> None:
     assert user_error([(record("copy", 1, {"a": 1}), record("base", 1, {"a": 0}))], "HR@10", shared=False) is None
 
 
-def test_a_matrix_tells_forgetting_from_transfer() -> None:
+def test_a_matrix_separates_forgetting_from_transfer() -> None:
     first = [[0.5, 0.2, 0.1], [0.4, 0.6, 0.3], [0.1, 0.4, 0.7]]
     second = [[0.5, 0.2, 0.1], [0.5, 0.6, 0.3], [0.5, 0.6, 0.7]]
     found = matrix_summary([first, second])
@@ -80,7 +80,7 @@ def test_a_matrix_tells_forgetting_from_transfer() -> None:
     assert found["forward"]["values"] == pytest.approx([0.1, 0.1])
 
 
-def test_a_window_that_nobody_is_tested_on_is_left_out_of_a_matrix() -> None:
+def test_a_matrix_omits_windows_without_tested_users() -> None:
     found = matrix_summary([[[None, 0.2, 0.1], [None, 0.6, 0.3], [None, 0.4, 0.7]]])
     assert found["mean"][0] == [None, 0.2, 0.1]
     assert found["own"]["values"] == pytest.approx([0.65])
@@ -100,7 +100,7 @@ def test_tables_show_groups_verdicts_matrices_and_mixed_commits() -> None:
     found = summarize(records, shared=True)
     assert found["base"]["verdicts"] == {"above": 2}
     assert found["copy"]["groups"]["masked"]["new"]["difference"]["mean"] == pytest.approx(0.5)
-    text = tables.report(found)
+    text = report.tables(found)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("| base")]
     assert cells[0][:3] == ["base", "2", "75.00 ± 25.00"]
     assert cells[0][-4:] == ["3.0", "12", "500", "2 above"]
@@ -108,5 +108,5 @@ def test_tables_show_groups_verdicts_matrices_and_mixed_commits() -> None:
     assert cells[2][:4] == ["base", "55.00 ± 0.00", "20.00 ± 0.00", "-10.00 ± 0.00"]
     copied = next(line for line in text.split("\n") if line.startswith("| copy"))
     assert "+50.00" in copied
-    assert "Runs of several commits are compared: abc, xyz" in text
-    assert "by group" not in tables.report(summarize([record("base", 1, {"a": 1})], shared=True))
+    assert "These runs are of several commits: abc, xyz" in text
+    assert "by group" not in report.tables(summarize([record("base", 1, {"a": 1})], shared=True))

@@ -1,4 +1,4 @@
-"""`python -m bench stream`: both formulations train alike, and what it measures, writes, draws and refuses."""
+"""`python -m bench stream`: both formulations train alike; records, tables, plots, refused runs and mistakes."""
 
 import json
 from dataclasses import replace
@@ -9,19 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from bench import pictures, published, results
 from bench.__main__ import main
-from bench.kinks import smooth_users
-from bench.published_names import published_levels
-from bench.steps.model import drop_out
-from bench.stream import check, records, streams, tables, windows
-from bench.stream.parts import PARTS
-from bench.stream.published_run import PublishedRun, padded
-from bench.stream.runs import OurRun
-from bench.stream.settings import POOLINGS, Settings
-from bench.stream.streams import draw
-from bench.stream.windows import Streaming
-from tests.stand_ins import Cannot, StandIn
+from bench.core import results
+from bench.e2e.models import set_dropout
+from bench.e2e.non_differentiable import differentiable_users
+from bench.e2e.stream import data as stream_data
+from bench.e2e.stream import records, report
+from bench.e2e.stream.check import WindowCheck
+from bench.e2e.stream.data import generate_stream
+from bench.e2e.stream.paper_run import PaperRun
+from bench.e2e.stream.runs import OurRun
+from bench.e2e.stream.settings import POOLINGS, Settings
+from bench.e2e.stream.step_clock import PARTS
+from bench.e2e.stream.windows import StreamBenchmark
+from bench.paper.parameter_names import paper_levels
+from bench.report import plots
+from tests.fakes import FailingCapture, FakeCapture
 from xsmoe.stream import Stream, StreamingTrainer
 from xsmoe.stream.cuda import graph_steps
 
@@ -35,7 +38,7 @@ ARGUMENTS = [
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_without_dropout_both_train_and_rank_alike(pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranked: dict[str, list[np.ndarray]] = {"published": [], "ours": []}
-    for kind, name in ((PublishedRun, "published"), (OurRun, "ours")):
+    for kind, name in ((PaperRun, "published"), (OurRun, "ours")):
         real = kind.ranks
 
         def ranks(run: Any, task: Any, real: Any = real, name: str = name) -> np.ndarray:
@@ -44,13 +47,13 @@ def test_without_dropout_both_train_and_rank_alike(pooling: str, monkeypatch: py
 
         monkeypatch.setattr(kind, "ranks", ranks)
     settings = replace(TINY, dropout=0.0, pooling=pooling)
-    for window in Streaming(settings, draw(settings)).windows():
+    for window in StreamBenchmark(settings, generate_stream(settings)).windows():
         published, ours = window.runs["published"], window.runs["ours"]
         assert not ours.refused
-        # Adam makes a whole step of a gradient that rounding alone gave a sign.
+        # Adam takes a full step even if rounding alone determines the sign of a gradient.
         assert ours.losses == pytest.approx(published.losses, rel=1e-5 if window.window == 0 else 5e-3)
         assert window.experts == window.window + 1
-    # One to warm up, then two tests, of which the first comes before rounding has grown.
+    # A warm-up and two tests. In the first test, rounding errors have not grown yet.
     _, mine, _ = ranked["ours"]
     _, theirs, _ = ranked["published"]
     assert len(mine) == 24
@@ -59,35 +62,35 @@ def test_without_dropout_both_train_and_rank_alike(pooling: str, monkeypatch: py
 
 
 def test_graphs_have_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_steps, "CudaCapture", StandIn)
+    monkeypatch.setattr(graph_steps, "CudaCapture", FakeCapture)
     settings = replace(TINY, windows=2, top_k=1, graph=True)
-    found = list(Streaming(settings, draw(settings)).windows())
+    found = list(StreamBenchmark(settings, generate_stream(settings)).windows())
     for window in found:
         for name, parts in (("published", len(PARTS)), ("ours", 1), ("ours-top-1", 1)):
             assert np.array(window.runs[name].steps).shape == (settings.epochs * window.batches, parts)
     names = ["published", "ours", "ours-top-1"]
     run = records.StreamRun([], {}, settings.__dict__, list(PARTS), names, found, 1.0)
-    assert "top-k 1, ours as CUDA graphs" in tables.setting(run)
-    assert {line.split("|")[1].strip() for line in tables.parts(run)[4:]} == {"published"}
+    assert "top-k 1, ours as CUDA graphs" in report.settings_line(run)
+    assert {line.split("|")[1].strip() for line in report.parts(run)[4:]} == {"published"}
 
 
-def test_what_cannot_be_captured_is_refused_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_steps, "CudaCapture", Cannot)
+def test_a_run_that_cannot_be_captured_is_refused_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_steps, "CudaCapture", FailingCapture)
     settings = replace(TINY, windows=2, graph=True)
-    (window,) = Streaming(settings, draw(settings)).windows()
+    (window,) = StreamBenchmark(settings, generate_stream(settings)).windows()
     assert "operation not permitted" in (window.runs["ours"].refused or "")
     assert window.timed("published") is not None
 
 
-def test_ours_is_what_the_trainer_trains() -> None:
+def test_ours_trains_as_the_trainer_does() -> None:
     settings = replace(TINY, windows=2)
-    drawn = draw(settings)
-    streaming = Streaming(settings, drawn)
+    data = generate_stream(settings)
+    streaming = StreamBenchmark(settings, data)
     (first, _) = streaming.windows()
     run = next(run for run in streaming.runs if run.name == "ours")
     assert isinstance(run, OurRun)
-    again = OurRun("again", settings, drawn)
-    trainer = StreamingTrainer(again.model, Stream(drawn.windows, drawn.features, protocol="paper"), settings.config())
+    again = OurRun("again", settings, data)
+    trainer = StreamingTrainer(again.model, Stream(data.windows, data.features, protocol="paper"), settings.config())
     lines = trainer.fit()
     assert [line["loss"] for line in lines if line["kind"] == "epoch"][:2] == first.runs["ours"].losses
     (tested,) = [line for line in lines if line["kind"] == "test"]
@@ -99,27 +102,27 @@ def test_ours_is_what_the_trainer_trains() -> None:
 
 def test_both_grow_by_the_same_gate_rows() -> None:
     settings = replace(TINY, dropout=0.0, epochs=1)
-    streaming = Streaming(settings, draw(settings))
+    streaming = StreamBenchmark(settings, generate_stream(settings))
     theirs, ours = streaming.runs
-    assert isinstance(theirs, PublishedRun)
+    assert isinstance(theirs, PaperRun)
     assert isinstance(ours, OurRun)
     for window in streaming.windows():
         routers = {f"sides.{modality}.banks.{level}": bank for modality, level, bank in ours.model.items.banks()}
         assert all(bank.count_in_eval and bank.num_frozen == window.window for bank in routers.values())
-        for key, moe in published_levels(theirs.model.item_encoder):
+        for key, moe in paper_levels(theirs.model.item_encoder):
             assert len(moe.experts) == routers[key].num_experts == window.window + 1
             assert [one.fc_up.weight.requires_grad for one in moe.experts] == [False] * window.window + [True]
         for modality, level, bank in ours.model.items.banks():
-            router = theirs.model.item_encoder.ladders[modality].routers[level].linear.weight
-            # A few steps apart at most: rows drawn anew would be as far from each other as they are long.
+            router = theirs.model.item_encoder.sides[modality].routers[level].linear.weight
+            # The rows differ by a few steps. The distance of independent rows would be as large as their norms.
             assert (bank.router - router).norm(dim=1).max() < 0.05 * router.norm(dim=1).min()
 
 
 def test_equal_batches_and_weights_with_dropout() -> None:
-    drawn = draw(TINY)
-    streaming = Streaming(TINY, drawn)
+    data = generate_stream(TINY)
+    streaming = StreamBenchmark(TINY, data)
     theirs, ours = streaming.runs
-    assert isinstance(theirs, PublishedRun)
+    assert isinstance(theirs, PaperRun)
     assert isinstance(ours, OurRun)
     seen: dict[str, list[list[int]]] = {"published": [], "ours": []}
     ours.model.register_forward_pre_hook(
@@ -136,7 +139,7 @@ def test_equal_batches_and_weights_with_dropout() -> None:
 def test_a_wrong_step_is_refused(
     which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = check.Check._our_results
+    real = WindowCheck._our_results
 
     def wrong(*given: Any) -> dict[str, torch.Tensor]:
         found = real(*given)
@@ -148,7 +151,7 @@ def test_a_wrong_step_is_refused(
             found["sides.image.banks.0 norm"][-1] *= 1.001
         return found
 
-    monkeypatch.setattr(check.Check, "_our_results", wrong)
+    monkeypatch.setattr(WindowCheck, "_our_results", wrong)
     assert main(ARGUMENTS) == 1
     printed = capsys.readouterr()
     assert "refused: ours in window 0: " in printed.err
@@ -157,49 +160,49 @@ def test_a_wrong_step_is_refused(
     assert "faster" not in printed.out
 
 
-def test_users_at_whom_a_gradient_jumps_are_not_judged() -> None:
+def test_users_near_non_differentiable_points_are_not_compared() -> None:
     settings = replace(TINY, top_k=1)
-    drawn = draw(settings)
-    run = OurRun("ours", settings, drawn, top_k=1)
-    torch.manual_seed(0)  # the new gate row's; by chance some of the few users are near a jump
+    data = generate_stream(settings)
+    run = OurRun("ours", settings, data, top_k=1)
+    torch.manual_seed(0)  # of the new gate row; with others, some of the few users can be near a point
     run.model.items.expand()
-    (window, *_) = drawn.windows
+    (window, *_) = data.windows
     users = settings.config().split(window).train
-    share = np.full(drawn.features.num_items, 1 / drawn.features.num_items)
+    share = np.full(data.features.num_items, 1 / data.features.num_items)
     model = run.copy().double()
-    drop_out(model, 0.0)
-    given = check.Check(settings, drawn, users, share)._given(model, users, torch.float64)
-    assert smooth_users(model, given).float().mean() > 0.8
+    set_dropout(model, 0.0)
+    given = WindowCheck(settings, data, users, share)._step_input(model, users, torch.float64)
+    assert differentiable_users(model, given).float().mean() > 0.8
 
     inner = model.users.blocks[1].inner
     weight, bias = inner.weight[7].clone(), inner.bias[7].clone()
     with torch.no_grad():
         inner.weight[7], inner.bias[7] = 0, 1e-7
-    assert not smooth_users(model, given).any()
+    assert not differentiable_users(model, given).any()
     with torch.no_grad():
         inner.weight[7], inner.bias[7] = weight, bias
-    assert smooth_users(model, given).any()
+    assert differentiable_users(model, given).any()
     for _, _, bank in model.items.banks():
         with torch.no_grad():
             bank.router[2] = bank.router[1]
         break
-    assert not smooth_users(model, given).any()
+    assert not differentiable_users(model, given).any()
 
 
-def test_a_run_that_is_wrong_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, judged = check.Check._our_results, []
+def test_a_wrong_run_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, compared = WindowCheck._our_results, []
 
-    def wrong(window: check.Check, model: Any, *given: Any) -> dict[str, torch.Tensor]:
+    def wrong(window: WindowCheck, model: Any, *given: Any) -> dict[str, torch.Tensor]:
         found = real(window, model, *given)
         if model.items.top_k is not None and model.items.sides["text"].num_experts[0] == 2:
-            judged.append(found)
-            # The first is what is judged, the others are the reference and the truth.
-            found["loss"] = found["loss"] * (1.001 if len(judged) == 1 else 1)
+            compared.append(found)
+            # The first result is compared; the others are the reference and the exact result.
+            found["loss"] = found["loss"] * (1.001 if len(compared) == 1 else 1)
         return found
 
-    monkeypatch.setattr(check.Check, "_our_results", wrong)
+    monkeypatch.setattr(WindowCheck, "_our_results", wrong)
     settings = replace(TINY, top_k=1)
-    first, second, third = Streaming(settings, draw(settings)).windows()
+    first, second, third = StreamBenchmark(settings, generate_stream(settings)).windows()
     assert first.timed("ours-top-1") is not None
     assert "loss" in (second.runs["ours-top-1"].refused or "")
     assert not second.runs["ours-top-1"].steps
@@ -207,8 +210,8 @@ def test_a_run_that_is_wrong_leaves_the_others(monkeypatch: pytest.MonkeyPatch) 
     assert set(third.runs) == {"published", "ours"}
 
 
-def test_the_file_the_tables_and_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, folder = tmp_path / "new" / "run.json", tmp_path / "pictures"
+def test_the_file_the_tables_and_the_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = tmp_path / "new" / "run.json", tmp_path / "plots"
     assert main([*ARGUMENTS, "--top-k", "2", "--json", str(path), "--plot", str(folder)]) == 0
     printed = capsys.readouterr().out
     found = records.load(path)
@@ -224,7 +227,7 @@ def test_the_file_the_tables_and_the_pictures(tmp_path: Path, capsys: pytest.Cap
             assert {len(parts) for parts in one.steps} == {len(PARTS)}
             assert min(min(parts) for parts in one.steps) > 0
             assert len(one.epochs) == len(one.losses) == 2
-            # A step is nothing but its parts, and an epoch hardly more than its steps.
+            # The sum of the steps is a lower bound of the epochs.
             assert sum(one.step_seconds) <= sum(one.epochs)
             assert one.peak_bytes
             assert (one.error is None) == (name == "published")
@@ -234,10 +237,10 @@ def test_the_file_the_tables_and_the_pictures(tmp_path: Path, capsys: pytest.Cap
     published, ours, sparse = (found.windows[2].runs[name] for name in found.names)
     assert published.rows == 88 > ours.rows == sparse.rows
     assert published.optimizer_bytes == pytest.approx(ours.optimizer_bytes, rel=0.01)
-    # The native kernels keep packs of frozen experts.
+    # The CPU kernels keep prepacked weights of frozen experts.
     assert ours.weight_bytes >= sparse.weight_bytes == pytest.approx(published.weight_bytes, rel=0.01)
 
-    assert tables.report(found) in printed
+    assert report.report(found) in printed
     for text in ("experts", "ours step ms", "x ours-top-2", "peak MiB", "HR@10 published", "| backward |", "machine: "):
         assert text in printed
     for block in printed.split("\n\n"):
@@ -247,32 +250,32 @@ def test_the_file_the_tables_and_the_pictures(tmp_path: Path, capsys: pytest.Cap
     assert all(one.read_bytes().startswith(b"\x89PNG") for one in folder.iterdir())
 
     assert main(["stream", "--show", str(path)]) == 0
-    assert tables.report(found) in capsys.readouterr().out
+    assert report.report(found) in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no cases"):
         results.load(path)
 
 
-def test_what_was_streamed_is_kept_and_shown_when_it_is_stopped(
+def test_an_interrupted_stream_is_kept_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, path = windows.Streaming._train, tmp_path / "run.json"
+    real, path = StreamBenchmark._train, tmp_path / "run.json"
 
-    def train(streaming: Streaming, number: int, *given: Any) -> None:
+    def train(streaming: StreamBenchmark, number: int, *given: Any) -> None:
         if number == 1:
             raise KeyboardInterrupt
         real(streaming, number, *given)
 
-    monkeypatch.setattr(windows.Streaming, "_train", train)
+    monkeypatch.setattr(StreamBenchmark, "_train", train)
     assert main([*ARGUMENTS, "--json", str(path)]) == 130
     assert [window.window for window in records.load(path).windows] == [0]
     assert "stopped after 1 of 3 windows" in capsys.readouterr().out
 
 
-def test_without_matplotlib_a_line_says_so(
+def test_without_matplotlib_a_message_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pictures, "missing", lambda: True)
-    monkeypatch.setattr(streams, "draw", lambda settings: draw(replace(settings, windows=2)))
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(stream_data, "generate_stream", lambda settings: generate_stream(replace(settings, windows=2)))
     assert main([*ARGUMENTS, "--plot", str(tmp_path)]) == 0
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -289,7 +292,7 @@ def test_without_matplotlib_a_line_says_so(
             ["--items", "31", "--windows", "2"],
             "--items must be at least 16 for each of the 2 windows, that is 32, not 31",
         ),
-        (["--dropout", "1"], "--dropout must lie in [0, 1), not 1"),
+        (["--dropout", "1"], "--dropout must be in [0, 1), not 1"),
         (["--lr", "0"], "--lr must be above 0, not 0"),
         (["--lr", "nan"], "--lr must be above 0, not nan"),
         (["--show", "no-such-file.json"], "no-such-file.json"),
@@ -300,7 +303,9 @@ def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.C
     assert message in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_written_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_written_are_named_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     taken = tmp_path / "taken"
     taken.touch()
     for arguments, message in (
@@ -313,14 +318,14 @@ def test_files_that_cannot_be_written_are_named_at_once(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("arguments", [["--pooling", "max"], ["--epochs", "two"], ["--dtype", "float16"]])
-def test_argparse_names_the_others(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_argparse_names_invalid_choices(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["stream", *arguments])
     assert stopped.value.code == 2
     assert f"argument {arguments[0]}" in capsys.readouterr().err
 
 
-def test_files_of_others_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"schema": 1, "cases": []}))
     with pytest.raises(ValueError, match="was not written by"):
@@ -330,18 +335,11 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         records.load(path)
 
 
-def test_sequences_are_padded_as_published() -> None:
-    sequences = [[4, 7, 1], [2], list(range(5))]
-    items, offsets = np.concatenate(sequences), np.array([0, 3, 4, 9])
-    expected = published.pad_sequences([[item + 1 for item in one] for one in sequences], 5)
-    assert padded(items, offsets, 5).tolist() == expected.tolist()
-
-
 def test_hidden_states_have_one_first_level_with_cls_pooling() -> None:
     for pooling, rows in (("mean", 5), ("cls", 1)):
-        drawn = draw(replace(TINY, pooling=pooling))
-        found = drawn.features.hidden(np.arange(5))
+        data = generate_stream(replace(TINY, pooling=pooling))
+        found = data.features.hidden(np.arange(5))
         assert {levels[0].shape[0] for levels in found.values()} == {rows}
         for name, levels in found.items():
-            torch.testing.assert_close(drawn.table[name][1:6, 0], levels[0].expand(5, -1))
-            assert not drawn.table[name][0].any()
+            torch.testing.assert_close(data.table[name][1:6, 0], levels[0].expand(5, -1))
+            assert not data.table[name][0].any()

@@ -1,25 +1,26 @@
-"""A workload whose bytes are known, for tests of `bench memory`; a process of its own imports it from here."""
+"""A benchmark with known bytes for tests of `bench memory`. Processes of `resident_growth` import it from here."""
 
 import os
 from collections.abc import Mapping, Sequence
-from types import ModuleType
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from bench.memory.sweeps import Swept
-from bench.workload import Tensors, Variant, Work, Workload
+from bench.core.benchmark import Benchmark, Implementation, Tensors, Variant, Work
+from bench.core.results import Role
+from bench.e2e.memory.sweeps import Swept
 
 COLUMNS = 1024
 
 
-class Holding(torch.autograd.Function):
-    """x * weight, and as many columns kept for backward as one likes."""
+class SaveColumns(torch.autograd.Function):
+    """x * weight, which saves a number of columns for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, columns: int) -> Tensor:
-        # Written to, or the system would not give it pages.
+        # The system allocates pages only when they are written.
         ctx.save_for_backward(x, x.new_ones(len(x), columns))
         return x * weight
 
@@ -29,65 +30,55 @@ class Holding(torch.autograd.Function):
         return None, (grad * x).sum(0), None
 
 
-class Toy(Workload):
-    """Variants that are right and known, wrong, dead, and broken."""
+class Toy(Benchmark):
+    """Variants that are right, wrong, killed and broken."""
 
     operator: ClassVar[str] = "toy"
-    letters: ClassVar[Mapping[str, Sequence[int]]] = {"N": (1024,), "E": (1, 2, 4)}
+    default_sizes: ClassVar[Mapping[str, Sequence[int]]] = {"N": (1024,), "E": (1, 2, 4)}
 
     @property
     def title(self) -> str:
         return "rows times weights"
 
-    def variants(self) -> tuple[str, ...]:
-        return "holding", "wrong", "compiled"
+    def variants(self) -> list[Variant]:
+        saved = 4 * self.sizes["N"] * self.sizes["E"] * COLUMNS
+        return [
+            Variant("holding", Role.OURS, self.reference, expected_saved_bytes=saved),
+            Variant("wrong", Role.EAGER, partial(self._implementation, 1.01)),
+            Variant("compiled", Role.COMPILED, self.reference, compiled=True),
+            Variant("killed", Role.OURS, partial(os._exit, 9), default=False),
+            Variant("broken", Role.OURS, _fail, default=False),
+        ]
 
-    def optional(self) -> tuple[str, ...]:
-        return "killed", "broken"
-
-    def draw(self) -> Tensors:
+    def make_inputs(self) -> Tensors:
         return {"x": self.normal(self.sizes["N"], 8), "grad": self.normal(self.sizes["N"], 8)}
 
-    def exact(self, rows: Tensors) -> Tensors:
-        x, grad = rows["x"].double(), rows["grad"].double()
+    def exact(self, inputs: Tensors) -> Tensors:
+        x, grad = inputs["x"].double(), inputs["grad"].double()
         return {"y": 2 * x, "weight": (grad * x).sum(0)}
 
-    def reference(self) -> Variant:
-        return self._variant("reference", 1.0)
-
-    def build(self, name: str) -> Variant:
-        if name == "killed":
-            os._exit(9)
-        if name == "broken":
-            raise ZeroDivisionError("on purpose")
-        return self._variant(name, 1.01 if name == "wrong" else 1.0)
-
-    def kept(self, name: str) -> int | None:
-        return 4 * self.sizes["N"] * self.sizes["E"] * COLUMNS if name == "holding" else None
+    def reference(self) -> Implementation:
+        return self._implementation(1.0)
 
     def work(self) -> Mapping[str, Work]:
         return {"forward": Work(), "backward": Work()}
 
-    def _variant(self, name: str, factor: float) -> Variant:
+    def _implementation(self, factor: float) -> Implementation:
         weight = torch.full((8,), 2.0, requires_grad=True)
         columns = self.sizes["E"] * COLUMNS
 
-        def forward(rows: Tensors) -> Tensors:
-            return {"y": factor * Holding.apply(rows["x"], weight, columns)}
+        def forward(inputs: Tensors) -> Tensors:
+            return {"y": factor * SaveColumns.apply(inputs["x"], weight, columns)}
 
-        return Variant(name, forward, leaves=lambda _: {"weight": weight}, holds=lambda: [weight])
+        return Implementation(forward, leaves=lambda _: {"weight": weight}, owned=lambda: [weight])
 
 
-class House(ModuleType):
-    """A package with one room."""
-
-    @staticmethod
-    def room(name: str) -> type[Workload]:
-        return Toy
+def _fail() -> NoReturn:
+    raise ZeroDivisionError("on purpose")
 
 
 SWEPT = Swept(
-    House("house"),
+    {"toy": f"{__name__}:Toy"},
     "toy",
     centre={"N": 1024, "E": 2},
     values={"E": (1, 2, 4), "N": (512, 1024)},

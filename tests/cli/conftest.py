@@ -1,4 +1,4 @@
-"""A small dataset, its encoders, its store and a trained run, made once through the command line."""
+"""Fixtures: a small dataset, its encoders, its store and a trained run, created once by the command line."""
 
 import shutil
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli.cli_helpers import (
+from tests.cli.helpers import (
     NUM_INTERACTIONS,
     NUM_ITEMS,
     NUM_USERS,
@@ -24,7 +24,7 @@ from xsmoe.report import plots
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A dataset out of tables, a store, and no run yet."""
+    """Create a dataset from tables and a store, but no run."""
     place = Place(tmp_path_factory.mktemp("cli"))
     raw = place.root / "raw"
     raw.mkdir()
@@ -46,7 +46,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="session")
 def trained(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The same with a run that is trained to the end; not to be changed."""
+    """Create a finished run in addition. Tests must not change it."""
     root = tmp_path_factory.mktemp("cli") / "all"
     shutil.copytree(prepared.root, root)
     succeed(*train_arguments(Place(root)))
@@ -55,13 +55,13 @@ def trained(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture
 def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports with the first of their plots, where a test looks at something else: they take longer than training."""
+    """Write reports with their first plot only. All plots would need more time than the training."""
     monkeypatch.setattr(plots, "PLOTS", plots.PLOTS[:1])
 
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Place], Place]:
-    """Copies everything elsewhere, to be changed."""
+    """Return a function that copies all files, so that a test can change them."""
 
     def copy(place: Place) -> Place:
         target = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"

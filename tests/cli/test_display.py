@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.cli_helpers import succeed
-from xsmoe.cli.display import Display, Ticker
+from tests.cli.helpers import succeed
+from xsmoe.cli.display import Display, Throttle
 from xsmoe.report import tables
 
 
@@ -42,15 +42,15 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(ours)
     assert "Working" in shown
     assert "1/2" in shown
-    # The bar is gone before the next line comes.
+    # The bar disappears before the next line.
     assert shown.rstrip().endswith("\x1b[2Kdone")
 
 
-def test_a_ticker_speaks_at_most_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throttle_calls_at_most_once_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     told: list[int] = []
-    tick = Ticker(lambda done, total: told.append(done), seconds=10)
+    tick = Throttle(lambda done, total: told.append(done), seconds=10)
     for now in range(35):
         tick(int(now), 35)
     assert told == [10, 20, 30]
@@ -65,6 +65,6 @@ def test_a_table_fits_the_terminal() -> None:
     assert tables.fit(table, 200) == table
 
 
-def test_the_catalogue_command_says_what_it_made(tmp_path: Path) -> None:
+def test_catalogue_command_reports_its_result(tmp_path: Path) -> None:
     out = succeed("prepare", "catalogue", tmp_path / "c", "--windows", 2, "--users", 5, "--items", 32)
     assert "112 items (112 with a text, 112 with an image)" in out

@@ -1,4 +1,4 @@
-"""What a report says, and that it stands alone."""
+"""The report of a run: its contents, and that the page is self-contained."""
 
 import html
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.cli_helpers import Place, run, succeed, write_log
+from tests.cli.helpers import Place, run, succeed, write_log
 from xsmoe.cli.run_config import RunConfig
 from xsmoe.report import plots, results
 from xsmoe.report.verdict import judge
@@ -25,7 +25,7 @@ VOID = {"meta", "img", "br", "link"}
 
 
 class Page(HTMLParser):
-    """Collects references and text, and checks that every element is closed in order."""
+    """Parser that collects references and text, and checks that every element is closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Page(HTMLParser):
         assert not self._open
 
 
-def test_the_page_needs_nothing_but_itself(trained: Place) -> None:
+def test_page_is_self_contained(trained: Place) -> None:
     succeed("report", trained.run)
     text = (trained.run / "report" / "report.html").read_text()
     page = Page()
@@ -61,14 +61,14 @@ def test_the_page_needs_nothing_but_itself(trained: Place) -> None:
     assert not re.search(r"url\(|@import|https?:", style)
     assert "<script" not in text
     said = " ".join(page.text)
-    sections = ("Against baselines", "Last items, against popularity", "Windows", "Growth", "Time and memory")
+    sections = ("Against baselines", "Last items, compared with popularity", "Windows", "Growth", "Time and memory")
     for part in (*sections, "Settings", "Versions", "batch_size"):
         assert part in said
     tests = [line for line in read_metrics(trained.run) if line["kind"] == "test"]
     assert f"{100 * tests[-1]['all']['HR@10']:.2f}" in said
 
 
-def test_the_summary_holds_what_the_metrics_say(trained: Place) -> None:
+def test_summary_equals_the_metrics(trained: Place) -> None:
     succeed("report", trained.run)
     summary = json.loads((trained.run / "report" / "summary.json").read_text())
     tests = [line for line in read_metrics(trained.run) if line["kind"] == "test"]
@@ -91,7 +91,7 @@ def test_the_summary_holds_what_the_metrics_say(trained: Place) -> None:
     assert str(trained.root) not in json.dumps(summary)
 
 
-def test_what_is_left_out_of_windows_is_counted_and_said(trained: Place) -> None:
+def test_interactions_left_out_of_windows_are_counted_and_reported(trained: Place) -> None:
     config = RunConfig.read(trained.run)
     k_core = config.stream.k_core
     few = single = 0
@@ -111,7 +111,7 @@ def test_what_is_left_out_of_windows_is_counted_and_said(trained: Place) -> None
     assert said in " ".join(succeed("evaluate", trained.run).split())
 
 
-def test_evaluate_says_whose_interactions_are_left_out(trained: Place, tmp_path: Path) -> None:
+def test_evaluate_reports_dropped_interactions(trained: Place, tmp_path: Path) -> None:
     users = np.array(["u1"] * 6 + ["u2"] * 2)
     write_log(tmp_path / "log.csv", users, np.array([f"i{number}" for number in range(8)]), start=1_700_000_000)
     outcome = run("evaluate", trained.run, "--interactions", tmp_path / "log.csv")
@@ -128,11 +128,11 @@ def test_plots_are_written_and_show_something(trained: Place) -> None:
     for path in paths:
         image = Image.open(path).convert("RGB")
         assert min(image.size) > 300
-        # More colours than a frame and its labels have.
+        # A frame and its labels alone have fewer colours.
         assert len(image.getcolors(image.width * image.height)) > 100
 
 
-def test_a_report_of_a_run_without_tests_yet(trained: Place, tmp_path: Path) -> None:
+def test_report_of_a_run_without_tests(trained: Place, tmp_path: Path) -> None:
     metrics = [line for line in read_metrics(trained.run) if line["kind"] == "epoch" and line["window"] == 0]
     written = plots.write_plots(results.window_results(metrics), tmp_path)
     assert {plot.name for plot, _ in written} == {"cost", "training"}
@@ -151,14 +151,14 @@ def ranked(model: list[float], all_time: list[float], last_window: list[float]) 
     }
 
 
-def test_the_comparison_is_with_the_better_baseline_user_by_user() -> None:
+def test_comparison_uses_the_better_baseline_user_by_user() -> None:
     first = ranked([1, 1, 50, 50], [1, 50, 50, 50], [50, 50, 50, 50])
     second = ranked([1, 1], [50, 50], [1, 50])
     found = results.compare([first, second])[0]
     assert (found.metric, found.users) == ("HR@10", 6)
     assert found.model == pytest.approx(4 / 6)
     assert found.baselines["all_time"][0] == pytest.approx(1 / 6)
-    # Both baselines hit once; the first of equals counts.
+    # Both baselines have one hit. The first of two equal baselines is selected.
     assert found.best == "all_time"
     assert found.lift == pytest.approx(3 / 6)
     differences = [np.array([0.0, 1, 0, 0]), np.array([1.0, 1])]
@@ -185,7 +185,7 @@ def test_lines_of_an_earlier_version_are_shown_and_reported(trained: Place, copy
     assert not (place.run / "report" / "baselines.png").exists()
 
 
-def test_experts_keep_their_identity_when_others_are_dropped() -> None:
+def test_experts_keep_their_identity_when_others_are_pruned() -> None:
     def window(number: int, count: int) -> dict[str, Any]:
         return {"kind": "window", "window": number, "experts": {"text": [count]}}
 
@@ -197,7 +197,7 @@ def test_experts_keep_their_identity_when_others_are_dropped() -> None:
     assert results.expert_births(results.window_results(metrics)) == {"text": [[[0], [0, 1], [1, 2], [1, 3]]]}
 
 
-def test_expert_births_agree_with_the_counts_of_a_run(trained: Place) -> None:
+def test_creation_windows_of_experts_agree_with_the_counts_of_a_run(trained: Place) -> None:
     windows = results.window_results(read_metrics(trained.run))
     births = results.expert_births(windows)
     for place, result in enumerate(windows):

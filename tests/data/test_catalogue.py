@@ -1,4 +1,4 @@
-"""The drifting catalogue: reproducible, well-formed, and such that contents tell what users take next."""
+"""Tests of the drifting catalogue: it is reproducible and well-formed, and contents predict users' next items."""
 
 import hashlib
 import itertools
@@ -54,7 +54,7 @@ def test_what_is_written(tmp_path: Path) -> None:
             assert (picture.size, picture.mode, picture.format) == ((32, 32), "RGB", "PNG")
 
 
-def test_an_interrupted_catalogue_does_not_pass_for_a_dataset(tmp_path: Path) -> None:
+def test_an_interrupted_catalogue_is_no_valid_dataset(tmp_path: Path) -> None:
     write_catalogue(tmp_path, image_size=16, **SMALL)
 
     def interrupt(done: int, total: int) -> None:
@@ -115,7 +115,7 @@ def test_settings_out_of_range(tmp_path: Path, setting: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("name", ["colour", "texture", "shape"])
 def test_pictures_show_every_visual_value(name: str) -> None:
-    """With all chance equal, another value of the attribute means another picture."""
+    """With equal random numbers, different values of the attribute yield different pictures."""
     visual = {attribute.name: attribute.values for attribute in ATTRIBUTES[:3]}
     fixed = {other: values[0] for other, values in visual.items()}
     pictures = {
@@ -125,7 +125,7 @@ def test_pictures_show_every_visual_value(name: str) -> None:
 
 
 def lifts(sequences: Sequences, attributes: np.ndarray) -> list[np.ndarray]:
-    """Per attribute, log of P(next item's value | this item's value) / P(value), (values, values)."""
+    """Return, per attribute, log of P(next item's value | this item's value) / P(value), (values, values)."""
     inner = np.ones(len(sequences.items), bool)
     inner[sequences.offsets[1:] - 1] = False
     here, following = (attributes[sequences.items[places]] for places in (inner, np.roll(inner, 1)))
@@ -138,7 +138,7 @@ def lifts(sequences: Sequences, attributes: np.ndarray) -> list[np.ndarray]:
 
 
 def hit_rate(scores: np.ndarray, test: Sequences, candidates: np.ndarray, history: History) -> float:
-    """HR@10 of scores (users, items) over the candidates that a user has not met before the test window."""
+    """Return HR@10 of scores (users, items) over the candidates that are new to the user in the test window."""
     targets = test.items[test.offsets[1:] - 1]
     own = np.take_along_axis(scores, targets[:, None], axis=1)
     allowed = np.zeros(scores.shape, bool)
@@ -150,8 +150,8 @@ def hit_rate(scores: np.ndarray, test: Sequences, candidates: np.ndarray, histor
     return float((1 + higher + (equal + 1) // 2 <= 10).mean())
 
 
-def test_contents_tell_what_comes_next_and_popularity_does_not() -> None:
-    """Learned from one window and asked about the next one: attributes of the last item against popularity."""
+def test_contents_predict_the_next_item_and_popularity_does_not() -> None:
+    """Compare attributes of the last item with popularity: learn from one window, predict the next one."""
     catalogue = generate(seed=0)
     splits = windows_of(catalogue, 6)
     num_items = len(catalogue.attributes)

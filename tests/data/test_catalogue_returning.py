@@ -1,4 +1,4 @@
-"""The catalogue whose tastes come back: regimes that alternate, are absent for windows, and return as they were."""
+"""Tests of the catalogue with regimes that alternate: a regime is absent for some windows and returns unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def test_users_return_with_their_regime_and_no_others_do() -> None:
     assert len(np.unique(np.stack([catalogue.users, catalogue.items]), axis=1).T) == len(catalogue.users)
 
 
-def test_a_regime_is_in_its_next_window_what_it_was_in_its_last() -> None:
+def test_a_regime_is_the_same_in_its_next_window() -> None:
     world = ReturningSimulation(np.random.default_rng(3), 8, 60, 160, 12, REGIMES)
     seen: list[dict[str, Any]] = []
     for window in range(8):
@@ -58,8 +58,8 @@ def test_a_regime_is_in_its_next_window_what_it_was_in_its_last() -> None:
         assert not any(np.array_equal(*pair) for pair in zip(now["fashion"], other["fashion"], strict=True))
 
 
-def test_what_a_regime_taught_helps_when_it_returns_and_the_windows_between_teach_something_else() -> None:
-    """Attribute tables of the regime's last window beat those of the window just before, and both beat popularity."""
+def test_statistics_of_a_regime_predict_its_return_better_than_those_of_the_windows_between() -> None:
+    """Attribute tables of the regime's last window beat those of the previous window, and both beat popularity."""
     regimes, num_windows = 4, 8
     catalogue = generate(seed=0, num_windows=num_windows, users=500, items=500, new_items=40, returning=regimes)
     splits = windows_of(catalogue, num_windows)

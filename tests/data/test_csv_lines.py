@@ -1,4 +1,4 @@
-"""The scan of a CSV file's physical lines, against Python's csv module and a count of newlines."""
+"""Tests of the scan of a CSV file's physical lines, against Python's csv module and a count of newlines."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from xsmoe.data.csv_lines import CsvLines, scan_csv
 
 PIECES = ["a", "b", ",", '"', '""', "\n", "\r", "\r\n", ',"', '",', '"\n', "é"]
 contents = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
-# Mostly whole quoted fields, which the scan counts 64 bytes at once.
+# Mostly complete quoted fields, which the scan processes 64 bytes at once.
 fields = st.sampled_from(["a", '"a"', '"a,b"', '"say ""hi"""', '""', 'b"', '"c\nd"', '"e"f'])
 rows = st.lists(fields, min_size=1, max_size=4).map(",".join)
 tables = st.lists(rows, max_size=30).map(lambda lines: "".join(f"{line}\n" for line in lines))
@@ -26,10 +26,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spanning(text: str) -> list[tuple[int, int, int, bool]] | None:
-    """Line, column, newlines and malformed end of each quoted field that spans lines; None where one has no end."""
+    """Return line, column, newlines and malformed end of each quoted field that spans lines; None if one never ends."""
     found, line, column, place = [], 1, 0, 0
     while place < len(text):
-        # At a field's start.
+        # This is the start of a field.
         begin, newlines, malformed = line, 0, False
         if text[place] == '"':
             end = re.compile(r'"(?:[^"]|"")*"(?!")').match(text, place)

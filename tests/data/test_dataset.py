@@ -1,4 +1,4 @@
-"""The dataset folder: what is written comes back, and what does not fit together is refused."""
+"""Tests of the dataset folder: a round trip, and errors for inconsistent data."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def items() -> Items:
 
 
 def table(folder: Path, **changes: object) -> None:
-    """Replaces items.parquet; a column given as None is left out."""
+    """Replace items.parquet. Leave out a column that is None."""
     columns = {"item": ["x", "y"], "text": ["a", "b"], "image": pa.nulls(2, pa.string())} | changes
     pa.parquet.write_table(pa.table({k: v for k, v in columns.items() if v is not None}), folder / "items.parquet")
 
@@ -94,7 +94,7 @@ def test_missing_column(folder: Path, column: str) -> None:
 
 def test_duplicate_items(folder: Path) -> None:
     table(folder, item=["x", "x"])
-    with pytest.raises(DataError, match=r"distinct, but 'x' are there twice"):
+    with pytest.raises(DataError, match=r"distinct, but 'x' occur more than once"):
         Dataset.load(folder)
     with pytest.raises(DataError, match="distinct"):
         write_dataset(folder, interactions(), Items(strings("x", "x"), strings(None, None), strings(None, None)))

@@ -1,4 +1,4 @@
-"""Readers of logs, and what they say about bad ones."""
+"""Tests of the readers of logs and of their error messages."""
 
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def test_other_types_of_timestamps_are_refused(tmp_path: Path, values: object) -
         read_interactions(path)
 
 
-def test_missing_column_lists_what_is_there_and_the_argument(tmp_path: Path) -> None:
+def test_missing_column_lists_the_columns_and_the_argument(tmp_path: Path) -> None:
     path = write_csv(tmp_path, "userId,item,timestamp", "a,x,1")
     with pytest.raises(DataError, match=r"no column 'user'.*userId, item, timestamp.*--user-column"):
         read_interactions(path)

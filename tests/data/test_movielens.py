@@ -1,4 +1,4 @@
-"""The MovieLens reader, on a handwritten log and on the real one."""
+"""Tests of the MovieLens reader on a handwritten log and on the real one."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_small_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["movies.csv", "ratings.csv"])
-def test_missing_file_says_where_to_get_it(tmp_path: Path, missing: str) -> None:
+def test_missing_file_names_the_download_page(tmp_path: Path, missing: str) -> None:
     (source(tmp_path) / missing).unlink()
     with pytest.raises(DataError, match=rf"{missing}: there is no such file; .*grouplens\.org"):
         prepare_movielens(tmp_path, tmp_path / "out")
@@ -61,7 +61,7 @@ def test_real_log(tmp_path: Path) -> None:
     dataset = prepare_movielens(movielens_folder(), tmp_path)
     assert (len(dataset.interactions), len(dataset.items)) == (100_836, 9_742)
     assert len(set(dataset.interactions.users)) == 610
-    # March 29, 1996 and September 24, 2018, as the release's own README says.
+    # March 29, 1996 and September 24, 2018: the dates in the release's README.
     assert dataset.interactions.timestamps[[0, -1]].tolist() == [828_124_615, 1_537_799_250]
     texts = dict(zip(dataset.items.ids, dataset.items.texts, strict=True))
     assert texts["58"] == "Postman, The (Postino, Il) (1994): Comedy, Drama, Romance"

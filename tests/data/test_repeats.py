@@ -1,4 +1,4 @@
-"""Duplicates within a log, and interactions that an earlier log holds."""
+"""Tests of duplicates within a log, and of interactions that an earlier log contains."""
 
 from collections import Counter
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_a_log_with_every_row_twice() -> None:
 
 @given(rows, rows)
 def test_repeats_of_an_earlier_log_against_a_set(new: list[Row], old: list[Row]) -> None:
-    # Odd times, so that none is a multiple of a thousand or a day.
+    # Odd times are not multiples of a thousand or of a day.
     new, old = ([(user, item, 2 * time + 1) for user, item, time in part] for part in (new, old))
     ordered = log(new)
     expected = [row in set(old) for row in sorted(new, key=lambda row: row[2])]

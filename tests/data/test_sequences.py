@@ -1,4 +1,4 @@
-"""Splits, sequences and histories, against loops over users that are written to be read."""
+"""Tests of splits, sequences and histories against simple loops over users."""
 
 from collections import Counter
 from typing import Literal
@@ -75,7 +75,7 @@ def test_all_of_the_history_against_a_loop(rows: list[Pair], max_items: int) -> 
     train = split.train
     places = zip(train.users.tolist(), train.offsets[:-1], train.offsets[1:], strict=True)
     assert [(user, train.items[start:stop].tolist()) for user, start, stop in places] == expected
-    # Each interaction but a user's first is a target once, and the last sequence of a user is the published one.
+    # Each interaction except a user's first is a target once. A user's last sequence is the published one.
     assert sum(train.lengths - 1) == sum(
         len(items) - 1
         for items in naive_sequences(list(zip(*map(list, split.train_pairs), strict=True)), 1 << 30).values()
@@ -90,7 +90,7 @@ def test_all_of_the_history_against_a_loop(rows: list[Pair], max_items: int) -> 
 def test_interactions_in_train_sequences_are_counted_once(history: Literal["all", "last"]) -> None:
     rows = [(user, item) for item in range(12) for user in range(3) if item < (12, 4, 1)[user]]
     split = split_window(window(rows), k_core=1, train_fraction=0.999, max_items=4, history=history)
-    # All but the validation split's one interaction, user 0's last, and but user 2's, which is alone.
+    # All interactions except user 0's last, which is the validation split, and user 2's only one.
     assert split.in_train_sequences == (11 + 4 if history == "all" else 4 + 4)
 
 
@@ -110,13 +110,13 @@ def test_ties_in_time_keep_the_order_of_the_log(rows: list[tuple[int, int, int]]
 
 
 def test_long_sequences_stay_in_order() -> None:
-    """Long enough that a sort which is not stable shows."""
+    """The sequences are long enough to detect an unstable sort."""
     rows = [(item % 3, item) for item in range(3000)]
     assert as_dict(split_window(window(rows), max_items=3000).test) == naive_sequences(rows, 3000)
 
 
 def test_published_sizes() -> None:
-    """A user with 14 items, one with 5 and one with 4, of which 85 % of the 19 that stay, rounded down, are 16."""
+    """Users have 14, 5 and 4 items. The k-core filter keeps 19 of them, and 85 % of 19, rounded down, are 16."""
     rows = [(2, item) for item in range(4)] + [(1, item) for item in range(14)] + [(0, item) for item in range(5)]
     split = split_window(window(rows))
     assert as_dict(split.test) == {0: [0, 1, 2, 3, 4], 1: list(range(3, 14))}
@@ -217,7 +217,7 @@ def test_history_refuses_to_look_up_users_that_it_cannot_hold(user: int) -> None
         history.of(np.array([0, user] if user > 0 else [user, 0]))
 
 
-def test_history_takes_integers_of_any_type_and_nothing_else() -> None:
+def test_history_accepts_integers_of_any_type_only() -> None:
     history = History()
     history.add(np.array([3, 2], np.uint64), np.array([200, 7], np.uint64))
     history.add(np.array([3], np.uint8), np.array([201], np.uint8))

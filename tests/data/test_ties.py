@@ -1,4 +1,4 @@
-"""The order of interactions of equal time."""
+"""Tests of the order of interactions with equal timestamps."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ def names(prefix: str, numbers: np.ndarray) -> np.ndarray:
 
 
 def test_keys_are_the_same_everywhere() -> None:
-    """Numbers from this code: another hash would change the windows of every run."""
+    """Compare with recorded keys: another hash would change the windows of every run."""
     users, items = np.array(["ann", "bob", "ann"], object), np.array(["x", "x", "ü"], object)
     code = (
         "import numpy as np; from xsmoe.data.ties import tie_keys; "
@@ -51,10 +51,10 @@ def test_keys_do_not_follow_the_names() -> None:
     order = np.argsort(tie_keys(users, items, 0))
     ranks = np.empty(2000)
     ranks[order] = np.arange(2000)
-    # Of 2,000 draws the correlation's standard error is 0.022.
+    # The standard error of the correlation of 2,000 samples is 0.022.
     for numbers in (np.repeat(np.arange(40), 50), np.tile(np.arange(50), 40)):
         assert abs(np.corrcoef(ranks, numbers)[0, 1]) < 0.1
-    # And the order of items is another one for each user.
+    # The order of items differs between users.
     mine = ranks.reshape(40, 50).argsort(axis=1).argsort(axis=1)
     assert abs(np.corrcoef(mine)[np.triu_indices(40, 1)].mean()) < 0.05
 

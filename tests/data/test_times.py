@@ -1,4 +1,4 @@
-"""Units of timestamps: converted where there is no doubt, refused where there is."""
+"""Tests of the units of timestamps: certain units are converted, uncertain ones are refused."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ def convert(values: list[int]) -> tuple[list[int], str | None]:
 
 
 @pytest.mark.parametrize("unit", FACTORS)
-def test_finer_units_become_seconds_and_are_said(unit: str) -> None:
+def test_finer_units_become_seconds_with_a_note(unit: str) -> None:
     seconds, note = convert([value * FACTORS[unit] + 7 for value in SECONDS])
     assert seconds == SECONDS
     assert note == f"log.csv: column 'time' holds {unit}; converted to seconds, from 2017-07-14 to 2022-04-15"
@@ -43,7 +43,7 @@ def test_every_date_is_found(days: list) -> None:
     assert seconds == [(day - datetime(1970, 1, 1).date()).days * DAY for day in days]
 
 
-def test_seconds_stay_as_they_are_without_a_word() -> None:
+def test_seconds_do_not_change_and_have_no_note() -> None:
     assert convert(SECONDS) == (SECONDS, None)
     old = [94_694_400, 500_000_000, *SECONDS]  # from 1973 on
     assert convert(old) == (old, None)
@@ -111,7 +111,7 @@ def test_dates_with_something_else_among_them_are_refused(wrong: int) -> None:
         300_000_000_000,  # milliseconds of 1979
     ],
 )
-def test_what_may_be_something_else_is_refused(value: int) -> None:
+def test_ambiguous_numbers_are_refused(value: int) -> None:
     with pytest.raises(DataError, match=r"in no unit|or units of 100 ns|or dates written as yyyymmddhh"):
         convert([value, value + 1])
 
@@ -136,7 +136,7 @@ def test_nineteen_digits_and_leading_zeros_are_numbers(tmp_path: Path, value: st
 
 
 @pytest.mark.parametrize("value", ["9223372036854775808", "00000000000000000001"])
-def test_what_fits_no_integer_is_refused(tmp_path: Path, value: str) -> None:
+def test_numbers_beyond_int64_are_refused(tmp_path: Path, value: str) -> None:
     path = tmp_path / "log.csv"
     path.write_text(f"user,item,timestamp\na,x,1\na,x,{value}\n")
     with pytest.raises(DataError, match=rf"'{value}' in data row 2"):

@@ -1,4 +1,4 @@
-"""Cutting a log into windows."""
+"""Tests of cutting a log into windows."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from xsmoe.data import Window, make_windows
 
 
 def log(times: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Users count the interactions, so that a window tells which ones it holds."""
+    """Return a log whose user ids number the interactions, so that they identify a window's content."""
     return np.arange(len(times)), np.arange(len(times)) + 1000, np.array(times, dtype=np.int64)
 
 
@@ -40,7 +40,7 @@ def test_string_sort_leaves_equal_times_as_numpys_default_sort_does() -> None:
 
 
 def test_impossible_cuts_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_windows must be at least 2, .* not 1"):
+    with pytest.raises(ValueError, match="num_windows must be at least 2 .*, not 1"):
         make_windows(*log([1, 2]), 1)
     with pytest.raises(ValueError, match="num_windows is 3, but there are only 2 interactions"):
         make_windows(*log([1, 2]), 3)

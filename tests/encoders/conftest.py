@@ -1,3 +1,5 @@
+"""Fixtures of the encoder tests: small encoders, images and items."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 60 images, 0.png to 59.png, of several sizes."""
+    """Return a folder of 60 images of several sizes, 0.png to 59.png."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for number in range(60):
@@ -59,7 +61,7 @@ def image_encoder(image_folder: Path) -> ImageEncoder:
 
 @pytest.fixture(scope="session")
 def make_items(texts: list[str]) -> Callable[[int], FakeItems]:
-    """Makes items that have both modalities, unless a test takes one away."""
+    """Return a function that makes items with both modalities."""
 
     def make(count: int) -> FakeItems:
         return FakeItems(
@@ -73,5 +75,5 @@ def make_items(texts: list[str]) -> Callable[[int], FakeItems]:
 
 @pytest.fixture(scope="session")
 def folder_bytes() -> Callable[[Path], dict[str, bytes]]:
-    """Reads all files of a folder."""
+    """Read all files of a folder."""
     return lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,3 +1,5 @@
+"""Tests of encoding items into a store: results, reports, interruptions, errors."""
+
 import os
 import pickle
 import signal
@@ -24,7 +26,7 @@ def encoders(text_encoder: TextEncoder, image_encoder: ImageEncoder) -> dict[str
 
 
 def patchy(make_items: Make, pictures: Path, scratch: Path) -> tuple[Any, Path]:
-    """40 items: some lack a text, an image or both, some images are broken, one of them an item's only modality."""
+    """Return 40 items. Some lack text, image or both. Some images are broken; one is its item's only modality."""
     items = make_items(40)
     for name in items.images:
         (scratch / name).write_bytes((pictures / name).read_bytes())
@@ -37,7 +39,7 @@ def patchy(make_items: Make, pictures: Path, scratch: Path) -> tuple[Any, Path]:
     return items, scratch
 
 
-def test_the_store_holds_what_the_encoders_give(make_items: Make, pictures: Path, encoders, tmp_path: Path) -> None:
+def test_the_store_holds_the_encoders_hidden_states(make_items: Make, pictures: Path, encoders, tmp_path: Path) -> None:
     items = make_items(20)
     seen: list[tuple[int, int]] = []
     report = encode_items(
@@ -71,7 +73,7 @@ def test_cls_stores_level_0_once(make_items: Make, pictures: Path, text_folder: 
         assert [len(level) for level in levels] == [1, 20, 20]
 
 
-def test_what_is_lacking_or_broken_is_counted(make_items: Make, pictures: Path, encoders, tmp_path: Path) -> None:
+def test_missing_and_broken_values_are_counted(make_items: Make, pictures: Path, encoders, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     items, root = patchy(make_items, pictures, tmp_path / "images")
     report = encode_items(items, root, tmp_path / "store", encoders, chunk_items=16)
@@ -100,7 +102,7 @@ class Stop(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(
+def test_a_resumed_run_ends_with_the_same_bytes(
     make_items: Make, pictures: Path, encoders, tmp_path: Path, folder_bytes: Bytes
 ) -> None:
     (tmp_path / "images").mkdir()
@@ -145,7 +147,7 @@ def test_a_killed_process_loses_no_commit(
 ) -> None:
     items = SimpleNamespace(**vars(make_items(40)))
     store = tmp_path / "torn"
-    # The 12th write to disk is the data of the second chunk: it is there, but not committed.
+    # The 12th sync is that of the second chunk's data, which is on disk but not committed.
     call = pickle.dumps((items, str(text_folder), str(store), 12))
     process = subprocess.run([sys.executable, "-c", KILLED], input=call, timeout=120, check=False)
     assert process.returncode == -signal.SIGKILL
@@ -188,7 +190,7 @@ def test_the_store_of_another_encoder_is_refused(
     for change, settings, message in others:
         with pytest.raises(StoreError, match=message):
             encode_items(make_items(6), pictures, tmp_path, encoders | change, **settings)
-    with pytest.raises(StoreError, match="holds the modalities image, text, but the encoders give text"):
+    with pytest.raises(StoreError, match="holds the modalities image, text, but the encoders provide text"):
         encode_items(make_items(6), pictures, tmp_path, {"text": encoders["text"]})
     assert folder_bytes(tmp_path) == before
 
@@ -221,7 +223,7 @@ def test_arguments_are_checked(make_items: Make, pictures: Path, encoders, tmp_p
         (make_items(3), {"encoders": {}}, "at least one modality"),
         (make_items(3), {"on_error": "ignore"}, "on_error must be 'raise' or 'skip'"),
         (make_items(3), {"chunk_items": 0}, "chunk_items must be at least 1"),
-        (twice, {}, "items.ids must be distinct"),
+        (twice, {}, "items.ids must be distinct, but an id occurs more than once"),
     ):
         arguments = {"encoders": encoders} | change
         with pytest.raises(ValueError, match=message):

@@ -1,3 +1,5 @@
+"""Tests of image encoders against transformers, and of their errors."""
+
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,7 @@ def test_other_sizes_and_normalisations(image_folder: Path, pictures: Path, imag
     assert larger.encode(paths(pictures)).shape == (9, 3, 32)
     assert larger.spec().options["image_size"] == [24, 32]
     shifted = ImageEncoder(image_folder, mean=[0.5, 0.4, 0.3], std=0.25)
-    assert shifted.spec().identity() != image_encoder.spec().identity()
+    assert shifted.spec().compatibility_key() != image_encoder.spec().compatibility_key()
     assert not torch.allclose(shifted.encode(paths(pictures)), image_encoder.encode(paths(pictures)), atol=0.1)
 
 
@@ -77,7 +79,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert (pixels == levels[:, :, None]).all()
 
 
-def test_what_is_transparent_becomes_white_and_orientation_is_heeded(tmp_path: Path) -> None:
+def test_transparent_pixels_become_white_and_orientation_is_applied(tmp_path: Path) -> None:
     clear = np.zeros((4, 4, 4), dtype=np.uint8)
     clear[:2, :, 3] = 255
     Image.fromarray(clear).save(tmp_path / "clear.png")
@@ -120,7 +122,7 @@ def test_cls_is_refused_without_a_class_token(tmp_path: Path, pictures: Path) ->
         ImageEncoder(tmp_path, pooling="cls")
 
 
-def test_what_cannot_be_pooled_is_refused(tmp_path: Path, text_folder: Path) -> None:
+def test_unsupported_architectures_are_refused(tmp_path: Path, text_folder: Path) -> None:
     ViTMAEModel(ViTMAEConfig(image_size=16, patch_size=8, **TINY)).save_pretrained(tmp_path / "mae")
     with pytest.raises(ValueError, match="masks or merges patches"):
         ImageEncoder(tmp_path / "mae")

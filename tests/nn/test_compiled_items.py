@@ -1,4 +1,4 @@
-"""The item encoder under torch.compile and torch.export: a graph for one size, and one for all others."""
+"""Tests of the item encoder under torch.compile and torch.export: one graph for the first size, one for all others."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ def states(rows: int, dim: int = 6) -> Tensor:
 
 
 def one_first_row(rows: int) -> list[Tensor]:
-    """What cls pooling gives: level 0 is the same row for every item."""
+    """Return hidden states as cls pooling produces them: level 0 is the same row for every item."""
     return [torch.randn(1, 6), torch.randn(rows, 6), torch.randn(rows, 6)]
 
 
@@ -66,7 +66,7 @@ def test_two_graphs_serve_a_recommender_for_every_batch() -> None:
         draw = np.random.default_rng(users)
         offsets = np.concatenate([[0], draw.integers(2, 9, users).cumsum()])
         batch = Batch.from_sequences(draw.integers(0, 50, offsets[-1]), offsets, np.zeros(50))
-        # Numbers on the host are constants of a graph.
+        # Numbers on the host would become constants of the graph.
         hidden, batch = {"text": states(len(batch.items))}, replace(batch, lengths=None)
         torch.testing.assert_close(compiled(hidden, batch), model(hidden, batch))
     assert counter.frame_count == 2

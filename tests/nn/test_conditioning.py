@@ -1,4 +1,4 @@
-"""Conditioning: the formula, what passes unchanged, and that it is part of the model."""
+"""Tests of the conditioning: its formula, levels that pass unchanged, and its place in the model's state."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ DIM = 12
 
 
 def drawn(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Badly conditioned rows, (count, DIM), far from the origin."""
+    """Return badly conditioned rows, (count, DIM), far from the origin."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(DIM, DIM, generator=generator) * torch.logspace(0, -2, DIM)
     return (torch.randn(count, DIM, generator=generator) @ mixing + 3).to(dtype)
 
 
 def plain(kind: Condition, rows: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """The formula in float64."""
+    """Compute the formula in float64."""
     mean = fitted.mean(0)
     if kind == "standardize":
         return (rows - mean) / fitted.std(0)
@@ -35,7 +35,7 @@ def plain(kind: Condition, rows: np.ndarray, fitted: np.ndarray) -> np.ndarray:
 
 
 def items(kind: Condition, levels: Sequence[Tensor] | None = None) -> XSMoE:
-    """An encoder of one modality, fitted to levels if there are any."""
+    """Return an encoder of one modality, fitted to these levels if there are any."""
     found = XSMoE(("text",), DIM, num_levels=2, rank=2, out_dim=4, condition=kind)
     if levels is not None:
         found.conditions()["text"].fit([(levels, len(levels[-1]))], levels[-1].dtype)
@@ -52,7 +52,7 @@ def test_the_formula_in_one_rounding(kind: Condition, dtype: torch.dtype, count:
         expected = plain(kind, rows.double().numpy(), fitted.double().numpy())
         assert found.dtype == dtype
         error = np.abs(found.double().numpy() - expected)
-        # Half a unit in the last place, and what float32 arithmetic adds.
+        # Half a unit in the last place, plus the error of float32 arithmetic.
         budget = torch.finfo(dtype).eps / 2 * np.abs(expected) + 1e-5 * np.abs(expected).max()
         assert (error <= budget).all()
 
@@ -85,7 +85,7 @@ def test_constant_columns_and_levels_pass_to_the_bit(kind: Condition, dtype: tor
     shared, same, columns = drawn(1, dtype), drawn(1, dtype, 1).expand(40, -1), drawn(40, dtype, 2)
     columns[:, 3] = -0.0
     columns[:, 5] = 1.0
-    # The next number that the dtype holds: one rounding apart.
+    # The next representable number of the dtype: a difference of one rounding step.
     columns[::2, 5] = 1 + torch.finfo(dtype).eps
     columns[:, 8] = 1.0
     columns[0, 8] = 1 + 8 * torch.finfo(dtype).eps
@@ -96,7 +96,7 @@ def test_constant_columns_and_levels_pass_to_the_bit(kind: Condition, dtype: tor
     assert torch.equal(found[1], other[1])
     for column in range(DIM):
         assert torch.equal(found[2][:, column], other[2][:, column]) == (column in (3, 5)), column
-    # The columns beside them are conditioned as if they were alone.
+    # The other columns are conditioned as if the constant ones did not exist.
     kept = [column for column in range(DIM) if column not in (3, 5)]
     expected = plain(kind, other[2].double().numpy()[:, kept], columns.double().numpy()[:, kept])
     close = 4 * torch.finfo(dtype).eps * np.abs(expected).max() + 1e-4
@@ -127,7 +127,7 @@ def test_rows_pass_until_the_fit_which_is_made_once_and_with_two_items() -> None
         items("whiten", [level[:1] for level in levels])
     broken = [levels[0], levels[1], levels[2].clone()]
     broken[2][1, 1] = torch.inf
-    with pytest.raises(ValueError, match="hidden states are not finite, so that there is nothing to condition"):
+    with pytest.raises(ValueError, match="hidden states are not finite, so no conditioning can be fitted"):
         items("whiten", broken)
     model = items("whiten", levels)
     assert model.conditioned() == ("text",)
@@ -135,7 +135,7 @@ def test_rows_pass_until_the_fit_which_is_made_once_and_with_two_items() -> None
         model.conditions()["text"].fit([(levels, 3)], torch.float32)
 
 
-def test_what_exceeds_the_dtype_is_an_error_that_names_it() -> None:
+def test_results_beyond_the_dtype_are_errors_that_name_it() -> None:
     model = items("standardize", [1e-4 * drawn(40, torch.float16, seed) for seed in range(3)])
     rows = [torch.zeros(4, DIM, dtype=torch.float16) for _ in range(3)]
     model.condition("text", rows)
@@ -182,7 +182,7 @@ def test_it_is_saved_with_the_model_and_loads_into_any_state_of_another(kind: Co
     assert all(map(torch.equal, loaded.condition("text", levels), fitted.condition("text", levels)))
 
 
-def test_a_state_that_does_not_hold_together_is_refused() -> None:
+def test_an_inconsistent_state_is_refused() -> None:
     state = items("whiten", [drawn(40, seed=seed) for seed in range(3)]).state_dict()
     for name, value, message in (
         ("varying", torch.ones(5, dtype=torch.bool), r"varying has shape \(5,\), expected \(0,\) or \(12,\)"),
@@ -218,7 +218,7 @@ def test_autocast_does_not_reach_it() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_beside_any_others(kind: Condition) -> None:
+def test_a_row_has_the_same_bits_with_any_other_rows(kind: Condition) -> None:
     levels = [drawn(40, seed=seed) for seed in range(3)]
     transform = items(kind, levels).conditions()["text"].transforms(torch.device("cpu"))[2]
     rows = drawn(3 * BLOCK, seed=9)

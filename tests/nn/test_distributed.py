@@ -1,4 +1,4 @@
-"""The recipe for DistributedDataParallel in docs/architecture.md, on two processes."""
+"""Test of the recipe for DistributedDataParallel in docs/modules.md, with two processes."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ RANKS, WINDOWS, STEPS, ROWS = 2, 3, 2, 8
 
 
 def rows_of(window: int, step: int) -> tuple[Tensor, Tensor]:
-    """Hidden states and goals of a step, of all ranks: the first rank's lean one way, the second's more the other."""
+    """Return hidden states and targets of a step for all ranks. The second rank's rows prefer another expert."""
     generator = torch.Generator().manual_seed(100 * window + step)
     hidden = 0.3 * torch.randn(RANKS * ROWS, 3, 6, generator=generator)
     hidden[:ROWS] += 0.5
@@ -24,17 +24,17 @@ def rows_of(window: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(rank: int | None) -> tuple[dict[str, Tensor], list[int]]:
-    """Trains and grows over some windows: on the rows of one rank, or as a single process on all of them.
+    """Train and grow over some windows, on the rows of one rank or, as a single process, on all rows.
 
     Returns:
-        The weights after every growth and at the end, with the counters; and the experts that the first level dropped.
+        The weights and counters after every growth and at the end, and the experts that the first level dropped.
     """
     torch.manual_seed(rank or 0)
     own = slice(None) if rank is None else slice(rank * ROWS, (rank + 1) * ROWS)
     model = XSMoE(("text",), dim=6, rank=3, out_dim=4, num_experts=2)
     with torch.no_grad():
         for _, _, bank in model.banks():
-            # Each rank's rows go to an expert of their own.
+            # Each rank's rows are routed to a different expert.
             bank.router.copy_(torch.tensor([0.0, 2.0, -2.0])[:, None].expand(3, 6))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2, eps=1e-4)
     results, dropped = {}, []

@@ -1,4 +1,4 @@
-"""Dropout drops as often as it says, keeps the mean, and is torch's own in what it leaves alone."""
+"""Tests of dropout: its probability, its mean, and equality with torch's module in all other cases."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from xsmoe.nn.dropout import Dropout
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_drops_as_often_as_it_says(dtype: torch.dtype, p: float) -> None:
+def test_drops_with_its_probability(dtype: torch.dtype, p: float) -> None:
     torch.manual_seed(0)
     y = Dropout(p)(torch.ones(401, 1003, dtype=dtype))
     dropped, kept = y.unique().tolist()
@@ -22,7 +22,7 @@ def test_drops_as_often_as_it_says(dtype: torch.dtype, p: float) -> None:
         assert abs(float((some == 0).double().mean()) - p) < 5 * (p * (1 - p) / some.numel()) ** 0.5 + 1e-5
 
 
-def test_is_drawn_anew_from_torchs_generator() -> None:
+def test_draws_from_torchs_generator() -> None:
     dropout, x = Dropout(0.4), torch.randn(50, 7)
     torch.manual_seed(3)
     first, second = dropout(x), dropout(x)

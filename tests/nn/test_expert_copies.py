@@ -1,4 +1,4 @@
-"""Copies and state dicts of an expert bank, and the optimizers that go on with what was loaded."""
+"""Tests of copies and state dicts of an expert bank, and of optimizers that continue after loading."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ def averaged(bank: ExpertBank) -> ExpertBank:
 
 
 def used_bank() -> ExpertBank:
-    """One that holds a pack of its frozen experts."""
+    """Return a bank with cached frozen experts."""
     torch.manual_seed(0)
     bank = ExpertBank(32, 4, 3).eval()
     bank.expand()
@@ -51,8 +51,8 @@ def test_a_copy_notices_changes_of_its_frozen_experts(copied: Callable[[ExpertBa
     x, backbone = torch.randn(5, 32), torch.randn(5, 32)
     twin = copied(bank)
     assert torch.equal(twin(x, backbone), bank(x, backbone))
-    packs = [one.frozen_experts().pack() for one in (twin, bank)]
-    assert (packs[0] is None) == (packs[1] is None), "it is as fast as what it was copied from"
+    prepacked = [one.frozen_experts().pack() for one in (twin, bank)]
+    assert (prepacked[0] is None) == (prepacked[1] is None), "the copy must use prepacked weights too"
     with torch.no_grad():
         twin.frozen_down.mul_(50)
     fresh = FrozenExperts(twin.frozen_down.clone(), twin.frozen_up.clone())
@@ -61,7 +61,7 @@ def test_a_copy_notices_changes_of_its_frozen_experts(copied: Callable[[ExpertBa
     assert not torch.equal(changed, bank(x, backbone))
 
 
-def test_an_average_takes_over_frozen_experts_that_changed() -> None:
+def test_an_average_copies_frozen_experts_that_changed() -> None:
     bank = used_bank()
     x, backbone = torch.randn(5, 32), torch.randn(5, 32)
     average = torch.optim.swa_utils.AveragedModel(bank)
@@ -93,7 +93,7 @@ def test_an_average_takes_over_frozen_experts_that_changed() -> None:
     ],
 )
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_state_dict_that_contradicts_itself_is_refused_and_resizes_nothing(
+def test_an_inconsistent_state_dict_is_refused_and_resizes_nothing(
     change: dict[str, tuple[int, ...]], message: str, strict: bool
 ) -> None:
     source = ExpertBank(6, 3, num_experts=3)
@@ -114,7 +114,7 @@ def test_a_part_that_does_not_fit_the_rest_is_refused() -> None:
 
 
 def grown() -> XSMoE:
-    """Levels of three experts, two of them frozen."""
+    """Return a network whose levels have three experts, two of them frozen."""
     torch.manual_seed(2)
     model = XSMoE(("text",), dim=6, rank=3, out_dim=4)
     model.expand()
@@ -146,7 +146,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("assign", [False, True])
 def test_loading_other_experts_keeps_the_parameters_of_an_optimizer(build: Any, assign: bool) -> None:
     model = XSMoE(("text",), dim=6, rank=3, out_dim=4)
-    # A loss that lives keeps alive what autograd knows of the old shapes.
+    # As long as a loss exists, autograd keeps the old shapes.
     loss = loss_of(model)
     loss.backward()
     optimizer = build(model.parameters())
@@ -197,7 +197,7 @@ def test_state_of_other_experts_is_refused_ahead_of_the_step(build: Any, experts
     assert [name for name, p in model.named_parameters() if not torch.equal(p, before[name])] == []
 
 
-def test_every_load_of_other_experts_has_the_state_looked_at() -> None:
+def test_every_load_of_other_experts_checks_the_optimizer_state() -> None:
     model = XSMoE(("text",), dim=6, rank=3, out_dim=4)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for experts in (2, 3):

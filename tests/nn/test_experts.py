@@ -1,4 +1,6 @@
-"""The expert bank and the ladder: values, growth, counters, state dicts, foreign optimizers."""
+"""Tests of the expert bank and the side network: values, growth, counters, state dicts, torch's optimizers."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,7 +195,7 @@ def test_loading_in_place_reaches_the_frozen_experts(bank: ExpertBank) -> None:
 @pytest.mark.parametrize(
     "build", [torch.optim.Adam, torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)]
 )
-def test_a_foreign_optimizer_goes_on_learning(build) -> None:
+def test_an_optimizer_of_torch_continues_after_growth(build) -> None:
     torch.manual_seed(0)
     model = XSMoE(("text",), dim=6, rank=3, out_dim=4)
     hidden, goal = {"text": torch.randn(32, 3, 6)}, torch.randn(32, 4)
@@ -251,7 +253,7 @@ def test_an_optimizer_that_lacks_the_experts_is_refused_untouched() -> None:
     assert model.sides["text"].num_experts == [2, 2]
 
 
-def test_ladder_climbs_level_by_level() -> None:
+def test_a_side_network_runs_level_by_level() -> None:
     torch.manual_seed(0)
     side = SideMoE(6, 3, num_levels=2, num_experts=[1, 3])
     assert side.num_experts == [1, 3]
@@ -268,32 +270,46 @@ def test_ladder_climbs_level_by_level() -> None:
     assert side(hidden[:0]).shape == (0, 6)
 
 
-def test_from_ladder_takes_the_published_weights() -> None:
-    from bench.published import Ladder
+def test_from_published_loads_the_published_weights() -> None:
+    from bench.paper.model import SideNetwork
 
     torch.manual_seed(0)
-    ladder = Ladder(6, 3, 2, num_experts=3)
-    randomise(ladder)
-    side = SideMoE.from_ladder(ladder.state_dict(), num_frozen=2)
+    published = SideNetwork(6, 3, 2, num_experts=3)
+    randomise(published)
+    side = SideMoE.from_published(published.state_dict(), num_frozen=2)
     assert [bank.num_frozen for bank in side.levels()] == [2, 2]
     hidden = torch.randn(7, 3, 6)
-    torch.testing.assert_close(side(hidden), ladder(hidden))
+    torch.testing.assert_close(side(hidden), published(hidden))
 
 
-def test_from_ladder_names_what_does_not_fit() -> None:
-    from bench.published import Ladder
+def test_from_ladder_is_a_deprecated_alias() -> None:
+    state = {
+        "routers.0.linear.weight": torch.randn(2, 6),
+        "moes.0.experts.0.fc_down.weight": torch.randn(3, 6),
+        "moes.0.experts.0.fc_up.weight": torch.randn(6, 3),
+    }
+    hidden = torch.randn(4, 2, 6)
+    with pytest.warns(DeprecationWarning, match=r"from_ladder is deprecated; call SideMoE\.from_published") as seen:
+        side = SideMoE.from_ladder(state, num_frozen=1)
+    assert [Path(warning.filename) for warning in seen] == [Path(__file__)]
+    assert [bank.num_frozen for bank in side.levels()] == [1]
+    assert torch.equal(side(hidden), SideMoE.from_published(state, num_frozen=1)(hidden))
 
-    state = Ladder(6, 3, 1).state_dict()
+
+def test_from_published_names_keys_that_do_not_fit() -> None:
+    from bench.paper.model import SideNetwork
+
+    state = SideNetwork(6, 3, 1).state_dict()
     with pytest.raises(ValueError, match=r"lacks 'routers\.0\.linear\.weight'; it has no keys"):
-        SideMoE.from_ladder({})
-    with pytest.raises(ValueError, match=r"no ladder has: extra"):
-        SideMoE.from_ladder(state | {"extra": torch.zeros(1)})
+        SideMoE.from_published({})
+    with pytest.raises(ValueError, match=r"that the published module lacks: extra"):
+        SideMoE.from_published(state | {"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"fc_up\.weight must have shape \(6, 3\), not \(3, 6\)"):
-        SideMoE.from_ladder(state | {"moes.0.experts.0.fc_up.weight": torch.zeros(3, 6)})
+        SideMoE.from_published(state | {"moes.0.experts.0.fc_up.weight": torch.zeros(3, 6)})
     with pytest.raises(ValueError, match="num_frozen = 2"):
-        SideMoE.from_ladder(state, num_frozen=2)
+        SideMoE.from_published(state, num_frozen=2)
     with pytest.raises(ValueError, match=r"expected \(E \+ 1, 6\) with E at least 1"):
-        SideMoE.from_ladder(state | {"routers.0.linear.weight": torch.zeros(1, 6)})
+        SideMoE.from_published(state | {"routers.0.linear.weight": torch.zeros(1, 6)})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Growth that leaves the function unchanged: split experts, merged experts, and the gates' offset between both."""
+"""Tests of growth that does not change the function: split experts, merged experts, and the gates' offset."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ DIM, RANK = 6, 3
 
 
 def with_offset(bank: ExpertBank, x: torch.Tensor, backbone: torch.Tensor) -> torch.Tensor:
-    """The mixture by its definition."""
+    """Compute the mixture by its definition."""
     assert bank.gate_offset is not None
     down, up = torch.cat([bank.frozen_down, bank.down]), torch.cat([bank.frozen_up, bank.up])
     x = x.expand_as(backbone)
@@ -28,7 +28,7 @@ def rows(count: int = 50, constant: bool = False) -> tuple[torch.Tensor, torch.T
 
 
 def used(bank: ExpertBank, *shares: float) -> None:
-    """Counts as if the experts had been used in these proportions."""
+    """Set the counters as if the experts had been used in these proportions."""
     bank.utilization.norm[1:] = torch.tensor(shares)
     bank.utilization.gate[1:] = torch.tensor(shares)
 
@@ -76,7 +76,7 @@ def test_a_split_shares_the_gate_mass(bank: ExpertBank) -> None:
     after = bank.utilization.gate
     torch.testing.assert_close(after[most + 1], before[most + 1] / 2)
     torch.testing.assert_close(after[-1], before[most + 1] / 2)
-    # The column that carries the offset hardly adds to the counted norms.
+    # The column that encodes the offset hardly changes the counted norms.
     norms = bank.utilization.norm.clone()
     bank.utilization.reset()
     bank.top_k = bank.num_experts
@@ -85,7 +85,7 @@ def test_a_split_shares_the_gate_mass(bank: ExpertBank) -> None:
 
 
 @pytest.mark.parametrize("rule", ["drop", "merge"])
-def test_a_split_after_a_prune_takes_the_most_used_expert(bank: ExpertBank, rule: PruneRule) -> None:
+def test_a_split_after_a_prune_copies_the_most_used_expert(bank: ExpertBank, rule: PruneRule) -> None:
     used(bank, 0.1, 2.0, 9.0)
     dropped = bank.prune(0.1, rule=rule)
     assert dropped is not None
@@ -127,7 +127,7 @@ def test_a_merge_undoes_a_split(bank: ExpertBank, expert: int) -> None:
     before = bank(x, backbone)
     used(bank, *(9.0 if one == expert else 1.0 for one in range(3)))
     bank.expand(new_gate="copy")
-    # The frozen original, then the trainable copy, is the one that leaves.
+    # First the frozen original is dropped, then the trainable copy.
     for least, other in ((expert, 3), (3, expert)):
         twin = ExpertBank(DIM, RANK)
         twin.load_state_dict(bank.state_dict())
@@ -139,7 +139,7 @@ def test_a_merge_undoes_a_split(bank: ExpertBank, expert: int) -> None:
         torch.testing.assert_close(twin(x, backbone), before, rtol=0, atol=1e-6)
 
 
-def test_a_merge_takes_the_weighted_mean_of_weights_and_gate_rows(bank: ExpertBank) -> None:
+def test_a_merge_computes_the_weighted_mean_of_weights_and_gate_rows(bank: ExpertBank) -> None:
     with torch.no_grad():
         bank.down[0] = bank.frozen_down[1] + 1e-3
         bank.up[0] = bank.frozen_up[1] - 1e-3
@@ -169,7 +169,7 @@ def test_a_merge_of_two_unused_experts_is_their_mean(bank: ExpertBank) -> None:
     torch.testing.assert_close(bank.frozen_down[0], mean)
 
 
-def test_a_frozen_expert_that_changes_in_place_is_read_anew(bank: ExpertBank) -> None:
+def test_a_frozen_expert_that_changes_in_place_is_read_again(bank: ExpertBank) -> None:
     bank.expand(new_gate="copy")
     x, backbone = rows()
     bank(x, backbone)
@@ -215,7 +215,9 @@ def test_a_grown_model_is_saved_and_loaded(tmp_path) -> None:
     "build", [torch.optim.Adam, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)], ids=["adam", "sgd"]
 )
 @pytest.mark.parametrize("rule", ["drop", "merge"])
-def test_an_optimizer_goes_on_through_splits_and_merges(build: Callable[..., torch.optim.Optimizer], rule: str) -> None:
+def test_an_optimizer_continues_through_splits_and_merges(
+    build: Callable[..., torch.optim.Optimizer], rule: str
+) -> None:
     torch.manual_seed(0)
     side = SideMoE(DIM, RANK, num_levels=2, num_experts=2)
     hidden, goal = torch.randn(32, 3, DIM), torch.randn(32, DIM)
@@ -256,16 +258,16 @@ def test_several_modalities_of_which_one_has_an_offset_run_together() -> None:
     model = XSMoE(("image", "text"), dim={"image": DIM, "text": 5}, rank=RANK, out_dim=4)
     hidden = {"image": torch.randn(20, 3, DIM), "text": torch.randn(20, 3, 5)}
     before = model(hidden)
-    model.ladders()["text"].levels()[1].expand(new_gate="copy")
+    model.side_networks()["text"].levels()[1].expand(new_gate="copy")
     torch.testing.assert_close(model(hidden), before, rtol=0, atol=1e-6)
 
 
-def test_what_a_bank_refuses(bank: ExpertBank) -> None:
+def test_unknown_rules_are_refused(bank: ExpertBank) -> None:
     used(bank, 1.0, 2.0, 3.0)
     with pytest.raises(ValueError, match="rule must be one of drop, merge, not 'keep'"):
         bank.prune(0.9, rule="keep")  # type: ignore[arg-type]
     sparse = ExpertBank(DIM, RANK, num_experts=2, top_k=1)
-    with pytest.raises(ValueError, match="new_gate must be 'random' or 'mean' where top_k is set, not 'copy'"):
+    with pytest.raises(ValueError, match="new_gate must be 'random' or 'mean' if top_k is set, not 'copy'"):
         sparse.expand(new_gate="copy")
 
 

@@ -1,4 +1,4 @@
-"""The item encoder: modalities, widths, growth, saving."""
+"""Tests of the item encoder: modalities, widths, growth, saving."""
 
 import json
 
@@ -107,7 +107,7 @@ def test_a_missing_or_extra_modality_is_named() -> None:
         model({**hidden, "text": hidden["text"][:, :2]})
 
 
-def test_one_item_of_a_modality_stands_for_no_others() -> None:
+def test_one_item_of_a_modality_is_not_shared_by_all() -> None:
     model = XSMoE(("image", "text"), dim=6, rank=2, out_dim=3)
     hidden = hidden_of(model, 3)
     message = r"text holds 1 item, but another modality holds 3; .* \(1, D\) in a sequence of levels"
@@ -143,7 +143,7 @@ def test_saved_and_loaded_with_its_experts(tmp_path) -> None:
     torch.testing.assert_close(loaded.items(hidden_of(model)), recommender.eval().items(hidden_of(model)))
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path) -> None:
+def test_folders_that_cannot_be_loaded_are_named(tmp_path) -> None:
     SideMoE(4, 2, 1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no config\.json; expected a folder that XSMoE\.save_pretrained wrote"):
         XSMoE.from_pretrained(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""The ID table: what it adds, its sparse gradient, growth, and state dicts of other sizes."""
+"""Tests of the ID table: its output, its sparse gradient, growth, and state dicts of other sizes."""
 
 import copy
 import statistics
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bench.peak import allocations
+from bench.core.memory import allocations
 from xsmoe import LazyAdam
 from xsmoe.nn import Batch, ItemIds, Recommender, UserEncoder, XSMoE
 
@@ -121,7 +121,7 @@ def test_wrong_ids_are_named(ids: Tensor, error: type[Exception], message: str) 
         model()(states(), ids=ids)
 
 
-def test_a_model_without_ids_takes_none() -> None:
+def test_a_model_without_ids_refuses_ids() -> None:
     items = XSMoE(("text",), dim=6, rank=2, out_dim=4)
     with pytest.raises(ValueError, match="ids must be None, since this model has no IDs; build it with ids=True"):
         items(states(), ids=IDS)
@@ -163,7 +163,7 @@ def test_growth_carries_the_optimizers_state() -> None:
             assert torch.equal(mine[place][name], value), (place, name)
 
 
-def test_growth_goes_on_with_sparse_adam_for_the_table() -> None:
+def test_growth_supports_sparse_adam_for_the_table() -> None:
     items = model()
     others = [parameter for name, parameter in items.named_parameters() if name != "ids.weight"]
     optimizers = [torch.optim.Adam(others), torch.optim.SparseAdam([table(items)])]
@@ -175,7 +175,7 @@ def test_growth_goes_on_with_sparse_adam_for_the_table() -> None:
     assert optimizers[1].state[table(items)]["exp_avg"].shape == (12, 4)
 
 
-def test_experts_grow_and_shrink_beside_a_lazy_optimizer() -> None:
+def test_experts_grow_and_shrink_with_a_lazy_optimizer() -> None:
     items = model()
     optimizer = LazyAdam(items.parameters())
     step(items, optimizer, IDS)
@@ -190,7 +190,7 @@ def test_experts_grow_and_shrink_beside_a_lazy_optimizer() -> None:
 
 def test_growth_that_would_lose_something_is_refused() -> None:
     items = model()
-    with pytest.raises(ValueError, match="num_items must be at least 7, the rows that there are, not 6"):
+    with pytest.raises(ValueError, match="num_items must be at least 7, the current row count, not 6"):
         items.grow_ids(6)
     with pytest.raises(ValueError, match=r"optimizer does not hold ids\.weight"):
         items.grow_ids(8, LazyAdam(items.sides.parameters()))
@@ -265,15 +265,15 @@ def test_exports_with_ids() -> None:
     torch.testing.assert_close(exported(states(31), ids=ids), items(states(31), ids=ids))
 
 
-def test_adam_of_torch_says_that_it_cannot() -> None:
+def test_adam_of_torch_refuses_the_sparse_gradient() -> None:
     items = model()
     with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
         step(items, torch.optim.Adam(items.parameters()), IDS)
 
 
 @pytest.mark.slow
-def test_what_a_million_items_cost() -> None:
-    """A step of the table alone: 2,640 ids, a quarter of them left out. `pytest -s` shows the times."""
+def test_time_of_a_step_with_a_million_items() -> None:
+    """Measure a step of the table alone: 2,640 ids, a quarter of them left out. `pytest -s` prints the times."""
     rows, width = 1_000_000, 128
     ids = torch.randperm(rows)[:2640].sort().values
     ids[torch.rand(2640) < 0.25] = -1

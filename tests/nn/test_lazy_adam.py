@@ -1,4 +1,4 @@
-"""Lazy Adam against a dense Adam per row that has a step count of its own."""
+"""Tests of lazy Adam against one dense Adam per row, each with its own step count."""
 
 import copy
 from typing import Any
@@ -17,14 +17,14 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 @pytest.fixture(params=["host", "in place"], autouse=True)
 def duplicates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What sums entries of one row: on a CPU, and the way of all other devices."""
+    """Select how entries of one row are summed: on the CPU, or as on all other devices."""
     if request.param == "in place":
         monkeypatch.setattr(lazy_adam, "_summed", lazy_adam._summed_in_place)
     return str(request.param)
 
 
 class Reference:
-    """An Adam for every row, in float64, which steps where the row's gradient is not zero."""
+    """One Adam per row, in float64, which steps if the row's gradient is not zero."""
 
     def __init__(self, table: Tensor, betas: tuple[float, float] = BETAS) -> None:
         self.table = table.detach().double().clone()
@@ -45,7 +45,7 @@ class Reference:
 
 
 def draw(generator: torch.Generator, entries: int = 9) -> Tensor:
-    """A sparse gradient with duplicates, and entries of zeros at row 0 as padding has them."""
+    """Draw a sparse gradient with duplicates, and with zeros at row 0 like those of padding."""
     rows = torch.randint(ROWS, (entries,), generator=generator)
     values = torch.randn(entries, WIDTH, generator=generator) * 10.0 ** torch.randint(-3, 2, (entries, 1))
     rows[-3:], values[-3:] = 0, 0
@@ -59,7 +59,7 @@ def parameters() -> tuple[nn.Parameter, nn.Parameter]:
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["rate a float", "rate a tensor"])
 @pytest.mark.parametrize("betas", [BETAS, (0.0, 0.9)])
-def test_each_row_has_an_adam_of_its_own(on_device: bool, betas: tuple[float, float]) -> None:
+def test_each_row_has_its_own_adam(on_device: bool, betas: tuple[float, float]) -> None:
     table, dense = parameters()
     expected, usual = Reference(table, betas), copy.deepcopy(dense)
     optimizer = LazyAdam([table, dense], lr=torch.tensor(0.1) if on_device else 0.1, betas=betas)
@@ -79,7 +79,7 @@ def test_each_row_has_an_adam_of_its_own(on_device: bool, betas: tuple[float, fl
         other.step()
         expected.step(gradient.to_dense(), rate)
     assert optimizer.state[table]["step"].tolist() == expected.steps
-    # Beside a row's largest entry, since a step of one rate may undo another's.
+    # Relative to a row's largest entry, because steps of different rates may cancel.
     scale = expected.table.abs().amax(1, keepdim=True).clamp(min=0.1)
     assert ((table.detach().double() - expected.table) / scale).abs().max() <= 1e-6
     for name, moment in (("exp_avg", expected.first), ("exp_avg_sq", expected.second)):
@@ -137,7 +137,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     for _ in range(5):
         table.grad = draw(generator).to(dtype)
         optimizer.step()
-        # Entries of one row are summed before they are rounded.
+        # Entries of one row are summed before rounding.
         expected.step(table.grad.double().to_dense(), 0.1)
     assert {value.dtype for name, value in optimizer.state[table].items() if name != "step"} == {dtype}
     tolerance = 1e-6 if dtype == torch.float64 else 0.05
@@ -193,7 +193,7 @@ def test_a_scaler_unscales_all_gradients_or_skips_all_parameters(bad: str | None
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_its_state_goes_on_in_another_one() -> None:
+def test_its_state_loads_into_another_optimizer() -> None:
     table, dense = parameters()
     optimizer = LazyAdam([table, dense], lr=0.1)
     generator = torch.Generator().manual_seed(4)
@@ -255,7 +255,7 @@ def test_gradients_that_change_their_layout_are_refused() -> None:
 def test_an_eps_of_zero_is_refused() -> None:
     table, _ = parameters()
     table.grad = draw(torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"eps must be above 0 for a parameter of sparse gradients, not 0\.0"):
+    with pytest.raises(ValueError, match=r"eps must be above 0 for a parameter with sparse gradients, not 0\.0"):
         LazyAdam([table], eps=0.0).step()
 
 
@@ -267,7 +267,7 @@ def test_two_sparse_dimensions_are_refused() -> None:
 
 
 class NothingDependsOnValues(TorchDispatchMode):
-    """Fails at operations that read values on the host, or whose results have as many elements as values say."""
+    """A dispatch mode that fails if an operation reads values on the host, or if its result's shape depends on them."""
 
     forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 

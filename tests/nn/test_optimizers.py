@@ -1,4 +1,4 @@
-"""Optimizers that go on through growth, and those that cannot."""
+"""Tests of optimizers that support growth, and of those that do not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ LR = 1e-3
     ],
     ids=["Adam", "AMSGrad", "AdamW", "NAdam", "RAdam"],
 )
-def test_a_new_gate_takes_steps_of_the_size_of_the_old_ones(build: Callable[..., torch.optim.Optimizer]) -> None:
+def test_steps_of_a_new_gate_row_are_as_large_as_those_of_old_rows(build: Callable[..., torch.optim.Optimizer]) -> None:
     bank = ExpertBank(8, 2)
     optimizer = build(bank.parameters())
 
@@ -72,7 +72,7 @@ def schedule() -> Any:
     ],
     ids=["str", "scheduler", "type", "dict", "list"],
 )
-def test_what_is_no_optimizer_is_named(optimizer: Any, message: str) -> None:
+def test_arguments_that_are_no_optimizer_are_named(optimizer: Any, message: str) -> None:
     model = XSMoE(("text",), dim=6, rank=3, out_dim=4)
     bank = model.sides["text"].levels()[0]
     for grow in (model.expand, bank.expand, lambda given: model.prune(0.1, given)):

@@ -1,4 +1,4 @@
-"""The batch and the recommender's loss."""
+"""Tests of the batch and of the recommender's loss."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_batch_holds_distinct_items_and_their_followers() -> None:
     np.testing.assert_allclose(batch.logq.numpy(), log_share[[3, 5, 7, 9]], rtol=1e-6)
 
 
-def test_batch_of_nobody_and_of_too_short_a_sequence() -> None:
+def test_batch_without_sequences_and_with_too_short_a_sequence() -> None:
     empty = Batch.from_sequences(ITEMS[:0], OFFSETS[:1], np.zeros(10))
     assert (len(empty.items), len(empty.inputs), empty.rejected.shape) == (0, 0, (0, 0))
     with pytest.raises(ValueError, match="offsets must give every sequence at least 2 items, but one has 1"):
@@ -49,7 +49,7 @@ def test_loss_learns_and_counts_occurrences() -> None:
     assert bank.utilization.gate.sum().item() == pytest.approx(30 * len(ITEMS))
 
 
-def test_queries_are_those_behind_the_last_items() -> None:
+def test_queries_are_those_after_the_last_items() -> None:
     torch.manual_seed(0)
     model = Recommender(XSMoE(("text",), dim=6, rank=2, out_dim=8), UserEncoder(8, inner_dim=16)).eval()
     rows, offsets = torch.randn(5, 8), torch.tensor([0, 3, 5])

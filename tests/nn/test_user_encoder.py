@@ -1,21 +1,21 @@
-"""The user encoder: packed sequences give what padded ones give in the published formulation."""
+"""Tests of the user encoder: packed sequences return the same as padded ones in the published formulation."""
 
 import numpy as np
 import pytest
 import torch
 
-from bench.published import UserEncoder as PaddedUserEncoder
-from bench.published_names import our_name
+from bench.paper.model import UserEncoder as PaddedUserEncoder
+from bench.paper.parameter_names import user_encoder_name
 from xsmoe.nn import UserEncoder
 
 
 @pytest.mark.parametrize("lengths", [[10, 1, 4, 7], [10] * 6, [1, 2], [3]], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_packed_equals_padded(lengths: list[int], training: bool) -> None:
-    """In results and in gradients, of the embeddings and of every parameter."""
+    """The results and the gradients of the embeddings and of every parameter are equal."""
     torch.manual_seed(0)
     padded, packed = PaddedUserEncoder(dim=16, inner=32, dropout=0.0), UserEncoder(16, inner_dim=32, dropout=0.0)
-    packed.load_state_dict({our_name(key): value for key, value in padded.state_dict().items()})
+    packed.load_state_dict({user_encoder_name(key): value for key, value in padded.state_dict().items()})
     padded.train(training), packed.train(training)
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
     rows = torch.randn(sum(lengths), 16, requires_grad=True)
@@ -27,7 +27,7 @@ def test_packed_equals_padded(lengths: list[int], training: bool) -> None:
     expected = padded(x, mask)[users, places]
     ours = packed(rows, offsets, lengths=lengths)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    names = [our_name(name) for name, _ in padded.named_parameters()]
+    names = [user_encoder_name(name) for name, _ in padded.named_parameters()]
     wanted = torch.autograd.grad(expected, [rows, *padded.parameters()], upstream)
     found = torch.autograd.grad(ours, [rows, *(packed.get_parameter(name) for name in names)], upstream)
     for name, mine, theirs in zip(("rows", *names), found, wanted, strict=True):
@@ -47,7 +47,7 @@ def test_one_product_and_three_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_what_somebody_put_on_a_projection_is_called(autocast: bool) -> None:
+def test_hooks_and_replacements_of_a_projection_are_called(autocast: bool) -> None:
     block, called = UserEncoder(16, inner_dim=32).blocks[0], []
     block.key.register_forward_hook(lambda *_: called.append("key"))
 

@@ -1,4 +1,4 @@
-"""Nothing grows from epoch to epoch, nor from window to window but the experts."""
+"""Memory does not grow from epoch to epoch, and from window to window only by new experts."""
 
 import gc
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ WINDOWS, EPOCHS = 4, 4
 
 
 def living() -> tuple[int, int]:
-    """Tensors that Python holds, and the bytes of their storages."""
+    """Return the number of live tensors, and the bytes of their storages."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
     storages = {found.untyped_storage().data_ptr(): found.untyped_storage().nbytes() for found in tensors}
@@ -24,7 +24,7 @@ def living() -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def nothing_but_this_test() -> Iterator[None]:
-    """Hides all there is already, which takes long to look through."""
+    """Exclude all existing objects from garbage collection, because scanning them is slow."""
     gc.collect()
     gc.freeze()
     yield
@@ -32,7 +32,7 @@ def nothing_but_this_test() -> Iterator[None]:
 
 
 def counted(listener: Any = None, **options: Any) -> dict[tuple[str, int, int], tuple[int, int]]:
-    """What lives after each epoch and each window, by the event, the window and the epoch."""
+    """Count live tensors after each epoch and each window, by event, window and epoch."""
     found: dict[tuple[str, int, int], tuple[int, int]] = {}
 
     def listen(event: str, fields: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def counted(listener: Any = None, **options: Any) -> dict[tuple[str, int, int], 
 
 
 def growth(found: dict[tuple[str, int, int], tuple[int, int]]) -> list[str]:
-    """Where more lives than at the same point one step before, from the second epoch and the second window on."""
+    """Return the points with more live tensors than one step earlier, from the second epoch and window on."""
     grown = []
     for (event, window, number), value in found.items():
         before = found.get((event, window, number - 1) if event == "epoch" else (event, window - 1, number))
@@ -60,7 +60,7 @@ def growth(found: dict[tuple[str, int, int], tuple[int, int]]) -> list[str]:
 
 @pytest.fixture
 def leaking(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """A step that keeps its loss, and what hangs on it, in this list."""
+    """Return a step that keeps its loss, with its autograd graph, in a list."""
     kept: list[torch.Tensor] = []
     real = epoch.train_step
 
@@ -76,7 +76,7 @@ def test_without_expansion_neither_tensors_nor_bytes_grow() -> None:
     found = counted(expand=False, prune=False)
     assert len(found) == WINDOWS * (EPOCHS + 1)
     assert growth(found) == []
-    # Every window ends with what the one before it ended with.
+    # Every window ends with the same count.
     assert len({value for (event, window, _), value in found.items() if event == "window" and window >= 1}) == 1
 
 
@@ -86,18 +86,18 @@ def test_with_expansion_only_experts_grow() -> None:
     assert growth(epochs) == []
     ends = [value for (event, window, _), value in found.items() if event == "window" and window >= 1]
     assert len({count for count, _ in ends}) == 1
-    # A bank of E experts is E + 1 gate rows and 2 E matrices of rank 2: so much a window, and the packs of frozen ones.
+    # A new expert adds a gate row, 2 matrices of rank 2, and prepacked weights of frozen experts in each window.
     experts = sum(2 * 4 * (dim + 2 * 2 * dim) for dim in tiny.DIMS.values())
     steps = [after[1] - before[1] for before, after in pairwise(ends)]
     assert all(0 < step <= 8 * experts for step in steps), (steps, experts)
 
 
-def test_a_leak_from_step_to_step_is_seen(leaking: list[torch.Tensor]) -> None:
+def test_leak_between_steps_is_detected(leaking: list[torch.Tensor]) -> None:
     assert growth(counted(expand=False, prune=False))
     assert leaking
 
 
-def test_a_leak_from_window_to_window_is_seen() -> None:
+def test_leak_between_windows_is_detected() -> None:
     kept = []
 
     def listener(event: str, fields: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ def test_a_leak_from_window_to_window_is_seen() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_allocator_holds_no_more_from_epoch_to_epoch() -> None:
+def test_on_a_gpu_allocated_memory_does_not_grow_between_epochs() -> None:
     held: dict[int, list[int]] = {}
 
     def listen(event: str, fields: dict[str, Any]) -> None:

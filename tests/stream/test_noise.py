@@ -1,4 +1,4 @@
-"""Logs in which nothing can be learned: whatever their arrangement, the model must not come out above the baselines."""
+"""Verdicts on logs without signal: whatever their order, the model must not be above the baselines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,18 +20,18 @@ Log = tuple[np.ndarray, np.ndarray]
 
 
 def uniform(rng: np.random.Generator) -> Log:
-    """Users and items drawn uniformly."""
+    """Draw users and items uniformly."""
     return rng.integers(0, USERS, ROWS), rng.integers(0, ITEMS, ROWS)
 
 
 def doubled(rng: np.random.Generator) -> Log:
-    """The same with every row written twice, so that the item before a target often is the target."""
+    """Write every row twice, so that the item before a target often is the target."""
     users, items = uniform(rng)
     return np.repeat(users[::2], 2), np.repeat(items[::2], 2)
 
 
 def cycles(rng: np.random.Generator) -> Log:
-    """Each user takes five items of its own again and again, in one order, and now and then another."""
+    """Each user repeats five own items in one order, and sometimes uses another item."""
     users, items = uniform(rng)
     own = rng.integers(0, ITEMS, (USERS, 5))
     turn = np.zeros(USERS, np.int64)
@@ -43,7 +43,7 @@ def cycles(rng: np.random.Generator) -> Log:
 
 
 def fashions(rng: np.random.Generator) -> Log:
-    """Ten items that everybody takes, others in every window, and random users."""
+    """Ten items are popular in each window, others in the next one. Users are random."""
     users, items = uniform(rng)
     size = ROWS // WINDOWS
     for window in range(WINDOWS):
@@ -54,7 +54,7 @@ def fashions(rng: np.random.Generator) -> Log:
 
 
 def sessions(rng: np.random.Generator) -> Log:
-    """Users come one after another, each with six interactions in a row."""
+    """Each user has six consecutive interactions."""
     users, items = uniform(rng)
     return np.repeat(users[::6], 6), items
 
@@ -63,13 +63,13 @@ GROUPS, OF_EACH = 6, 50
 
 
 def tastes(rng: np.random.Generator) -> Log:
-    """No noise: every user takes items of one group, which their contents show, and all are equally popular."""
+    """A log with signal: every user prefers one group of items, which is visible in their contents."""
     users, _ = uniform(rng)
     return users, users % GROUPS + GROUPS * rng.integers(0, OF_EACH, ROWS)
 
 
 def days_sorted_by_item(rng: np.random.Generator) -> list[Window]:
-    """Uniform, with days as times, in a file that is sorted by item; cut as `train` does by default."""
+    """Uniform, with days as times, in a file sorted by item, with the default settings of `train`."""
     users, items = (ids.astype(np.int64) for ids in uniform(rng))
     order = np.argsort(items, kind="stable")
     users, items, days = users[order], items[order], rng.integers(0, 3 * WINDOWS, ROWS)[order] * 86_400
@@ -105,20 +105,20 @@ def judged(
 
 
 @pytest.mark.parametrize("arrange", [uniform, doubled, cycles, fashions, sessions, days_sorted_by_item])
-def test_noise_is_not_above(arrange: Callable[[np.random.Generator], Log | list[Window]]) -> None:
-    """Chance alone exceeds two standard errors in a few logs of a hundred, and hardly in two of three."""
+def test_noise_is_not_above_baselines(arrange: Callable[[np.random.Generator], Log | list[Window]]) -> None:
+    """By chance a few of a hundred logs exceed two standard errors, but hardly ever two of three."""
     found = [judged(arrange, seed) for seed in range(3)]
     verdicts = [verdict for verdict, _ in found]
     assert sum(verdict.verdict == "not_above" for verdict in verdicts) >= 2, [str(verdict) for verdict in verdicts]
     assert all(verdict.targets > 100 and verdict.users > 20 for verdict in verdicts)
     if arrange is doubled:
-        # What fools an evaluation that looks at all targets: half of them repeat the input before them.
+        # Half of all targets repeat the input before them. An evaluation on all targets would be misleading.
         groups = [line["groups"]["seen"] for _, tests in found for line in tests]
         assert all(group["repeats"]["own_inputs"]["HR@10"] > group["new"]["own_inputs"]["HR@10"] for group in groups)
         assert all(group["repeats"]["model"]["targets"] > group["new"]["model"]["targets"] for group in groups)
 
 
-def test_what_can_be_learned_is_above() -> None:
+def test_signal_is_above_baselines() -> None:
     generator = torch.Generator().manual_seed(0)
     groups, own = (torch.randn(count, 3, 8, generator=generator) for count in (GROUPS, GROUPS * OF_EACH))
     verdict, _ = judged(tastes, 0, epochs=6, contents=2 * groups.repeat(OF_EACH, 1, 1) + own)

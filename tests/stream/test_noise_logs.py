@@ -1,4 +1,4 @@
-"""Logs in which nothing can be learned: what their files look like must not enter the windows."""
+"""Logs without signal: the order of the file must not influence the windows."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> HiddenStateStore:
 
 
 def noise(seed: int = 0, count: int = 4000) -> list[Row]:
-    """Distinct interactions, drawn uniformly; times are days."""
+    """Draw distinct interactions uniformly. Times are days."""
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(bound, size=count).tolist() for bound in (NUM_USERS, NUM_ITEMS, DAYS))
     rows = {(f"u{user}", f"i{item:02}", day * 86_400): None for user, item, day in zip(*drawn, strict=True)}
@@ -40,7 +40,7 @@ def entered(stream: Stream, store: HiddenStateStore) -> list[list[Row]]:
     ]
 
 
-def test_every_row_twice_enters_once(store: HiddenStateStore) -> None:
+def test_duplicate_rows_are_dropped(store: HiddenStateStore) -> None:
     rows = noise()
     twice = [row for row in rows for _ in range(2)]
     once, doubled = Stream.build(as_log(rows), store, 4), Stream.build(as_log(twice), store, 4)
@@ -56,7 +56,7 @@ def test_every_row_twice_enters_once(store: HiddenStateStore) -> None:
 
 
 def rank_correlation(windows: list[list[Row]]) -> float:
-    """How the order within a user's day goes with the order of items, over all days of all users."""
+    """Return the rank correlation of time and item within a user's day, over all days of all users."""
     days: dict[tuple[str, int], list[str]] = {}
     for window in windows:
         for user, item, day in window:
@@ -69,18 +69,18 @@ def rank_correlation(windows: list[list[Row]]) -> float:
     return float(np.corrcoef(np.array(pairs).T)[0, 1])
 
 
-def test_a_file_sorted_by_item_does_not_order_a_day(store: HiddenStateStore) -> None:
-    """A copy of the file's order let a model find 14.9 % where popularity finds 3.0 %."""
+def test_file_sorted_by_item_does_not_determine_order_within_a_day(store: HiddenStateStore) -> None:
+    """With the file's order a model found 14.9 % of the targets, and popularity 3.0 %."""
     rows = sorted(noise(), key=lambda row: row[1])
     assert rank_correlation(entered(Stream.build(as_log(rows), store, 4, ties="file"), store)) > 0.9
-    # Some 3,800 places: the standard error is about 0.016.
+    # With some 3,800 positions the standard error is about 0.016.
     assert abs(rank_correlation(entered(Stream.build(as_log(rows), store, 4), store))) < 0.07
     later = Stream.next_window(as_log(rows), store, 4, np.empty(0, object))
     assert abs(rank_correlation(entered(later, store))) < 0.07
 
 
 def test_a_stream_does_not_depend_on_the_order_of_the_file(store: HiddenStateStore) -> None:
-    """Neither windows nor the numbers of users, which decide the order of batches."""
+    """Neither the windows nor the user numbers, which determine the order of batches."""
     rows = noise()
     rng = np.random.default_rng(1)
     streams = [Stream.build(as_log(rows), store, 4)]
@@ -101,7 +101,7 @@ def test_a_stream_does_not_depend_on_the_order_of_the_file(store: HiddenStateSto
 
 
 def test_the_order_does_not_depend_on_numbers(tmp_path, store: HiddenStateStore) -> None:
-    """The same log over a store with items in another order, and after users that are known already."""
+    """The store has the items in another order, and there are known users."""
     other = HiddenStateStore.create(
         tmp_path / "store", {"text": ModalitySpec(dim=2, levels=(0, 1), dtype=torch.float32)}
     )
@@ -113,7 +113,7 @@ def test_the_order_does_not_depend_on_numbers(tmp_path, store: HiddenStateStore)
     assert entered(first, store) == entered(second, store)
 
 
-def test_the_published_protocol_uses_the_log_as_it_is(store: HiddenStateStore) -> None:
+def test_published_protocol_uses_the_log_unchanged(store: HiddenStateStore) -> None:
     rows = [row for row in noise(count=300) for _ in range(2)]
     log = as_log(rows)
     stream = Stream.build(log, store, 2, protocol="paper")
@@ -127,7 +127,7 @@ def test_the_published_protocol_uses_the_log_as_it_is(store: HiddenStateStore) -
     assert times == sorted(times)
 
 
-def test_the_files_order_is_kept_where_it_is_asked_for(store: HiddenStateStore) -> None:
+def test_file_order_is_kept_on_request(store: HiddenStateStore) -> None:
     log = as_log(noise(count=300))
     stream = Stream.build(log, store, 2, ties="file")
     expected = list(zip(log.users, log.items, log.timestamps.tolist(), strict=True))

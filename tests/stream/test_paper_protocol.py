@@ -1,4 +1,4 @@
-"""A whole stream under protocol="paper" beside the naive published formulation, compared at every step."""
+"""A whole stream under protocol="paper", compared with the paper's formulation at every step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import published
-from bench.published_names import our_name
-from bench.published_protocol import Interaction, published_split, published_windows
+from bench.paper import model as paper
+from bench.paper.parameter_names import user_encoder_name
+from bench.paper.protocol import Interaction, cut_windows, split_window
 from tests.stream import tiny
 from xsmoe.data import make_windows
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
@@ -21,50 +21,50 @@ K_CORE, THRESHOLD = 3, 0.45
 
 
 def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to 1e-5 relative, as norms."""
+    """Assert that the norm of the difference is below 1e-5 of the norm."""
     assert mine.shape == theirs.shape
     assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 class Twin:
-    """The published model, which takes over our weights before every comparison and keeps counters of its own."""
+    """The paper's model with counters of its own. It copies our weights before every comparison."""
 
     def __init__(self, model: Recommender, table: dict[str, torch.Tensor], log: list[Interaction]) -> None:
         self.model, self.table = model, table
-        self.windows = published_windows(log, 3)
-        self.items = published.ItemEncoder(tiny.DIMS, 2, 2, 8)
-        self.users = published.UserEncoder(8, blocks=1, inner=16, dropout=0.0)
+        self.windows = cut_windows(log, 3)
+        self.items = paper.ItemEncoder(tiny.DIMS, 2, 2, 8)
+        self.users = paper.UserEncoder(8, blocks=1, inner=16, dropout=0.0)
         self.popularity = torch.empty(0)
         self.compared = {"steps": 0, "pruned": 0, "expanded": 0, "evaluations": 0}
 
-    def take_weights(self) -> None:
+    def copy_weights(self) -> None:
         self.items.projection.load_state_dict(self.model.items.projection.state_dict())
         ours = self.model.users.state_dict()
-        self.users.load_state_dict({name: ours[our_name(name)] for name in self.users.state_dict()})
+        self.users.load_state_dict({name: ours[user_encoder_name(name)] for name in self.users.state_dict()})
         for modality, level, bank in self.model.items.banks():
-            ladder = self.items.ladders[modality]
-            ladder.routers[level].linear.weight.data.copy_(bank.router)
+            side = self.items.sides[modality]
+            side.routers[level].linear.weight.data.copy_(bank.router)
             down, up = torch.cat([bank.frozen_down, bank.down]), torch.cat([bank.frozen_up, bank.up])
-            for expert, d, u in zip(ladder.moes[level].experts, down, up, strict=True):
+            for expert, d, u in zip(side.moes[level].experts, down, up, strict=True):
                 expert.fc_down.weight.data.copy_(d)
                 expert.fc_up.weight.data.copy_(u.T)
 
     def loss(self, item_ids: torch.Tensor) -> torch.Tensor:
-        self.take_weights()
+        self.copy_weights()
         self.items.zero_grad()
         self.users.zero_grad()
-        hidden = published.gather_hidden(self.table, item_ids)
-        return published.published_loss(self.items, self.users, hidden, item_ids, self.popularity)
+        hidden = paper.gather_hidden(self.table, item_ids)
+        return paper.training_loss(self.items, self.users, hidden, item_ids, self.popularity)
 
     def compare_gradients(self) -> None:
         assert_close(self.model.items.projection.weight.grad, self.items.projection.weight.grad)
         ours = dict(self.model.users.named_parameters())
         for name, parameter in self.users.named_parameters():
-            assert_close(ours[our_name(name)].grad, parameter.grad)
+            assert_close(ours[user_encoder_name(name)].grad, parameter.grad)
         for modality, level, bank in self.model.items.banks():
-            ladder = self.items.ladders[modality]
-            assert_close(bank.router.grad, ladder.routers[level].linear.weight.grad)
-            experts = ladder.moes[level].experts
+            side = self.items.sides[modality]
+            assert_close(bank.router.grad, side.routers[level].linear.weight.grad)
+            experts = side.moes[level].experts
             assert all(p.grad is None for expert in experts[: bank.num_frozen] for p in expert.parameters())
             for place, expert in enumerate(experts[bank.num_frozen :]):
                 assert_close(bank.down.grad[place], expert.fc_down.weight.grad)
@@ -72,7 +72,7 @@ class Twin:
 
     def compare_counters(self) -> None:
         for modality, level, bank in self.model.items.banks():
-            moe = self.items.ladders[modality].moes[level]
+            moe = self.items.sides[modality].moes[level]
             assert_close(bank.utilization.norm, moe.norm_mass)
             assert_close(bank.utilization.gate, moe.gate_mass)
             assert_close(bank.utilization.shares(), moe.shares())
@@ -83,7 +83,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     generator = torch.Generator().manual_seed(0)
     features = tiny.features()
     rows = features.hidden(np.arange(tiny.NUM_ITEMS))
-    # Item 0 of the published code is padding, so that its items are one further on.
+    # Item 0 of the paper's code is padding, so its items start at 1.
     table = {
         name: torch.cat([torch.randn(1, 3, tiny.DIMS[name], generator=generator), torch.stack(levels, 1)])
         for name, levels in rows.items()
@@ -108,20 +108,20 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     real_step, real_epoch, real_grow = epoch.train_step, trainer.train_epoch, trainer.grow
 
     def train_epoch(model: Recommender, features: Any, sequences: Any, *arguments: Any, **named: Any) -> Any:
-        split = published_split(twin.windows[named["window"]], K_CORE)
+        split = split_window(twin.windows[named["window"]], K_CORE)
         ours = {
             user: (sequences.items[sequences.offsets[place] : sequences.offsets[place + 1]] + 1).tolist()
             for place, user in enumerate(sequences.users.tolist())
         }
         assert ours == split.train
-        twin.popularity = published.published_popularity(split.train, tiny.NUM_ITEMS)
+        twin.popularity = paper.item_popularity(split.train, tiny.NUM_ITEMS)
         twin.items.reset()
         return real_epoch(model, features, sequences, *arguments, **named)
 
     def step(model: Recommender, given: Any, *arguments: Any) -> torch.Tensor:
         batch = given.batch
         ids = [[batch.items[code] + 1 for code in row if code >= 0] for row in batch.rejected.tolist()]
-        expected = twin.loss(published.pad_sequences(ids))
+        expected = twin.loss(paper.pad_sequences(ids))
         expected.backward()
         loss = real_step(model, given, *arguments)
         assert_close(loss, expected.detach())
@@ -131,7 +131,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
 
     def compared(real: Callable[..., Any], model: Recommender, features: Any, task: Any, device: Any) -> Any:
         twin.compare_counters()
-        twin.take_weights()
+        twin.copy_weights()
         twin.items({name: rows[task.candidates + 1] for name, rows in twin.table.items()})
         ranks = real(model, features, task, device)
         twin.compare_counters()
@@ -139,7 +139,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
         return ranks
 
     def grow(items: XSMoE, config: StreamConfig, window: int, **options: Any) -> Any:
-        twin.take_weights()
+        twin.copy_weights()
         twin.compare_counters()
         before = {(modality, level): bank.num_experts for modality, level, bank in items.banks()}
         done = real_grow(items, config, window, **options)
@@ -149,10 +149,10 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
             assert ours == {level: expert for level, expert in enumerate(levels) if expert is not None}
             twin.compared["pruned"] += len(ours)
         twin.items.expand(
-            {name: [bank.router[-1].detach() for bank in side.levels()] for name, side in items.ladders().items()}
+            {name: [bank.router[-1].detach() for bank in side.levels()] for name, side in items.side_networks().items()}
         )
         for modality, level, bank in items.banks():
-            experts = twin.items.ladders[modality].moes[level].experts
+            experts = twin.items.sides[modality].moes[level].experts
             assert before[modality, level] + 1 - len(
                 [p for p in done["pruned"][modality] if p["level"] == level]
             ) == len(experts)
@@ -160,7 +160,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
             for mine, theirs in zip(zip(down, up, strict=True), experts, strict=True):
                 assert_close(mine[0], theirs.fc_down.weight)
                 assert_close(mine[1], theirs.fc_up.weight.T)
-            router = twin.items.ladders[modality].routers[level].linear.weight
+            router = twin.items.sides[modality].routers[level].linear.weight
             assert_close(bank.router, router)
             twin.compared["expanded"] += 1
         return done
@@ -177,7 +177,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> tuple[Twin, StreamingTrainer]:
     return twin, run
 
 
-def test_every_step_prune_and_expansion_is_the_published_one(twin: tuple[Twin, StreamingTrainer]) -> None:
+def test_every_step_prune_and_expansion_equals_the_published_code(twin: tuple[Twin, StreamingTrainer]) -> None:
     naive, run = twin
     lines = run.fit()
     steps = sum(line["steps"] for line in lines if line["kind"] == "epoch")

@@ -1,4 +1,4 @@
-"""Precision of training steps, and the scaler of a float16 loss: exercised on the CPU, where torch has one too."""
+"""Precision of training steps, and the loss scaler, which torch supports on a CPU too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.stream import tiny
+from tests.stream.tiny import Killed
 from xsmoe.cli.tensorboard import TensorBoard
 from xsmoe.data import item_share
 from xsmoe.nn import Recommender
@@ -21,10 +22,6 @@ from xsmoe.stream.state.run_folder import read_metrics
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-class Killed(BaseException):
-    """Stands for a kill."""
 
 
 @pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled, but CUDA is not available")
@@ -41,7 +38,7 @@ class Killed(BaseException):
         ("cuda", "default", "float16", torch.float16),
     ],
 )
-def test_what_autocast_casts_to(device: str, protocol: Any, asked: Any, expected: torch.dtype | None) -> None:
+def test_autocast_dtype(device: str, protocol: Any, asked: Any, expected: torch.dtype | None) -> None:
     config = tiny.config(device=device, protocol=protocol, precision=asked)
     assert autocast_dtype(config) == expected
     assert hidden_dtype(tiny.model(), config) == (expected or torch.float32)
@@ -49,14 +46,14 @@ def test_what_autocast_casts_to(device: str, protocol: Any, asked: Any, expected
     assert (precision.loss_scaler(config) is not None) == (expected == torch.float16)
 
 
-def test_float16_on_a_cpu_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_float16_on_a_cpu_is_rejected_before_files_are_written(tmp_path: Path) -> None:
     config = tiny.config(precision="float16")
-    with pytest.raises(ValueError, match="precision is 'float16', .* device is 'cpu'; give --precision bfloat16"):
+    with pytest.raises(ValueError, match="precision is 'float16', .* device is 'cpu'; use --precision bfloat16"):
         StreamingTrainer(tiny.model(), tiny.stream(), config, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_from_before_float16_load_as_they_were() -> None:
+def test_settings_saved_before_float16_are_loaded_unchanged() -> None:
     saved = StreamConfig(precision="bfloat16").to_dict()
     assert saved["precision"] == "bfloat16"
     assert StreamConfig.from_dict(saved).precision == "bfloat16"
@@ -66,7 +63,7 @@ def test_settings_from_before_float16_load_as_they_were() -> None:
 
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Gives trainers on the CPU a scaler, in float32 or in true float16."""
+    """Return a function that enables a loss scaler for trainers on a CPU, in float32 or in float16."""
 
     def switch(dtype: torch.dtype | None = None, **options: Any) -> None:
         def scaler(config: StreamConfig) -> LossScaler:
@@ -92,7 +89,7 @@ def epochs(lines: list[dict]) -> list[dict]:
     return [line for line in lines if line["kind"] == "epoch"]
 
 
-def test_in_float32_a_scaler_changes_no_bit(scaled: Callable[..., None]) -> None:
+def test_scaler_is_bitwise_neutral_in_float32(scaled: Callable[..., None]) -> None:
     lines, model = fit()
     assert not any("skipped_steps" in line or "loss_scale" in line for line in lines)
     scaled()
@@ -116,7 +113,7 @@ def test_float16_trains_close_to_float32(scaled: Callable[..., None]) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool], factor: float) -> list[int]:
-    """Multiplies the loss of some steps, by their number, and collects these numbers."""
+    """Multiply the loss of some steps, selected by their number, and collect the numbers."""
     real, poisoned = Recommender.forward, []
     count = iter(range(10_000))
 
@@ -132,7 +129,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool], factor:
 
 
 @pytest.mark.parametrize("factor", [float("inf"), float("nan"), 1e36])
-def test_a_step_that_overflows_is_skipped_counted_and_no_divergence(
+def test_overflowing_step_is_skipped_and_counted_and_not_a_divergence(
     scaled: Callable[..., None], monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     scaled()
@@ -149,19 +146,19 @@ def test_a_step_that_overflows_is_skipped_counted_and_no_divergence(
     monkeypatch.setattr(epoch, "train_step", step)
     lines, _ = fit(windows=2)
     found = epochs(lines)
-    # Three steps an epoch.
+    # Three steps per epoch.
     assert poisoned == [4]
     assert all(seen[4])
     assert not all(seen[3])
     assert not all(seen[5])
     assert [line["skipped_steps"] for line in found[:3]] == [0, 1, 0]
     assert [line["loss_scale"] for line in found[:3]] == [65536.0, 32768.0, 32768.0]
-    # A window's optimizer and scaler are new.
+    # Each window has a new optimizer and a new scaler.
     assert {line["loss_scale"] for line in found if line["window"] == 1} == {65536.0}
     assert all(np.isfinite(line["loss"]) for line in found)
 
 
-def test_a_loss_that_stays_infinite_diverges(
+def test_infinite_loss_in_all_steps_is_a_divergence(
     scaled: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scaled()
@@ -172,14 +169,18 @@ def test_a_loss_that_stays_infinite_diverges(
     assert [line["skipped_steps"] for line in epochs(read_metrics(tmp_path))] == [0, 2]
 
 
-def test_gradients_that_go_on_overflowing_diverge(scaled: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeatedly_overflowing_gradients_are_a_divergence(
+    scaled: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     scaled(init_scale=4.0)
     poison(monkeypatch, lambda number: number % 3 != 0, float("nan"))
-    with pytest.raises(TrainingDiverged, match="epoch 1: the loss scale is 0.25, since gradients go on"):
+    with pytest.raises(
+        TrainingDiverged, match="epoch 1: the loss scale is 0.25 after the last step of 3, because gradients overflow"
+    ):
         fit()
 
 
-def test_weights_that_are_not_finite_diverge_with_a_scaler_too(scaled: Callable[..., None]) -> None:
+def test_nonfinite_weights_are_a_divergence_with_a_scaler_too(scaled: Callable[..., None]) -> None:
     scaled()
     model = tiny.model()
 
@@ -193,7 +194,7 @@ def test_weights_that_are_not_finite_diverge_with_a_scaler_too(scaled: Callable[
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_killed_amid_a_window_it_goes_on_with_the_scale_it_had(
+def test_killed_run_resumes_with_its_loss_scale(
     scaled: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype | None
 ) -> None:
     scaled(dtype, init_scale=1.0, growth_interval=1)
@@ -214,7 +215,7 @@ def test_killed_amid_a_window_it_goes_on_with_the_scale_it_had(
         assert torch.equal(value, theirs.state_dict()[name]), name
 
 
-def test_a_checkpoint_of_before_there_were_scalers_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_checkpoint_without_scaler_state_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = Checkpoints.save
 
     def save(self: Checkpoints, payload: dict[str, Any]) -> Path:
@@ -242,8 +243,8 @@ def test_skipped_steps_are_among_the_events(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("train/loss_scale")] == [512.0]
 
 
-def test_tf32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training sees, in every step, the setting that it was started under, and leaves it."""
+def test_tf32_setting_of_torch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training does not change the setting."""
     before = torch.get_float32_matmul_precision()
     seen = []
 
@@ -257,7 +258,7 @@ def test_tf32_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
             fit(listener=listener)
             assert set(seen) == {(setting, allowed)}
             assert torch.get_float32_matmul_precision() == setting
-            # Nor does autocast that is off change what a float32 step on CUDA may use.
+            # Disabled autocast does not change the setting for a float32 step on CUDA.
             with autocast(tiny.config()):
                 assert torch.get_float32_matmul_precision() == setting
     finally:
@@ -275,7 +276,7 @@ def step_on_gpu(config: StreamConfig) -> tuple[Recommender, torch.optim.Optimize
 
 
 @needs_gpu
-def test_on_a_gpu_a_scaled_step_does_not_wait_for_the_device() -> None:
+def test_on_a_gpu_a_scaled_step_does_not_synchronize() -> None:
     config = tiny.config(device="cuda", precision="float16")
     model, optimizer, given = step_on_gpu(config)
     scaler = precision.loss_scaler(config)

@@ -1,4 +1,4 @@
-"""A profile of training steps: what it holds, and that nothing is trained differently for it."""
+"""Profile of training steps: its contents, and that it does not change the training."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ import torch
 from tests.stream import tiny
 from xsmoe.cli.commands.profile import rows
 from xsmoe.stream import Stream, StreamingTrainer
-from xsmoe.stream.profiling import STEPS, WAIT, WARM_UP, StepProfiler, require_folder
+from xsmoe.stream.profiling import STEPS, WAIT, WARM_UP, StepProfiler, require_writable_folder
 from xsmoe_kernels.runtime.profiler_ranges import each, named_range, opening_ranges, ranges_open
 
 PARTS = ["data", "encode", "attend", "loss", "backward", "optimizer"]
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def trained(listener: Any = None, **options: Any) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """One window in 21 steps."""
+    """Train on one window in 21 steps."""
     config = tiny.config(epochs=7, warmup_epochs=5, **options)
     model = tiny.model()
     stream = Stream(tiny.windows()[:1], tiny.features(), protocol=config.protocol)
@@ -37,7 +37,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[StepProfiler, li
         return profiler, *trained(profiler)
 
 
-def test_the_same_is_trained_with_and_without(profiled: Any) -> None:
+def test_training_is_equal_with_and_without_profile(profiled: Any) -> None:
     profiler, again, theirs = profiled
     lines, weights = trained()
     assert profiler.result is not None
@@ -50,12 +50,12 @@ def test_the_same_is_trained_with_and_without(profiled: Any) -> None:
 def test_each_part_of_a_step_has_a_range_in_the_table_and_in_the_trace(profiled: Any) -> None:
     found = profiled[0].result
     assert (found.steps, found.problem) == (STEPS, None)
-    assert [one.name for one in found.ranges if one.inside is None] == PARTS
-    # Two levels of two modalities.
-    assert [(one.name, one.inside, one.calls) for one in found.ranges if one.inside] == [
+    assert [one.name for one in found.ranges if one.parent is None] == PARTS
+    # Two levels for each of two modalities.
+    assert [(one.name, one.parent, one.calls) for one in found.ranges if one.parent] == [
         ("counters", "encode", 4 * STEPS)
     ]
-    assert all(one.calls == STEPS for one in found.ranges if one.inside is None)
+    assert all(one.calls == STEPS for one in found.ranges if one.parent is None)
     encode, counters = found.ranges[1:3]
     assert 0 < counters.cpu_seconds < encode.cpu_seconds
     assert all(one.cuda_seconds is None for one in found.ranges)
@@ -82,16 +82,16 @@ def test_the_table_sums_up_to_the_step(tmp_path: Path) -> None:
     assert last[3] == "100.0%"
 
 
-def test_ranges_on_a_gpu_have_columns_of_their_own(profiled: Any) -> None:
+def test_ranges_on_a_gpu_have_separate_columns(profiled: Any) -> None:
     found = profiled[0].result
-    timed = [replace(one, cuda_seconds=found.steps * (0.25 if one.inside is None else 0.05)) for one in found.ranges]
+    timed = [replace(one, cuda_seconds=found.steps * (0.25 if one.parent is None else 0.05)) for one in found.ranges]
     table = rows(replace(found, ranges=timed))
     assert table[0][4:] == ["CUDA ms", "share"]
     assert table[-1][4:] == ["1500.000", "100.0%"]
     assert table[1][4:] == ["250.000", "16.7%"]
 
 
-def test_a_training_too_short_is_profiled_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_short_training_is_profiled_partially(tmp_path: Path) -> None:
     fields = {"window": 0, "epoch": 0, "done": 1, "of": 1}
     for taken, profiled in [(WAIT + WARM_UP, None), (WAIT + WARM_UP + 2, 2)]:
         with StepProfiler(tmp_path, CPU) as profiler:
@@ -105,7 +105,7 @@ def test_a_training_too_short_is_profiled_as_far_as_it_goes(tmp_path: Path) -> N
     assert [(one.name, one.calls) for one in profiler.result.ranges] == [("encode", 2)]
 
 
-def test_what_a_step_raises_is_not_hidden(tmp_path: Path) -> None:
+def test_error_of_a_step_is_raised(tmp_path: Path) -> None:
     profiler = StepProfiler(tmp_path, CPU)
 
     def fail(event: str, fields: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ def test_what_a_step_raises_is_not_hidden(tmp_path: Path) -> None:
     assert not ranges_open()
 
 
-def test_a_trace_that_cannot_be_written_is_said_and_ends_nothing(tmp_path: Path) -> None:
+def test_unwritable_trace_is_reported_and_training_continues(tmp_path: Path) -> None:
     (tmp_path / "trace.json.gz").mkdir()
     with StepProfiler(tmp_path, CPU) as profiler:
         trained(profiler)
@@ -145,7 +145,7 @@ def test_ranges_are_open_only_until_the_profile_is_there(tmp_path: Path) -> None
     assert seen[-1] is False
 
 
-def test_a_range_costs_next_to_nothing_while_nobody_looks() -> None:
+def test_closed_ranges_are_cheap() -> None:
     def seconds(repeats: int = 2000) -> float:
         start = time.perf_counter()
         for _ in range(repeats):
@@ -153,7 +153,7 @@ def test_a_range_costs_next_to_nothing_while_nobody_looks() -> None:
                 pass
         return (time.perf_counter() - start) / repeats
 
-    # A step opens about ten of them and takes milliseconds.
+    # A step opens about ten ranges, and needs milliseconds.
     assert min(seconds() for _ in range(5)) < 20e-6
 
 
@@ -177,14 +177,14 @@ def test_each_opens_a_range_for_every_item_and_none_for_the_end() -> None:
     assert len(opened) == 3
 
 
-def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_profile_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match=r"--profile: .*file is a file; give a folder"):
-        require_folder(file)
+        require_writable_folder(file)
     with pytest.raises(ValueError, match=r"--profile: cannot write into .*below: Not a directory; give another"):
-        require_folder(file / "below")
-    require_folder(tmp_path / "new" / "one")
+        require_writable_folder(file / "below")
+    require_writable_folder(tmp_path / "new" / "one")
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "one"]
     assert not list((tmp_path / "new" / "one").iterdir())
     with monkeypatch.context() as patch:
@@ -194,7 +194,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pyte
 
         patch.setattr("tempfile.TemporaryFile", refused)
         with pytest.raises(ValueError, match="--profile: cannot write into .*: Permission denied"):
-            require_folder(tmp_path / "new")
+            require_writable_folder(tmp_path / "new")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

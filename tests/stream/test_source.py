@@ -1,4 +1,4 @@
-"""From names to integers: which interactions enter a stream, and which numbers users and items get."""
+"""Streams from logs: selected interactions, and the numbers of users and items."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def log(pairs: list[tuple[str, str]] = LOG) -> Interactions:
 
 @pytest.fixture
 def store(tmp_path) -> HiddenStateStore:
-    """Items c, a and b, of which b has no image and c no text."""
+    """Return a store of items c, a and b. Item b has no image, item c no text."""
     specs = {name: ModalitySpec(dim=4, levels=(0, 1), dtype=torch.float32) for name in ("image", "text")}
     store = HiddenStateStore.create(tmp_path / "store", specs)
     present = {"image": np.array([True, True, False]), "text": np.array([False, True, True])}
@@ -45,17 +45,17 @@ def test_items_that_lack_a_modality_are_dropped_or_kept(store: HiddenStateStore)
     assert entered(text) == [("ann", 1), ("ann", 2), ("bob", 1)]
 
 
-def test_later_users_are_numbered_behind_known_ones(store: HiddenStateStore) -> None:
+def test_new_users_are_numbered_after_known_ones(store: HiddenStateStore) -> None:
     known = np.array(["zoe", "bob"], dtype=object)
     stream = Stream.next_window(log(), store, 3, known, missing="zero")
     assert stream.user_ids.tolist() == ["zoe", "bob", "ann", "cid"]
     assert (stream.windows[0].number, stream.windows[0].users.tolist()) == (3, [2, 2, 3, 1, 2])
 
 
-def test_what_leaves_nothing_is_refused(store: HiddenStateStore) -> None:
-    with pytest.raises(DataError, match="the items of 1 are not in the store, those of 1 lack image or text"):
+def test_empty_stream_is_rejected(store: HiddenStateStore) -> None:
+    with pytest.raises(DataError, match="the items of 1 are not in the store, the items of 1 lack image or text"):
         Stream.build(log([("ann", "x"), ("ann", "b")]), store, 2)
-    with pytest.raises(DataError, match="the store has no audio, only image, text"):
+    with pytest.raises(DataError, match="the store has no modality audio; it has image, text"):
         Stream.build(log(), store, 2, modalities=("audio",))
     with pytest.raises(ValueError, match="missing must be 'drop' or 'zero', not 'keep'"):
         Stream.build(log(), store, 2, missing="keep")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The streaming trainer: what it does in which order, and that nothing is lost when it is stopped."""
+"""The streaming trainer: order of events, results, and resuming after an interruption."""
 
 import errno
 import json
@@ -11,15 +11,12 @@ import pytest
 import torch
 
 from tests.stream import tiny
+from tests.stream.tiny import Killed
 from xsmoe.data import Window
 from xsmoe.nn import Recommender
 from xsmoe.stream import CheckpointError, Stream, StreamConfig, StreamingTrainer, TrainingDiverged
 from xsmoe.stream.state.checkpoints import Checkpoints
 from xsmoe.stream.state.run_folder import read_metrics
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing between the trainer and the test catches it."""
 
 
 def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> tuple[list[dict], Recommender]:
@@ -29,12 +26,12 @@ def fit(folder: Path | None = None, listener: Any = None, **options: Any) -> tup
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> tuple[list[dict], Recommender]:
+def uninterrupted() -> tuple[list[dict], Recommender]:
     return fit()
 
 
-def test_order_of_events_and_what_the_lines_hold(undisturbed) -> None:
-    lines, model = undisturbed
+def test_order_of_events_and_fields_of_the_metrics(uninterrupted) -> None:
+    lines, model = uninterrupted
     kinds = [line["kind"] for line in lines if line["kind"] != "epoch"]
     assert kinds == ["window", "test", "window", "test", "window"]
     tests = [line for line in lines if line["kind"] == "test"]
@@ -48,13 +45,13 @@ def test_order_of_events_and_what_the_lines_hold(undisturbed) -> None:
         )
         assert [e["num_frozen"] for e in line["expanded"]["text"]] == [line["window"] + 1] * 2
     window = [line for line in lines if line["kind"] == "window"][-1]
-    assert window["experts"] == {name: side.num_experts for name, side in model.items.ladders().items()}
+    assert window["experts"] == {name: side.num_experts for name, side in model.items.side_networks().items()}
     assert sum(window["shares"]["image"][0]) == pytest.approx(1)
     assert json.loads(json.dumps(lines)) == lines
 
 
-def test_the_best_epoch_is_restored_with_its_counters(undisturbed) -> None:
-    lines, _ = undisturbed
+def test_the_best_epoch_is_restored_with_its_counters(uninterrupted) -> None:
+    lines, _ = uninterrupted
     kept = {}
     model = tiny.model()
 
@@ -84,8 +81,8 @@ def count_events() -> int:
 
 
 @pytest.mark.parametrize("part", range(12))
-def test_killed_at_any_event_it_ends_the_same(undisturbed, tmp_path: Path, part: int) -> None:
-    lines, model = undisturbed
+def test_run_killed_at_any_event_has_the_same_results(uninterrupted, tmp_path: Path, part: int) -> None:
+    lines, model = uninterrupted
     after = 1 + part * (count_events() - 1) // 11
     seen = []
 
@@ -103,8 +100,8 @@ def test_killed_at_any_event_it_ends_the_same(undisturbed, tmp_path: Path, part:
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_killed_at_any_write_it_ends_the_same(undisturbed, tmp_path: Path, monkeypatch) -> None:
-    lines, _ = undisturbed
+def test_run_killed_at_any_write_has_the_same_results(uninterrupted, tmp_path: Path, monkeypatch) -> None:
+    lines, _ = uninterrupted
     synced, replaced = os.fsync, os.replace
     for attempt, (call, after) in enumerate(
         [("fsync", 3), ("replace", 4), ("fsync", 11), ("replace", 9), ("fsync", 30)]
@@ -125,7 +122,7 @@ def test_killed_at_any_write_it_ends_the_same(undisturbed, tmp_path: Path, monke
         assert tiny.without_time(fit(folder)[0]) == tiny.without_time(lines)
 
 
-def test_a_finished_run_does_nothing_more(undisturbed, tmp_path: Path) -> None:
+def test_finished_run_does_nothing(uninterrupted, tmp_path: Path) -> None:
     lines, _ = fit(tmp_path)
     events = []
     again, _ = fit(tmp_path, lambda event, fields: events.append(event))
@@ -136,8 +133,8 @@ def test_a_finished_run_does_nothing_more(undisturbed, tmp_path: Path) -> None:
     assert loaded.items.sides["text"].num_experts == lines[-1]["experts"]["text"]
 
 
-def test_step_takes_windows_from_anywhere(undisturbed, tmp_path: Path) -> None:
-    lines, _ = undisturbed
+def test_step_accepts_windows_outside_of_the_stream(uninterrupted, tmp_path: Path) -> None:
+    lines, _ = uninterrupted
     first, second, third = tiny.windows()
     empty = Stream([], tiny.features())
     with StreamingTrainer(tiny.model(), empty, tiny.config(), folder=tmp_path) as trainer:
@@ -149,7 +146,7 @@ def test_step_takes_windows_from_anywhere(undisturbed, tmp_path: Path) -> None:
         assert tiny.without_time(trainer.metrics) == tiny.without_time(lines)
 
 
-def test_another_window_cannot_take_the_place_of_one_cut_short(tmp_path: Path) -> None:
+def test_interrupted_window_cannot_be_replaced(tmp_path: Path) -> None:
     def listener(event: str, fields: dict) -> None:
         if event == "epoch":
             raise Killed
@@ -157,7 +154,7 @@ def test_another_window_cannot_take_the_place_of_one_cut_short(tmp_path: Path) -
     with pytest.raises(Killed):
         fit(tmp_path, listener)
     with StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), folder=tmp_path) as trainer:
-        with pytest.raises(ValueError, match="training of window 0 was cut short; go on with that window first"):
+        with pytest.raises(ValueError, match="training of window 0 was interrupted; finish that window first"):
             trainer.step(tiny.windows()[1])
     other = tiny.stream(seed=5)
     fit(tmp_path)
@@ -170,7 +167,7 @@ def test_another_window_cannot_take_the_place_of_one_cut_short(tmp_path: Path) -
     "options, experts",
     [({"expand": False}, [1, 1]), ({"prune": False}, [3, 3]), ({"prune_threshold": 1.0}, [2, 2])],
 )
-def test_expansion_and_pruning_can_be_switched_off(options: dict, experts: list[int]) -> None:
+def test_expansion_and_pruning_can_be_disabled(options: dict, experts: list[int]) -> None:
     lines, _ = fit(**options)
     assert lines[-1]["experts"] == {"image": experts, "text": experts}
     tests = [line for line in lines if line["kind"] == "test"]
@@ -178,7 +175,7 @@ def test_expansion_and_pruning_can_be_switched_off(options: dict, experts: list[
     assert all(bool(line["pruned"]) == (options.get("prune") is None) for line in tests)
 
 
-def test_a_run_goes_on_where_counters_are_not_finite_and_says_what_it_did_not_prune() -> None:
+def test_run_with_nonfinite_counters_continues_and_warns_about_skipped_pruning() -> None:
     model, told = tiny.model(), []
 
     def listener(event: str, line: dict) -> None:
@@ -190,7 +187,7 @@ def test_a_run_goes_on_where_counters_are_not_finite_and_says_what_it_did_not_pr
 
     trainer = StreamingTrainer(model, tiny.stream(), tiny.config(prune_threshold=1.0), listener=listener)
     tests = [line for line in trainer.fit() if line["kind"] == "test"]
-    assert told == ["window 2 prunes nothing of text 1: rows that were not finite are in the counters"]
+    assert told == ["window 2 does not prune text 1: the utilization counters are not finite"]
     assert [[level["level"] for level in line["pruned"]["text"]] for line in tests] == [[], [0]]
     assert [bank.num_experts for bank in model.items.sides["text"].levels()] == [2, 3]
     assert [bank.num_experts for bank in model.items.sides["image"].levels()] == [2, 2]
@@ -206,7 +203,7 @@ def test_warm_up_only_and_an_empty_validation_split_keep_the_last_epoch() -> Non
     assert reasons == {"the validation split has no user with 2 items"}
 
 
-def test_a_window_without_users_is_passed_over() -> None:
+def test_window_without_users_is_skipped() -> None:
     lines, _ = fit(k_core=10_000)
     window = lines[0]
     assert (window["epochs"], window["users"], window["kept"]) == (0, 0, "last")
@@ -219,7 +216,7 @@ def test_a_window_without_users_is_passed_over() -> None:
     }
 
 
-def test_a_window_that_trains_nobody_changes_no_expert() -> None:
+def test_window_without_training_sequences_does_not_change_experts() -> None:
     first, second, third = tiny.windows()
     alone = Window(0, second.users[:3], second.items[:3], second.timestamps[:3])
     trainer = StreamingTrainer(tiny.model(), tiny.stream(), tiny.config())
@@ -231,8 +228,8 @@ def test_a_window_that_trains_nobody_changes_no_expert() -> None:
     assert trainer.step(third)["experts"]["text"] == [2, 2]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path: Path) -> None:
-    lines, _ = undisturbed
+def test_nonfinite_loss_stops_the_run(uninterrupted, tmp_path: Path) -> None:
+    lines, _ = uninterrupted
     model = tiny.model()
 
     def poison(event: str, fields: dict) -> None:
@@ -263,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(undisturbed, tmp_path: Path) ->
         ({"stream": Stream(tiny.windows(), tiny.features(seed=1))}, "was trained on other hidden states"),
     ],
 )
-def test_a_run_of_another_configuration_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+def test_run_with_another_configuration_is_rejected(tmp_path: Path, change: dict, message: str) -> None:
     lines, _ = fit(tmp_path)
     arguments = {"model": tiny.model(), "stream": tiny.stream(), "config": tiny.config(), **change}
     with pytest.raises(ValueError, match=message):
@@ -271,8 +268,8 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path, change: dict,
     assert fit(tmp_path)[0] == lines
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(undisturbed, tmp_path: Path) -> None:
-    lines, _ = undisturbed
+def test_damaged_checkpoint_is_skipped_with_a_warning(uninterrupted, tmp_path: Path) -> None:
+    lines, _ = uninterrupted
 
     def listener(event: str, fields: dict) -> None:
         if event == "begin" and fields["window"] == 1:
@@ -284,26 +281,29 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(undisturbed, tmp_path: Pat
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    told = []
-    resumed, _ = fit(tmp_path, lambda event, fields: told.append(fields["message"]) if event == "warning" else None)
-    assert f"{newest} is damaged: its content does not match its digest; going on from the checkpoint before" in told[0]
+    warned = []
+    resumed, _ = fit(tmp_path, lambda event, fields: warned.append(fields["message"]) if event == "warning" else None)
+    message = "is damaged: its content does not match its digest; resuming from the previous checkpoint"
+    assert f"{newest} {message}" in warned[0]
     assert tiny.without_time(resumed) == tiny.without_time(lines)
 
     for path in (tmp_path / "checkpoints").glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:1000])
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; start the run anew"):
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; start a new run"):
             fit(tmp_path)
     for path in (tmp_path / "checkpoints").glob("*.ckpt"):
         path.unlink()
-    with pytest.raises(CheckpointError, match="has metrics but no checkpoint; restore it or use another folder"):
+    with pytest.raises(
+        CheckpointError, match="has metrics but no checkpoint; restore it from a backup, or use another folder"
+    ):
         fit(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_full_disk_loses_nothing(undisturbed, tmp_path: Path, monkeypatch) -> None:
-    lines, _ = undisturbed
+def test_full_disk_keeps_saved_files(uninterrupted, tmp_path: Path, monkeypatch) -> None:
+    lines, _ = uninterrupted
     calls = []
     synced = os.fsync
 
@@ -315,14 +315,16 @@ def test_a_full_disk_loses_nothing(undisturbed, tmp_path: Path, monkeypatch) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(CheckpointError, match="No space left on device.* make room and run the same command again"):
+        with pytest.raises(
+            CheckpointError, match="No space left on device.* free disk space and run the same command again"
+        ):
             fit(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
     assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
 
 
-def test_weights_that_are_not_finite_are_never_saved(undisturbed, tmp_path: Path) -> None:
-    lines, _ = undisturbed
+def test_nonfinite_weights_are_never_saved(uninterrupted, tmp_path: Path) -> None:
+    lines, _ = uninterrupted
     model = tiny.model()
 
     def poison(event: str, fields: dict) -> None:
@@ -336,7 +338,7 @@ def test_weights_that_are_not_finite_are_never_saved(undisturbed, tmp_path: Path
     assert tiny.without_time(fit(tmp_path)[0]) == tiny.without_time(lines)
 
 
-def test_a_trainer_that_was_cut_short_or_closed_takes_no_more_windows(tmp_path: Path) -> None:
+def test_interrupted_or_closed_trainer_rejects_windows(tmp_path: Path) -> None:
     def listener(event: str, fields: dict) -> None:
         if event == "epoch":
             raise Killed
@@ -344,9 +346,11 @@ def test_a_trainer_that_was_cut_short_or_closed_takes_no_more_windows(tmp_path: 
     with StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), folder=tmp_path, listener=listener) as trainer:
         with pytest.raises(Killed):
             trainer.fit()
-        with pytest.raises(RuntimeError, match="takes no more windows: the training of window 0 was cut short; make a"):
+        with pytest.raises(
+            RuntimeError, match="cannot be used, because training of window 0 was interrupted; create a"
+        ):
             trainer.fit()
-    with pytest.raises(RuntimeError, match="it was closed"):
+    with pytest.raises(RuntimeError, match="it is closed"):
         trainer.step(tiny.windows()[0])
 
 
@@ -356,44 +360,44 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(), folder=tmp_path)
 
 
-def test_metrics_and_windows_that_were_tampered_with_are_refused(tmp_path: Path) -> None:
+def test_modified_metrics_and_windows_are_rejected(tmp_path: Path) -> None:
     fit(tmp_path)
     window = tmp_path / "windows" / "0000.npz"
     kept = window.read_bytes()
     window.write_bytes((tmp_path / "windows" / "0001.npz").read_bytes())
-    with pytest.raises(CheckpointError, match="window 0 in .* is not the one that the checkpoint was made with"):
+    with pytest.raises(CheckpointError, match="window 0 in .* differs from the one in the checkpoint"):
         fit(tmp_path)
     window.unlink()
-    with pytest.raises(CheckpointError, match=r"0000\.npz, which the run needs to go on, cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*0000\.npz, which the run needs to resume"):
         fit(tmp_path)
     window.write_bytes(kept)
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl has been shortened"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is shorter than at the last checkpoint"):
         fit(tmp_path)
 
 
-def test_bad_windows_and_models_are_named() -> None:
+def test_invalid_windows_and_models_are_named() -> None:
     trainer = StreamingTrainer(tiny.model(), tiny.stream(), tiny.config())
     one = np.array([99], dtype=np.int64)
-    with pytest.raises(ValueError, match=r"window\.items must lie in \[0, 40\), but goes from 99 to 99"):
+    with pytest.raises(ValueError, match=r"window\.items must be in \[0, 40\), but ranges from 99 to 99"):
         trainer.step(Window(0, one, one, one))
     for users in (one - 100, one << 31):
-        with pytest.raises(ValueError, match=r"window\.users must lie in \[0, 2147483648\)"):
+        with pytest.raises(ValueError, match=r"window\.users must be in \[0, 2147483648\)"):
             trainer.step(Window(0, users, one - 90, one))
     first = tiny.windows()[0]
-    with pytest.raises(ValueError, match=r"window\.timestamps must ascend"):
+    with pytest.raises(ValueError, match=r"window\.timestamps must be in ascending order"):
         trainer.step(Window(0, first.users, first.items, first.timestamps[::-1].copy()))
     assert trainer.metrics == []
     trainer.step(first)
-    with pytest.raises(ValueError, match="the run has taken these interactions as window 0"):
+    with pytest.raises(ValueError, match="the run was already trained on these interactions, as window 0"):
         trainer.step(first)
     with pytest.raises(ValueError, match=r"protocol 'default', but config\.protocol is 'paper'"):
         StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(protocol="paper"))
-    with pytest.raises(ValueError, match="max_inputs is 11, but the user encoder takes 10 at most"):
+    with pytest.raises(ValueError, match="max_inputs is 11, but the user encoder supports at most 10"):
         StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(max_inputs=11))
     text_only = tiny.features()
     text_only._levels.pop("image")
-    with pytest.raises(ValueError, match=r"stream\.features lacks image"):
+    with pytest.raises(ValueError, match=r"stream\.features has no modality image"):
         StreamingTrainer(tiny.model(), Stream([], text_only), tiny.config())
 
 
@@ -403,7 +407,7 @@ def test_bad_windows_and_models_are_named() -> None:
         ({"protocol": "published"}, "protocol must be one of default, paper, not 'published'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         ({"epochs": 1.5}, "epochs must be a whole number"),
-        ({"train_fraction": 1.0}, "train_fraction must lie between 0 and 1, not 1.0"),
+        ({"train_fraction": 1.0}, "train_fraction must be between 0 and 1, not 1.0"),
         ({"prune_threshold": 2}, "prune_threshold must be a share"),
         ({"lr": 1e-5}, "need 0 < min_lr <= lr"),
         ({"repeats": "drop"}, "repeats must be one of rank, miss, not 'drop'"),
@@ -414,10 +418,10 @@ def test_bad_windows_and_models_are_named() -> None:
         ({"targets": "first"}, "targets must be one of last, all, not 'first'"),
         ({"min_steps": 0}, "min_steps must be a whole number of at least 1, not 0"),
         ({"id_dropout": 1.5}, "id_dropout must be a share between 0 and 1, not 1.5"),
-        ({"keep": "best", "patience": 0}, "patience must be at least 1 where keep is 'best'"),
+        ({"keep": "best", "patience": 0}, "patience is 0, but must be at least 1 if keep is 'best'"),
     ],
 )
-def test_bad_settings_are_named(settings: dict, message: str) -> None:
+def test_invalid_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamConfig(**settings)
 
@@ -439,7 +443,7 @@ def test_settings_follow_the_protocol_and_survive_json() -> None:
         StreamConfig.from_dict({"colour": 1})
 
 
-def test_settings_of_earlier_versions_stay_what_they_were() -> None:
+def test_settings_of_earlier_versions_keep_their_behaviour() -> None:
     saved = StreamConfig(keep="best", history="last").to_dict()
     for name in ("ties", "duplicates", "history", "keep", "targets", "min_steps", "id_dropout", "grow", "prune_rule"):
         del saved[name]
@@ -449,7 +453,7 @@ def test_settings_of_earlier_versions_stay_what_they_were() -> None:
     assert (old.grow, old.prune_rule) == ("every", "drop")
 
 
-def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path: Path) -> None:
+def test_run_of_an_earlier_version_is_resumed_with_its_behaviour(tmp_path: Path) -> None:
     options: dict[str, Any] = {"ties": "file", "duplicates": "keep", "targets": "last", "min_steps": 1}
     options |= {"id_dropout": 0.0}
     old = tiny.config(**options)

@@ -1,4 +1,4 @@
-"""A stream small enough to train in a moment, with items that arrive as it goes."""
+"""A small stream in which later windows have new items."""
 
 from typing import Any
 
@@ -16,6 +16,10 @@ from xsmoe.stream.batches.padding import Capacity
 DIMS = {"image": 6, "text": 4}
 NUM_ITEMS = 40
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Killed(BaseException):
+    """Simulates a kill: no handler between the trainer and the test catches it."""
 
 
 def features(seed: int = 0) -> InMemoryFeatures:
@@ -50,7 +54,7 @@ def config(**options: Any) -> StreamConfig:
 
 
 def sequences() -> Sequences:
-    """Of three users, with 2, 5 and 3 items."""
+    """Return the sequences of three users, with 2, 5 and 3 items."""
     items = np.array([4, 4, 1, 0, 1, 2, 3, 6, 7, 4])
     return Sequences(np.arange(3), items, np.array([0, 2, 7, 10]))
 
@@ -61,7 +65,7 @@ def step_input(
     capacity: Capacity | None = None,
     source: ItemFeatures | None = None,
 ) -> StepInput:
-    """What a step on some of those users takes."""
+    """Return the step input of some of these users."""
     log_share = np.log(np.arange(1, NUM_ITEMS + 1) / 100)
     return StepInput.build(source or features(), tuple(DIMS), sequences().take(users), log_share, dtype, capacity)
 

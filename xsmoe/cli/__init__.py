@@ -1,15 +1,18 @@
-"""The command line `xsmoe`: what each command takes. What it does lies in `xsmoe.app`."""
+"""Command line `xsmoe`. This file and `*_commands.py` declare options; `xsmoe.cli.commands` has the implementations."""
 
 import io
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from xsmoe.extras import extra
 
-from xsmoe.cli.data_commands import encode, prepare
-from xsmoe.cli.run_commands import evaluate, recommend, report, train, update
-from xsmoe.cli.typer_group import ORDER, Commands, make_display
+with extra("train"):
+    import typer
+
+    from xsmoe.cli.data_commands import encode, prepare
+    from xsmoe.cli.run_commands import evaluate, recommend, report, train, update
+    from xsmoe.cli.typer_group import ORDER, Commands, make_display
 
 __all__ = ["ORDER", "app", "main"]
 
@@ -25,23 +28,23 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command line of this process and leaves with its exit code."""
+    """Run the command line of this process and exit with its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a locale without some letter is no reason to stop
+            stream.reconfigure(errors="replace")  # a locale may not support all characters
     app()
 
 
 @app.callback()
 def root(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Streaming multimodal recommendation with expandable side mixtures of experts.
 
-    The usual way: **prepare** a dataset, **encode** its items, **train** a run; then **update** it as new interactions
-    arrive. **demo** shows all of it on synthetic data.
+    Usual workflow: **prepare** a dataset, **encode** its items, **train** a run, then **update** it with new
+    interactions. **demo** runs the whole workflow on synthetic data.
     """
     if version:
         from xsmoe_kernels import __version__
@@ -53,17 +56,17 @@ def root(
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where everything goes; also the run's folder.")] = Path("runs/demo"),
-    windows: Annotated[int, typer.Option(help="Windows of the stream.")] = 6,
-    epochs: Annotated[int, typer.Option(help="The most epochs a window.")] = 12,
-    users: Annotated[int, typer.Option(help="Users that are active in a window.")] = 800,
-    items: Annotated[int, typer.Option(help="Items at the start; more arrive with every window.")] = 600,
-    seed: Annotated[int, typer.Option(help="Of the catalogue, the encoders and the training.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier demo left, and start anew.")] = False,
+    folder: Annotated[Path, typer.Option(help="Folder for all files; also the run's folder.")] = Path("runs/demo"),
+    windows: Annotated[int, typer.Option(help="Number of windows in the stream.")] = 6,
+    epochs: Annotated[int, typer.Option(help="Largest number of epochs for a window.")] = 12,
+    users: Annotated[int, typer.Option(help="Active users in a window.")] = 800,
+    items: Annotated[int, typer.Option(help="Items at the start; every window adds more.")] = 600,
+    seed: Annotated[int, typer.Option(help="Seed of the catalogue, the encoders and the training.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the files of an earlier demo first.")] = False,
 ) -> None:
-    """Stream a synthetic catalogue that drifts, with texts and images: all stages, in a few minutes.
+    """Run all stages on a synthetic, drifting catalogue with texts and images, in a few minutes.
 
-    Stages that are done are not done again; a demo that was interrupted goes on, a finished one shows its results.
+    Finished stages are skipped. An interrupted demo is resumed; a finished one shows its results again.
     """
     from xsmoe.cli.commands.demo import DemoSettings
     from xsmoe.cli.commands.demo import demo as run_demo
@@ -72,8 +75,8 @@ def demo(
     run_demo(folder, settings, make_display(), fresh=fresh)
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """Show versions, devices, and which backend serves each operator and why the others do not."""
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, devices, and the backend of each operator, with the reasons why others are unavailable."""
     from xsmoe.cli.commands.info import info as show_info
 
     show_info(make_display(), as_json=as_json)

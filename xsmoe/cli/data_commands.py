@@ -1,4 +1,4 @@
-"""Commands that make datasets, and encode their items."""
+"""Commands that create datasets and encode their items."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +14,10 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The dataset's folder."
 
 @prepare.callback()
 def prepare_root(ctx: typer.Context) -> None:
-    """Make a dataset: out of MovieLens, out of your own tables, or a synthetic one.
+    """Create a dataset from MovieLens, from your own tables, or from a synthetic generator.
 
     A dataset is a folder with interactions.parquet (user, item, timestamp, row) and items.parquet (item, text, image).
-    Every row of a log is kept with its row number, and repeats and ties are counted; training resolves them.
+    Every row of the log is kept with its row number. Repeats and ties are counted here and resolved by training.
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
@@ -31,7 +31,7 @@ def prepare_movielens(
     ],
     out: Out,
 ) -> None:
-    """Make a dataset of a MovieLens release in CSV form, such as ml-latest-small: titles and genres as texts."""
+    """Create a dataset from a MovieLens release in CSV format, such as ml-latest-small. Texts are titles and genres."""
     from xsmoe.cli.commands.prepare import movielens
 
     movielens(source, out, make_display())
@@ -40,26 +40,28 @@ def prepare_movielens(
 @prepare.command("table")
 def prepare_table(
     out: Out,
-    interactions: Annotated[Path, typer.Option(help="The log: .csv or .parquet.", show_default=False)],
-    items: Annotated[Path, typer.Option(help="The items: .csv or .parquet.", show_default=False)],
-    user_column: Annotated[str, typer.Option(help="The users' ids in the log.")] = "user",
-    item_column: Annotated[str, typer.Option(help="The items' ids in both files.")] = "item",
-    timestamp_column: Annotated[str, typer.Option(help="Seconds since 1970, in the log.")] = "timestamp",
+    interactions: Annotated[Path, typer.Option(help="Interaction log: .csv or .parquet.", show_default=False)],
+    items: Annotated[Path, typer.Option(help="Items: .csv or .parquet.", show_default=False)],
+    user_column: Annotated[str, typer.Option(help="Column of user ids in the log.")] = "user",
+    item_column: Annotated[str, typer.Option(help="Column of item ids in both files.")] = "item",
+    timestamp_column: Annotated[
+        str, typer.Option(help="Column of timestamps in the log (seconds since 1970).")
+    ] = "timestamp",
     text_column: Annotated[
-        str | None, typer.Option(help="The items' texts.", show_default="text, if it is there")
+        str | None, typer.Option(help="Column of item texts.", show_default="text, if it exists")
     ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Paths of the items' images.", show_default="image, if it is there")
+        str | None, typer.Option(help="Column of image paths.", show_default="image, if it exists")
     ] = None,
     images_root: Annotated[
         Path | None,
-        typer.Option(help="What image paths are relative to.", show_default="the folder of the items' file"),
+        typer.Option(help="Base folder of relative image paths.", show_default="the folder of the items' file"),
     ] = None,
 ) -> None:
-    """Make a dataset of your own tables. Images stay where they are.
+    """Create a dataset from your own tables. Images are not copied.
 
-    Timestamps in milliseconds, microseconds, nanoseconds or as yyyymmdd become seconds; mixed units are refused. Quoted
-    fields may span lines in the items' texts only: elsewhere a quote that hides rows is refused with its line.
+    Timestamps in milliseconds, microseconds, nanoseconds or as yyyymmdd are converted to seconds. Mixed units are an
+    error. Quoted fields may contain line breaks only in item texts. Elsewhere an open quote is an error with its line.
     """
     from xsmoe.cli.commands.prepare import table
 
@@ -78,15 +80,15 @@ def prepare_table(
 @prepare.command("catalogue")
 def prepare_catalogue(
     out: Out,
-    windows: Annotated[int, typer.Option(help="Windows of the stream, between which the world drifts.")] = 6,
-    users: Annotated[int, typer.Option(help="Users that are active in a window.")] = 800,
-    items: Annotated[int, typer.Option(help="Items at the start; more arrive with every window.")] = 600,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same catalogue.")] = 0,
+    windows: Annotated[int, typer.Option(help="Number of windows; tastes drift from window to window.")] = 6,
+    users: Annotated[int, typer.Option(help="Active users in a window.")] = 800,
+    items: Annotated[int, typer.Option(help="Items at the start; every window adds more.")] = 600,
+    seed: Annotated[int, typer.Option(help="Seed of the catalogue.")] = 0,
     returning: Annotated[
-        int, typer.Option(help="Regimes of tastes that alternate, a window each, and come back; 0: the world drifts.")
+        int, typer.Option(help="Number of taste regimes that alternate from window to window and return; 0: drift.")
     ] = 0,
 ) -> None:
-    """Make a synthetic dataset with drawn images and captions, whose users follow what items look and read like."""
+    """Create a synthetic dataset with drawn images and captions. Its users' tastes depend on both."""
     from xsmoe.cli.commands.prepare import catalogue
 
     catalogue(out, make_display(), seed=seed, windows=windows, users=users, items=items, returning=returning)
@@ -102,21 +104,23 @@ def encode(
     image: Annotated[
         str | None, typer.Option(help="The image encoder: a folder or a Hugging Face name.", show_default="none")
     ] = None,
-    pooling: Annotated[str, typer.Option(help="Over tokens: mean, or cls as in the paper.")] = "mean",
+    pooling: Annotated[str, typer.Option(help="Pooling over tokens: mean, or cls as in the paper.")] = "mean",
     levels: Annotated[
-        str | None, typer.Option(help="Layers to take, such as 0,6,12.", show_default="first, middle and last")
+        str | None, typer.Option(help="Layers to store, such as 0,6,12.", show_default="first, middle and last")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="What is stored: float16, bfloat16 or float32.")] = "float16",
-    compute_dtype: Annotated[str, typer.Option(help="What the encoders compute in.")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="Texts or images that go through an encoder at once.")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Texts are cut to so many tokens.")] = 40,
-    image_size: Annotated[int | None, typer.Option(help="In pixels.", show_default="the encoder's own")] = None,
-    device: Annotated[str, typer.Option(help="Where the encoders compute: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Dtype of the store: float16, bfloat16 or float32.")] = "float16",
+    compute_dtype: Annotated[str, typer.Option(help="Dtype of the encoders' computation.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Number of texts or images in an encoder batch.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Texts are truncated to this number of tokens.")] = 40,
+    image_size: Annotated[
+        int | None, typer.Option(help="Image size in pixels.", show_default="the encoder's size")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device of the encoders: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
     """Encode a dataset's items with frozen encoders into a hidden-state store.
 
-    The same command goes on after an interruption. Items that the store holds already are not encoded again, even if
-    their texts or images have changed since: encode into a new folder then.
+    After an interruption, the same command resumes. Items in the store are not encoded again, even if their texts or
+    images have changed. To encode these again, use a new folder.
     """
     from xsmoe.cli.commands.encode import EncodeSettings
     from xsmoe.cli.commands.encode import encode as run_encode
@@ -142,4 +146,4 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{name} must be whole numbers with commas between them, not {text!r}") from None
+        raise ValueError(f"{name} must be integers separated by commas, such as 0,6,12, not {text!r}") from None

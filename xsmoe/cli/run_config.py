@@ -1,4 +1,4 @@
-"""A run's folder as the commands see it: its settings in config.json, its users in users.txt."""
+"""Settings of a run (config.json) and its users (users.txt)."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from xsmoe.data import Window
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.nn import Recommender, UserEncoder, XSMoE
 from xsmoe.stream import StreamConfig
-from xsmoe.stream.config import decisive, saved_model
+from xsmoe.stream.config import result_settings, upgrade_model_config
 from xsmoe.stream.source import Missing
 from xsmoe.stream.state.checkpoints import write_atomically
 from xsmoe.stream.state.seeds import derive, seeded
@@ -27,20 +27,20 @@ DEFAULT_WINDOWS = 10
 MODEL_SETTINGS = ("rank", "out_dim", "top_k", "condition", "ids")
 MODEL_DEFAULTS = {"default": {"condition": "whiten", "ids": True}, "paper": {"condition": "none", "ids": False}}
 NEEDED = {"new_gate": "expand", "grow": "expand", "prune_rule": "prune", "prune_threshold": "prune"}
-"""Settings of growth, and what has to be on for them."""
+"""Settings of growth, and the switch that each one needs."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides what a run computes.
+    """All settings of a run.
 
     Attributes:
         dataset, store: folders.
-        windows: how many the dataset's interactions are cut into.
-        modalities: those the model uses.
-        missing: what happens to items that lack one of them, "drop" or "zero".
-        model: what `Recommender.from_config` takes.
-        stream: the trainer's settings.
+        windows: number of windows of the dataset's interactions.
+        modalities: modalities of the model.
+        missing: handling of items that lack a modality, "drop" or "zero".
+        model: argument of `Recommender.from_config`.
+        stream: settings of the trainer.
     """
 
     dataset: Path
@@ -53,26 +53,26 @@ class RunConfig:
 
     @classmethod
     def new(cls, given: Mapping[str, Any], store: HiddenStateStore) -> Self:
-        """Settings from those given, by name, and the defaults for all others.
+        """Return settings from the given ones, by name, and defaults for the others.
 
         Args:
             given: "dataset", "store", and any of "windows", "modalities", "missing", `MODEL_SETTINGS` and the fields of
                 `StreamConfig`.
-            store: which tells widths and levels.
+            store: determines the widths and the number of levels.
         """
         stream = StreamConfig.from_dict(
             {name: given[name] for name in StreamConfig.__dataclass_fields__ if name in given}
         )
         for name, needed in NEEDED.items():
             if name in given and not getattr(stream, needed):
-                raise ValueError(
-                    f"{name} has no effect, since {needed} is off; give --{needed} too, or leave {name} out"
-                )
+                raise ValueError(f"{name} has no effect, because {needed} is off; add --{needed}, or leave {name} out")
         if (width := given.get("out_dim", 2)) < 2 or width % 2:
-            raise ValueError(f"out_dim must be even and at least 2, since two attention heads share it, not {width}")
+            raise ValueError(f"out_dim must be even and at least 2, for two attention heads, not {width}")
         modalities = tuple(given.get("modalities", store.modalities))
         if unknown := [name for name in modalities if name not in store.modalities]:
-            raise ValueError(f"modality {unknown[0]!r} is not in the store, which has {', '.join(store.modalities)}")
+            raise ValueError(
+                f"modality {unknown[0]!r} is not in the store; it has {', '.join(store.modalities)}, choose among these"
+            )
         items = XSMoE.from_config(
             {
                 "modalities": modalities,
@@ -95,14 +95,14 @@ class RunConfig:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The settings of the run in `folder`.
+        """Read the settings of the run in `folder`.
 
         Raises:
-            ValueError: there is no run, or its config.json cannot be understood.
+            ValueError: there is no run, or its config.json is invalid.
         """
         path = folder / CONFIG
         if not path.is_file():
-            raise ValueError(f"{folder} holds no run: there is no {CONFIG}; start one with `xsmoe train`")
+            raise ValueError(f"{folder} is not a run: it has no {CONFIG}; start a run with `xsmoe train`")
         try:
             saved = json.loads(path.read_text())
             return cls(
@@ -111,14 +111,14 @@ class RunConfig:
                 windows=saved["windows"],
                 modalities=tuple(saved["modalities"]),
                 missing=saved["missing"],
-                model=saved_model(saved["model"]),
+                model=upgrade_model_config(saved["model"]),
                 stream=StreamConfig.from_saved(saved["stream"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} cannot be understood: {type(error).__name__}: {error}; restore it") from error
+            raise ValueError(f"{path} is invalid: {type(error).__name__}: {error}; restore it from a backup") from error
 
     def write(self, folder: Path) -> None:
-        """Writes config.json in one step."""
+        """Write config.json atomically."""
         content = {
             "xsmoe": __version__,
             "dataset": portable(self.dataset, folder),
@@ -132,7 +132,7 @@ class RunConfig:
         write_atomically(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
     def settings(self) -> dict[str, Any]:
-        """The settings by the names that `new` takes."""
+        """Return the settings by the names of the arguments of `new`."""
         items = self.model["items"]
         return {
             "dataset": str(self.dataset),
@@ -145,31 +145,33 @@ class RunConfig:
         }
 
     def require(self, given: Mapping[str, Any], folder: Path) -> None:
-        """Raises ValueError if a setting that is given differs from the run's, and may not."""
-        mine = self.settings()
+        """Raise ValueError if a given setting differs from the run's setting and must not change."""
+        current = self.settings()
         wanted = dict(given)
         for name in ("dataset", "store"):
             if name in wanted:
                 wanted[name] = str(Path(wanted[name]).resolve())
         wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in wanted.items()}
-        kept, asked = decisive(mine), decisive(wanted)
+        kept, asked = result_settings(current), result_settings(wanted)
         differences = [
-            f"{name} is {_shown(mine[name])}, not {_shown(wanted[name])}" for name in asked if kept[name] != asked[name]
+            f"{name} is {_shown(current[name])}, not {_shown(wanted[name])}"
+            for name in asked
+            if kept[name] != asked[name]
         ]
         if differences:
             raise ValueError(
-                f"{folder} holds a run of other settings: {'; '.join(differences)}. Leave these options out to go on "
-                "with the run, or give another folder"
+                f"the run in {folder} has other settings: {'; '.join(differences)}. Leave these options out to resume "
+                "the run, or use another folder"
             )
 
     def build_model(self) -> Recommender:
-        """The model with the initial weights that the seed gives."""
+        """Return the model with initial weights from the seed."""
         with seeded(derive(self.stream.seed, 0, 0, "weights"), torch.device("cpu")):
             return Recommender.from_config(self.model)
 
 
 def check_device(name: str) -> torch.device:
-    """The device, if torch has it here. Raises ValueError otherwise."""
+    """Return the device. Raise ValueError if torch does not have it on this machine."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -179,46 +181,48 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if count == 0:
-            raise ValueError(f"device is {name!r}, but torch finds no GPU here; use --device cpu")
+            raise ValueError(f"device is {name!r}, but torch finds no GPU; use --device cpu")
         if device.index is not None and device.index >= count:
-            raise ValueError(f"device is {name!r}, but there are {count} GPUs, numbered from 0")
+            raise ValueError(f"device is {name!r}, but the last of {count} GPUs is cuda:{count - 1}; use another one")
     return device
 
 
 def read_users(folder: Path, windows: Iterable[Window]) -> np.ndarray:
-    """The users of a run, (N,) object array of str, in the order of their numbers.
+    """Read the users of a run, (N,) object array of str, in the order of their numbers.
 
     Args:
-        folder: of the run.
-        windows: those it has taken, all of whose users must be there.
+        folder: folder of the run.
+        windows: windows of the run. All their users must be in the file.
 
     Raises:
-        ValueError: the file is missing or has been shortened.
+        ValueError: the file is missing or too short.
     """
     path = folder / USERS
     if not path.is_file():
-        raise ValueError(f"{path} is missing; restore it, since it says which user is which")
+        raise ValueError(f"{path} is missing; restore it from a backup, because it maps user numbers to users")
     users = np.array(path.read_bytes().decode().split("\n")[:-1], dtype=object)
     most = max((int(window.users.max()) for window in windows if len(window)), default=-1)
     if most >= len(users):
-        raise ValueError(f"{path} has {len(users)} users, but the run's windows know at least {most + 1}; restore it")
+        raise ValueError(
+            f"{path} has {len(users)} users, but the run's windows have at least {most + 1}; restore it from a backup"
+        )
     return users
 
 
 def write_users(folder: Path, users: np.ndarray) -> None:
-    """Writes users.txt in one step, a user a line.
+    """Write users.txt atomically, one user per line.
 
     Raises:
-        ValueError: an id with a line break in it.
+        ValueError: a user id contains a line break.
     """
     for user in users:
         if "\n" in user:
-            raise ValueError(f"user id {user!r} holds a line break; rename that user")
+            raise ValueError(f"user id {user!r} contains a line break; rename this user")
     write_atomically(folder / USERS, "".join(f"{user}\n" for user in users).encode())
 
 
 def portable(path: Path, folder: Path) -> str:
-    """A path as it is saved in `folder`: relative where both lie in one folder, so that they can be moved together."""
+    """Return a path in the form saved in `folder`: relative if both have the same parent, so both can be moved."""
     here = folder.resolve().parent
     return os.path.relpath(path, folder.resolve()) if path.is_relative_to(here) else str(path)
 

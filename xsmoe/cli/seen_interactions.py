@@ -1,4 +1,4 @@
-"""Every interaction that a run was given: the dataset's log, its windows, and the logs of its updates."""
+"""All interactions that a run has received: the dataset's log, its windows, and the logs of its updates."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,41 +20,41 @@ UPDATES = "updates"
 def read_seen(
     folder: Path, config: RunConfig, windows: Sequence[Window], users: np.ndarray, store: HiddenStateStore
 ) -> list[Interactions]:
-    """What the run in `folder` was given, as logs. Those of an update that was not finished are left out.
+    """Read all logs that the run in `folder` has received, except the log of an unfinished update.
 
-    The dataset's log and those of updates also hold what did not enter a window; the windows are there too, because the
-    dataset may have changed since, and because updates by an earlier version kept no log.
+    The logs of the dataset and of updates include interactions that are not part of a window. The windows are read too,
+    because the dataset may have changed, and because earlier versions did not save the logs of updates.
 
     Args:
-        folder, config: of the run.
-        windows: those it has taken, at least one.
-        users: the user that each integer stands for.
-        store: whose rows the windows' items are.
+        folder, config: folder and settings of the run.
+        windows: windows of the run, at least one.
+        users: the user name for each integer id.
+        store: the items of the windows are its rows.
 
     Raises:
-        DataError: a log is missing or damaged, or the windows hold times in another unit than seconds.
+        DataError: a log is missing or damaged, or the windows have times in another unit than seconds.
     """
     who, what, when = (
         np.concatenate([getattr(window, name) for window in windows]) for name in ("users", "items", "timestamps")
     )
     if (to_seconds(folder, "timestamp", when)[0] != when).any():
         raise DataError(
-            f"the windows of {folder} hold times in another unit than seconds, as an earlier version took them; start "
-            "another run, which converts them"
+            f"the windows of {folder} have times in another unit than seconds, because an earlier version did not "
+            "convert them; start a new run, which converts them"
         )
     seen = [Interactions.in_time_order(users[who], store.item_ids[what], when)]
     logs = [config.dataset / INTERACTIONS, *(_path(folder, window.number) for window in windows[config.windows :])]
-    # Where an earlier version made the update, there is no log of it.
+    # Updates by an earlier version have no log.
     return seen + [read_interactions(path) for path in logs if path.parent.name != UPDATES or path.is_file()]
 
 
 def write_seen(folder: Path, number: int, log: Interactions) -> None:
-    """Keep the log of an update: each row's user, item, time and number in its file.
+    """Save the log of an update: user, item, time and row number of each interaction.
 
     Args:
-        folder: of the run.
-        number: the window's place in the stream.
-        log: all that was given, also what does not enter the window.
+        folder: folder of the run.
+        number: position of the window in the stream.
+        log: all interactions of the update, including those that are not part of the window.
     """
     names = {"user": pa.array(log.users, pa.string()), "item": pa.array(log.items, pa.string())}
     sink = pa.BufferOutputStream()

@@ -6,22 +6,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from xsmoe.extras import extra
+
 Line = Mapping[str, Any]
 
 
 class TensorBoard:
     """Writes a run's metrics as TensorBoard events.
 
-    The events are written anew from metrics.jsonl when a run goes on, so that those of an epoch that was cut short
-    are gone. Epochs count through all windows; tests stand at the window that they tested.
+    When a run is resumed, all events are written again from metrics.jsonl. This removes events of an interrupted epoch.
+    The step of an epoch counts through all windows. The step of a test is the number of its test window.
 
     Args:
-        folder: holds nothing but these events; replaced.
-        metrics: the lines there are already.
+        folder: folder for these events only; its content is replaced.
+        metrics: lines of metrics.jsonl so far.
     """
 
     def __init__(self, folder: Path, metrics: Sequence[Line]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        with extra("train"):
+            from torch.utils.tensorboard import SummaryWriter
 
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))
@@ -38,7 +41,7 @@ class TensorBoard:
         self._writer.close()
 
     def __call__(self, event: str, fields: Line) -> None:
-        """Takes an event of the trainer."""
+        """Handle an event of the trainer."""
         if event == "epoch":
             self._epoch(fields)
         elif event == "window":
@@ -63,7 +66,7 @@ class TensorBoard:
                 for expert, share in enumerate(line["shares"][modality][level]):
                     if share is not None:
                         values[f"utilization/{modality}_{level + 1}_expert_{expert}"] = share
-        # Of the weights that the window ends with, which need not be those of any epoch.
+        # Validation of the weights that the window ends with. These may differ from the weights of every epoch.
         if (validation := line.get("validation")) is not None:
             values |= {f"validation_kept/{name}": validation[name] for name in ("HR@10", "NDCG@10")}
         self._add(values, line["window"])
@@ -76,7 +79,7 @@ class TensorBoard:
             for metric in ("HR@10", "NDCG@10")
             if summary[metric] is not None
         }
-        # Lines that earlier versions recorded have no groups.
+        # Lines of earlier versions have no groups.
         for name, summary in line.get("groups", {}).get("masked", {}).get("new", {}).items():
             if summary["HR@10"] is not None:
                 values[f"test_new_masked_HR@10/{name}"] = summary["HR@10"]

@@ -1,4 +1,4 @@
-"""A run as it was left: the model of its last window, and what the stream had shown by then."""
+"""A trained run: the model of its last finished window, and the seen items up to that window."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,22 +11,22 @@ from xsmoe.data import Window
 from xsmoe.encoders import HiddenStateStore, ItemFeatures
 from xsmoe.nn import Recommender
 from xsmoe.stream import StreamConfig
-from xsmoe.stream.evaluation.seen_items import StreamMemory
+from xsmoe.stream.evaluation.seen_items import SeenItemHistory
 from xsmoe.stream.hidden_states.conditioned import conditioned
 from xsmoe.stream.state.run_folder import read_metrics, read_window
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """Read only: training may go on meanwhile.
+    """Read-only view of a run. Training may continue at the same time.
 
     Attributes:
-        folder, config: of the run.
-        stream: its settings, on the device asked for.
-        model: after its last whole window, on that device, in evaluation mode.
+        folder, config: folder and settings of the run.
+        stream: settings of the trainer, with the requested device.
+        model: model after the last finished window, on that device, in evaluation mode.
         store: the items' hidden states, not conditioned.
-        users: the user that each integer stands for.
-        windows: those the model was trained on.
+        users: the user name for each integer id.
+        windows: windows that the model was trained on.
     """
 
     folder: Path
@@ -39,14 +39,14 @@ class TrainedRun:
 
     @classmethod
     def load(cls, folder: Path, device: str | None = None) -> "TrainedRun":
-        """Loads a run that has at least one whole window.
+        """Load a run that has at least one finished window.
 
         Args:
-            folder: of the run.
-            device: where the model computes; default where it was trained.
+            folder: folder of the run.
+            device: device of the model; None uses the device of the training.
 
         Raises:
-            ValueError: no run, no whole window, damaged files, or a device that is not there.
+            ValueError: there is no run or no finished window, files are damaged, or the device does not exist.
         """
         config = RunConfig.read(folder)
         stream = replace(config.stream, device=device or config.stream.device)
@@ -54,7 +54,7 @@ class TrainedRun:
         count = sum(line["kind"] == "window" for line in read_metrics(folder))
         if count == 0 or not (folder / MODEL).is_dir():
             raise ValueError(
-                f"{folder} has no trained model yet: its first window is not done; go on with `xsmoe train`"
+                f"{folder} has no trained model yet: its first window is not finished; resume it with `xsmoe train`"
             )
         windows = [read_window(folder, number) for number in range(count)]
         return cls(
@@ -68,12 +68,12 @@ class TrainedRun:
         )
 
     def features(self) -> ItemFeatures:
-        """The items' hidden states as the model takes them: conditioned when they are asked for."""
+        """Return the hidden states that the model expects, conditioned when they are read."""
         return conditioned(self.store, self.model.items)
 
-    def memory(self) -> StreamMemory:
-        """What the windows have shown, as training sees it."""
-        memory = StreamMemory()
+    def seen_items(self) -> SeenItemHistory:
+        """Return the seen items of all windows, split as in training."""
+        seen = SeenItemHistory()
         for window in self.windows:
-            memory.add(self.stream.split(window))
-        return memory
+            seen.add(self.stream.split(window))
+        return seen

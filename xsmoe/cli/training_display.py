@@ -1,4 +1,4 @@
-"""A training run as it goes: a line for every window that is done, and progress within the one that is not."""
+"""Display of a training run: a line for every finished window, and progress within the current one."""
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -6,17 +6,17 @@ from typing import Any, Self
 
 from rich.progress import Progress, TaskID
 
-from xsmoe.cli.display import Display, Ticker, bar
+from xsmoe.cli.display import Display, Throttle, bar
 from xsmoe.report import results, tables
 
 
 class TrainingDisplay:
-    """A listener of `StreamingTrainer`, to be used as a context.
+    """A listener of `StreamingTrainer`. Use it as a context manager.
 
     Args:
-        display: where it shows.
-        modalities: of the model.
-        of: windows in all.
+        display: display of the command.
+        modalities: modalities of the model.
+        of: total number of windows.
     """
 
     def __init__(self, display: Display, modalities: Sequence[str], of: int) -> None:
@@ -25,11 +25,11 @@ class TrainingDisplay:
         self._of = of
         self._metrics: list[Mapping[str, Any]] = []
         self._shown: set[int] = set()
-        self._headed = False
+        self._has_header = False
         self._status = ""
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._ticker = Ticker(lambda done, total: display.say(f"{self._status}, step {done} of {total}"))
+        self._throttle = Throttle(lambda done, total: display.say(f"{self._status}, step {done} of {total}"))
 
     def __enter__(self) -> Self:
         if self._display.live:
@@ -46,7 +46,7 @@ class TrainingDisplay:
             self._bar = None
 
     def past(self, metrics: Sequence[Mapping[str, Any]], *, show: bool) -> None:
-        """Takes note of what was done before, and shows its windows if it shall."""
+        """Add the metrics of earlier training. With `show`, show its windows."""
         self._metrics = list(metrics)
         if show:
             self._show_tested()
@@ -54,10 +54,10 @@ class TrainingDisplay:
             self._shown |= {line["window"] for line in metrics if line["kind"] == "test"}
 
     def __call__(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Takes an event of the trainer."""
+        """Handle an event of the trainer."""
         if event == "resumed":
-            at = "" if fields["epoch"] is None else f", and {fields['epoch']} epochs of the next one"
-            self._display.say(f"Going on: {fields['windows_done']} windows are done{at}.")
+            at = "" if fields["epoch"] is None else f" and {fields['epoch']} epochs of the next one"
+            self._display.say(f"Resuming after {fields['windows_done']} windows{at}.")
         elif event == "warning":
             self._display.warn(fields["message"])
         elif event == "begin":
@@ -67,22 +67,22 @@ class TrainingDisplay:
             if fields["done"] == 1:
                 self._status = f"window {fields['window']}/{self._of - 1}, epoch {fields['epoch']}{self._quality()}"
             self._update(fields["done"], fields["of"])
-            self._ticker(fields["done"], fields["of"])
+            self._throttle(fields["done"], fields["of"])
         elif event in ("epoch", "window", "test"):
             self._metrics.append(fields)
             if event == "test":
                 self._show_tested()
 
     def finish(self) -> None:
-        """Shows the last window, which no other has tested."""
+        """Show the last window, which was not tested on a later one."""
         for result in results.window_results(self._metrics):
             if result.trained is not None:
                 self._show(result)
-        if self._headed:
+        if self._has_header:
             self._display.say(tables.LEGEND, style="dim", wrap=True)
 
     def _quality(self) -> str:
-        """The last epoch's loss and validation, where it was in this window."""
+        """Return the last epoch's loss and validation if it belongs to this window."""
         last = self._metrics[-1] if self._metrics else None
         if last is None or last["kind"] != "epoch":
             return ""
@@ -102,9 +102,9 @@ class TrainingDisplay:
     def _show(self, result: results.WindowResult) -> None:
         if result.number in self._shown:
             return
-        if not self._headed:
+        if not self._has_header:
             for line in tables.header(self._columns):
                 self._display.heading(line)
-            self._headed = True
+            self._has_header = True
         self._display.say(tables.row(self._columns, result))
         self._shown.add(result.number)

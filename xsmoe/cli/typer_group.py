@@ -1,4 +1,4 @@
-"""What all commands have alike: their order in help, a display, and what becomes of mistakes and interruptions."""
+"""Common behaviour of all commands: their order in help, the display, and the handling of errors and interruptions."""
 
 import sys
 from typing import Any
@@ -6,17 +6,19 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-USER_ERRORS = (ValueError, TypeError, OSError)
-"""What bad input raises everywhere in the library. Anything else is a bug, and keeps its traceback."""
+from xsmoe.extras import MissingExtra
 
-# Which package UsageError lives in depends on typer's version.
+USER_ERRORS = (ValueError, TypeError, OSError, MissingExtra)
+"""Exceptions that invalid input raises. Any other exception is a bug and keeps its traceback."""
+
+# The package that defines UsageError depends on typer's version.
 UsageError: Any = typer.BadParameter.__bases__[0]
 MISTAKE, INTERRUPTED = 2, 130
 ORDER = ("demo", "info", "prepare", "encode", "train", "update", "evaluate", "recommend", "report")
 
 
 class Commands(TyperGroup):
-    """Turns a user's mistake into one line on standard error and exit code 2."""
+    """Converts a user error into one line on standard error and exit code 2."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         try:
@@ -42,7 +44,7 @@ class Commands(TyperGroup):
             if ctx.params["debug"]:
                 raise
             again = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
-            typer.echo(f"xsmoe: interrupted; what was done is kept, {again} goes on from there", err=True)
+            typer.echo(f"xsmoe: interrupted; finished work is saved, run {again} to resume", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -58,7 +60,7 @@ def _fail(message: str) -> int:
 
 
 def make_display() -> Any:
-    """Where a command shows what it does."""
+    """Return the display of a command."""
     from xsmoe.cli.display import Display
 
     return Display()

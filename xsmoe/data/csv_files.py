@@ -1,4 +1,4 @@
-"""Columns out of CSV files. No row is lost: pyarrow parses, and a scan of the file's lines says what it has to find."""
+"""A reader of columns of CSV files that loses no row: pyarrow parses, and a scan of the lines checks the row count."""
 
 import csv
 from collections.abc import Collection, Iterator, Sequence
@@ -18,16 +18,16 @@ _LONGEST = (1 << 31) - 1
 
 
 def csv_header(path: Path) -> list[str]:
-    """The names of a CSV file's columns.
+    """Return the names of a CSV file's columns.
 
     Raises:
-        DataError: an empty file, or a header that cannot be read or spans lines.
+        DataError: the file is empty, or its header cannot be read or spans several lines.
     """
     for line, names in _records(path):
         if any("\0" in name for name in names):
             raise DataError(nul_byte(path, line))
         if any(newline in name for name in names for newline in "\r\n"):
-            raise DataError(f"{path}: line {line} opens a quoted column name that does not end in it; remove the quote")
+            raise DataError(f"{path}: line {line} opens a quoted column name and does not close it; remove the quote")
         return names
     raise DataError(f"{path}: cannot be read as csv: it is empty")
 
@@ -41,15 +41,16 @@ def read_csv(
         path: the file.
         names: its columns, from `csv_header`.
         wanted: the columns to read.
-        text: those whose fields may span lines.
-        digits: a column that holds digits in every row. By it rows are recognized that stray quotes turned into text.
+        text: the columns whose fields may span lines.
+        digits: a column that holds digits in every row, or None. It serves to find rows that a stray quote has turned
+            into text.
 
     Returns:
-        The columns, and sentences about what is unusual in the file.
+        The columns, and notes: sentences about unusual content of the file.
 
     Raises:
-        DataError: a quote without an end, a field outside of text that spans lines, a row of another length, or rows
-            that were not parsed; the message names the line.
+        DataError: a quote is never closed, a field outside the text columns spans lines, a row has another number of
+            fields than the header, or pyarrow missed rows. The message names the line.
         pa.ArrowException, UnicodeError: the file cannot be parsed for another reason.
     """
     lines = scan_csv(path)
@@ -84,21 +85,24 @@ def _parse(path: Path, names: Sequence[str], wanted: Sequence[str]) -> pa.Table:
         size = path.stat().st_size
         if not _BLOCK_BYTES < size < _LONGEST:
             raise
-        # A row longer than a block is no mistake.
+        # pyarrow refuses a row that is longer than a block, but such a row is valid.
         return read(size)
 
 
 def _check_spanning(
     path: Path, names: Sequence[str], lines: CsvLines, wanted: Sequence[str], text: Collection[str], digits: str | None
 ) -> list[str]:
-    """Refuse fields that span lines outside of text columns, and count those inside of them."""
+    """Raise DataError for fields outside text columns that span lines. Return notes that count those in text columns.
+
+    A column that is not read may span lines too, if `_check_unread` accepts it.
+    """
     fields = lines.fields
     notes: list[str] = []
     if not len(fields):
         return notes
     allowed = np.zeros(len(names) + 1, bool)
     for place in np.unique(fields.columns[fields.columns < len(names)]).tolist():
-        # Where names are there twice, a column cannot be looked at by its name.
+        # A column whose name occurs twice cannot be read by name, so it cannot be checked.
         if names[place] in text or (names.count(names[place]) == 1 and names[place] not in wanted):
             allowed[place] = True
     refused = fields.malformed | ~allowed[np.minimum(fields.columns, len(names))]
@@ -112,13 +116,13 @@ def _check_spanning(
         notes.append(
             f"{path}: {len(mine)} fields of column '{names[place]}' span lines, with {fields.newlines[mine].sum()} "
             f"newlines inside; the longest begins in line {fields.lines[longest]} and spans "
-            f"{fields.newlines[longest] + 1}"
+            f"{fields.newlines[longest] + 1} lines"
         )
     return notes
 
 
 def _check_unread(path: Path, names: Sequence[str], lines: CsvLines, place: int, digits: str | None) -> None:
-    """Refuse fields that span lines in a column that is not read, unless they are text and hold no rows."""
+    """Raise DataError for fields that span lines in an unread column, unless they are text and contain no rows."""
     values = _parse(path, names, [names[place]]).column(0).drop_null()
     spanning = pc.match_substring_regex(values, r"[\r\n]")
     first = int(np.flatnonzero(lines.fields.columns == place)[0])
@@ -136,12 +140,14 @@ def _check_unread(path: Path, names: Sequence[str], lines: CsvLines, place: int,
 
 
 def _rows_inside(num_columns: int, place: int, digits: int) -> str:
-    """A pattern of values that hold rows of the file: lines with as many fields, and digits where they belong.
+    """Return a pattern that matches values that contain rows of the file.
+
+    A row is a line with as many fields as the header, and with digits in the column of digits.
 
     Args:
-        num_columns: of the file.
-        place: the column of the value.
-        digits: the column that holds digits.
+        num_columns: number of columns of the file.
+        place: index of the value's column.
+        digits: index of the column that holds digits.
     """
     field, number, newline = r"[^,\r\n]*", r"\"?[0-9]+\"?", r"[\r\n]"
 
@@ -149,7 +155,7 @@ def _rows_inside(num_columns: int, place: int, digits: int) -> str:
         return ",".join(number if column == digits else field for column in range(first, last))
 
     whole = f"{newline}{fields(0, num_columns)}{newline}"
-    # The value begins in the middle of a row and ends in the middle of another one.
+    # The value begins in the middle of one row and ends in the middle of another row.
     partial = f"{newline}{fields(0, place + 1)}$" if digits < place else f"^{fields(place, num_columns)}{newline}"
     return f"{whole}|{partial}"
 
@@ -157,18 +163,18 @@ def _rows_inside(num_columns: int, place: int, digits: int) -> str:
 def _refuse_spanning(path: Path, names: Sequence[str], lines: CsvLines, field: int) -> None:
     place, begin = int(lines.fields.columns[field]), int(lines.fields.lines[field])
     column = f"column '{names[place]}'" if place < len(names) else f"column {place + 1}, beyond the header's"
-    reason = "only texts may span lines, and not rows of the file"
+    reason = "only text fields may span lines, and they must not contain rows of the file"
     if lines.fields.malformed[field]:
         reason = "its closing quote is followed by neither a comma nor the end of the line"
     raise DataError(
         f"{path}: line {begin} opens a quoted field of {column} that ends in line "
-        f"{begin + int(lines.fields.newlines[field])}, but {reason}; if the quote is a stray one, remove it, or double "
-        "it and put the field in quotes"
+        f"{begin + int(lines.fields.newlines[field])}, but {reason}; if the quote is a mistake, remove it, or double "
+        "it and put the whole field in quotes"
     )
 
 
 def _refuse_lengths(path: Path, num_columns: int) -> None:
-    """Raise DataError for the first row of another length, if there is one."""
+    """Raise DataError for the first row whose number of fields differs from the header's, if there is one."""
     for row, (line, record) in enumerate(_records(path)):
         if len(record) != num_columns:
             raise DataError(
@@ -188,21 +194,21 @@ def _refuse_encoding(path: Path) -> None:
 
 
 def _refuse_lost(path: Path, table: pa.Table, lines: CsvLines) -> None:
-    """Raise DataError for rows that were parsed otherwise than the lines of the file say."""
+    """Raise DataError that names the first line where the parsed rows differ from the lines of the file."""
     records = _records(path)
     _, names = next(records)
     places = [names.index(name) for name in table.column_names]
     parsed = zip(*(column.to_pylist() for column in table.columns), strict=True)
     differs = (line for line, record in records if tuple(record[at] or None for at in places) != next(parsed, None))
     raise DataError(
-        f"{path}: {table.num_rows} rows were parsed, but {lines.lines} lines hold {lines.rows - 1} rows beside the "
+        f"{path}: {table.num_rows} rows were parsed, but {lines.lines} lines hold {lines.rows - 1} rows after the "
         f"header, {lines.blank} blank lines and {lines.embedded} newlines inside fields; they differ from line "
-        f"{next(differs, lines.lines)} on"
+        f"{next(differs, lines.lines)} on; correct the file from that line on"
     )
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV file that are not blank, with the physical lines that they begin in."""
+    """Yield the records of a CSV file that are not blank, each with the physical line that it begins in."""
     with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         reader = csv.reader(file)
         line, limit = 1, csv.field_size_limit(_LONGEST)

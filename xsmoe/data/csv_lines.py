@@ -1,8 +1,8 @@
-"""The physical lines of a CSV file: which end a row, which are blank, and which lie inside quoted fields.
+"""A scan of a CSV file's physical lines: lines that end a row, blank lines, and lines inside quoted fields.
 
-pyarrow.csv parses; this scan says how many rows it has to find. Both follow the same rules: a quote opens a field only
-at the field's start, two quotes inside a quoted field stand for one, and what follows the closing quote belongs to the
-field.
+pyarrow.csv parses the file; this scan counts the rows that it must find. Both follow the same rules. A quote opens a
+quoted field only at the start of the field. Two quotes inside a quoted field mean one quote. Characters after the
+closing quote belong to the field.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class SpanningFields:
         lines: (S,) int64, the physical line that a field begins in, from 1.
         columns: (S,) int64, its column, from 0.
         newlines: (S,) int64, newlines inside it.
-        malformed: (S,) bool, whether its closing quote is followed by more of the field.
+        malformed: (S,) bool, whether more characters of the field follow its closing quote.
     """
 
     lines: np.ndarray
@@ -42,11 +42,11 @@ class CsvLines:
     """Counts of physical lines: `lines == rows + blank + embedded`.
 
     Attributes:
-        lines: physical lines; LF, CR and CRLF each end one, and so does the end of the file.
-        rows: records, the header among them.
-        blank: lines without a character outside of quoted fields.
+        lines: physical lines; LF, CR, CRLF and the end of the file each end one.
+        rows: records, including the header.
+        blank: lines without a character outside quoted fields.
         embedded: newlines inside quoted fields.
-        fields: the fields that hold them.
+        fields: the fields that contain these newlines.
     """
 
     lines: int
@@ -61,10 +61,10 @@ def scan_csv(path: Path, chunk_bytes: int = CHUNK_BYTES) -> CsvLines:
 
     Args:
         path: the file.
-        chunk_bytes: bytes to look at at once.
+        chunk_bytes: bytes to scan at once.
 
     Raises:
-        DataError: a quote that is never closed, or a NUL byte; the message names the line.
+        DataError: a quote is never closed, or the file contains a NUL byte. The message names the line.
     """
     scan = _Scan(path)
     with open(path, "rb") as file:
@@ -72,7 +72,7 @@ def scan_csv(path: Path, chunk_bytes: int = CHUNK_BYTES) -> CsvLines:
         rest = b"" if rest == _BYTE_ORDER_MARK else rest
         while chunk := file.read(chunk_bytes):
             chunk = rest + chunk
-            # A run of quotes, or a CR and its LF, must not be torn apart.
+            # The end of a chunk must not split a run of quotes or a CR LF pair.
             whole = chunk.rfind(b"\n") + 1 or len(chunk.rstrip(b'"\r'))
             rest = chunk[whole:]
             scan.add(chunk[:whole])
@@ -81,7 +81,7 @@ def scan_csv(path: Path, chunk_bytes: int = CHUNK_BYTES) -> CsvLines:
 
 
 def nul_byte(path: Path, line: int) -> str:
-    """The message for a line that holds a NUL byte."""
+    """Return the error message for a line that contains a NUL byte."""
     return f"{path}: line {line} holds a NUL byte; the file is damaged, or is UTF-16: save it as UTF-8"
 
 
@@ -91,10 +91,10 @@ class _Scan:
         self.newlines = self.blank = self.embedded = 0
         self.last = _LF
         self.row_delimiters = 0
-        """Delimiters of the record that goes on in the next chunk."""
+        """Number of delimiters so far of the record that continues in the next chunk."""
         self.quoted = False
         self.open_line = self.open_column = self.open_newlines = 0
-        """Where the quoted field began that goes on in the next chunk, and how many newlines it held so far."""
+        """Where the quoted field began that continues in the next chunk, and how many newlines it contained so far."""
         self.fields: list[tuple[np.ndarray, ...]] = []
 
     def add(self, chunk: bytes) -> None:
@@ -151,11 +151,11 @@ class _Scan:
         self.newlines += len(ends)
 
     def _lines(self, ends: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """The physical lines that these places of the chunk are in."""
+        """Return the physical lines of these positions of the chunk."""
         return self.newlines + np.searchsorted(ends, places) + 1
 
     def _columns(self, chunk: np.ndarray, runs: "_Runs", row_ends: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """The columns that these places of the chunk are in."""
+        """Return the columns of these positions of the chunk."""
         first = int(np.searchsorted(row_ends, places[0])) - 1
         start = int(row_ends[first]) if first >= 0 else 0
         delimiters = runs.unquoted(np.flatnonzero(chunk[start : int(places[-1])] == _DELIMITER) + start)
@@ -168,7 +168,7 @@ class _Scan:
         if self.quoted:
             raise DataError(
                 f"{self.path}: line {self.open_line} opens a quoted field that no quote closes; close it, or double "
-                "the quote and put the field in quotes"
+                "the quote and put the whole field in quotes"
             )
         lines = self.newlines + (self.last not in (_CR, _LF))
         columns = [np.concatenate(arrays) for arrays in zip(*self.fields, strict=True)]
@@ -178,10 +178,10 @@ class _Scan:
 
 
 class _Runs:
-    """Runs of quotes of odd length, which alone change whether what follows is quoted.
+    """Runs of quotes of odd length. Only these change whether the following characters are quoted.
 
-    In a quoted field any such run ends it. Elsewhere it begins one at a field's start, and means nothing in other
-    places.
+    In a quoted field, each of these runs ends the field. At the start of a field, it begins a quoted field. Elsewhere
+    it has no effect.
     """
 
     def __init__(self, chunk: np.ndarray, last: int, quoted: bool) -> None:
@@ -193,39 +193,39 @@ class _Runs:
         self._at_start = quoted
         self.begins = quotes[first[odd]]
         self._ends = self.begins + lengths[odd] - 1
-        behind = np.where(self.begins > 0, chunk[self.begins - 1], last)
-        starts_field = (behind == _DELIMITER) | (behind == _LF) | (behind == _CR)
-        # A run at a field's start flips the state, any other one clears it.
+        preceding = np.where(self.begins > 0, chunk[self.begins - 1], last)
+        starts_field = (preceding == _DELIMITER) | (preceding == _LF) | (preceding == _CR)
+        # A run at the start of a field flips the state. Any other run clears it.
         flips = np.cumsum(starts_field) + quoted
         self._state = ((flips - np.maximum.accumulate(np.where(starts_field, 0, flips))) & 1).astype(bool)
 
     @property
     def open_at_end(self) -> bool:
-        """Whether the end of the chunk is quoted."""
+        """Return whether the end of the chunk is quoted."""
         return bool(self._state[-1]) if len(self._state) else self._at_start
 
     def before(self, places: np.ndarray) -> np.ndarray:
-        """The last run before each place, -1 for none."""
+        """Return the last run before each position, -1 for none."""
         return np.searchsorted(self.begins, places) - 1
 
     def quoted_after(self, runs: np.ndarray) -> np.ndarray:
-        """Whether what follows these runs is quoted; -1 stands for the chunk's start."""
+        """Return whether the characters after these runs are quoted; -1 means the start of the chunk."""
         return np.concatenate([self._state, [self._at_start]])[runs]
 
     def unquoted(self, places: np.ndarray) -> np.ndarray:
-        """Those of the places that are not quoted."""
+        """Return the positions that are not quoted."""
         return places[~self.quoted_after(self.before(places))]
 
     def malformed(self, closing: np.ndarray) -> np.ndarray:
-        """Whether the field goes on behind these runs, which close it."""
-        behind = self._ends[closing] + 1
-        inside = behind < len(self._chunk)
-        following = self._chunk[np.where(inside, behind, 0)]
+        """Return whether the field continues after these runs, which close its quotes."""
+        after = self._ends[closing] + 1
+        inside = after < len(self._chunk)
+        following = self._chunk[np.where(inside, after, 0)]
         return inside & (following != _DELIMITER) & (following != _LF) & (following != _CR)
 
 
 def _newlines(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last byte of every newline: LF, CR, or CR and LF."""
+    """Return the first and the last byte of every newline: LF, CR, or CR LF."""
     line_feeds = np.flatnonzero(chunk == _LF)
     returns = np.flatnonzero(chunk == _CR)
     if not len(returns):
@@ -242,7 +242,7 @@ def _count(chunk: bytes) -> int:
 
 
 def _simple(chunk: bytes, last: int) -> int | None:
-    """The newlines of a chunk whose rows are a line each, not quoted at either end; None where that is not plain."""
+    """Return the newlines of a chunk if each row is one line and neither end is quoted; None if that is not certain."""
     if last in (_CR, _LF) and chunk[0] in (_CR, _LF):
         return None
     count = chunk.count(b"\n")
@@ -255,10 +255,10 @@ def _simple(chunk: bytes, last: int) -> int | None:
 
 
 def _plainly_quoted(chunk: bytes, last: int) -> bool:
-    """Whether all quotes of a chunk come in pairs around fields within a line, or double another one.
+    """Return whether every quote of a chunk belongs to a pair around a field within a line, or doubles another quote.
 
-    It looks at 64 bytes at once, one bit each. The parity of the quotes so far then is whether a byte is quoted, unless
-    a quote that makes it odd stands elsewhere than at a field's start or behind another quote.
+    The function processes 64 bytes at once, one bit each. A byte is quoted if the number of quotes before it is odd.
+    This holds unless a quote that makes the number odd is neither at the start of a field nor after another quote.
     """
     padded = np.zeros(-(-len(chunk) // 64) * 64, np.uint8)
     padded[: len(chunk)] = np.frombuffer(chunk, np.uint8)
@@ -269,14 +269,14 @@ def _plainly_quoted(chunk: bytes, last: int) -> bool:
     for step in (1, 2, 4, 8, 16, 32):
         parity ^= parity << np.uint64(step)
     odd = np.bitwise_xor.accumulate(parity >> np.uint64(63))
-    # All bits of a word flip where the words before it hold an odd number of quotes.
+    # If the words before a word contain an odd number of quotes, all bits of the word flip.
     parity[1:] ^= np.uint64(0) - odd[:-1]
     if odd[-1] or (newlines & parity).any():
         return False
-    behind = starts << np.uint64(1)
-    behind[1:] |= starts[:-1] >> np.uint64(63)
-    behind[0] |= np.uint64(last in (_DELIMITER, _CR, _LF))
-    return not (quotes & parity & ~behind).any()
+    after = starts << np.uint64(1)
+    after[1:] |= starts[:-1] >> np.uint64(63)
+    after[0] |= np.uint64(last in (_DELIMITER, _CR, _LF))
+    return not (quotes & parity & ~after).any()
 
 
 def _bits(mask: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A dataset on disk: a folder with interactions.parquet, items.parquet and the images that the latter names."""
+"""A dataset on disk: a folder with interactions.parquet, items.parquet and the images that items.parquet names."""
 
 import os
 from collections.abc import Mapping
@@ -21,16 +21,16 @@ ROW = "row"
 
 @dataclass(frozen=True)
 class Items:
-    """What is known of each item. An item may lack its text, its image, or both.
+    """The text and image of each item. An item may lack its text, its image, or both.
 
     Attributes:
         ids: (N,) object array of str, distinct.
         texts: (N,) object array of str, None where an item has no text.
         images: (N,) object array of str, each the path of an image file relative to the dataset's folder, or None.
-        notes: sentences about what was unusual in the file that they came from.
+        notes: sentences about unusual content of the source file.
 
     Raises:
-        ValueError: arrays of different lengths.
+        ValueError: the arrays have different lengths.
     """
 
     ids: np.ndarray
@@ -51,9 +51,9 @@ class Items:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that was checked: item ids are distinct, and every interaction's item is among them.
+    """A checked dataset: item ids are distinct, and they include every interaction's item.
 
-    Whether the image files exist is left to whoever opens them.
+    The existence of the image files is not checked.
     """
 
     folder: Path
@@ -65,12 +65,12 @@ class Dataset:
         """Read a dataset's folder.
 
         Its files are `interactions.parquet` (user, item, timestamp, row) and `items.parquet` (item, text, image), where
-        text and image may be null; an empty string counts as null. `row` is an interaction's data row in the file that
-        it came from; without that column, rows are numbered as they are here.
+        text and image may be null; an empty string counts as null. `row` is an interaction's data row in its source
+        file. Without that column, the rows of interactions.parquet are numbered from 1.
 
         Raises:
-            DataError: a missing file or column, a wrong type, a row without an id, an item that is listed twice, an
-                absolute image path, or interactions with items that are not listed.
+            DataError: a file or column is missing, a type is wrong, a row has no id, an item occurs twice, an image
+                path is absolute, or an interaction's item is not in items.parquet.
         """
         folder = Path(folder)
         path = folder / ITEMS
@@ -81,23 +81,22 @@ class Dataset:
             ("user", "item", "timestamp"), "A dataset's interactions are written by `xsmoe prepare`."
         )
         if ROW in column_names(path):
-            wanted[ROW] = "It holds the numbers of rows."
+            wanted[ROW] = "It holds row numbers."
         interactions = _parse_interactions(path, read_table(path, wanted))
         _check(folder, interactions, items)
         return cls(folder, interactions, items)
 
 
 def write_dataset(folder: str | PathLike[str], interactions: Interactions, items: Items) -> Dataset:
-    """Write a dataset into a folder, which is made if need be; images are put there by the caller.
+    """Write a dataset into a folder. The folder is created if it is missing. The caller adds the images.
 
-    Each file is written under another name first and moved into place when complete, so that no reader ever sees half
-    a file.
+    Each file is first written under a temporary name and then renamed, so a reader never finds a part of a file.
 
     Returns:
-        The dataset as `Dataset.load` gives it.
+        The dataset as `Dataset.load` returns it.
 
     Raises:
-        DataError: what `Dataset.load` would refuse.
+        DataError: `Dataset.load` would refuse the dataset.
     """
     folder = Path(folder)
     if not len(items) or not len(interactions):
@@ -153,8 +152,8 @@ def _parse_interactions(path: Path, table: Table) -> Interactions:
         column = table.columns[ROW]
         if column.type != pa.int64() or column.null_count:
             raise DataError(
-                f"{path}: column '{ROW}' is {column.type} with {column.null_count} nulls; it must hold the numbers "
-                "of rows as int64: remove it, or run `xsmoe prepare` again"
+                f"{path}: column '{ROW}' is {column.type} with {column.null_count} nulls; it must hold row numbers "
+                "as int64: remove it, or run `xsmoe prepare` again"
             )
         rows = column.to_numpy()
     return parse_interactions(
@@ -177,7 +176,9 @@ def _check(folder: Path, interactions: Interactions, items: Items) -> None:
     listed = set(items.ids)
     if len(listed) < len(items):
         ids, counts = np.unique(items.ids, return_counts=True)
-        raise DataError(f"{folder / ITEMS}: item ids must be distinct, but {_some(ids[counts > 1])} are there twice")
+        raise DataError(
+            f"{folder / ITEMS}: item ids must be distinct, but {_some(ids[counts > 1])} occur more than once"
+        )
     absolute = np.array([image is not None and PurePath(image).is_absolute() for image in items.images], dtype=bool)
     if absolute.any():
         raise DataError(
@@ -188,7 +189,7 @@ def _check(folder: Path, interactions: Interactions, items: Items) -> None:
     if unknown:
         raise DataError(
             f"{folder / INTERACTIONS}: {len(unknown)} items are not in {ITEMS}: {_some(unknown)}; list them there, "
-            "with null text and image if nothing is known of them"
+            "with null text and image if they have none"
         )
 
 

@@ -1,5 +1,5 @@
-"""The error that all readers of data raise."""
+"""The error class of all data readers."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used as it is. The message names the file, the place and what to do about it."""
+    """Invalid data. The message names the file, the position and a remedy."""

@@ -1,4 +1,4 @@
-"""The log that a stream is made of: who took what, and when."""
+"""The interaction log of a stream: user, item and time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ class Interactions:
         users: (N,) object array of str.
         items: (N,) object array of str.
         timestamps: (N,) int64, whole seconds since 1970, ascending.
-        rows: (N,) int64, each one's data row in the file that it came from, from 1. Left out, they count from 1.
-        notes: sentences about what was unusual in the file, and what was done about it.
+        rows: (N,) int64, each interaction's data row in its source file, from 1. Default: 1 to N.
+        notes: sentences about unusual content of the file and how it was handled.
 
     Raises:
-        TypeError: timestamps or rows that are not integers.
-        ValueError: arrays of different lengths, or timestamps that do not ascend.
+        TypeError: timestamps or rows are not integers.
+        ValueError: the arrays have different lengths, or the timestamps do not ascend.
     """
 
     users: np.ndarray
@@ -50,7 +50,7 @@ class Interactions:
             if array.dtype.kind not in "iu":
                 meaning = "whole seconds since 1970" if name == "timestamps" else "numbers of data rows"
                 raise TypeError(f"{name} must be integers, {meaning}, not {array.dtype}")
-        # Not the sign of a difference, which wraps where the type is unsigned.
+        # A comparison, not the sign of a difference: differences of unsigned integers wrap.
         if (self.timestamps[1:] < self.timestamps[:-1]).any():
             raise ValueError("timestamps must ascend; build with Interactions.in_time_order(users, items, timestamps)")
 
@@ -59,7 +59,7 @@ class Interactions:
 
     @classmethod
     def in_time_order(cls, users: np.ndarray, items: np.ndarray, timestamps: np.ndarray) -> "Interactions":
-        """Sort the rows by time; rows of one timestamp stay in the order given."""
+        """Sort the rows by time. Rows with equal timestamps keep their order."""
         order = np.argsort(timestamps, kind="stable")
         return cls(users[order], items[order], timestamps[order], order + 1)
 
@@ -69,23 +69,22 @@ def read_interactions(
 ) -> Interactions:
     """Read a log of interactions from a `.csv` (with a header) or `.parquet` file.
 
-    Every row of the file is an interaction of the result. What was unusual, such as another unit of time, is in
-    `notes`.
+    Every row of the file becomes one interaction. `notes` describes unusual content, such as another unit of time.
 
     Args:
-        path: the file. Columns other than the three named are not read, but no quote in them may hide a row.
+        path: the file. Only the three named columns are read. A quote in another column must not hide a row.
         user, item: names of the columns with the ids, strings or integers; integers become strings.
         timestamp: name of the column with the time, integer seconds since 1970. Milliseconds, microseconds, nanoseconds
-            and dates written as yyyymmdd become seconds where the whole column is in that unit beyond doubt. The rows
-            may be in any order.
+            and dates written as yyyymmdd are converted to seconds if the whole column is certainly in that unit. The
+            rows may be in any order.
 
     Returns:
-        The interactions in time order; rows of one time stay in the file's order.
+        The interactions in time order. Rows with equal times keep the file's order.
 
     Raises:
-        DataError: a file that is missing, empty or cannot be parsed; a missing column; a row without a user or an item;
-            a timestamp that is no whole number or is negative; timestamps of several units or far from any date; a
-            quoted field that spans lines, or a quote without an end. Data rows count from 1, without the header.
+        DataError: the file is missing, empty or cannot be parsed; a column is missing; a row has no user or no item; a
+            timestamp is not a whole number or is negative; timestamps have several units or are no plausible dates; a
+            quoted field spans lines, or a quote is never closed. Data rows are counted from 1, without the header.
     """
     path = Path(path)
     arguments = {user: "user", item: "item", timestamp: "timestamp"}
@@ -107,21 +106,23 @@ def parse_interactions(
     rows: np.ndarray | None = None,
     notes: tuple[str, ...] = (),
 ) -> Interactions:
-    """The columns of a file as interactions in time order; the names are theirs, the path is for messages.
+    """Return the columns of a file as interactions in time order.
 
     Args:
-        path, columns, user, item, timestamp: the file, its columns and their names.
-        rows: (N,) int64 numbers of rows; default the positions in the columns, from 1.
-        notes: about the file, to which those about its times are added.
+        path: the file, for error messages.
+        columns: the file's columns.
+        user, item, timestamp: the columns' names.
+        rows: (N,) int64 row numbers; default 1 to N.
+        notes: notes about the file. Notes about its times are added to them.
 
     Raises:
-        DataError: a column of another type, a row without an id, a timestamp that is no whole number, is negative, or
-            is in no unit that is beyond doubt.
+        DataError: a column has another type, a row has no id, or a timestamp is not a whole number, is negative, or has
+            an uncertain unit.
     """
     users, items = id_strings(path, user, columns[user]), id_strings(path, item, columns[item])
     numbers = whole_numbers(path, timestamp, columns[timestamp])
     times, note = to_seconds(path, timestamp, numbers)
-    # By the numbers of the file: a finer unit orders what happened within a second.
+    # Sort by the file's own numbers: a finer unit orders interactions within one second.
     order = np.argsort(numbers, kind="stable")
     rows = order + 1 if rows is None else rows[order]
     return Interactions(users[order], items[order], times[order], rows, notes if note is None else (*notes, note))

@@ -14,17 +14,18 @@ _UNLABELLED = "(no genres listed)"
 
 
 def prepare_movielens(source_folder: str | PathLike[str], out_folder: str | PathLike[str]) -> Dataset:
-    """Make a dataset of a MovieLens release in CSV form, such as ml-latest-small.
+    """Convert a MovieLens release in CSV form, such as ml-latest-small, to a dataset.
 
-    Every rating is one interaction, whatever its number of stars. An item's text is its title and its genres, as in
-    "Toy Story (1995): Adventure, Animation"; there are no images.
+    Every rating becomes one interaction, whatever its number of stars. An item's text is its title and its genres, such
+    as "Toy Story (1995): Adventure, Animation". There are no images.
 
     Args:
-        source_folder: holds `movies.csv` (movieId, title, genres) and `ratings.csv` (userId, movieId, timestamp).
-        out_folder: where the dataset is written.
+        source_folder: the folder of `movies.csv` (movieId, title, genres) and `ratings.csv` (userId, movieId,
+            timestamp).
+        out_folder: the folder of the new dataset.
 
     Raises:
-        DataError: a file is missing or is not in this format.
+        DataError: a file is missing or has another format.
     """
     source = Path(source_folder)
     movies, ratings = source / "movies.csv", source / "ratings.csv"

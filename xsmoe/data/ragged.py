@@ -1,4 +1,4 @@
-"""Ragged rows in NumPy: values laid end to end, and where each row begins."""
+"""Ragged rows in NumPy: concatenated values, and the offset of each row."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def row_of(offsets: np.ndarray) -> np.ndarray:
 
 
 def find(sorted_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return where each id stands among the ascending ones, -1 where it does not."""
+    """Return the index of each id in an ascending array of ids, -1 for an id that is not in it."""
     place = np.searchsorted(sorted_ids, ids)
     found = place < len(sorted_ids)
     found[found] = sorted_ids[place[found]] == ids[found]

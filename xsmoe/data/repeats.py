@@ -1,4 +1,4 @@
-"""Interactions that repeat each other: within a log, and between a log and those before it."""
+"""Repeated interactions within a log, and between a log and earlier logs."""
 
 from dataclasses import dataclass
 
@@ -17,11 +17,11 @@ class LogSummary:
 
     Attributes:
         rows: interactions.
-        users, items: distinct ones.
-        duplicates: rows that repeat another's user, item and time.
-        repeats: rows, beside the duplicates, with an item that their user has at another time too: all but one of each.
-        shared_time: of the rows without the duplicates, the share that have their time in common with another of their
-            user.
+        users, items: distinct users and distinct items.
+        duplicates: rows that repeat the user, item and time of another row.
+        repeats: further rows whose user has the same item at another time too; one row of each such pair of user and
+            item is not counted.
+        shared_time: share of the rows, without the duplicates, whose user has another row with the same time.
         first, last: the times of the first and the last row.
     """
 
@@ -36,14 +36,14 @@ class LogSummary:
 
 
 def summarize_log(log: Interactions) -> LogSummary:
-    """Count what repeats itself in a log of at least one interaction."""
+    """Count the repeated interactions of a log with at least one interaction."""
     users, items = factorize(log.users)[1], factorize(log.items)[1]
     kept = ~exact_duplicates(users, items, log.timestamps)
     pairs = np.sort(_pairs(users, items)[kept])
     who, when = users[kept], log.timestamps[kept]
     tied = _tied(when)
     order = tied[np.lexsort((who[tied], when[tied]))]
-    shared = _beside((np.diff(who[order]) == 0) & (np.diff(when[order]) == 0))
+    shared = _either_side((np.diff(who[order]) == 0) & (np.diff(when[order]) == 0))
     return LogSummary(
         rows=len(log),
         users=int(users.max()) + 1,
@@ -57,10 +57,10 @@ def summarize_log(log: Interactions) -> LogSummary:
 
 
 def exact_duplicates(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Which interactions repeat the user, item and time of an earlier row, (N,) bool.
+    """Return which interactions repeat the user, item and time of an earlier row, (N,) bool.
 
     Args:
-        users, items: (N,) int64, numbers from 0.
+        users, items: (N,) int64, at least 0.
         times: (N,) integers, ascending.
     """
     tied = _tied(times)
@@ -73,10 +73,10 @@ def exact_duplicates(users: np.ndarray, items: np.ndarray, times: np.ndarray) ->
 
 
 def seen_before(log: Interactions, before: Interactions) -> np.ndarray:
-    """Which interactions of a log are in an earlier one, (N,) bool, whatever unit their times are in.
+    """Return which interactions of a log are in an earlier log too, (N,) bool, in any unit of time.
 
-    Times are compared as they are; as days where all times of either log are midnights; and where all times of one log
-    are multiples of a thousand, a million or a billion, also without that factor.
+    Times are compared unchanged. If all times of either log are midnights, they are compared as days too. If all times
+    of one log are multiples of a thousand, a million or a billion, they are compared without that factor too.
     """
     users = factorize(np.concatenate([before.users, log.users]))[1]
     items = factorize(np.concatenate([before.items, log.items]))[1]
@@ -100,18 +100,18 @@ def seen_before(log: Interactions, before: Interactions) -> np.ndarray:
 
 
 def factorize(names: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The distinct names in the order in which they first appear, and for each name its place among them, int64."""
+    """Return the distinct names in order of first appearance, and each name's index among them, int64."""
     encoded = pa.array(names, pa.string()).dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
 
 
 def _tied(times: np.ndarray) -> np.ndarray:
-    """The places of times that are there more than once; the times ascend."""
-    return np.flatnonzero(_beside(np.diff(times) == 0))
+    """Return the indices of times that occur more than once. The times ascend."""
+    return np.flatnonzero(_either_side(np.diff(times) == 0))
 
 
-def _beside(same: np.ndarray) -> np.ndarray:
-    """Which of N values are on either side of one of the N - 1 steps."""
+def _either_side(same: np.ndarray) -> np.ndarray:
+    """Return which of N values are next to a marked step; `same` (N - 1,) marks steps between neighbours."""
     return np.concatenate([same, [False]]) | np.concatenate([[False], same])
 
 
@@ -120,7 +120,7 @@ def _pairs(users: np.ndarray, items: np.ndarray) -> np.ndarray:
 
 
 def _whole(times: np.ndarray, factor: int) -> bool:
-    """Whether all times are multiples of a factor, and some of them not zero."""
+    """Return whether all times are multiples of a factor and at least one is not zero."""
     return bool((times % factor == 0).all() and times.any())
 
 

@@ -1,4 +1,4 @@
-"""From a window's interactions to the sequences of items that a model learns from and is tested on."""
+"""Item sequences for training, validation and testing, built from a window's interactions."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +17,7 @@ _ITEM_MASK = (1 << _ITEM_BITS) - 1
 
 @dataclass(frozen=True)
 class Sequences:
-    """B sequences of items, each of one user, laid end to end.
+    """B concatenated sequences of items. Each sequence belongs to one user.
 
     Attributes:
         users: (B,) int64; a user may have several sequences.
@@ -38,21 +38,21 @@ class Sequences:
         return np.diff(self.offsets)
 
     def take(self, indices: np.ndarray) -> "Sequences":
-        """The sequences at these places, (K,) integers, in this order; a place may be taken twice."""
+        """Return the sequences with these indices, (K,) integers, in this order. An index may occur twice."""
         values, offsets = gather(self.items, self.offsets[:-1][indices], self.lengths[indices])
         return Sequences(self.users[indices], values, offsets)
 
 
 @dataclass(frozen=True)
 class WindowSplits:
-    """A window, split for training and validation; as a whole it tests the model of the window before.
+    """A window, split for training and validation. The whole window tests the model of the previous window.
 
     Attributes:
-        train: sequences of the training split: all of a user's, or the last one.
-        validation, test: sequences of each part, the last items of its users.
-        train_pairs, validation_pairs, all_pairs: (users, items), each (N,) int64: all interactions of each part in
-            time order, after the k-core filter and before any cut.
-        all_times: (N,) int64, when the interactions of `all_pairs` happened, in seconds.
+        train: sequences of the training split: all sequences of a user, or the last one.
+        validation, test: sequences of the last items of each user in that split.
+        train_pairs, validation_pairs, all_pairs: (users, items), each (N,) int64: all interactions of each split in
+            time order, after the k-core filter and before sequences are cut.
+        all_times: (N,) int64, the times of the interactions of `all_pairs`, in seconds.
     """
 
     train: Sequences
@@ -65,7 +65,10 @@ class WindowSplits:
 
     @property
     def in_train_sequences(self) -> int:
-        """Interactions of the training split that are in a sequence; one in two of them counts once."""
+        """Return the number of interactions of the training split that are in a sequence.
+
+        An interaction in two sequences counts once.
+        """
         return len(self.train.items) - (len(self.train) - len(np.unique(self.train.users)))
 
 
@@ -77,32 +80,33 @@ def split_window(
     max_items: int = 11,
     history: Literal["all", "last"] = "last",
 ) -> WindowSplits:
-    """Splits a window as the protocol of arXiv 2508.05993 does.
+    """Split a window by the protocol of arXiv 2508.05993.
 
-    Only users with at least `k_core` interactions in the window are kept (items are not filtered, and users are not
-    filtered again). The first part of what is left, by count in time order, is the training split, the rest the
-    validation split; the test sequences come from both. In each, a user's sequence is the last `max_items` items;
-    users with fewer than 2 have none. Users ascend. With history "all", which is not the published protocol, all items
-    of a user's training split are in sequences.
+    Only users with at least `k_core` interactions in the window are kept. Items are not filtered, and users are not
+    filtered again. The first part of the kept interactions, by count in time order, is the training split. The rest is
+    the validation split. The test sequences come from both. In each split, a user's sequence is the last `max_items`
+    items. Users with fewer than 2 items have no sequence. Sequences are sorted by user. With history "all", which is
+    not the published protocol, all items of a user's training split are in sequences.
 
     Args:
-        window: in time order.
-        k_core: the least number of interactions that keeps a user; 1 keeps all.
-        train_fraction: share of the kept interactions that train, rounded down; above 0, below 1.
+        window: the window, in time order.
+        k_core: the smallest number of interactions that keeps a user; 1 keeps all users.
+        train_fraction: share of the kept interactions in the training split, rounded down; above 0, below 1.
         max_items: longest sequence, target included; at least 2.
-        history: of the training split: "last" gives a user one sequence; "all" cuts all of a user's items into
-            sequences of `max_items` that overlap by one item, from the last item backwards. Each item but the user's
-            first is then the target of one input; the earliest sequence may be shorter. They stand in time order.
+        history: for the training split. "last" builds one sequence for each user. "all" cuts all of a user's items into
+            sequences of `max_items` that overlap by one item, from the last item backwards. Then every item except the
+            user's first is the target of one input. The earliest sequence may be shorter. A user's sequences are in
+            time order.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
     if k_core < 1:
-        raise ValueError(f"k_core must be at least 1, which keeps every user, not {k_core}")
+        raise ValueError(f"k_core must be at least 1 (1 keeps every user), not {k_core}")
     if not 0 < train_fraction < 1:
         raise ValueError(f"train_fraction must lie between 0 and 1, both excluded, not {train_fraction}")
     if max_items < 2:
-        raise ValueError(f"max_items must be at least 2, one input and the target, not {max_items}")
+        raise ValueError(f"max_items must be at least 2 (one input and the target), not {max_items}")
     if history not in ("all", "last"):
         raise ValueError(f"history must be 'all' or 'last', not {history!r}")
     _, inverse, counts = np.unique(window.users, return_inverse=True, return_counts=True)
@@ -122,7 +126,7 @@ def split_window(
 
 
 def whole_sequences(pairs: Pairs) -> Sequences:
-    """Return all items of every user with at least 2 of them, without a cut.
+    """Return the sequence of all items of every user with at least 2 items.
 
     Args:
         pairs: (users, items), each (N,) int64, in time order.
@@ -132,13 +136,13 @@ def whole_sequences(pairs: Pairs) -> Sequences:
 
 
 def item_share(sequences: Sequences, num_items: int) -> np.ndarray:
-    """Each item's share of all items in the sequences, (num_items,) float64: the p(i) of the logQ correction.
+    """Return each item's share of all items in the sequences, (num_items,) float64: the p(i) of the logQ correction.
 
-    Counted after the cut and the two-item filter, since that is what a batch is drawn from. Without any sequence all
-    shares are 0.
+    Items are counted after sequences are cut and short ones removed, because batches are drawn from these sequences. If
+    there is no sequence, all shares are 0.
 
     Raises:
-        ValueError: an item id outside of [0, num_items).
+        ValueError: an item id is outside [0, num_items).
     """
     items = sequences.items
     if len(items) and not 0 <= items.min() <= items.max() < num_items:
@@ -147,45 +151,45 @@ def item_share(sequences: Sequences, num_items: int) -> np.ndarray:
 
 
 class History:
-    """The distinct items of each user, growing.
+    """The distinct items of each user. Pairs can be added.
 
-    A pair is kept as one integer, the user in the upper and the item in the lower bits, in one sorted array: adding is
-    a sort, looking up a binary search.
+    A pair is stored as one integer, with the user in the upper bits and the item in the lower bits, in one sorted
+    array. `add` sorts; `of` uses binary search.
     """
 
     def __init__(self) -> None:
         self._keys = np.empty(0, np.int64)
 
     def __len__(self) -> int:
-        """The number of distinct pairs of user and item."""
+        """Return the number of distinct pairs of user and item."""
         return len(self._keys)
 
     def add(self, users: np.ndarray, items: np.ndarray) -> None:
-        """Adds pairs, each (N,) int64, in any order; those already there change nothing.
+        """Add pairs, each (N,) int64, in any order. Known pairs have no effect.
 
         Raises:
-            TypeError: ids that are not integers.
-            ValueError: different lengths, a negative id, a user id of 2^31 or more, an item id of 2^32 or more.
+            TypeError: the ids are not integers.
+            ValueError: the lengths differ, an id is negative, a user id is 2^31 or more, or an item id is 2^32 or more.
         """
         if users.shape != items.shape:
             raise ValueError(f"users and items must have one shape, not {users.shape} and {items.shape}")
         added = _checked("users", users, 1 << _USER_BITS) << _ITEM_BITS | _checked("items", items, 1 << _ITEM_BITS)
-        # np.unique hashes, which takes several times as long as sorting what is sorted for the most part.
+        # np.unique uses hashing, which is several times slower than sorting an array that is mostly sorted.
         keys = np.sort(np.concatenate([self._keys, added]), kind="stable")
         distinct = np.ones(len(keys), bool)
         distinct[1:] = keys[1:] != keys[:-1]
         self._keys = keys[distinct]
 
     def of(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The items of these users, (B,) int64; a user who was never added has none.
+        """Return the items of these users, (B,) int64. An unknown user has none.
 
         Returns:
-            The items, (M,) int64, ascending within each user, and the offsets, (B+1,) int64: those of `users[b]` are
-            `values[offsets[b]:offsets[b + 1]]`.
+            The items, (M,) int64, ascending within each user, and the offsets, (B+1,) int64. The items of `users[b]`
+            are `values[offsets[b]:offsets[b + 1]]`.
 
         Raises:
-            TypeError: ids that are not integers.
-            ValueError: a negative id, or one of 2^31 or more.
+            TypeError: the ids are not integers.
+            ValueError: an id is negative, or 2^31 or more.
         """
         least = _checked("users", users, 1 << _USER_BITS) << _ITEM_BITS
         first = np.searchsorted(self._keys, least)
@@ -194,12 +198,12 @@ class History:
         return keys & _ITEM_MASK, offsets
 
     def pairs(self) -> Pairs:
-        """All pairs as (users, items), each int64, users ascending, items ascending within a user."""
+        """Return all pairs as (users, items), each int64, users ascending, items ascending within a user."""
         return self._keys >> _ITEM_BITS, self._keys & _ITEM_MASK
 
 
 def _checked(name: str, ids: np.ndarray, limit: int) -> np.ndarray:
-    """Ids as int64, of shape (N,), each checked to lie in [0, limit)."""
+    """Return ids as (N,) int64 after a check that each is in [0, limit)."""
     if ids.ndim != 1:
         raise ValueError(f"{name} must have shape (N,), not {ids.shape}")
     if ids.dtype.kind not in "iu":
@@ -210,13 +214,13 @@ def _checked(name: str, ids: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _sequences(users: np.ndarray, items: np.ndarray, max_items: int, *, every: bool = False) -> Sequences:
-    """The last sequence of each user with at least 2 items, or `every` one, (B,) in all."""
+    """Return the last sequence of each user with at least 2 items or, with `every`, all sequences; B in total."""
     order = np.argsort(users, kind="stable")
     distinct, counts = np.unique(users, return_counts=True)
     enough = counts >= 2
     distinct, counts, ends = distinct[enough], counts[enough], np.cumsum(counts)[enough]
     inputs = max_items - 1
-    # As many as it takes for each item but the first to be a target once.
+    # Enough sequences that each item except the first is a target once.
     numbers = -(-(counts - 1) // inputs) if every else np.ones_like(counts)
     owner = np.repeat(np.arange(len(counts)), numbers)
     later = np.cumsum(numbers)[owner] - 1 - np.arange(len(owner))

@@ -1,4 +1,4 @@
-"""Columns out of CSV and Parquet files, with errors that say where in the file the trouble is."""
+"""A reader of columns of CSV and Parquet files. Its errors name the position in the file."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from xsmoe.data.errors import DataError
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of a file, and sentences about what is unusual in it."""
+    """Columns of a file, and notes: sentences about its unusual content."""
 
     columns: Mapping[str, pa.ChunkedArray]
     notes: tuple[str, ...]
 
 
 def column_names(path: Path) -> list[str]:
-    """The names of the columns of a `.csv` or `.parquet` file.
+    """Return the names of the columns of a `.csv` or `.parquet` file.
 
     Raises:
-        DataError: no such file, another suffix, or a file that cannot be read.
+        DataError: the file is missing, has another suffix, or cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
@@ -41,17 +41,17 @@ def column_names(path: Path) -> list[str]:
 def read_table(
     path: Path, columns: Mapping[str, str], *, text: Collection[str] = (), digits: str | None = None
 ) -> Table:
-    """Read the named columns of a `.csv` or `.parquet` file; those of a CSV file as strings, null where empty.
+    """Read the named columns of a `.csv` or `.parquet` file. Columns of a CSV file are strings; empty fields are null.
 
     Args:
         path: the file.
-        columns: each column's name, with the advice to give where the file lacks it.
-        text: of these, the columns of a CSV file whose quoted fields may span lines.
-        digits: of these, one that holds digits in every row.
+        columns: each column's name, with the advice for the error message if the file lacks it.
+        text: the names among these of columns whose quoted fields may span lines in a CSV file.
+        digits: the name among these of a column that holds digits in every row, or None.
 
     Raises:
-        DataError: no such file, another suffix, a file that cannot be parsed, a column that is missing or there twice,
-            no rows, or rows that would be lost: see `csv_files.read_csv`.
+        DataError: the file is missing, has another suffix or cannot be parsed; a column is missing or occurs twice;
+            there are no rows; or rows would be lost (see `csv_files.read_csv`).
     """
     names = column_names(path)
     _require(path, names, columns)
@@ -62,7 +62,7 @@ def read_table(
             table, notes = read_csv(path, names, list(columns), text=text, digits=digits)
         else:
             table = _read_parquet(path, list(columns))
-        # Parquet promises UTF-8, which reading does not check.
+        # Parquet strings must be UTF-8, but pyarrow does not check this when it reads.
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise DataError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
@@ -72,10 +72,10 @@ def read_table(
 
 
 def id_strings(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
-    """A column of ids as an object array of str, (rows,): strings stay, integers are written out.
+    """Return a column of ids as an object array of str, (rows,). Integers become decimal strings.
 
     Raises:
-        DataError: another type of column, or a row without an id.
+        DataError: the column has another type, or a row has no id.
     """
     text = _text(path, name, column, "ids must be strings or integers")
     missing = pc.or_kleene(pc.is_null(text), pc.equal(pc.binary_length(text), 0)).to_numpy()
@@ -85,10 +85,10 @@ def id_strings(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
 
 
 def optional_strings(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
-    """A column of strings as an object array, (rows,), with None for null and for the empty string.
+    """Return a column of strings as an object array, (rows,), with None for null and for the empty string.
 
     Raises:
-        DataError: a column of another type.
+        DataError: the column has another type.
     """
     if pa.types.is_null(column.type):
         return np.full(len(column), None, dtype=object)
@@ -100,10 +100,10 @@ def optional_strings(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarr
 
 
 def whole_numbers(path: Path, name: str, column: pa.ChunkedArray) -> np.ndarray:
-    """A column of timestamps as int64 (rows,); a CSV file's digits are parsed.
+    """Return a column of timestamps as int64 (rows,). Digits in a CSV file are parsed.
 
     Raises:
-        DataError: a value that is no whole number, or negative; the message names its row and shows it.
+        DataError: a value is not a whole number or is negative. The message contains the row and the value.
     """
     advice = "timestamps must be whole seconds since 1970, as integers"
     text = _text(path, name, column, advice)
@@ -137,7 +137,7 @@ def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
         table = file.read(columns=columns)
         if table.num_rows != file.metadata.num_rows:
             raise DataError(
-                f"{path}: {table.num_rows} rows were read of {file.metadata.num_rows}; write the file again"
+                f"{path}: only {table.num_rows} of {file.metadata.num_rows} rows could be read; write the file again"
             )
         return table
 

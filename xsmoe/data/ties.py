@@ -1,4 +1,4 @@
-"""An order for interactions of equal time that depends on who took what, and on nothing else."""
+"""An order for interactions with equal timestamps that depends only on a seed, the user and the item."""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,10 +10,10 @@ from xsmoe.data.splitmix import mix
 
 
 def tie_keys(users: np.ndarray, items: np.ndarray, seed: int) -> np.ndarray:
-    """A number for each interaction, to sort those of equal time by.
+    """Return a sort key for each interaction, to order interactions with equal timestamps.
 
-    It is a hash of the seed and the two names (BLAKE2b, then the finalizer of SplitMix64): the same in every process
-    and on every machine, whatever the order of the interactions and however users and items are numbered.
+    The key is a hash of the seed and the two names (BLAKE2b, then the finalizer of SplitMix64). It is the same in every
+    process and on every machine. It does not depend on the order of the interactions or on user and item numbers.
 
     Args:
         users, items: (N,) object arrays of str.

@@ -1,4 +1,4 @@
-"""A stream's windows: stretches of the log with equally many interactions."""
+"""Windows of a stream: consecutive parts of the log with equally many interactions."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the stream.
+    """A window of the stream.
 
     Attributes:
-        number: its place in the stream, from 0.
+        number: its position in the stream, from 0.
         users, items: (N,) int64 ids of the interactions, in time order.
         timestamps: (N,) int64, whole seconds since 1970.
 
     Raises:
-        TypeError: an array of another dtype.
-        ValueError: an array of another rank or length.
+        TypeError: an array has another dtype.
+        ValueError: an array has another rank or length.
     """
 
     number: int
@@ -37,13 +37,13 @@ class Window:
 
 
 def time_order(timestamps: np.ndarray, *, string_sort: bool = False, ties: np.ndarray | None = None) -> np.ndarray:
-    """The places of interactions in time order, (N,) int64.
+    """Return the indices that sort interactions by time, (N,) int64.
 
     Args:
         timestamps: (N,) int64 seconds.
         string_sort: sort timestamps as strings of digits, as the published code does.
-        ties: (N,) values that interactions of one timestamp are sorted by; None keeps them in the order given, but with
-            `string_sort`, which is not stable then.
+        ties: (N,) sort keys for interactions with equal timestamps. None keeps their order; with `string_sort` the sort
+            is not stable then.
     """
     keys = timestamps.astype(str) if string_sort else timestamps
     if ties is not None:
@@ -65,21 +65,21 @@ def make_windows(
     Args:
         users, items: (N,) int64 ids.
         timestamps: (N,) int64 seconds.
-        num_windows: at least 2, since a window is tested on the next one. Where N is no multiple of it, the first
-            windows have one interaction more.
-        string_sort, ties: as for `time_order`. By default interactions of one timestamp stay in the order given; a sort
-            as strings is there to compare with the published numbers.
+        num_windows: at least 2, because each model is tested on the next window. If N is not a multiple of it, the
+            first windows have one more interaction.
+        string_sort, ties: see `time_order`. By default, interactions with equal timestamps keep their order. Use
+            `string_sort` only to compare with the published numbers.
 
     Raises:
-        TypeError: arrays that are not int64.
-        ValueError: arrays of different lengths, no interactions, fewer than 2 windows, or more windows than
-            interactions.
+        TypeError: an array is not int64.
+        ValueError: the arrays have different lengths, there are no interactions, or num_windows is below 2 or above the
+            number of interactions.
     """
     log = Window(0, users, items, timestamps)
     if num_windows < 2:
-        raise ValueError(f"num_windows must be at least 2, to train on one and test on the next, not {num_windows}")
+        raise ValueError(f"num_windows must be at least 2 (train on one, test on the next), not {num_windows}")
     if len(log) < num_windows:
-        raise ValueError(f"num_windows is {num_windows}, but there are only {len(log)} interactions; ask for fewer")
+        raise ValueError(f"num_windows is {num_windows}, but there are only {len(log)} interactions; use fewer windows")
     order = time_order(timestamps, string_sort=string_sort, ties=ties)
     return [
         Window(number, users[part], items[part], timestamps[part])

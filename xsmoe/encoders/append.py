@@ -1,7 +1,7 @@
-"""Appending to a hidden-state store, so that an interruption at any moment leaves what was committed before.
+"""Crash-safe appending to a hidden-state store. An interruption at any moment leaves the committed state unchanged.
 
-Data is written behind the committed rows and put on disk; only then a new manifest takes the old one's place. Where the
-layout of a data file must change, a new file is written under another name, and the manifest switches over to it.
+Data is written after the committed rows and synced to disk. Only then a new manifest replaces the old one. If the
+layout of a data file must change, the data is written to a new file with another name. The new manifest refers to it.
 """
 
 import json
@@ -37,7 +37,7 @@ BLOCK_ROWS = 4096
 
 @contextmanager
 def write_lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes from appending meanwhile; released by the system when a process dies.
+    """Exclude other processes from appending. The operating system releases the lock when the process dies.
 
     Raises:
         StoreError: another process is appending.
@@ -57,21 +57,21 @@ def write_lock(folder: Path) -> Iterator[None]:
 
 
 def integers(spec: ModalitySpec) -> np.dtype:
-    """The integer type that holds the bits of a spec's dtype, which NumPy may not have (bfloat16)."""
+    """Return the integer type for the bits of a spec's dtype. NumPy itself lacks bfloat16."""
     return np.dtype(f"<i{spec.dtype.itemsize}")
 
 
 def as_bits(
     name: str, spec: ModalitySpec, hidden: np.ndarray | Tensor | Sequence[Tensor], present: np.ndarray
 ) -> np.ndarray:
-    """Hidden states as the bits that are stored, (N, levels, D) integers, with zeros where an item is not present.
+    """Return hidden states as stored bits, (N, levels, D) integers, with zeros for items that are not present.
 
     Args:
         hidden: (N, levels, D), or a sequence of levels, each (N, D) or (1, D).
         present: (N,) bool.
 
     Raises:
-        ValueError: another shape, values that are not finite, or too large for the dtype.
+        ValueError: the shape is wrong, or a value is not finite or too large for the dtype.
     """
     if isinstance(hidden, np.ndarray):
         hidden = torch.from_numpy(np.ascontiguousarray(hidden))
@@ -104,26 +104,26 @@ def append_chunk(
     present: Mapping[str, np.ndarray],
     committed_present: Mapping[str, np.ndarray],
 ) -> Manifest:
-    """Writes items behind those of `manifest` and commits them. The caller holds `write_lock`.
+    """Append items after those of `manifest` and commit them. The caller must hold `write_lock`.
 
     Args:
         ids: N item ids.
-        rows: for every modality what `as_bits` gives.
-        present: for every modality (N,) bool.
-        committed_present: for every modality (items so far,) bool.
+        rows: for each modality, the result of `as_bits`.
+        present: for each modality, (N,) bool.
+        committed_present: for each modality, (committed items,) bool.
 
     Returns:
-        The manifest that is now on disk; the one given stays as it was.
+        The manifest that is now on disk. The argument `manifest` does not change.
     """
     grown = deepcopy(manifest)
     lines = "".join(json.dumps(item) + "\n" for item in ids).encode()
-    chunk = Chunk(len(ids), len(lines), {INDEX: _write_behind(folder / INDEX, manifest.index_bytes, lines)})
+    chunk = Chunk(len(ids), len(lines), {INDEX: _write_after(folder / INDEX, manifest.index_bytes, lines)})
     for name, part in grown.parts.items():
         _fit_layout(folder, grown, part, rows[name][present[name]], committed_present[name])
         data = _raw(rows[name][:, list(part.varying)])
-        chunk.crc32[part.data_file] = _write_behind(folder / part.data_file, grown.items * part.row_bytes, data)
+        chunk.crc32[part.data_file] = _write_after(folder / part.data_file, grown.items * part.row_bytes, data)
         mask = present[name].astype(np.uint8)
-        chunk.crc32[part.present_file] = _write_behind(folder / part.present_file, grown.items, _raw(mask))
+        chunk.crc32[part.present_file] = _write_after(folder / part.present_file, grown.items, _raw(mask))
         part.num_present += int(mask.sum())
     grown.chunks.append(chunk)
     sync_folder(folder)
@@ -133,10 +133,10 @@ def append_chunk(
 
 
 def read_constant(folder: Path, part: Part) -> np.ndarray:
-    """The constant rows of a modality, (constant levels, D) integers, checked.
+    """Return the constant rows of a modality, (constant levels, D) integers, after a check of the file.
 
     Raises:
-        StoreError: the file is missing or is not what was written.
+        StoreError: the file is missing or damaged.
     """
     path = folder / part.constant_file
     expected = len(part.constant) * part.spec.dim * part.spec.dtype.itemsize
@@ -153,7 +153,7 @@ def read_constant(folder: Path, part: Part) -> np.ndarray:
 
 
 def _fit_layout(folder: Path, manifest: Manifest, part: Part, rows: np.ndarray, committed: np.ndarray) -> None:
-    """Stores levels that the new rows show not to be constant in full, in place of once."""
+    """Convert levels that the new rows show not to be constant: store them for every item instead of once."""
     if not part.constant or not len(rows):
         return
     before = part.constant
@@ -169,11 +169,11 @@ def _fit_layout(folder: Path, manifest: Manifest, part: Part, rows: np.ndarray, 
     part.constant = constant
     part.constant_crc32 = None
     if constant:
-        part.constant_crc32 = _write_behind(folder / part.constant_file, 0, _raw(known[same]))
+        part.constant_crc32 = _write_after(folder / part.constant_file, 0, _raw(known[same]))
 
 
 def _rewrite(folder: Path, manifest: Manifest, old: Part, new: Part, known: np.ndarray, committed: np.ndarray) -> None:
-    """Writes the committed rows in the layout of `new`; levels that it no longer takes as constant get `known` rows."""
+    """Write the committed rows in the layout of `new`. Levels that are no longer constant get their `known` rows."""
     source = np.memmap(
         folder / old.data_file,
         dtype=integers(old.spec),
@@ -200,12 +200,12 @@ def _rewrite(folder: Path, manifest: Manifest, old: Part, new: Part, known: np.n
 
 
 def _raw(array: np.ndarray) -> memoryview:
-    """The bytes of an array."""
+    """Return the bytes of an array."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _write_behind(path: Path, committed: int, content: bytes | memoryview) -> int:
-    """Writes `content` behind the first `committed` bytes of a file, in place of what may be there; its CRC-32."""
+def _write_after(path: Path, committed: int, content: bytes | memoryview) -> int:
+    """Write `content` after the first `committed` bytes of a file, over any later bytes. Return its CRC-32."""
     with path.open("r+b" if path.exists() else "w+b") as file:
         file.truncate(committed)
         file.seek(committed)
@@ -216,7 +216,7 @@ def _write_behind(path: Path, committed: int, content: bytes | memoryview) -> in
 
 
 def _remove_superseded(folder: Path, manifest: Manifest) -> None:
-    """Removes data files of layouts that are no longer used."""
+    """Remove the data files of layouts that are no longer used."""
     names = "|".join(re.escape(name) for name in manifest.parts)
     used = {part.data_file for part in manifest.parts.values()}
     used |= {part.constant_file for part in manifest.parts.values() if part.has_constant}

@@ -1,4 +1,4 @@
-"""Encoding a dataset's items into a hidden-state store, so that an interrupted run goes on where it stopped."""
+"""Encoding of a dataset's items into a hidden-state store. An interrupted run can be resumed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from xsmoe.encoders.store import HiddenStateStore
 
 
 class ItemsLike(Protocol):
-    """Items as `xsmoe.data` has them: (N,) object arrays of str, with None where an item lacks its text or image."""
+    """Items in the form of `xsmoe.data`: (N,) object arrays of str, with None for a missing text or image."""
 
     @property
     def ids(self) -> np.ndarray: ...
@@ -28,7 +28,7 @@ class ItemsLike(Protocol):
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A value that could not be encoded: its item, the modality, and why."""
+    """A value that could not be encoded: its item, its modality and the reason."""
 
     item: str
     modality: str
@@ -37,15 +37,15 @@ class Unreadable:
 
 @dataclass
 class EncodeReport:
-    """What became of the items.
+    """The result of `encode_items`.
 
     Attributes:
-        encoded: how many were added to the store.
-        already_present: how many were in it before.
-        missing: per modality, how many of the encoded items lack it, an unreadable value included.
-        dropped: ids of items of which no modality is left; they are not stored.
+        encoded: number of items added to the store.
+        already_present: number of items that were already in the store.
+        missing: per modality, number of encoded items without it, including unreadable values.
+        dropped: ids of items that have no readable modality; they are not stored.
         unreadable: values that could not be read.
-        outdated: per modality, how many items the store holds without a value that they have now.
+        outdated: per modality, number of items that have a value now but are stored without it.
     """
 
     encoded: int = 0
@@ -75,32 +75,32 @@ def encode_items(
     on_error: Literal["raise", "skip"] = "skip",
     progress: Callable[[int, int], None] | None = None,
 ) -> EncodeReport:
-    """Encodes items that a store does not hold yet, and appends them to it.
+    """Encode the items that a store does not contain yet, and append them to it.
 
-    Items are committed in chunks. After an interruption at any moment the same call goes on with the first chunk that
-    was not committed, and the store ends with the same bytes. An item once stored is not looked at again.
+    Items are committed in chunks. After an interruption at any moment, the same call continues with the first
+    uncommitted chunk, and the final bytes of the store are the same. Stored items are not encoded again.
 
     Args:
-        items: what to encode; a text of nothing but white space counts as absent.
+        items: the items to encode. A text of only white space counts as absent.
         image_root: the folder that image paths are relative to.
-        store_folder: a store, or where to make one.
-        encoders: the encoder of each modality, under the modality's name. Text encoders take the items' texts, image
+        store_folder: the folder of an existing or a new store.
+        encoders: the encoder of each modality, by the modality's name. Text encoders encode the items' texts, image
             encoders their images.
-        batch_size: values that go through an encoder at once.
-        dtype: what the store holds: torch.float16, torch.bfloat16 or torch.float32.
-        chunk_items: items that are committed at once.
-        on_error: "skip" takes an image that cannot be read as absent and lists it in the report, since one bad file
-            should not end a run of hours; "raise" ends it.
-        progress: called with the number of values (texts and images) encoded so far and in all. The numbers count this
-            call's work only.
+        batch_size: number of values that an encoder processes at once.
+        dtype: the store's dtype: torch.float16, torch.bfloat16 or torch.float32.
+        chunk_items: number of items that are committed at once.
+        on_error: "skip" treats an unreadable image as absent and lists it in the report, because one bad file should
+            not end a run of several hours. "raise" raises ValueError.
+        progress: called with the number of values (texts and images) encoded so far and the total. Both count only the
+            work of this call.
 
     Returns:
-        What became of the items.
+        A report on the items.
 
     Raises:
-        ValueError: no encoder, ids that repeat, an image that cannot be read (with "raise"), images of which not one
-            exists under image_root, or no item that has anything to encode.
-        StoreError: a damaged store, or one of other encoders, pooling, levels or dtype.
+        ValueError: there is no encoder, ids repeat, an image cannot be read (with "raise"), none of the images exists
+            under image_root, or no item has a value to encode.
+        StoreError: the store is damaged, or has other encoders, pooling, levels or another dtype.
     """
     if not encoders:
         raise ValueError("encoders must name at least one modality and its encoder, but is empty")
@@ -110,7 +110,7 @@ def encode_items(
         raise ValueError(f"chunk_items must be at least 1, not {chunk_items}")
     ids, folder = list(items.ids), Path(store_folder)
     if len(set(ids)) < len(ids):
-        raise ValueError("items.ids must be distinct, but some id stands there twice")
+        raise ValueError("items.ids must be distinct, but an id occurs more than once")
     specs = {name: encoder.spec(dtype) for name, encoder in encoders.items()}
     store = HiddenStateStore.open(folder) if (folder / MANIFEST).exists() else None
     if store is not None:
@@ -130,8 +130,8 @@ def encode_items(
         if encoder.kind == "image" and (store is None or not store.present(name).any()):
             _check_some_exist([values[name][place] for place in np.flatnonzero(wanted)], Path(image_root))
     work = _Progress(progress, sum(int((has & wanted).sum()) for has in given.values()))
-    # Chunks are places in the list given, whatever is known of it: so a run that goes on forms the batches that an
-    # undisturbed one forms, and rounds as it does.
+    # Chunks are ranges of the given list, including items that are stored already. So a resumed run forms the same
+    # batches as an uninterrupted one, and rounds equally.
     for first in range(0, len(ids), chunk_items):
         places = first + np.flatnonzero(wanted[first : first + chunk_items])
         hidden, present = {}, {}
@@ -157,13 +157,13 @@ def encode_items(
         reason = f"; the first: {report.unreadable[0].reason}" if report.unreadable else ""
         raise ValueError(
             f"none of the {len(ids)} items has anything to encode for {', '.join(encoders)}: {len(report.unreadable)} "
-            f"values could not be read{reason}. Give items with texts or images, or encoders for what they have"
+            f"values could not be read{reason}. Give items with texts or images, or encoders for their modalities"
         )
     return report
 
 
 class _Progress:
-    """Adds up what encoders report."""
+    """A counter that sums up the progress of the encoders."""
 
     def __init__(self, callback: Callable[[int, int], None] | None, total: int) -> None:
         self._callback = callback
@@ -179,7 +179,12 @@ class _Progress:
 def _encode_column(
     encoder: FrozenEncoder, column: Sequence[str | None], batch_size: int, on_error: str, work: _Progress
 ) -> tuple[Tensor, np.ndarray, dict[int, str]]:
-    """Hidden states (N, levels, D) of N values, zeros for None; which were encoded, (N,) bool; reasons by place."""
+    """Encode N values, or None for absent ones.
+
+    Returns:
+        Hidden states (N, levels, D), zeros for values that were not encoded; which values were encoded, (N,) bool; and
+        for each unreadable value its index and the reason.
+    """
     has = np.array([value is not None for value in column], dtype=bool)
     chosen = np.flatnonzero(has)
     failures: dict[int, str] = {}
@@ -196,17 +201,17 @@ def _encode_column(
 
 
 def _values(items: ItemsLike, encoder: FrozenEncoder, image_root: Path) -> list[str | None]:
-    """What the encoder takes of each item: its text, or the path of its image."""
+    """Return each item's input for the encoder: its text, or the path of its image."""
     if encoder.kind == "text":
         return [text if text is not None and text.strip() else None for text in items.texts]
     return [str(image_root / path) if path is not None else None for path in items.images]
 
 
 def _check_some_exist(paths: Sequence[str | None], image_root: Path) -> None:
-    """One missing file is an accident, all of them a wrong folder, which must not pass for items without images."""
+    """Raise ValueError if no image exists. Then the folder is wrong; the items must not be stored without images."""
     given = [path for path in paths if path is not None]
     if given and not any(Path(path).is_file() for path in given):
         raise ValueError(
-            f"not one of the {len(given)} images exists, the first would be {given[0]}; give as image_root the folder "
-            f"that the items' image paths are relative to, not {image_root}"
+            f"not one of the {len(given)} images exists, for example {given[0]}; image_root must be the folder that "
+            f"the items' image paths are relative to, not {image_root}"
         )

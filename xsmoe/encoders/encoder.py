@@ -1,4 +1,4 @@
-"""What text and image encoders have in common: a frozen model, the levels taken from it, the pooling over tokens."""
+"""The base class of text and image encoders: a frozen model, a choice of its levels, and pooling over tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xsmoe.encoders.loading import load_model, resolve, revision
 from xsmoe.encoders.manifest import ModalitySpec
+from xsmoe.extras import extra
 
 Pooling = Literal["cls", "mean"]
 
@@ -21,23 +22,24 @@ class FrozenEncoder(ABC):
     Args:
         name_or_path: a folder written by `save_pretrained`, a name on the Hugging Face hub, or "minilm".
         pooling: "mean" over the tokens, or "cls", the class token.
-        levels: layers to take, ascending; 0 is the embedding's output, L the last layer's. None takes 0, L // 2 and L.
-        normalise_last: level L is the model's `last_hidden_state`, after its final normalisation if it has one. False
-            takes the last layer's own output where the model gives it. Models such as BERT normalise within the layers
-            and make no difference.
-        device: where the model runs.
-        compute_dtype: what it runs in.
+        levels: indices of the layers to use, ascending; 0 is the embedding's output, L the last layer's. None selects
+            0, L // 2 and L.
+        normalise_last: if True, level L is the model's `last_hidden_state`, after its final normalisation if it has
+            one. If False, level L is the last layer's own output, where the model provides it. Models such as BERT
+            normalise within the layers, so both are the same.
+        device: the model's device.
+        compute_dtype: the model's dtype.
 
     Attributes:
-        name: what it was called, or the folder's name.
+        name: the given name, or the folder's name.
         dim: the width D.
         num_layers: L.
-        levels: the layers taken.
-        last_level_normalised: whether level L is taken and comes out of a normalisation layer.
+        levels: the selected layers.
+        last_level_normalised: whether level L is selected and is the output of a normalisation layer.
 
     Raises:
-        ValueError: no such model, weights that are not complete, levels that it does not have, "cls" where it has no
-            class token, or an architecture whose hidden states are not (batch, tokens, D).
+        ValueError: the model does not exist, its weights are incomplete, it lacks one of the levels, pooling is "cls"
+            but it has no class token, or its hidden states are not (batch, tokens, D).
     """
 
     kind: ClassVar[Literal["text", "image"]]
@@ -76,48 +78,49 @@ class FrozenEncoder(ABC):
         failures: dict[int, str] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Hidden states of the values: (N, levels, D) float32 on the CPU.
+        """Return the hidden states of the values: (N, levels, D) float32 on the CPU.
 
-        Rows do not depend on what else is in a batch, except by rounding.
+        A row does not depend on the other values of its batch, except for rounding.
 
         Args:
-            values: N of them.
-            batch_size: how many go through the model at once.
-            failures: where given, a value that cannot be read leaves zeros, and here its place and the reason,
-                instead of an error.
+            values: N values.
+            batch_size: number of values that the model processes at once.
+            failures: a mapping, or None. With a mapping, a value that cannot be read does not raise: its rows are
+                zeros, and the mapping gets its index and the reason.
             progress: called after each batch with the number of values in it.
 
         Raises:
-            ValueError: a value that cannot be read.
+            ValueError: a value cannot be read, and `failures` is None.
         """
 
     @abstractmethod
     def _tower(self, model: Any) -> Any:
-        """The part of the loaded model that encodes this kind of value."""
+        """Return the part of the loaded model that encodes this kind of value."""
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Loads and works out what is needed besides the model."""
+        """Load and compute everything that is needed in addition to the model."""
 
     @abstractmethod
     def _example(self) -> dict[str, Tensor]:
-        """Model inputs for one value, on the device."""
+        """Return model inputs for one example value, on the device."""
 
     @abstractmethod
     def _check_tokens(self, inputs: Mapping[str, Tensor], tokens: int) -> None:
-        """Raises ValueError unless a model that gave `tokens` tokens for `_example` can be pooled as is wanted."""
+        """Raise ValueError unless the chosen pooling supports a model that returns `tokens` tokens for `_example`."""
 
     @abstractmethod
     def _pool(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(B, tokens, D) -> (B, D) float32."""
+        """Pool (B, tokens, D) to (B, D) float32."""
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:
-        """Settings that change the numbers, as JSON values."""
+        """Return the settings that change the hidden states, as JSON values."""
 
     def spec(self, dtype: torch.dtype = torch.float16) -> ModalitySpec:
-        """What a store that holds these hidden states in `dtype` says of them."""
-        import transformers
+        """Return the spec of these hidden states in a store with this `dtype`."""
+        with extra("train"):
+            import transformers
 
         return ModalitySpec(
             dim=self.dim,
@@ -132,13 +135,13 @@ class FrozenEncoder(ABC):
         )
 
     def _states(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """All hidden states, 0 to L, each (B, tokens, D)."""
+        """Return all hidden states, 0 to L, each (B, tokens, D)."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             outputs = self.model(**inputs, output_hidden_states=True)
         states = list(getattr(outputs, "hidden_states", None) or ())
         if len(states) < 2 or any(state.dim() != 3 or state.shape != states[0].shape for state in states):
             raise ValueError(
-                f"encoder {self.name!r}, a {type(self.model).__name__}, does not give hidden states of one shape "
+                f"encoder {self.name!r}, a {type(self.model).__name__}, does not return hidden states of one shape "
                 "(batch, tokens, D) at every layer; use a plain transformer encoder such as BERT or ViT"
             )
         if self._normalise_last:
@@ -146,12 +149,12 @@ class FrozenEncoder(ABC):
         return states
 
     def _rows(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(B, levels, D) float32 on the CPU."""
+        """Return the pooled hidden states of the chosen levels, (B, levels, D) float32 on the CPU."""
         states = self._states(inputs)
         return torch.stack([self._pool(states[level], inputs) for level in self.levels], dim=1).cpu()
 
     def _probe(self, levels: Sequence[int] | None) -> None:
-        """Learns from one example what the model's hidden states are, and fixes the levels."""
+        """Run the model on one example to find its number of layers and its width, and choose the levels."""
         normalised: list[Tensor] = []
         hooks = [
             module.register_forward_hook(lambda _module, _inputs, output: normalised.append(output))
@@ -183,7 +186,7 @@ class FrozenEncoder(ABC):
 
 
 def batches(count: int, batch_size: int) -> list[slice]:
-    """The slices that cut `count` values into batches. Raises ValueError for a batch size below 1."""
+    """Return the slices that cut `count` values into batches. Raise ValueError for a batch size below 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     return [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]

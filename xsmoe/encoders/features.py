@@ -1,4 +1,4 @@
-"""What a trainer asks of hidden states, wherever they come from, and an implementation for arrays in memory."""
+"""The interface of hidden states for a trainer, and an implementation for tensors in memory."""
 
 import functools
 import hashlib
@@ -11,72 +11,72 @@ from torch import Tensor
 
 
 class ItemFeatures(Protocol):
-    """The hidden states of items. An item is known by its row, which never changes when items are appended."""
+    """The hidden states of items. An item is identified by its row, which never changes when items are appended."""
 
     @property
     def num_items(self) -> int:
-        """How many items there are; rows run from 0 to num_items - 1."""
+        """Number of items; rows are 0 to num_items - 1."""
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The names of the modalities."""
+        """Names of the modalities."""
 
     @property
     def dims(self) -> dict[str, int]:
-        """Each modality's width D."""
+        """Width D of each modality."""
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """For each modality a dtype that holds its hidden states as they are."""
+        """For each modality, a dtype that represents its hidden states exactly."""
 
     @property
     def num_levels(self) -> int:
-        """How many levels every modality has, the lowest included: 3 for the levels 0, L/2, L."""
+        """Number of levels of each modality, including the lowest: 3 for the levels 0, L/2, L."""
 
     def present(self, modality: str) -> np.ndarray:
-        """(num_items,) bool: False where an item lacks this modality; its rows are then zeros."""
+        """Return (num_items,) bool, False for items without this modality, whose rows are zeros."""
 
     def hidden(
         self, items: np.ndarray | Tensor, modalities: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
     ) -> dict[str, list[Tensor]]:
-        """The hidden states of some items: per modality one tensor per level, in the order of the levels.
+        """Return the hidden states of some items: per modality one tensor per level, in the order of the levels.
 
-        A trainer on CUDA calls this from one thread of its own, ahead of the steps.
+        A trainer on CUDA calls this from a separate thread, ahead of the steps.
 
         Args:
-            items: (N,) rows, integers; they may repeat, in any order.
-            modalities: which of them, default all.
-            dtype: of the result.
+            items: (N,) rows, integers, in any order; they may repeat.
+            modalities: the modalities to return, default all.
+            dtype: dtype of the result.
 
         Returns:
-            For each level (N, D), on the CPU unless an implementation says otherwise, or (1, D) where the level is the
-            same row for every item of the store and none of `items` lacks the modality. The last level is always
-            (N, D).
+            For each level (N, D), on the CPU unless an implementation documents another device. A level is (1, D) if
+            its row is the same for every item of the store and all of `items` have the modality. The last level is
+            always (N, D).
 
         Raises:
-            TypeError: items that are not integers.
-            ValueError: a row out of range, or a modality that is not there.
+            TypeError: items are not integers.
+            ValueError: a row is out of range, or a modality does not exist.
         """
 
     def fingerprint(self, num_items: int | None = None) -> str:
-        """A digest of what the hidden states are, to refuse a run that goes on with those of another encoder.
+        """Return a digest of the kind of hidden states. A run uses it to refuse hidden states of another encoder.
 
-        It does not depend on how many items there are, so that features that grew keep theirs. Given `num_items`, it
-        also covers which items the first `num_items` rows hold.
+        The digest does not depend on the number of items, so it does not change when items are appended. With
+        `num_items`, it also covers the identity of the first `num_items` items.
         """
 
 
 class InMemoryFeatures:
-    """`ItemFeatures` over tensors that are held already.
+    """`ItemFeatures` over tensors in memory.
 
     Args:
-        hidden: for every modality (N, levels, D), or a sequence of levels, each (N, D) or, for a level that is the same
-            for every item, (1, D). All modalities have the same N and the same number of levels, at least 2.
-        present: for some modalities (N,) bool, False where an item lacks it; default all True. The rows of such items
-            are given out as zeros, whatever the tensors hold.
+        hidden: for each modality (N, levels, D), or a sequence of levels, each (N, D), or (1, D) for a level that is
+            the same for every item. All modalities have the same N and the same number of levels, at least 2.
+        present: for some modalities (N,) bool, False for items without the modality; default all True. Rows of items
+            without the modality are returned as zeros, whatever the tensors contain.
 
     Raises:
-        ValueError: no modality, fewer than 2 levels, a last level that is not (N, D), or shapes that do not agree.
+        ValueError: there is no modality, there are fewer than 2 levels, a last level is not (N, D), or shapes differ.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class InMemoryFeatures:
         first = next(iter(self._levels.values()))
         self._num_levels = len(first)
         if self._num_levels < 2:
-            raise ValueError(f"hidden must give at least 2 levels per modality, not {self._num_levels}")
+            raise ValueError(f"hidden must have at least 2 levels per modality, not {self._num_levels}")
         self._num_items = first[-1].shape[0]
         for name, levels in self._levels.items():
             self._check(name, levels)
@@ -109,7 +109,7 @@ class InMemoryFeatures:
     def _check(self, name: str, levels: list[Tensor]) -> None:
         if len(levels) != self._num_levels:
             raise ValueError(
-                f"hidden[{name!r}] has {len(levels)} levels, other modalities {self._num_levels}; give all the same"
+                f"hidden[{name!r}] has {len(levels)} levels, other modalities {self._num_levels}; make them equal"
             )
         want = (self._num_items, levels[-1].shape[-1])
         for number, level in enumerate(levels):
@@ -179,11 +179,11 @@ class InMemoryFeatures:
 
 
 class FeatureView:
-    """What `ItemFeatures` of some modalities share with the features that they give out in another form.
+    """The base class of `ItemFeatures` that wrap other features and return their hidden states in another form.
 
     Args:
-        features: where hidden states come from.
-        modalities: those that are wanted.
+        features: the wrapped features.
+        modalities: the modalities to provide.
     """
 
     def __init__(self, features: ItemFeatures, modalities: Sequence[str]) -> None:
@@ -219,11 +219,11 @@ class FeatureView:
 
 
 def row_indices(items: np.ndarray | Tensor, num_items: int) -> np.ndarray:
-    """`items` as (N,) int64 on the host, each checked to lie in [0, num_items).
+    """Return `items` as (N,) int64 on the host, after a check that each is in [0, num_items).
 
     Raises:
-        TypeError: not integers.
-        ValueError: not one-dimensional, or a row out of range.
+        TypeError: the items are not integers.
+        ValueError: the items are not one-dimensional, or a row is out of range.
     """
     rows = items.detach().cpu().numpy() if isinstance(items, Tensor) else np.asarray(items)
     if rows.ndim != 1:
@@ -235,17 +235,16 @@ def row_indices(items: np.ndarray | Tensor, num_items: int) -> np.ndarray:
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= num_items:
         raise ValueError(
-            f"items must lie in [0, {num_items}), but holds {low if low < 0 else high}; "
-            "an item that is not known must be encoded first"
+            f"items must lie in [0, {num_items}), but holds {low if low < 0 else high}; encode unknown items first"
         )
     return rows.astype(np.int64, copy=False)
 
 
 def select_modalities(wanted: Sequence[str] | None, available: tuple[str, ...]) -> tuple[str, ...]:
-    """`wanted`, each checked to be available; all that are where it is None.
+    """Return `wanted` after a check that each is available; all available modalities if `wanted` is None.
 
     Raises:
-        ValueError: a modality that is not there.
+        ValueError: a modality does not exist.
     """
     if wanted is None:
         return available
@@ -256,7 +255,7 @@ def select_modalities(wanted: Sequence[str] | None, available: tuple[str, ...]) 
 
 
 def constant_rows(row: Tensor, present: np.ndarray) -> Tensor:
-    """A level that is the same for every item: (1, D), or (N, D) with zeros for items that lack the modality.
+    """Return a level that is the same for every item: (1, D), or (N, D) with zeros if some items lack the modality.
 
     Args:
         row: (1, D).
@@ -268,6 +267,6 @@ def constant_rows(row: Tensor, present: np.ndarray) -> Tensor:
 
 
 def check_known(num_items: int, available: int) -> None:
-    """Raises ValueError unless the first `num_items` items are among the `available` ones."""
+    """Raise ValueError unless `num_items` is between 0 and `available`, the number of items."""
     if not 0 <= num_items <= available:
-        raise ValueError(f"num_items must lie in [0, {available}], the number of items there are, not {num_items}")
+        raise ValueError(f"num_items must lie in [0, {available}], the number of items, not {num_items}")

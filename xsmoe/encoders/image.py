@@ -19,15 +19,15 @@ DEFAULT_SIZE = 224
 
 
 class ImageEncoder(FrozenEncoder):
-    """A frozen image encoder of the ViT family; "mean" pools over the patches, without class and register tokens.
+    """A frozen image encoder of the ViT family. "mean" pools over the patches, without class and register tokens.
 
-    An image is turned upright as its EXIF data says, converted to RGB (what is transparent becomes white), resized to
-    the encoder's size without keeping its proportions (bilinear), and normalised.
+    An image is rotated by its EXIF orientation, converted to RGB (transparent pixels become white), resized to the
+    encoder's size without keeping its aspect ratio (bilinear), and normalised.
 
     Args:
-        image_size: side in pixels, or (height, width); default the size in the model's config, 224 where that has none.
-        mean, std: of the pixel values, scaled to [0, 1], that normalise them: one number, or one for each of R, G, B.
-        workers: threads that read images; default one per CPU core, at most 8.
+        image_size: side in pixels, or (height, width). Default: the size in the model's config, or 224 without one.
+        mean, std: normalisation of the pixel values in [0, 1]: one number, or one for each of R, G, B.
+        workers: number of threads that read images; default one per CPU core, at most 8.
         name_or_path, pooling, levels, normalise_last, device, compute_dtype: see `FrozenEncoder`, which also lists the
             attributes and the errors.
     """
@@ -72,10 +72,12 @@ class ImageEncoder(FrozenEncoder):
         failures: dict[int, str] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Hidden states of N image files: (N, levels, D) float32 on the CPU. Arguments as in `FrozenEncoder.encode`.
+        """Return the hidden states of N image files, (N, levels, D) float32 on the CPU.
+
+        The arguments are those of `FrozenEncoder.encode`.
 
         Raises:
-            ValueError: an image that cannot be read, unless `failures` is given; it names the file.
+            ValueError: an image cannot be read, and `failures` is None. The message names the file.
         """
         rows = torch.zeros(len(values), len(self.levels), self.dim)
         todo = batches(len(values), batch_size)
@@ -87,7 +89,7 @@ class ImageEncoder(FrozenEncoder):
             reading = start(todo[0]) if todo else []
             for number, batch in enumerate(todo):
                 current = reading
-                # The next batch is read while the model works on this one.
+                # Read the next batch while the model processes this one.
                 reading = start(todo[number + 1]) if number + 1 < len(todo) else []
                 images, places = [], []
                 for place, future in enumerate(current, start=batch.start):
@@ -129,7 +131,7 @@ class ImageEncoder(FrozenEncoder):
         return super()._states({**inputs, **self._arguments})
 
     def _pixels(self, images: np.ndarray) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, 3, H, W), normalised, on the device."""
+        """Normalise (B, H, W, 3) uint8 and return it as (B, 3, H, W) on the device."""
         pixels = torch.from_numpy(images).to(self.device).float() / 255
         mean, std = torch.tensor(self.mean, device=self.device), torch.tensor(self.std, device=self.device)
         return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous().to(self.compute_dtype)
@@ -138,12 +140,12 @@ class ImageEncoder(FrozenEncoder):
         return {"pixel_values": self._pixels(np.zeros((1, *self.image_size, 3), dtype=np.uint8))}
 
     def _check_tokens(self, inputs: Mapping[str, Tensor], tokens: int) -> None:
-        # The class token and whatever else is no patch, such as registers, comes first in the models of this family.
+        # In models of this family, tokens that are no patches (the class token, registers) come first.
         self._prefix = tokens - self._patches
         if self._prefix < 0:
             raise ValueError(
-                f"encoder {self.name!r}, a {type(self.model).__name__}, gives {tokens} tokens for {self._patches} "
-                "patches; one that masks or merges patches cannot be pooled, use a plain ViT"
+                f"encoder {self.name!r}, a {type(self.model).__name__}, returns {tokens} tokens for {self._patches} "
+                "patches; an encoder that masks or merges patches is not supported, use a plain ViT"
             )
         if self.pooling == "cls" and self._prefix == 0:
             raise ValueError(
@@ -160,10 +162,10 @@ class ImageEncoder(FrozenEncoder):
 
 
 def read_image(path: str | PathLike[str], size: tuple[int, int]) -> np.ndarray:
-    """An image file as (height, width, 3) uint8 of the given size (height, width).
+    """Read an image file as (height, width, 3) uint8, resized to the given size (height, width).
 
     Raises:
-        ValueError: a file that is missing or that is not an image that can be read; it names the file.
+        ValueError: the file is missing or is not a readable image. The message names the file.
     """
     try:
         with Image.open(Path(path)) as opened:
@@ -171,14 +173,14 @@ def read_image(path: str | PathLike[str], size: tuple[int, int]) -> np.ndarray:
             return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
     except MemoryError:
         raise
-    except Exception as error:  # Decoders raise errors of nearly every type on damaged files.
+    except Exception as error:  # On damaged files, decoders raise errors of many types.
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"image {path} cannot be read ({reason})") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16 bits per pixel: Pillow would clip them to 8 bits in place of scaling them.
+        # Pillow would clip 16 bits per pixel to 8 bits instead of scaling them.
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

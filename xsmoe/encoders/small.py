@@ -1,6 +1,6 @@
-"""Small encoders with random weights, for demonstrations and tests where no pretrained ones can be had.
+"""Small encoders with random weights, for demonstrations and tests without pretrained weights.
 
-A random transformer is no bad feature extractor: its residual connections keep what its tokens and patches are.
+A random transformer is a usable feature extractor, because its residual connections preserve its tokens and patches.
 """
 
 import os
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from xsmoe.encoders.loading import quiet_transformers
+from xsmoe.extras import extra
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -34,27 +35,28 @@ def build_small_text_encoder(
     vocab_size: int = 8192,
     seed: int = 0,
 ) -> Path:
-    """Writes a small BERT with random weights, and a WordPiece tokenizer that knows the words of `texts`.
+    """Write a small BERT with random weights, and a WordPiece tokenizer whose vocabulary comes from `texts`.
 
-    The same arguments write the same bytes; the global random state is left alone.
+    The same arguments produce the same bytes. The global random state does not change.
 
     Args:
-        folder: where to; it must not exist, or be empty. It appears complete or not at all.
-        texts: whose most frequent words become tokens, beside all their characters.
+        folder: the new folder; it must not exist or must be empty. It is created atomically.
+        texts: texts whose most frequent words become tokens. All their characters become tokens too.
         width: D, a multiple of 4.
         layers: L.
-        vocab_size: at most so many tokens; characters are kept in any case.
+        vocab_size: maximum number of tokens; characters are kept even if they exceed it.
 
     Returns:
-        The folder, which `TextEncoder` loads.
+        The folder, which `TextEncoder` can load.
 
     Raises:
-        ValueError: a folder that holds something, a width that is not a multiple of 4, or no layer.
+        ValueError: the folder is not empty, the width is not a multiple of 4, or there is no layer.
     """
     heads = _heads(width, layers)
 
     def write(draft: Path) -> None:
-        from transformers import BertConfig, BertModel
+        with extra("train"):
+            from transformers import BertConfig, BertModel
 
         tokenizer = _tokenizer(texts, vocab_size)
         tokenizer.save_pretrained(draft)
@@ -69,7 +71,7 @@ def build_small_text_encoder(
             initializer_range=width**-0.5,
         )
         model = BertModel(config, add_pooling_layer=False)
-        # Positions say little about what a text is about: they shall not drown its words.
+        # Positions contribute little to a text's meaning. Keep them small relative to the words.
         model.embeddings.position_embeddings.weight.data *= 0.25
         model.save_pretrained(draft)
 
@@ -85,28 +87,29 @@ def build_small_image_encoder(
     layers: int = 4,
     seed: int = 0,
 ) -> Path:
-    """Writes a small ViT with random weights for images of image_size x image_size pixels.
+    """Write a small ViT with random weights for images of image_size x image_size pixels.
 
-    The same arguments write the same bytes; the global random state is left alone.
+    The same arguments produce the same bytes. The global random state does not change.
 
     Args:
-        folder: where to; it must not exist, or be empty. It appears complete or not at all.
-        image_size, patch_size: in pixels; the former a multiple of the latter.
+        folder: the new folder; it must not exist or must be empty. It is created atomically.
+        image_size, patch_size: in pixels; image_size must be a multiple of patch_size.
         width: D, a multiple of 4.
         layers: L.
 
     Returns:
-        The folder, which `ImageEncoder` loads.
+        The folder, which `ImageEncoder` can load.
 
     Raises:
-        ValueError: a folder that holds something, sizes that do not fit, or no layer.
+        ValueError: the folder is not empty, sizes do not fit, or there is no layer.
     """
     heads = _heads(width, layers)
     if patch_size < 1 or image_size < patch_size or image_size % patch_size:
         raise ValueError(f"image_size must be a multiple of patch_size, not {image_size} with {patch_size}")
 
     def write(draft: Path) -> None:
-        from transformers import ViTConfig, ViTModel
+        with extra("train"):
+            from transformers import ViTConfig, ViTModel
 
         config = ViTConfig(
             image_size=image_size,
@@ -131,16 +134,14 @@ def _heads(width: int, layers: int) -> int:
 
 
 def _build(folder: Path, seed: int, write: Callable[[Path], None]) -> Path:
-    """Lets `write` fill a folder under another name, with its own random state, and moves it into place."""
+    """Call `write` on a temporary folder, with a separate random state, and rename the folder to `folder`."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"folder {folder} holds something already; give another one, or load the encoder that is there"
-        )
+        raise ValueError(f"folder {folder} is not empty; give another one, or load the encoder in it")
     draft = folder.with_name(folder.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     with quiet_transformers(progress_bars=False), torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed accelerators too, whose state fork_rng does not bring back here.
+        # torch.manual_seed would seed accelerators too, but this fork_rng does not restore their state.
         torch.random.default_generator.manual_seed(seed)
         write(draft)
     if folder.exists():
@@ -150,8 +151,9 @@ def _build(folder: Path, seed: int, write: Callable[[Path], None]) -> Path:
 
 
 def _tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    with extra("train"):
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
 
     normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))

@@ -1,4 +1,4 @@
-"""The hidden-state store: a folder of items' hidden states that grows by appending and is read row by row."""
+"""The hidden-state store: a folder of items' hidden states with appending and reading of single rows."""
 
 import hashlib
 import json
@@ -33,12 +33,16 @@ READ_BYTES = 1 << 24
 
 
 class HiddenStateStore:
-    """Hidden states of items on disk, with the `ItemFeatures` interface. Made by `create` or `open`.
+    """Hidden states of items on disk, with the `ItemFeatures` interface. Call `create` or `open` to get a store.
 
-    The folder holds `manifest.json`; `items.jsonl`, the item ids; and per modality `NAME.bin`, the memory-mapped array
-    (items, levels, D) in little-endian float16, bfloat16 or float32, without the levels that are the same row for every
-    item to the bit, which `NAME.constant.bin` holds once; and `NAME.present.bin`, one byte per item. Where an item
-    lacks a modality, its rows are zeros. A level that later turns out not to be the same for every item is converted.
+    The folder contains `manifest.json` and `items.jsonl`, the item ids. Each modality has these files:
+
+    - `NAME.bin`: the memory-mapped array (items, levels, D) in little-endian float16, bfloat16 or float32, without the
+      levels whose row is bitwise equal for every item;
+    - `NAME.constant.bin`: the rows of these constant levels, stored once;
+    - `NAME.present.bin`: one byte per item.
+
+    If an item lacks a modality, its rows are zeros. A level that stops being constant is converted.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -51,22 +55,22 @@ class HiddenStateStore:
 
     @classmethod
     def create(cls, folder: str | PathLike[str], modalities: Mapping[str, ModalitySpec]) -> "HiddenStateStore":
-        """Makes an empty store.
+        """Create an empty store.
 
         Args:
-            folder: made if need be; it must be empty.
-            modalities: what each modality's hidden states are; all with the same number of levels.
+            folder: the folder, which is created if it is missing. It must be empty.
+            modalities: the kind of each modality's hidden states. All must have the same number of levels.
 
         Raises:
-            StoreError: the folder holds something, or another process is writing to it.
-            ValueError: modalities that cannot share a store.
+            StoreError: the folder is not empty, or another process is writing to it.
+            ValueError: the modalities cannot share a store.
         """
         folder = Path(folder)
         manifest = Manifest.new(modalities)
         folder.mkdir(parents=True, exist_ok=True)
         with write_lock(folder):
             if (folder / MANIFEST).exists():
-                raise StoreError(f"{folder} holds a hidden-state store already; open it, or give another folder")
+                raise StoreError(f"{folder} already holds a hidden-state store; open it, or give another folder")
             strangers = sorted(path.name for path in folder.iterdir() if not path.name.startswith(MANIFEST))
             if strangers:
                 raise StoreError(
@@ -77,13 +81,13 @@ class HiddenStateStore:
 
     @classmethod
     def open(cls, folder: str | PathLike[str]) -> "HiddenStateStore":
-        """Opens a store at its last commit; what an interrupted append left behind it is ignored.
+        """Open a store at its last commit. Bytes of an interrupted append are ignored.
 
-        Checked are the presence and the sizes of all files and the checksums of the item ids and of which item has
-        which modality; `verify` checks the hidden states too, which takes as long as reading them.
+        This checks the presence and the sizes of all files, and the checksums of the item ids and of the presence
+        files. Call `verify` to check the hidden states too; it takes as long as reading them.
 
         Raises:
-            StoreError: no store, one that is truncated or does not fit together, or one of another format version.
+            StoreError: there is no store, it is truncated or inconsistent, or it has another format version.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
@@ -91,7 +95,7 @@ class HiddenStateStore:
             try:
                 return cls(folder, manifest)
             except MissingFileError:
-                # A writer that converts a level removes the old files once its manifest is in place.
+                # A writer that converts a level replaces the manifest, then removes the old files. Then try again.
                 current = Manifest.read(folder)
                 if current == manifest:
                     raise
@@ -99,12 +103,12 @@ class HiddenStateStore:
 
     @property
     def folder(self) -> Path:
-        """Where the store is."""
+        """The store's folder."""
         return self._folder
 
     @property
     def specs(self) -> dict[str, ModalitySpec]:
-        """What each modality's hidden states are."""
+        """The kind of each modality's hidden states."""
         return {name: part.spec for name, part in self._manifest.parts.items()}
 
     @property
@@ -133,10 +137,10 @@ class HiddenStateStore:
         return len(next(iter(self._manifest.parts.values())).spec.levels)
 
     def index_of(self, ids: Sequence[str] | np.ndarray) -> np.ndarray:
-        """The rows of items: (N,) int64, -1 where an id is not in the store.
+        """Return the rows of items: (N,) int64, -1 for an id that is not in the store.
 
         Raises:
-            TypeError: an id that is not a string.
+            TypeError: an id is not a string.
         """
         _check_strings(ids)
         if self._rows is None:
@@ -150,7 +154,7 @@ class HiddenStateStore:
     def hidden(
         self, items: np.ndarray | Tensor, modalities: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
     ) -> dict[str, list[Tensor]]:
-        """The hidden states of some items, as `ItemFeatures.hidden` says; reads no other rows than theirs."""
+        """Return the hidden states of some items, see `ItemFeatures.hidden`. Only their rows are read."""
         rows = features.row_indices(items, self.num_items)
         index = torch.from_numpy(rows)
         hidden = {}
@@ -166,7 +170,7 @@ class HiddenStateStore:
         return hidden
 
     def fingerprint(self, num_items: int | None = None) -> str:
-        kinds = {name: part.spec.identity() for name, part in self._manifest.parts.items()}
+        kinds = {name: part.spec.compatibility_key() for name, part in self._manifest.parts.items()}
         digest = hashlib.sha256(json.dumps(kinds, sort_keys=True).encode())
         if num_items is not None:
             features.check_known(num_items, self.num_items)
@@ -174,7 +178,7 @@ class HiddenStateStore:
         return digest.hexdigest()
 
     def check_specs(self, modalities: Mapping[str, ModalitySpec]) -> None:
-        """Raises StoreError, saying in what they differ, unless these are what the store holds."""
+        """Raise StoreError that names the differences unless these specs match the store's."""
         check_specs(self._folder, self.specs, modalities)
 
     def append(
@@ -185,20 +189,20 @@ class HiddenStateStore:
         *,
         allow_bare: bool = False,
     ) -> None:
-        """Adds items behind those that are there: all of them or, if it is interrupted at any moment, none.
+        """Append items atomically: an interruption at any moment adds none of them.
 
         Args:
             item_ids: N ids, none of them in the store.
-            hidden: per modality (N, levels, D), or a sequence of levels, each (N, D) or (1, D). All N items lack a
-                modality that is left out.
-            present: per modality (N,) bool, False where an item lacks it; default all True.
+            hidden: per modality (N, levels, D), or a sequence of levels, each (N, D) or (1, D). If a modality is left
+                out, all N items lack it.
+            present: per modality (N,) bool, False for items without it; default all True.
             allow_bare: whether an item may lack every modality.
 
         Raises:
-            TypeError: an id that is not a string.
-            ValueError: another shape, values that are not finite or too large for the dtype, an item without any
-                modality, an unknown modality.
-            StoreError: an id twice or in the store already, or another process has appended or is appending.
+            TypeError: an id is not a string.
+            ValueError: a shape is wrong, a value is not finite or too large for the dtype, an item has no modality, or
+                a modality is unknown.
+            StoreError: an id occurs twice or is already in the store, or another process has appended or is appending.
         """
         self._check_new(item_ids)
         ids = np.empty(len(item_ids), dtype=object)
@@ -210,7 +214,7 @@ class HiddenStateStore:
             if Manifest.read(self._folder) != self._manifest:
                 raise StoreError(f"store {self._folder} was appended to by another process; open it again")
             self._manifest = append_chunk(self._folder, self._manifest, ids.tolist(), rows, masks, self._present)
-            # Before another process can convert a level and remove the files.
+            # Map the files under the lock: afterwards another process can convert a level and remove them.
             self._map()
         if self._rows is not None:
             self._rows.update(zip(ids, range(self.num_items, self.num_items + len(ids)), strict=True))
@@ -218,11 +222,11 @@ class HiddenStateStore:
         self._present = {name: np.concatenate([mask, masks[name]]) for name, mask in self._present.items()}
 
     def verify(self) -> None:
-        """Reads everything and compares it with the checksums of the manifest.
+        """Read all files and compare them with the checksums of the manifest.
 
         Raises:
-            StoreError: the first difference found: file, bytes, what was expected and what was found; or another
-                process has since replaced files, and the store must be opened again.
+            StoreError: a checksum differs. The message has the file, the range of bytes and both checksums of the first
+                difference. Or another process has replaced files since this store was opened; then open it again.
         """
         try:
             self._compare()
@@ -256,11 +260,11 @@ class HiddenStateStore:
         known = self.index_of(ids)
         if (known >= 0).any():
             place = int(np.flatnonzero(known >= 0)[0])
-            raise StoreError(f"item {ids[place]!r} is in store {self._folder} already; leave it out")
+            raise StoreError(f"item {ids[place]!r} is already in store {self._folder}; leave it out")
         seen: set[str] = set()
         for item in ids:
             if item in seen:
-                raise StoreError(f"item {item!r} stands twice in item_ids; give each item once")
+                raise StoreError(f"item {item!r} occurs twice in item_ids; give each item once")
             seen.add(item)
 
     def _checked(
@@ -286,7 +290,7 @@ class HiddenStateStore:
         return rows, masks
 
     def _map(self) -> None:
-        """Maps the committed rows of the data files into memory."""
+        """Map the committed rows of the data files into memory."""
         self._data: dict[str, Tensor] = {}
         self._constant: dict[str, np.ndarray] = {}
         for name, part in self._manifest.parts.items():
@@ -301,7 +305,7 @@ class HiddenStateStore:
             with _open(self._folder / part.data_file, self._manifest.items * part.row_bytes) as file:
                 mapped = np.memmap(file, integers(part.spec), mode="r", shape=shape).view(np.ndarray)
             with warnings.catch_warnings():
-                # It cannot be written to, and nobody does. Mapped otherwise, it would count as memory in use.
+                # The mapping is read-only and nobody writes to it. A writable mapping would count as used memory.
                 warnings.filterwarnings("ignore", message=".*not writable")
                 self._data[name] = torch.from_numpy(mapped)
 
@@ -314,7 +318,7 @@ def _check_strings(ids: Sequence[str] | np.ndarray) -> None:
 
 @contextmanager
 def _open(path: Path, expected: int) -> Iterator[BinaryIO]:
-    """Opens a file for reading that must have so many bytes or more."""
+    """Open a file for reading. Raise unless it has at least this many bytes."""
     advice = f"expected {expected}; restore it from a copy, or encode again"
     try:
         file = path.open("rb")
@@ -336,7 +340,7 @@ def _check_crc(path: Path, start: int, length: int, expected: int, found: int) -
 
 
 def _committed(path: Path, lengths: Sequence[int], checksums: Sequence[int]) -> bytes:
-    """The committed bytes of a small file, checked."""
+    """Return the committed bytes of a small file after a check of their checksums."""
     if not sum(lengths):
         return b""
     with _open(path, sum(lengths)) as file:

@@ -13,10 +13,10 @@ from xsmoe.encoders.loading import load_tokenizer
 
 
 class TextEncoder(FrozenEncoder):
-    """A frozen text encoder; "mean" pools over the tokens of the text, special tokens included, padding not.
+    """A frozen text encoder. "mean" pools over the tokens of the text, including special tokens but not padding.
 
     Args:
-        max_tokens: texts are cut to so many tokens, special tokens included.
+        max_tokens: maximum number of tokens, including special tokens. Longer texts are cut.
         name_or_path, pooling, levels, normalise_last, device, compute_dtype: see `FrozenEncoder`, which also lists the
             attributes and the errors.
     """
@@ -35,7 +35,7 @@ class TextEncoder(FrozenEncoder):
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         if max_tokens < 3:
-            raise ValueError(f"max_tokens must be at least 3, to leave room beside special tokens, not {max_tokens}")
+            raise ValueError(f"max_tokens must be at least 3 (special tokens and one of the text), not {max_tokens}")
         self.max_tokens = max_tokens
         super().__init__(
             name_or_path,
@@ -54,10 +54,12 @@ class TextEncoder(FrozenEncoder):
         failures: dict[int, str] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Hidden states of N texts: (N, levels, D) float32 on the CPU. Arguments as in `FrozenEncoder.encode`.
+        """Return the hidden states of N texts, (N, levels, D) float32 on the CPU.
+
+        The arguments are those of `FrozenEncoder.encode`.
 
         Raises:
-            TypeError: a value that is not a string.
+            TypeError: a value is not a string.
         """
         for place, text in enumerate(values):
             if not isinstance(text, str):
@@ -67,7 +69,7 @@ class TextEncoder(FrozenEncoder):
             return rows
         encoded = self._tokens(values)
         lengths = np.array([len(tokens) for tokens in encoded["input_ids"]])
-        # Texts of like length together, so that little of a batch is padding.
+        # Sort texts by length, so that batches contain little padding.
         order = np.argsort(lengths, kind="stable")
         for batch in batches(len(values), batch_size):
             chosen = order[batch]
@@ -99,7 +101,7 @@ class TextEncoder(FrozenEncoder):
         return kept
 
     def _padded(self, encoded: Mapping[str, list[list[int]]], chosen: Sequence[int]) -> dict[str, Tensor]:
-        """Model inputs for the chosen texts, padded on the right to the longest of them."""
+        """Return model inputs for the chosen texts, padded on the right to the longest of them."""
         lengths = np.array([len(encoded["input_ids"][place]) for place in chosen])
         mask = np.arange(lengths.max()) < lengths[:, None]
         inputs = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}

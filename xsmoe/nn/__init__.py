@@ -1,4 +1,4 @@
-"""Modules of the recommender: experts, side network, item encoder, user encoder."""
+"""Modules of the recommender: expert bank, side network, item encoder and user encoder."""
 
 from xsmoe.nn.batch import Batch
 from xsmoe.nn.experts import Expanded, ExpertBank, Pruned

@@ -1,4 +1,4 @@
-"""A training batch: the distinct items of some users' sequences, and who follows whom."""
+"""A training batch: the distinct items of some users' sequences, with inputs and targets that index them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,26 +10,26 @@ from torch import Tensor
 
 WORD = torch.int64.itemsize
 ALIGNED = 256
-"""Bytes at whose multiples the tensors of a packed batch begin, as those of torch's allocator do on a GPU."""
+"""Alignment in bytes of the tensors of a packed batch. torch's CUDA allocator uses the same alignment."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of two or more items, as C distinct items and M inputs, each with the item that follows it.
+    """B sequences of two or more items, as C distinct items and M inputs with a target each.
 
     Attributes:
         items: (C,) int64, the distinct items' ids, ascending.
-        counts: (C,) float32, how often each stands in the batch.
-        inputs: (M,) int64 into items, the sequences without their last item, laid end to end.
+        counts: (C,) float32, how often each item occurs in the batch.
+        inputs: (M,) int64 indices into `items`: the concatenated sequences without their last items.
         offsets: (B + 1,) int64, where each sequence begins in `inputs`.
-        targets: (M,) int64 into items, the item that follows each input.
+        targets: (M,) int64 indices into `items`: the item that follows each input.
         users: (M,) int64, the sequence of each input.
-        rejected: (B, W) int64 into items, each sequence's own items, -1 = none: no negatives for it.
+        rejected: (B, W) int64 indices into `items`: each sequence's own items, which are not its negatives; -1 pads.
         logq: (C,) float32, log of each item's sampling probability.
-        lengths: the number of inputs of each sequence, on the host; None where nobody counted them.
-        factor: () float32, what the loss is multiplied by, so that a mean over M inputs leaves padding out; None: 1.
-        ids: (C,) int64, each item's row of the ID table, -1 = its ID is left out; None: content only.
-        storage: (S,) int64, the one tensor that all others are views of; None where they lie apart.
+        lengths: the number of inputs of each sequence, on the host; None if it is unknown on the host.
+        factor: () float32, the loss is multiplied by it, so that a mean over M inputs excludes padding; None means 1.
+        ids: (C,) int64, each item's row of the ID table, -1 for an item without its ID; None for content only.
+        storage: (S,) int64, the tensor that all others are views of; None if they have separate storage.
     """
 
     items: Tensor
@@ -47,12 +47,12 @@ class Batch:
 
     @classmethod
     def from_sequences(cls, items: np.ndarray, offsets: np.ndarray, log_share: np.ndarray) -> Self:
-        """Builds the batch with array operations only.
+        """Build the batch with array operations only.
 
         Args:
-            items: (S,) int64, the sequences' item ids, laid end to end.
-            offsets: (B + 1,) int64, where each sequence begins; every sequence has two items or more.
-            log_share: for every item id the log of its share of the training interactions (logQ).
+            items: (S,) int64, the concatenated item ids of the sequences.
+            offsets: (B + 1,) int64, where each sequence begins. Every sequence has two or more items.
+            log_share: for every item id, the log of its share of the training interactions (logQ).
         """
         lengths = np.diff(offsets)
         if len(lengths) and lengths.min() < 2:
@@ -78,19 +78,19 @@ class Batch:
         return cls(lengths=inputs, **{name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Self:
-        """The same batch in pinned memory."""
+        """Return the batch in pinned memory."""
         return self._each(torch.Tensor.pin_memory)
 
     def num_padding(self, max_items: int) -> int:
-        """How many places the sequences leave empty if each is padded to `max_items`."""
+        """Return the number of padding entries if each sequence is padded to `max_items`."""
         return (self.offsets.shape[0] - 1) * (max_items - 1) - self.inputs.shape[0]
 
     def packed(self) -> Self:
-        """The same batch in one tensor, so that one copy moves all of it."""
+        """Return the batch in one tensor, which a single copy can move."""
         if self.storage is not None:
             return self
         tensors = self.tensors()
@@ -105,11 +105,11 @@ class Batch:
         return packed
 
     def clone(self) -> Self:
-        """A copy of the batch."""
+        """Return a copy of the batch."""
         return self._each(torch.Tensor.clone)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is of its tensors by name, the storage left out."""
+        """Return the tensors that are not None, by name, without the storage."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "storage"}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -122,7 +122,7 @@ class Batch:
         return self._in(change(self.storage), places)
 
     def _in(self, storage: Tensor, places: Mapping[str, int]) -> Self:
-        """A batch of tensors of these shapes in a storage, each from a byte of it on."""
+        """Return a batch whose tensors have these shapes and begin at these byte offsets of a storage."""
         words = {dtype: storage.view(dtype) for dtype in (torch.int64, torch.float32)}
         views: dict[str, Any] = {
             name: words[tensor.dtype].as_strided(tensor.shape, _strides(tensor), places[name] // tensor.itemsize)
@@ -132,7 +132,7 @@ class Batch:
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of a tensor of that shape whose rows lie end to end."""
+    """Return the strides of a contiguous tensor of this shape."""
     strides = [1]
     for size in reversed(tensor.shape[1:]):
         strides.insert(0, strides[0] * size)

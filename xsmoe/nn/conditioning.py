@@ -1,4 +1,4 @@
-"""Conditioning of hidden states: standardize or whiten each level with the statistics of some items, fitted once."""
+"""Conditioning of hidden states: standardization or whitening of each level with statistics that are fitted once."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from xsmoe.nn.moments import Moments
 
 Condition = Literal["none", "standardize", "whiten"]
 SHRINKAGE = 0.01
-"""Share of the largest eigenvalue that is added to all of them before whitening."""
+"""This share of the largest eigenvalue is added to all eigenvalues before whitening."""
 BLOCK = 128
-"""Rows of one matrix product. The rounding of a row depends on its place in the block, not on the other rows."""
+"""Rows of one matrix product. The rounding of a row depends on its index in the block, not on the other rows."""
 
 
 class NotFinite(ValueError):
@@ -21,7 +21,7 @@ class NotFinite(ValueError):
 
     Attributes:
         row: the row of the level.
-        reason: what is wrong with it.
+        reason: the cause.
     """
 
     def __init__(self, level: int, row: int, reason: str) -> None:
@@ -48,11 +48,11 @@ class Transform:
 
         Args:
             rows: (N, D), floating.
-            places: (N,) int64, distinct: where each row stands in the blocks of `BLOCK` rows that are multiplied.
-                A row has the same bits whenever it has the same place in its block. Default: in order.
+            places: (N,) int64, distinct: the index of each row in the blocks of `BLOCK` rows that are multiplied.
+                The result of a row is bitwise equal whenever its index in the block is the same. Default: in order.
 
         Returns:
-            (N, D) in the dtype of `rows`; `rows` itself where no column is conditioned.
+            (N, D) in the dtype of `rows`; `rows` itself if no column is conditioned.
         """
         if not len(self.columns):
             return rows
@@ -67,7 +67,7 @@ class Transform:
 
 
 def _in_blocks(rows: Tensor, factor: Tensor, places: Tensor | None) -> Tensor:
-    """`rows @ factor` as products of equal shape, so that no row's rounding depends on how many rows there are."""
+    """Return `rows @ factor` as products of equal shape. A row's rounding does not depend on the number of rows."""
     count = rows.shape[0]
     last = count if places is None else int(places.max()) + 1 if count else 0
     padded = rows.new_zeros(-(-last // BLOCK) * BLOCK, rows.shape[1])
@@ -75,7 +75,7 @@ def _in_blocks(rows: Tensor, factor: Tensor, places: Tensor | None) -> Tensor:
     padded[index] = rows
     with torch.autocast(rows.device.type, enabled=False):
         for start in range(0, len(padded), BLOCK):
-            # A copy of the block, because the rounding of a product may also depend on where its operands are aligned.
+            # Copy the block, because the rounding of a product may depend on the alignment of its operands too.
             padded[start : start + BLOCK] = padded[start : start + BLOCK].clone() @ factor
     return padded[index]
 
@@ -84,9 +84,9 @@ def apply(transforms: Sequence[Transform], levels: Sequence[Tensor], present: Te
     """Condition one modality's levels.
 
     Args:
-        transforms: one a level.
-        levels: each (N, D), or (1, D) where all items share the row.
-        present: (N,) bool, False where an item lacks the modality; its rows become zeros. None: all have it.
+        transforms: one for each level.
+        levels: each (N, D), or (1, D) if all items share the row.
+        present: (N,) bool, False for an item without the modality; its rows become zeros. None: all items have it.
 
     Raises:
         NotFinite: a row is not finite, or the result exceeds its dtype.
@@ -95,12 +95,12 @@ def apply(transforms: Sequence[Transform], levels: Sequence[Tensor], present: Te
 
 
 def finish(place: int, level: Tensor, changed: Tensor, present: Tensor | None) -> Tensor:
-    """The conditioned rows of a level with zeros for absent items, after a check that the others are finite."""
+    """Return the conditioned rows of a level with zeros for absent items, after a check that the others are finite."""
     if changed is level:
         return level
     if present is not None and len(level) == len(present):
         changed = changed.masked_fill(~present[:, None], 0)
-    # The sum is finite unless a value is not, or it overflows, which the exact check then finds.
+    # A finite sum proves that all values are finite. Otherwise the sum may have overflowed: check every value.
     if not changed.sum(dtype=torch.float32).isfinite():
         bad = changed.isfinite().all(1).logical_not().nonzero()
         if len(bad):
@@ -118,7 +118,7 @@ def finish(place: int, level: Tensor, changed: Tensor, present: Tensor | None) -
 class ConditionedLevel(nn.Module):
     """The fitted statistics of one level, as float32 buffers whatever the model's dtype.
 
-    A state dict carries the sizes: a level that is not fitted has empty buffers, and loading resizes them.
+    A state dict contains the sizes: a level that is not fitted has empty buffers, and loading resizes them.
 
     Args:
         kind: "standardize" or "whiten".
@@ -132,18 +132,18 @@ class ConditionedLevel(nn.Module):
     def __init__(self, kind: Condition, dim: int) -> None:
         super().__init__()
         self.kind, self.dim = kind, dim
-        # (D,), which columns are conditioned, V of them; (0,) before the fit.
+        # (D,) bool, the V columns that are conditioned; (0,) before the fit.
         self.register_buffer("varying", torch.zeros(0, dtype=torch.bool))
         self.register_buffer("mean", torch.zeros(0))
         self.register_buffer("factor", torch.zeros(*self._factor_shape(0)))
 
     @property
     def fitted(self) -> bool:
-        """Whether there are statistics."""
+        """Whether the statistics are fitted."""
         return self.varying.shape[0] > 0
 
     def fit(self, moments: Moments) -> None:
-        """Take over the statistics of some items."""
+        """Store the statistics of some items."""
         varying = moments.varying()
         mean, covariance = moments.mean()[varying], moments.covariance()[varying][:, varying]
         factor = covariance.diagonal().sqrt()
@@ -157,7 +157,7 @@ class ConditionedLevel(nn.Module):
         self.varying, self.mean, self.factor = varying.to(device), mean.float().to(device), factor.float().to(device)
 
     def transform(self, device: torch.device) -> Transform:
-        """What conditions rows on a device; on a GPU this synchronizes."""
+        """Return the transform of this level on a device. On a GPU this synchronizes."""
         return Transform(self.varying.nonzero()[:, 0].to(device), self.mean.to(device), self.factor.to(device))
 
     def _factor_shape(self, size: int) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ class ConditionedLevel(nn.Module):
         for name, old in before.items():
             new = getattr(self, name)
             if new.dtype != old.dtype:
-                # The module was cast: only the device may change.
+                # If the module was cast, only the device may change.
                 setattr(self, name, old.to(new.device))
         return self
 
@@ -185,16 +185,16 @@ class ConditionedLevel(nn.Module):
     ) -> None:
         given = {name: state_dict.get(prefix + name) for name in ("varying", "mean", "factor")}
         if all(isinstance(value, Tensor) for value in given.values()):
-            if (contradiction := self._contradiction(given)) is not None:
-                errors.append(f"{prefix[:-1]}: {contradiction}")
+            if (mismatch := self._mismatch(given)) is not None:
+                errors.append(f"{prefix[:-1]}: {mismatch}")
                 return
             for name, value in given.items():
                 if value.shape != getattr(self, name).shape:
                     setattr(self, name, getattr(self, name).new_empty(value.shape))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    def _contradiction(self, given: dict[str, Tensor]) -> str | None:
-        """Why a state dict's buffers do not fit together, or do not fit this level; None if they do."""
+    def _mismatch(self, given: dict[str, Tensor]) -> str | None:
+        """Return why a state dict's buffers do not fit each other or this level; None if they fit."""
         varying = given["varying"]
         if tuple(varying.shape) not in ((0,), (self.dim,)):
             return f"varying has shape {tuple(varying.shape)}, expected (0,) or ({self.dim},)"
@@ -209,13 +209,14 @@ class Conditioning(nn.Module):
     """The conditioning of one modality's hidden states.
 
     whiten: `(h - m) U (L + 0.01 max L)^(-1/2) U^T`, with m the mean and U, L the eigenvectors and eigenvalues of the
-    covariance (divided by the number of items). standardize: `(h - m) / s`, with s the standard deviation. Columns
-    without variance beyond the rounding of the hidden states' dtype, and levels of such columns alone, pass unchanged.
+    covariance (divided by the number of items). standardize: `(h - m) / s`, with s the standard deviation. A column
+    whose variance is within the rounding of the hidden states' dtype passes unchanged. So does a level without other
+    columns.
 
     Args:
         kind: "standardize" or "whiten".
         dim: width D of the hidden states.
-        num_levels: how many levels there are, the lowest included.
+        num_levels: number of levels, including the lowest.
     """
 
     def __init__(self, kind: Condition, dim: int, num_levels: int) -> None:
@@ -228,24 +229,24 @@ class Conditioning(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether there are statistics; without, rows pass unchanged."""
+        """Whether the statistics are fitted. Until then, rows pass unchanged."""
         return all(level.fitted for level in self._each())
 
     def fit(self, chunks: Iterable[tuple[Sequence[Tensor], int]], dtype: torch.dtype) -> None:
         """Fit all levels to some items, in float64.
 
-        Memory: a few (D, D) matrices a level, and a chunk.
+        Memory: a few (D, D) matrices per level, and one chunk.
 
         Args:
             chunks: levels of some items, each (n, D) or (1, D), and their number n; together at least 2 items.
-            dtype: of the hidden states; variance within its rounding is none.
+            dtype: dtype of the hidden states. A variance within its rounding counts as zero.
 
         Raises:
-            RuntimeError: it is fitted already.
-            ValueError: fewer than 2 items, or rows that are not finite.
+            RuntimeError: the conditioning is already fitted.
+            ValueError: there are fewer than 2 items, or rows that are not finite.
         """
         if self.fitted:
-            raise RuntimeError("the conditioning is fitted already and never changes; build a new model to fit anew")
+            raise RuntimeError("the conditioning is fitted already and never changes; build a new model to fit again")
         moments = [Moments(self.dim, torch.finfo(dtype).eps, cross=self.kind == "whiten") for _ in self._each()]
         for levels, count in chunks:
             for moment, level in zip(moments, levels, strict=True):
@@ -256,7 +257,7 @@ class Conditioning(nn.Module):
             fitted.fit(moment)
 
     def transforms(self, device: torch.device) -> list[Transform]:
-        """What conditions each level's rows on a device; on a GPU this synchronizes."""
+        """Return each level's transform on a device. On a GPU this synchronizes."""
         return [level.transform(device) for level in self._each()]
 
     def extra_repr(self) -> str:

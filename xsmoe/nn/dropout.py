@@ -1,15 +1,18 @@
-"""Dropout whose draw costs less on a CPU."""
+"""Dropout with a faster random mask on a CPU."""
 
 import torch
 from torch import Tensor, nn
 
 DRAWS = 1 << 16
-"""Equally likely values of a draw: a probability is rounded to a multiple of 1 / DRAWS, and results scale by that."""
+"""Number of equally likely random values. The probability is rounded to a multiple of 1 / DRAWS, also for scaling."""
 
 
 class Dropout(nn.Dropout):
-    """As `nn.Dropout`. In eager code on a CPU a draw is 16 bits of torch's generator, which gives four at a time: the
-    draws of torch's own take longer than a narrow layer's LayerNorm, residual and activation together."""
+    """`nn.Dropout` with a cheaper mask in eager code on a CPU.
+
+    An element uses 16 bits of torch's generator, so one random word is enough for four elements. The mask of
+    `nn.Dropout` takes longer than a narrow layer's LayerNorm, residual and activation together.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         dropped = round(self.p * DRAWS)

@@ -1,4 +1,4 @@
-"""Fitting an expert bank to a state dict that may hold another number of experts."""
+"""Adaptation of an expert bank to a state dict with another number of experts."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ WEIGHTS = ("router", "frozen_down", "frozen_up", "down", "up")
 OFFSET = "gate_offset"
 
 
-def contradiction(bank: "ExpertBank", state_dict: Any, prefix: str) -> str | None:
-    """Return why the bank would not hold together with what a state dict brings; None if it would."""
+def mismatch(bank: "ExpertBank", state_dict: Any, prefix: str) -> str | None:
+    """Return why the bank's tensors would not fit each other after loading a state dict; None if they would."""
     given = _given(state_dict, prefix)
     rows = {name: given.get(name, getattr(bank, name)).shape[0] for name in WEIGHTS}
     for down, up in (("down", "up"), ("frozen_down", "frozen_up")):
@@ -32,10 +32,10 @@ def contradiction(bank: "ExpertBank", state_dict: Any, prefix: str) -> str | Non
 
 
 def resize(bank: "ExpertBank", state_dict: Any, prefix: str) -> None:
-    """Give the bank's tensors the shapes of those in a state dict; it has a gate offset only if that brings one."""
+    """Resize the bank's tensors to the shapes in a state dict. Keep a gate offset only if the state dict has one."""
     given = _given(state_dict, prefix)
     if any(value.shape[1:] != getattr(bank, name).shape[1:] for name, value in given.items()):
-        # It is refused next, and the bank has to stay whole.
+        # Loading will refuse this state dict, and the bank must stay unchanged.
         return
     for name, value in given.items():
         mine = getattr(bank, name)
@@ -51,6 +51,6 @@ def resize(bank: "ExpertBank", state_dict: Any, prefix: str) -> None:
 
 
 def _given(state_dict: Any, prefix: str) -> dict[str, Tensor]:
-    """A bank's weights in a state dict, less what torch refuses because it is none."""
+    """Return a bank's tensors in a state dict. Values that are no tensors are left out: torch refuses them itself."""
     found = {name: state_dict.get(prefix + name) for name in WEIGHTS}
     return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.dim()}

@@ -1,4 +1,4 @@
-"""One level of a side network: a router over the backbone and a bank of bottleneck experts that grows and shrinks."""
+"""One level of a side network: a router and a bank of bottleneck experts. Experts can be added and removed."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from xsmoe.nn.expert_state import contradiction, resize
+from xsmoe.nn.expert_state import mismatch, resize
 from xsmoe.nn.gate_offset import widened, with_offset
 from xsmoe.nn.merging import merge_into_nearest
 from xsmoe.nn.optimizer import SECOND_MOMENTS, Carry, Optimizers, require_held, swap_parameter
@@ -27,8 +27,8 @@ class Pruned:
         level: its side level.
         expert: its index before the drop.
         share: its utilization share.
-        num_experts: how many are left.
-        into: the expert that it was merged into, by its index before the drop; None where it was not merged.
+        num_experts: number of experts after the drop.
+        into: the index, before the drop, of the expert that it was merged into; None if it was not merged.
     """
 
     level: int
@@ -40,7 +40,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Expanded:
-    """A level after an expansion: all its experts, and how many of them are frozen."""
+    """A level after an expansion: its number of experts, and how many of them are frozen."""
 
     level: int
     num_experts: int
@@ -50,12 +50,14 @@ class Expanded:
 class ExpertBank(nn.Module):
     """A router and its experts: `y = g_0 * backbone + sum_e g_e * (x + GELU(x down_e^T) up_e)`, arXiv 2508.05993.
 
-    Frozen experts come first and are buffers (`frozen_down`, `frozen_up`), trainable ones are parameters (`down`,
-    `up`), so that an optimizer never sees the former. `router` has a row for the backbone, then one for every expert.
-    `gate_offset` (E + 1,) is added to the gates' logits; it is None, and in no state dict, until a split or a merge
-    needs it. A state dict carries the number of experts and the utilization, and loads into a bank of any other number,
-    whose parameters change their shape and stay the same objects, so that an optimizer goes on training them. If that
-    has taken steps, load its state too, with `optimizer.load_state_dict`; its next step raises RuntimeError otherwise.
+    Frozen experts come first. They are buffers (`frozen_down`, `frozen_up`), so no optimizer receives them. Trainable
+    experts are parameters (`down`, `up`). `router` has a row for the backbone, then one for every expert. `gate_offset`
+    (E + 1,) is added to the gates' logits. Until a split or a merge needs it, it is None and in no state dict.
+
+    A state dict contains the number of experts and the utilization. It loads into a bank with any number of experts:
+    the parameters change their shape but stay the same objects, so an optimizer continues to train them. If the
+    optimizer has already taken steps, load its state too, with `optimizer.load_state_dict`. Otherwise its next step
+    raises RuntimeError.
 
     Args:
         dim: width D of the rows.
@@ -97,16 +99,16 @@ class ExpertBank(nn.Module):
         return self.num_frozen + self.down.shape[0]
 
     def reset_parameters(self) -> None:
-        """Draws the published initial weights: experts N(0, 0.01^2), the router as `nn.Linear` does."""
+        """Draw the published initial weights: experts from N(0, 0.01^2), the router as `nn.Linear` does."""
         nn.init.normal_(self.down, std=EXPERT_STD)
         nn.init.normal_(self.up, std=EXPERT_STD)
         nn.init.uniform_(self.router, -1 / math.sqrt(self.dim), 1 / math.sqrt(self.dim))
 
     def forward(self, x: Tensor, backbone: Tensor, row_weight: Tensor | None = None) -> Tensor:
-        """Mixes the backbone's rows with the experts' outputs.
+        """Mix the backbone's rows with the experts' outputs.
 
         Args:
-            x: (N, D), or (1, D) where all rows are the same.
+            x: (N, D), or (1, D) if all rows are equal.
             backbone: (N, D), the frozen encoder's hidden states at this level.
             row_weight: (N,), how often each row counts in the utilization; default once.
 
@@ -129,9 +131,9 @@ class ExpertBank(nn.Module):
         return self.own_columns(side_moe(**self.operands(x, backbone, row_weight)))
 
     def operands(self, x: Tensor, backbone: Tensor, row_weight: Tensor | None = None) -> dict[str, Any]:
-        """The arguments of `side_moe` for this bank, for callers that launch several banks at once.
+        """Return the arguments of `side_moe` for this bank, for callers that launch several banks at once.
 
-        Of the result `own_columns` are the bank's.
+        Pass the result of `side_moe` to `own_columns`.
         """
         operands = {
             "x": x,
@@ -146,7 +148,7 @@ class ExpertBank(nn.Module):
         return operands if self.gate_offset is None else with_offset(operands, self.gate_offset)
 
     def own_columns(self, mixed: Tensor) -> Tensor:
-        """The bank's output (N, D) in a result of `side_moe`, which is wider where the gates have an offset."""
+        """Return the bank's output (N, D) from a result of `side_moe`, which is wider if the gates have an offset."""
         return mixed if self.gate_offset is None else mixed[:, : self.dim]
 
     def expand(
@@ -157,30 +159,33 @@ class ExpertBank(nn.Module):
         generator: torch.Generator | None = None,
         name: str = "bank",
     ) -> None:
-        """Freezes all experts, adds one trainable expert, by default their mean, and adds its gate row.
+        """Freeze all experts and add one trainable expert, by default their mean, with its gate row.
 
-        Call it between optimizer steps: the parameters are replaced, and with them go their gradients, also those that
-        are still being accumulated, and hooks that were registered on them.
+        Call it between optimizer steps. It replaces the parameters, so their gradients (including accumulated ones) and
+        the hooks on them are lost.
 
         Args:
-            optimizer: swapped in place where given (see `swap_parameter`); the router's state is carried over, and the
-                new row gets the mean second moment of the experts' rows where the optimizer is of Adam's kind.
-            new_gate: "random" draws the row as `nn.Linear` does, so that the function jumps (as published); "mean"
-                takes the mean of the experts' rows, which disturbs it less; "copy" splits the expert of most gate mass:
-                the new expert is a copy of it, and both get half of its gate, so that the function stays the same.
+            optimizer: the optimizer whose parameters are replaced in place (see `swap_parameter`), or None. The
+                router's state is kept. In an optimizer of the Adam family, the new row gets the mean second moment of
+                the experts' rows.
+            new_gate: the new gate row. "random" draws it as `nn.Linear` does, which changes the function (as
+                published). "mean" is the mean of the experts' rows, which changes the function less. "copy" splits the
+                expert with the largest gate mass: the new expert is a copy of it, and each gets half of its gate, so
+                the function does not change.
             generator: the source of the random row.
-            name: what to call this bank in an error.
+            name: the name of this bank in error messages.
 
         Raises:
             TypeError: `optimizer` is neither an optimizer nor a sequence of them.
-            ValueError: `new_gate` is unknown, or "copy" where `top_k` is set; or the optimizer cannot go on.
+            ValueError: `new_gate` is unknown, or is "copy" although `top_k` is set; or the optimizer does not support
+                the replacement (see `require_held`).
         """
         if new_gate not in get_args(NewGate):
             raise ValueError(f"new_gate must be one of {', '.join(get_args(NewGate))}, not {new_gate!r}")
         if new_gate == "copy" and self.top_k is not None:
             raise ValueError(
-                f"new_gate must be 'random' or 'mean' where top_k is set, not 'copy': an expert and its copy would "
-                f"take two of the {self.top_k} places, which changes the function"
+                f"new_gate must be 'random' or 'mean' if top_k is set, not 'copy': an expert and its copy would use two"
+                f" of the top {self.top_k} experts, which changes the function"
             )
         self.require_held(optimizer, name)
         with torch.no_grad():
@@ -209,7 +214,7 @@ class ExpertBank(nn.Module):
         return torch.empty(1, self.dim).uniform_(-bound, bound, generator=generator).to(self.router)
 
     def offsets(self) -> Tensor:
-        """Return a copy of the gates' offsets, (E + 1,), zeros where there are none."""
+        """Return a copy of the gates' offsets, (E + 1,), zeros if there are none."""
         return self.router.new_zeros(self.num_experts + 1) if self.gate_offset is None else self.gate_offset.clone()
 
     def prune(
@@ -220,27 +225,27 @@ class ExpertBank(nn.Module):
         rule: PruneRule = "drop",
         name: str = "bank",
     ) -> tuple[int, float, int | None] | None:
-        """Drops the least used expert and its gate row if its share among the experts is below `threshold`.
+        """Drop the least used expert and its gate row if its share among the experts is below `threshold`.
 
-        A bank of one expert, and one whose counters are empty, stays as it is. The others keep their counters. Call it
-        between optimizer steps, as `expand`.
+        A bank with one expert, or with empty counters, does not change. The other experts keep their counters. Call
+        this method between optimizer steps, as `expand`.
 
         Args:
-            threshold: a share of the experts' utilization.
+            threshold: a share of the experts' utilization, from 0 to 1.
             optimizer: as in `expand`.
-            rule: "drop" (as published) loses the expert; "merge" first replaces the expert whose weights are nearest to
-                its by the mean of both, weighted by their shares, with the mean of their gate rows and the sum of their
-                gates. Where the two are equal, the function stays the same.
-            name: what to call this bank in an error.
+            rule: "drop" removes the expert (as published). "merge" first merges it into the expert with the nearest
+                weights: that expert gets the mean of both, weighted by their shares, the mean of their gate rows and
+                the sum of their gates. If both experts are equal, the function does not change.
+            name: the name of this bank in error messages.
 
         Returns:
-            The dropped expert's index, its share, and the index of the expert that it was merged into (None: of none),
-            all of before the drop; None where no expert was dropped.
+            The dropped expert's index, its share, and the index of the expert that it was merged into (None if it was
+            not merged), all as they were before the drop. None if no expert was dropped.
 
         Raises:
             TypeError: `optimizer` is neither an optimizer nor a sequence of them.
-            ValueError: the counters are not finite, the threshold is no share, the rule is unknown, or the optimizer
-                cannot go on.
+            ValueError: the counters are not finite, the threshold is not between 0 and 1, the rule is unknown, or the
+                optimizer does not support the replacement (see `require_held`).
         """
         if rule not in get_args(PruneRule):
             raise ValueError(f"rule must be one of {', '.join(get_args(PruneRule))}, not {rule!r}")
@@ -269,45 +274,51 @@ class ExpertBank(nn.Module):
                 self._replace(optimizer, "down", _without(self.down, trainable), lambda _, s: _without(s, trainable))
                 self._replace(optimizer, "up", _without(self.up, trainable), lambda _, s: _without(s, trainable))
         self._recount()
-        # A split in the same window asks which expert is used most.
+        # Keep the counters: a split in the same window needs the most used expert.
         for mine, count in zip((self.utilization.norm, self.utilization.gate), counts, strict=True):
             mine.copy_(_without(count, expert + 1))
         return expert, share, into
 
     def counts_are_finite(self) -> bool:
-        """Whether the experts' counters are finite, so that they say who is used least. Waits for the device."""
+        """Return whether the experts' counters are finite. Only then they identify the least used expert.
+
+        On a GPU this synchronizes.
+        """
         return bool(self.utilization.norm[1:].isfinite().all())
 
     def require_counted(self, name: str = "bank") -> None:
-        """Raises ValueError if `prune` would have to choose by counters that are not finite."""
+        """Raise ValueError if `prune` would have to use counters that are not finite."""
         if self.num_experts > 1 and not self.counts_are_finite():
             raise ValueError(
-                f"{name}.utilization is not finite, because rows that are not were counted, so that nobody knows which "
-                "expert is used least; call reset_utilization() (utilization.reset() of a bank alone), and prune after "
+                f"{name}.utilization is not finite, because it counted rows that are not finite, so the least used "
+                "expert is unknown; call reset_utilization() (or utilization.reset() of a single bank) and prune after "
                 "more steps on finite rows"
             )
 
     def require_held(self, optimizer: Optimizers, name: str = "bank") -> None:
-        """Raises where an optimizer is given that cannot go on once this bank's trainable parameters are replaced."""
+        """Raise if an optimizer is given that does not support replacing this bank's trainable parameters."""
         require_held(optimizer, {f"{name}.{key}": value for key, value in self.named_parameters()})
 
     def assign(self, router: Tensor, down: Tensor, up: Tensor, num_frozen: int = 0) -> None:
-        """Takes over router (E + 1, D), down and up (E, R, D), of which the leading `num_frozen` experts are frozen."""
+        """Copy router (E + 1, D), down and up (E, R, D) into the bank; the first `num_frozen` experts become frozen."""
         weights = {"router": router, "frozen_down": down[:num_frozen], "frozen_up": up[:num_frozen]}
         weights |= {"down": down[num_frozen:], "up": up[num_frozen:]}
         counters = self.utilization.norm.new_zeros(router.shape[0])
         self.load_state_dict(weights | {"utilization.norm": counters, "utilization.gate": counters})
 
     def frozen_experts(self) -> FrozenExperts | None:
-        """The frozen experts as `side_moe` takes them, with what is derived from them once; None without any."""
+        """Return the frozen experts in the form that `side_moe` uses, or None if there are none.
+
+        The form is cached, because it contains tensors that are derived from the weights.
+        """
         if self.num_frozen == 0:
             return None
         down, up, wide = self.frozen_down, self.frozen_up, self.gate_offset is not None
         versions = _versions(down, up) if wide else None
-        # Moving the module replaces its buffers, and growth does too: what was built on the old ones is then stale.
+        # Growth and moving the module replace the buffers. The cached form of the old buffers is stale then.
         kept = self._frozen
         replaced = kept is not None and (kept[0] is not down or kept[1] is not up)
-        # Wide ones are copies, which changes in place do not reach.
+        # Widened experts are copies, so changes in place do not reach them: compare the versions.
         if kept is None or replaced or (wide and (versions is None or kept[2] != versions)):
             self._frozen = kept = (down, up, versions, widened(down, up) if wide else FrozenExperts(down, up))
         return kept[3]
@@ -330,7 +341,7 @@ class ExpertBank(nn.Module):
         self._frozen = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's buffers are others than those that the pack of frozen experts was made of.
+        # The cached frozen experts belong to this bank's buffers. A copy has other buffers.
         return self.__dict__ | {"_frozen": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertBank":
@@ -358,7 +369,7 @@ class ExpertBank(nn.Module):
         errors: list[str],
     ) -> None:
         counters = [f"{prefix}utilization.{part}" for part in ("norm", "gate")]
-        if (why := contradiction(self, state_dict, prefix)) is not None:
+        if (why := mismatch(self, state_dict, prefix)) is not None:
             errors.append(why)
             return
         resize(self, state_dict, prefix)
@@ -379,16 +390,16 @@ class ExpertBank(nn.Module):
 
 
 def _with_new_gate(name: str, state: Tensor) -> Tensor:
-    """A router's state in an optimizer, with a row for one more expert."""
+    """Return a router's optimizer state with a row for one more expert."""
     if name in SECOND_MOMENTS:
-        # Adam corrects them for the step count, which all rows share: zeros beside a high one would say that gradients
-        # have always been tiny, and make the row's first steps several times the learning rate.
+        # Adam's bias correction uses one step count for all rows. With a high step count, zeros would mean that all
+        # gradients were tiny, and the row's first steps would be several times the learning rate.
         return torch.cat([state, state[1:].mean(0, keepdim=True)])
     return torch.cat([state, torch.zeros_like(state[:1])])
 
 
 def _versions(down: Tensor, up: Tensor) -> tuple[int, int] | None:
-    """How often autograd saw each change in place; None where that is not counted."""
+    """Return the version counters of both tensors; None if autograd does not count versions here."""
     if torch.compiler.is_compiling() or down.is_inference() or up.is_inference():
         return None
     return down._version, up._version

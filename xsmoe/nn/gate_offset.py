@@ -1,8 +1,8 @@
-"""Gates with an offset, `softmax(x router^T + offset)`, by operators that have no offset.
+"""Gates with an offset, `softmax(x router^T + offset)`, computed by operators without an offset argument.
 
-A column that is the same in every row of x carries the offset: x becomes [x, c], the router [router, offset / c], the
-backbone [backbone, c], and the experts' weights get columns of zeros, so that every expert returns [x + f(x), c]. The
-first D columns of the mixture are the mixture with the offset.
+A constant column of x encodes the offset: x becomes [x, c], the router becomes [router, offset / c], and the backbone
+becomes [backbone, c]. The experts' weights get columns of zeros, so every expert returns [x + f(x), c]. The first D
+columns of the result are the mixture with the offset.
 """
 
 from typing import Any
@@ -14,17 +14,18 @@ from torch.nn import functional
 from xsmoe_kernels import FrozenExperts
 
 COLUMNS = 16
-"""Columns that are added, so that rows stay aligned; all but the first are zeros."""
+"""Number of added columns, which keeps rows aligned. All but the first are zeros."""
 UNIT = 2.0**-6
-"""c: a power of two, so that no dtype rounds it, and small, so that the counted norms of outputs stay the same."""
+"""c. A power of two is exact in every dtype. A small value hardly changes the counted norms of outputs."""
 _ZEROS = (0, COLUMNS - 1)
 
 
 def with_offset(operands: dict[str, Any], offset: Tensor) -> dict[str, Any]:
-    """Return operands of `side_moe` for rows of D + COLUMNS numbers, whose first D results have the gates' offset.
+    """Return operands of `side_moe` of width D + COLUMNS. The first D columns of the result include the gates' offset.
 
     Args:
-        operands: x (N or 1, D), backbone (N, D), router (E + 1, D), down and up (E, R, D); "frozen" is wide already.
+        operands: x (N or 1, D), backbone (N, D), router (E + 1, D), down and up (E, R, D); "frozen" already has width
+            D + COLUMNS.
         offset: (E + 1,), added to the logits of the backbone and of every expert.
     """
     router = operands["router"]
@@ -40,5 +41,5 @@ def with_offset(operands: dict[str, Any], offset: Tensor) -> dict[str, Any]:
 
 
 def widened(down: Tensor, up: Tensor) -> FrozenExperts:
-    """Return frozen experts (F, R, D) for rows of D + COLUMNS numbers."""
+    """Return frozen experts (F, R, D), padded with zeros to width D + COLUMNS."""
     return FrozenExperts(functional.pad(down, (0, COLUMNS)), functional.pad(up, (0, COLUMNS)))

@@ -1,4 +1,4 @@
-"""The item encoder: a side network for every modality, and one projection to the item embedding."""
+"""The item encoder: a side network for each modality, and one projection to the item embedding."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -11,7 +11,7 @@ from xsmoe.nn.experts import Expanded, ExpertBank, NewGate, Pruned, PruneRule
 from xsmoe.nn.item_ids import ItemIds
 from xsmoe.nn.optimizer import Optimizers
 from xsmoe.nn.pretrained import Pretrained
-from xsmoe.nn.side_network import Hidden, SideMoE, climb
+from xsmoe.nn.side_network import Hidden, SideMoE, run_side_networks
 from xsmoe_kernels.runtime import checks
 
 
@@ -20,16 +20,16 @@ class XSMoE(Pretrained):
 
     Args:
         modalities: names of the modalities, in the order in which they are concatenated.
-        dim: width of the hidden states, one for all or one for every modality.
-        num_levels: side levels of every modality.
+        dim: width of the hidden states: one number for all modalities, or a mapping with one for each.
+        num_levels: side levels of each modality.
         rank: width of an expert's bottleneck.
         out_dim: width of the item embedding.
-        num_experts: experts at the start, one number or one for every side level.
+        num_experts: experts at the start: one number for all side levels, or one for each.
         top_k: route each row to its k best experts only; None mixes all (as published).
         condition: how `condition` prepares hidden states, see `Conditioning`: "none", "standardize" or "whiten".
-        ids: whether each item has an embedding of its own, added to the projected content (`ItemIds`). It begins
-            without rows: `grow_ids` adds them. Its gradient is sparse, so that `torch.optim.Adam` refuses it: train
-            with `LazyAdam`, or give the table, `ids.weight`, to `torch.optim.SparseAdam`.
+        ids: whether each item has an embedding of its own, which is added to the projected content (`ItemIds`). The
+            table is empty at first; `grow_ids` adds rows. Its gradient is sparse, and `torch.optim.Adam` refuses sparse
+            gradients. Train with `LazyAdam`, or pass the table `ids.weight` to `torch.optim.SparseAdam`.
     """
 
     def __init__(
@@ -93,41 +93,42 @@ class XSMoE(Pretrained):
             "ids": self.with_ids,
         }
 
-    def ladders(self) -> dict[str, SideMoE]:
-        """The side network of every modality."""
+    def side_networks(self) -> dict[str, SideMoE]:
+        """Return the side network of each modality."""
         return {name: side for name, side in self.sides.items() if isinstance(side, SideMoE)}
 
     def banks(self) -> Iterable[tuple[str, int, ExpertBank]]:
-        """All expert banks, as (modality, level, bank)."""
-        for modality, side in self.ladders().items():
+        """Yield all expert banks, as (modality, level, bank)."""
+        for modality, side in self.side_networks().items():
             for level, bank in enumerate(side.levels()):
                 yield modality, level, bank
 
     def conditions(self) -> dict[str, Conditioning]:
-        """The conditioning of every modality; empty where `condition` is "none"."""
+        """Return the conditioning of each modality; empty if `condition` is "none"."""
         return {name: module for name, module in self.conditioning.items() if isinstance(module, Conditioning)}
 
     def conditioned(self) -> tuple[str, ...]:
-        """The modalities whose conditioning is fitted."""
+        """Return the modalities whose conditioning is fitted."""
         return tuple(name for name, module in self.conditions().items() if module.fitted)
 
     def condition(self, modality: str, levels: Sequence[Tensor], present: Tensor | None = None) -> list[Tensor]:
-        """Condition hidden states, as `forward` takes them.
+        """Condition hidden states for `forward`.
 
-        Computes in float32 and rounds once. Rows pass unchanged where `condition` is "none", and until the modality is
-        fitted (`xsmoe.stream.hidden_states.conditioned.fit_conditions`). On a GPU this synchronizes.
+        The computation is in float32, and the result is rounded once. Rows pass unchanged if `condition` is "none" or
+        the modality is not fitted yet (`xsmoe.stream.hidden_states.conditioned.fit_conditions`). On a GPU this
+        synchronizes.
 
         Args:
-            modality: whose hidden states they are.
+            modality: the modality of the hidden states.
             levels: levels + 1 tensors, each (N, D) or (1, D), floating.
-            present: (N,) bool, False where an item lacks the modality; its rows become zeros. None: all items have it.
+            present: (N,) bool, False for an item without the modality; its rows become zeros. None: all items have it.
 
         Returns:
-            The levels in their shapes and dtypes.
+            The conditioned levels, with the shapes and dtypes of `levels`.
 
         Raises:
-            TypeError, ValueError: a modality, levels or `present` that do not fit; a row that is not finite, or that
-                exceeds its dtype once it is conditioned.
+            TypeError, ValueError: the modality, the levels or `present` do not fit; a row is not finite, or exceeds its
+                dtype after conditioning.
         """
         if modality not in self.dims:
             raise ValueError(f"modality must be one of {self.modalities}, not {modality!r}")
@@ -154,11 +155,11 @@ class XSMoE(Pretrained):
     def forward(
         self, hidden: Mapping[str, Hidden], *, row_weight: Tensor | None = None, ids: Tensor | None = None
     ) -> Tensor:
-        """Encodes N items.
+        """Encode N items.
 
         Args:
-            hidden: for every modality (N, levels + 1, D), or a sequence of levels, each (N, D) or (1, D); rows that
-                `condition` has conditioned.
+            hidden: for each modality (N, levels + 1, D), or a sequence of levels, each (N, D) or (1, D). The rows must
+                have passed through `condition`.
             row_weight: (N,), how often each item counts in the utilization; default once.
             ids: (N,) int64, each item's row of the ID table, -1 for none; None encodes content only.
 
@@ -166,36 +167,37 @@ class XSMoE(Pretrained):
             (N, out_dim).
 
         Raises:
-            TypeError, ValueError: `hidden` lacks a modality, has one too many, or has other levels or widths; `ids`
-                have another shape or dtype, are out of range, or are given to a model without IDs.
+            TypeError, ValueError: `hidden` lacks a modality, has an extra one, or has other levels or widths; `ids`
+                have another shape or dtype, are out of range, or the model has no IDs.
         """
         if not isinstance(hidden, Mapping):
             found = type(hidden).__name__
             raise TypeError(f"hidden must be a mapping with hidden states for each of {self.modalities}, not a {found}")
         if set(hidden) != set(self.modalities):
             raise ValueError(f"hidden must hold exactly the modalities {self.modalities}, not {tuple(hidden)}")
-        tops = climb(self.ladders(), hidden, row_weight)
+        tops = run_side_networks(self.side_networks(), hidden, row_weight)
         content: Tensor = self.projection(torch.cat([tops[name] for name in self.modalities], dim=1))
         if ids is None:
             return content
         if self.ids is None:
             raise ValueError("ids must be None, since this model has no IDs; build it with ids=True")
         checks.index("ids", ids, content.shape[0])
-        # Autocast has content in fewer bits than the table: their sum is rounded once.
+        # Under autocast the content has fewer bits than the table. Add first, so that the sum is rounded once.
         return (content + self.ids(ids)).to(content.dtype)
 
     def grow_ids(self, num_items: int, optimizer: Optimizers = None) -> None:
-        """Add rows of zeros to the ID table for items that have arrived.
+        """Add rows of zeros to the ID table for new items.
 
-        Call it between optimizer steps: the table is replaced, and with it go its gradient and hooks.
+        Call it between optimizer steps. It replaces the table, so the table's gradient and hooks are lost.
 
         Args:
-            num_items: rows from now on, at least as many as before.
-            optimizer: as in `expand`; the state of all rows is carried over, that of new rows is zero.
+            num_items: the new number of rows, at least the old one.
+            optimizer: as in `expand`. The state of old rows is kept; the state of new rows is zero.
 
         Raises:
             TypeError: `optimizer` is neither an optimizer nor a sequence of them.
-            ValueError: a model without IDs, fewer rows than before, or an optimizer that does not hold the table.
+            ValueError: the model has no IDs, `num_items` is below the old number of rows, or no optimizer holds the
+                table.
         """
         if self.ids is None:
             raise ValueError("this model has no IDs to grow; build it with ids=True")
@@ -204,56 +206,58 @@ class XSMoE(Pretrained):
     def expand(
         self, optimizer: Optimizers = None, *, new_gate: NewGate = "random", generator: torch.Generator | None = None
     ) -> dict[str, list[Expanded]]:
-        """Freezes all experts and adds one to every level of every modality.
+        """Freeze all experts and add one to every level of every modality.
 
-        Call it between optimizer steps: parameters are replaced, and with them go their gradients, also those that are
-        still being accumulated, and hooks that were registered on them. Copies of this module, such as a moving average
-        of its weights, do not grow with it: make them anew.
+        Call it between optimizer steps. It replaces parameters, so their gradients (including accumulated ones) and the
+        hooks on them are lost. Copies of this module, such as a moving average of its weights, do not grow with it.
+        Create new copies afterwards.
 
         Args:
-            optimizer: an optimizer, or several, that train this module: replaced parameters are swapped in their
-                groups, and the state of all that remains is carried over.
-            new_gate: "random" as published; "mean", which disturbs the function less; or "copy", a split of the expert
-                of most gate mass in every level, which leaves the function unchanged.
+            optimizer: the optimizer or optimizers that train this module, or None. Replaced parameters are swapped in
+                their groups, and the state of everything else is kept.
+            new_gate: the new gate rows. "random": as published. "mean" changes the function less. "copy" splits the
+                expert with the largest gate mass in every level and does not change the function.
             generator: the source of the random gate rows.
 
         Returns:
-            For every modality its levels as they are now.
+            For each modality, its levels after the expansion.
 
         Raises:
             TypeError: `optimizer` is neither an optimizer nor a sequence of them.
-            ValueError: an optimizer was given that does not hold a trainable parameter that is replaced, or that keeps
-                it outside its groups too, as LBFGS does.
+            ValueError: no optimizer holds one of the replaced trainable parameters, or an optimizer keeps one outside
+                its groups too, as LBFGS does.
         """
         self._require_held(optimizer)
         return {
             name: side.expand(optimizer, new_gate=new_gate, generator=generator)
-            for name, side in self.ladders().items()
+            for name, side in self.side_networks().items()
         }
 
     def prune(
         self, threshold: float = 0.1, optimizer: Optimizers = None, *, rule: PruneRule = "drop"
     ) -> dict[str, list[Pruned]]:
-        """Drops, in every level, the least used expert if its utilization share is below `threshold`.
+        """Drop the least used expert of every level if its utilization share is below `threshold`.
 
-        With `rule` "merge" the expert nearest to it takes it in first (see `ExpertBank.prune`).
+        With `rule` "merge" the expert is first merged into the nearest one (see `ExpertBank.prune`). The shares have
+        been counted since the last `reset_utilization`. `optimizer` is as in `expand`. Call this method between
+        optimizer steps.
 
-        The shares are those counted since the last `reset_utilization`; `optimizer` and when to call it as in `expand`.
-        Returns what was dropped, by modality.
+        Returns:
+            For each modality, the dropped experts.
 
         Raises:
-            TypeError, ValueError: as `expand`; ValueError also where counters are not finite. Nothing is dropped then.
+            TypeError, ValueError: as `expand`; ValueError also if counters are not finite. Then nothing is dropped.
         """
         self._require_held(optimizer)
         for modality, level, bank in self.banks():
             bank.require_counted(f"sides.{modality}.banks.{level}")
-        return {name: side.prune(threshold, optimizer, rule=rule) for name, side in self.ladders().items()}
+        return {name: side.prune(threshold, optimizer, rule=rule) for name, side in self.side_networks().items()}
 
     def _require_held(self, optimizer: Optimizers) -> None:
         for modality, level, bank in self.banks():
             bank.require_held(optimizer, f"sides.{modality}.banks.{level}")
 
     def reset_utilization(self) -> None:
-        """Sets all counters to zero."""
+        """Set all counters to zero."""
         for _, _, bank in self.banks():
             bank.utilization.reset()

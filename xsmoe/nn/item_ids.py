@@ -1,4 +1,4 @@
-"""An embedding for every item, added to what its content gives."""
+"""A trainable embedding for each item, which is added to the item's content embedding."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from xsmoe.nn.optimizer import Optimizers, require_held, resize_parameter, swap_
 from xsmoe_kernels.runtime import checks
 
 NO_ID = -1
-"""Stands for the ID of an item that has none, or whose ID is left out."""
+"""Index for an item that has no ID, or whose ID is left out."""
 
 
 class ItemIds(nn.Module):
-    """A table with a row for every item, zeros at first, so that an item that was never trained adds nothing.
+    """A table with a row for every item. Rows are zeros at first, so the ID of an untrained item has no effect.
 
-    The number of rows lies in the weights: a state dict loads into a table of any other size, whose parameter changes
-    its shape and stays the same object. The table's gradient is a sparse COO tensor with an entry for each of the N
-    ids of a call, so that a step neither allocates nor writes anything of the table's size. `LazyAdam` and
-    `torch.optim.SparseAdam` take such gradients; `torch.optim.Adam` raises RuntimeError.
+    The number of rows is part of the weights. A state dict loads into a table of any size: the parameter changes its
+    shape but stays the same object. The table's gradient is a sparse COO tensor with an entry for each of the N ids of
+    a call, so a step neither allocates nor writes a tensor of the table's size. `LazyAdam` and `torch.optim.SparseAdam`
+    accept sparse gradients; `torch.optim.Adam` raises RuntimeError.
 
     Args:
         dim: width of a row.
-        num_items: rows at the start.
+        num_items: initial number of rows.
     """
 
     weight: nn.Parameter
@@ -41,7 +41,7 @@ class ItemIds(nn.Module):
         """Look up rows of the table.
 
         Args:
-            ids: (N,) int64 in [-1, num_items); -1 gives zeros and gets no gradient.
+            ids: (N,) int64 in [-1, num_items); -1 returns zeros and receives no gradient.
 
         Returns:
             (N, dim), in the table's dtype.
@@ -55,25 +55,25 @@ class ItemIds(nn.Module):
         if self.num_items == 0:
             return self.weight.new_zeros(ids.shape[0], self.dim)
         rows = functional.embedding(ids.clamp(min=0), self.weight, sparse=True)
-        # The fill's gradient is zero, whatever comes from above.
+        # masked_fill blocks the gradient of the filled rows.
         return rows.masked_fill((ids < 0)[:, None], 0)
 
     def grow(self, num_items: int, optimizer: Optimizers = None, *, name: str = "ids") -> None:
-        """Add rows of zeros for items that have arrived. Call it between optimizer steps.
+        """Add rows of zeros for new items. Call it between optimizer steps.
 
         Args:
-            num_items: rows from now on, at least as many as before.
-            optimizer: swapped in place where given (see `swap_parameter`); its state is carried over, and is zero for
-                new rows.
-            name: what to call this table in an error.
+            num_items: the new number of rows, at least the old one.
+            optimizer: the optimizer whose parameter is replaced in place (see `swap_parameter`), or None. Its state is
+                kept, and is zero for new rows.
+            name: the name of this table in error messages.
 
         Raises:
             TypeError: `optimizer` is neither an optimizer nor a sequence of them.
-            ValueError: fewer rows than before, or an optimizer that does not hold the table.
+            ValueError: `num_items` is below the old number of rows, or no optimizer holds the table.
         """
         added = checks.integer("num_items", num_items, 0) - self.num_items
         if added < 0:
-            raise ValueError(f"num_items must be at least {self.num_items}, the rows that there are, not {num_items}")
+            raise ValueError(f"num_items must be at least {self.num_items}, the current row count, not {num_items}")
         require_held(optimizer, {f"{name}.weight": self.weight})
         if added == 0:
             return

@@ -1,4 +1,4 @@
-"""Adam whose parameters with sparse gradients are updated only at the rows that a step's gradient touches."""
+"""Adam that updates only the rows in the gradient if a parameter's gradient is sparse."""
 
 import math
 from typing import Any
@@ -8,31 +8,31 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 UNSUPPORTED = ("weight_decay", "amsgrad", "maximize")
-"""Settings of Adam that a lazy update has no rule for."""
+"""Settings of Adam that a lazy update does not support."""
 
 
 class LazyAdam(torch.optim.Adam):
     """Adam (arXiv 1412.6980), fused for dense gradients and lazy for sparse ones.
 
-    A parameter with a sparse gradient, such as the table of `ItemIds`, is updated one row at a time, as if each row had
-    an Adam of its own: entries of one row are summed first, and a row whose gradient is zero keeps its weights, its
-    moments and its step count. State of such a parameter: "step" (rows,) float32, "exp_avg" and "exp_avg_sq" in its
-    shape. Beyond the first step nothing of the parameter's size is allocated or written.
+    A parameter with a sparse gradient, such as the table of `ItemIds`, is updated row by row, as if each row had its
+    own Adam optimizer. Entries of the same row are summed first. A row with a zero gradient keeps its weights, its
+    moments and its step count. The state of this parameter is "step" (rows,) float32, and "exp_avg" and "exp_avg_sq" in
+    the parameter's shape. After the first step, no step allocates or writes a tensor of the parameter's size.
 
-    Shapes do not depend on values, and nothing waits for a GPU, so that a step can be captured in a CUDA graph. With
-    `torch.amp.GradScaler` a step that overflows changes no parameter. Gradients that are accumulated over several
-    backward passes stay sparse. Sparse gradients have one sparse dimension, the first.
+    Shapes do not depend on values, and no operation synchronizes with a GPU, so a CUDA graph can capture a step. With
+    `torch.amp.GradScaler`, a step that overflows changes no parameter. Gradients that are accumulated over several
+    backward passes stay sparse. Sparse gradients must have one sparse dimension, the first.
 
     Args:
-        params: parameters, or groups of them, as every optimizer takes them.
-        lr: the learning rate; a Tensor on the parameters' device may change while a graph that reads it is replayed.
+        params: parameters or parameter groups, as for every optimizer.
+        lr: the learning rate. A Tensor on the parameters' device may change between replays of a CUDA graph.
         betas: decay rates of the first and the second moment.
         eps: added to the root of the second moment.
 
     Raises:
-        RuntimeError: in `step`, for a parameter whose gradients are sparse in one step and dense in another.
-        ValueError: in `step`, for a sparse gradient in a group with weight_decay, amsgrad or maximize, or
-            with an eps of 0.
+        RuntimeError: in `step`, if a parameter's gradients are sparse in one step and dense in another.
+        ValueError: in `step`, if a sparse gradient is in a group with weight_decay, amsgrad or maximize, or with an eps
+            of 0.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class LazyAdam(torch.optim.Adam):
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
-        # Adam's step collects a group's dense gradients here, and refuses sparse ones.
+        # Adam's step calls this method to collect a group's dense gradients, and refuses sparse ones.
         dense = []
         for parameter in group["params"]:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            # Looked up without making an entry.
+            # `get` does not create an entry in the defaultdict.
             step = self.state[parameter].get("step") if parameter in self.state else None
             if step is not None and (step.dim() == 1) != gradient.is_sparse:
                 found, before = ("sparse", "dense") if gradient.is_sparse else ("dense", "sparse")
@@ -68,11 +68,11 @@ class LazyAdam(torch.optim.Adam):
     def _update_rows(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         if given := [name for name in UNSUPPORTED if group[name]]:
             raise ValueError(
-                f"{given[0]} is {group[given[0]]!r} in a group with a parameter of sparse gradients, whose rows are "
+                f"{given[0]} is {group[given[0]]!r} in a group with a parameter with sparse gradients, whose rows are "
                 f"updated without it; put that parameter into a group of its own, without {given[0]}"
             )
         if not group["eps"] > 0:
-            raise ValueError(f"eps must be above 0 for a parameter of sparse gradients, not {group['eps']}")
+            raise ValueError(f"eps must be above 0 for a parameter with sparse gradients, not {group['eps']}")
         if gradient.sparse_dim() != 1:
             raise ValueError(f"a sparse gradient must have 1 sparse dimension, not {gradient.sparse_dim()}")
         state = self.state[parameter]
@@ -94,18 +94,18 @@ class LazyAdam(torch.optim.Adam):
             for values in (parameter, state["exp_avg"], state["exp_avg_sq"])
         )
         steps = state["step"].index_select(0, rows) + active
-        # An inactive row, whose values stay to the bit because its weights here are zero, may have had no step yet.
+        # An inactive row has weight zero here, so its values do not change. Its step count may still be 0.
         taken, moved = steps.clamp(min=1).to(precise)[:, None], active.to(precise)[:, None]
         beta1, beta2 = group["betas"]
         first = first.lerp_(summed, (1 - beta1) * moved)
         second = second.lerp_(summed.square(), (1 - beta2) * moved)
-        # lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), with the corrections taken out of the matrices.
+        # lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), with the corrections applied to row factors.
         root = _bias_correction(beta2, taken).sqrt_()
         size = root.div(_bias_correction(beta1, taken)).mul_(group["lr"]).mul_(moved)
         direction = first / second.sqrt().add_(root, alpha=group["eps"])
         weight = weight.addcmul_(direction, size, value=-1)
 
-        # A row that occurs more than once has the same values everywhere, so that it does not matter which are written.
+        # All entries of the same row have equal values here, so the order of writes does not matter.
         for target, values in (
             (parameter, weight),
             (state["exp_avg"], first),
@@ -116,12 +116,12 @@ class LazyAdam(torch.optim.Adam):
 
 
 def _summed(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """A sparse gradient's rows (N,), and for each the sum (N, D) of its entries."""
+    """Return a sparse gradient's row indices (N,), and for each the sum of the row's entries (N, D)."""
     return (_summed_on_host if rows.device.type == "cpu" else _summed_in_place)(rows, values)
 
 
 def _summed_on_host(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row once, without those whose entries are all zero. Shapes depend on values."""
+    """Return each row once, without rows whose entries are all zero. Shapes depend on values."""
     used = values.any(dim=1).nonzero()[:, 0]
     if len(used) < len(rows):
         rows, values = rows.index_select(0, used), values.index_select(0, used)
@@ -132,7 +132,7 @@ def _summed_on_host(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _summed_in_place(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Every entry with the sum of all that its row has: static shapes, and nothing waits for the device."""
+    """Return every entry with the sum of its row's entries. Shapes are static, and the device is not synchronized."""
     rows, order = rows.sort()
     place = torch.searchsorted(rows, rows)
     sums = torch.zeros_like(values).index_add_(0, place, values.index_select(0, order))
@@ -140,5 +140,5 @@ def _summed_in_place(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bias_correction(beta: float, steps: Tensor) -> Tensor:
-    """1 - beta^steps, exact to rounding where beta is close to 1."""
+    """Return 1 - beta^steps, accurate to rounding also for beta close to 1."""
     return torch.expm1(steps * (math.log(beta) if beta else -math.inf)).neg_()

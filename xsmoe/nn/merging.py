@@ -1,4 +1,4 @@
-"""Merging an expert that is little used into another one."""
+"""Merging of a little-used expert into another one."""
 
 import math
 from typing import TYPE_CHECKING
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def merge_into_nearest(bank: "ExpertBank", expert: int, shares: Tensor) -> int:
-    """Replace the expert nearest to `expert` by their weighted mean, in place; `expert` itself stays as it is.
+    """Replace the expert nearest to `expert` by their weighted mean, in place; `expert` itself does not change.
 
-    Gate rows are averaged alike, and the offset of the gate becomes that of both gates together. Call it without
-    gradients.
+    Gate rows are averaged with the same weights. The gate's offset becomes the logaddexp of both offsets, so the new
+    gate is the sum of both gates. Call this function under `torch.no_grad`.
 
     Args:
-        bank: of two experts at least.
-        expert: the index of the one that is to be dropped.
-        shares: (E,) each expert's share of the utilization, which is its weight in the mean.
+        bank: a bank with at least two experts.
+        expert: the index of the expert to be dropped.
+        shares: (E,), each expert's share of the utilization, which is its weight in the mean.
 
     Returns:
         The index of the expert that was replaced.

@@ -1,19 +1,19 @@
-"""Mean and covariance of rows that come in chunks, accumulated in float64."""
+"""Mean and covariance of rows that arrive in chunks, accumulated in float64."""
 
 import torch
 from torch import Tensor
 
 
 class Moments:
-    """The moments of N rows of width D, about the first row, so that a common offset costs no digits.
+    """The moments of N rows of width D, relative to the first row, so that a common offset costs no precision.
 
     Args:
         dim: width D.
         eps: the machine epsilon of the dtype that the rows were rounded to.
-        cross: whether the whole covariance is wanted, or its diagonal alone.
+        cross: whether to compute the whole covariance or only its diagonal.
 
     Attributes:
-        count: rows so far.
+        count: number of rows so far.
     """
 
     def __init__(self, dim: int, eps: float, *, cross: bool) -> None:
@@ -27,15 +27,17 @@ class Moments:
         """Add `count` rows.
 
         Args:
-            rows: (count, D), or (1, D) that stands for all of them.
+            rows: (count, D), or (1, D) if all rows are equal.
             count: at least 1.
 
         Raises:
-            ValueError: rows that are not finite.
+            ValueError: a row is not finite.
         """
         values = rows.detach().cpu().double()
         if not values.isfinite().all():
-            raise ValueError("hidden states are not finite, so that there is nothing to condition them with")
+            raise ValueError(
+                "hidden states are not finite, so no conditioning can be fitted; check the encoder's output"
+            )
         if self.count == 0:
             self._shift = self._low = self._high = values[0]
         self._low = torch.minimum(self._low, values.amin(0))
@@ -49,15 +51,15 @@ class Moments:
         self._products += values.T @ values if self._cross else (values * values).sum(0)
 
     def varying(self) -> Tensor:
-        """(D,) bool: the columns that vary by more than one rounding step."""
+        """Return which columns vary by more than one rounding step, (D,) bool."""
         return self._high - self._low > self._eps * torch.maximum(self._low.abs(), self._high.abs())
 
     def mean(self) -> Tensor:
-        """(D,) float64."""
+        """Return the mean, (D,) float64."""
         return self._shift + self._sum / self.count
 
     def covariance(self) -> Tensor:
-        """(D, D) float64, divided by N; without `cross` a diagonal matrix."""
+        """Return the covariance, (D, D) float64, divided by N; without `cross` a diagonal matrix."""
         mean = self._sum / self.count
         if self._cross:
             return self._products / self.count - torch.outer(mean, mean)

@@ -1,4 +1,4 @@
-"""Replacing or resizing a parameter that an optimizer holds, so that a training loop goes on with other experts."""
+"""Replacement and resizing of parameters that an optimizer holds, so that training continues with other experts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -15,18 +15,18 @@ Optimizers = Optimizer | Sequence[Optimizer] | None
 Carry = Callable[[str, Tensor], Tensor]
 
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-"""What Adam and its kin call the state that a step is divided by, corrected for a step count that all rows share."""
+"""Names of second moments in optimizers of the Adam family. Their bias correction uses one step count per tensor."""
 
 
 def require_held(optimizers: Optimizers, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raises unless the optimizers, where given, hold every trainable parameter, in places where it can be replaced.
+    """Raise unless the given optimizers hold every trainable parameter, and only in their parameter groups.
 
-    A parameter that no optimizer holds would be replaced by one that silently never learns, and so would one that an
-    optimizer steps from a list of its own.
+    If no optimizer held a parameter, or if one kept it in another list too, its replacement would silently never be
+    trained. None as `optimizers` passes.
 
     Raises:
-        TypeError: no optimizer, and no sequence of them.
-        ValueError: a parameter that none holds, or one that is held outside `param_groups` too.
+        TypeError: `optimizers` is neither an optimizer nor a sequence of them.
+        ValueError: no optimizer holds a parameter, or one holds it outside `param_groups` too.
     """
     if optimizers is None:
         return
@@ -35,7 +35,7 @@ def require_held(optimizers: Optimizers, parameters: Mapping[str, nn.Parameter])
     absent = [name for name, parameter in parameters.items() if parameter.requires_grad and id(parameter) not in held]
     if absent:
         raise ValueError(
-            f"optimizer does not hold {', '.join(absent)}, which would be replaced and then never learn; pass the "
+            f"optimizer does not hold {', '.join(absent)}, whose replacements would never be trained; pass the "
             "optimizer (or the list of optimizers) that trains all experts, or None and build a new one afterwards"
         )
     replaced = {id(parameter) for parameter in parameters.values()}
@@ -45,20 +45,20 @@ def require_held(optimizers: Optimizers, parameters: Mapping[str, nn.Parameter])
             if listed and place != "param_groups":
                 kind = type(optimizer).__name__
                 raise ValueError(
-                    f"optimizer is {kind}, which keeps parameters in {place} beside its groups, where they cannot be "
-                    f"replaced and would then never learn; pass None and build a new {kind} afterwards"
+                    f"optimizer is {kind}, which keeps parameters in {place} outside its groups, where they cannot be "
+                    f"replaced, so the new ones would never be trained; pass None and build a new {kind} afterwards"
                 )
 
 
 def swap_parameter(optimizers: Optimizers, old: nn.Parameter, new: nn.Parameter, carry: Carry | None) -> None:
-    """Puts `new` where `old` stands in the optimizers' groups, and carries its state over.
+    """Replace `old` by `new` in the optimizers' groups, and convert its state.
 
     Args:
-        optimizers: one, several, or None, which does nothing.
-        old, new: the parameter that leaves and the one that takes its place.
-        carry: turns a state tensor of the shape of `old`, given with its name, into one of the shape of `new`; None
-            starts `new` afresh. State that is not shaped like the parameter (factored second moments) cannot be carried
-            and starts afresh.
+        optimizers: one optimizer, several, or None, which does nothing.
+        old, new: the old parameter and its replacement.
+        carry: a function of a state tensor's name and the tensor, in the shape of `old`, that returns it in the shape
+            of `new`; None resets the state. State in another shape than the parameter's (factored second moments)
+            cannot be converted and is reset too.
     """
     if optimizers is None:
         return
@@ -71,15 +71,15 @@ def swap_parameter(optimizers: Optimizers, old: nn.Parameter, new: nn.Parameter,
 
 
 def resize_parameter(parameter: nn.Parameter, shape: torch.Size) -> None:
-    """Gives a parameter other rows, uninitialized, and no gradient; optimizers that hold it go on holding it.
+    """Resize a parameter in place, with uninitialized values and no gradient. Optimizers keep holding it.
 
-    Steps of an optimizer whose state has the rows of before raise from here on, until it has loaded its own state.
+    If an optimizer's state still has the old number of rows, its steps raise RuntimeError until it loads its own state.
     """
     with torch.inference_mode(False), torch.no_grad():
         fresh = parameter.new_empty(shape)
         parameter.grad = None
-        # While a loss of before is alive, autograd would go on expecting gradients of the old shape; a change of dtype
-        # makes it forget.
+        # As long as an old loss exists, autograd would expect gradients of the old shape. A temporary change of dtype
+        # resets this.
         parameter.data = fresh.new_empty(0, dtype=torch.float16 if fresh.dtype != torch.float16 else torch.float32)
         parameter.data = fresh
     _watch_steps()
@@ -88,10 +88,10 @@ def resize_parameter(parameter: nn.Parameter, shape: torch.Size) -> None:
 
 
 _resized = WeakIdKeyDictionary()
-"""All parameters that live and were resized."""
+"""All living parameters that were resized."""
 
 _fitting: WeakSet[Optimizer] = WeakSet()
-"""Optimizers whose state was found to fit since the last of them was."""
+"""Optimizers whose state has been checked since the last resize and fits."""
 
 
 @cache
@@ -100,7 +100,7 @@ def _watch_steps() -> None:
 
 
 def _require_fitting_state(optimizer: Optimizer, *_: Any) -> None:
-    # Looked at here because torch's fused steps do not: they write past the end of what is too short.
+    # torch's fused steps do not check shapes: they would write past the end of a state tensor that is too short.
     if optimizer in _fitting:
         return
     for parameter in list(_resized):
@@ -132,6 +132,6 @@ def _per_element(value: object) -> TypeGuard[Tensor]:
 
 
 def _shaped_like(state: Mapping[str, object], parameter: Tensor) -> bool:
-    # LazyAdam counts the steps of every row.
+    # LazyAdam has a step count for each row.
     fitting = {"step": parameter.shape[:1]}
     return all(v.shape == fitting.get(key, parameter.shape) for key, v in state.items() if _per_element(v))

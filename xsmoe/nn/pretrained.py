@@ -1,4 +1,4 @@
-"""Saving and loading of modules in the manner of Hugging Face: a folder with `config.json` and `model.safetensors`."""
+"""Saving and loading of modules in the Hugging Face layout: a folder with `config.json` and `model.safetensors`."""
 
 import json
 import os
@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
 from xsmoe.atomic_files import replace_file
@@ -17,22 +15,24 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class Pretrained(nn.Module, ABC):
-    """A module that knows its constructor's arguments. The number of experts lies in the weights, not in the config."""
+    """A module with a config of its constructor's arguments. The number of experts is in the weights, not in it."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The arguments that build an equal module, as plain JSON values."""
+        """Return the constructor's arguments for an equal module, as plain JSON values."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Builds the module that `config` describes, freshly initialised."""
+        """Build the module that `config` describes, with new initial weights."""
         return cls(**config)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `model.safetensors` into `folder`, which is made if it is missing.
+        """Write `config.json` and `model.safetensors` into `folder`, which is created if it is missing.
 
-        Each file is replaced in one step, the weights first.
+        Each file is replaced atomically, the weights first.
         """
+        from safetensors.torch import save
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
@@ -42,11 +42,14 @@ class Pretrained(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Loads what `save_pretrained` wrote, in evaluation mode.
+        """Load a module that `save_pretrained` wrote, in evaluation mode.
 
         Raises:
-            ValueError: a file is missing or damaged, or the folder holds another kind of module.
+            ValueError: a file is missing or damaged, or the folder contains another kind of module.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         folder = Path(folder)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / file).is_file():

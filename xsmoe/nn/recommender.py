@@ -1,4 +1,4 @@
-"""The recommender: items through the item encoder, users through the user encoder, trained by next-item prediction."""
+"""The recommender: an item encoder and a user encoder, trained by next-item prediction."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -38,13 +38,13 @@ class Recommender(Pretrained):
         return cls(XSMoE.from_config(config["items"]), UserEncoder.from_config(config["users"]))
 
     def forward(self, hidden: Mapping[str, Hidden], batch: Batch) -> Tensor:
-        """The in-batch softmax loss with logQ correction, over the batch's distinct items.
+        """Return the in-batch softmax loss with logQ correction, over the batch's distinct items.
 
-        Each distinct item is encoded once and counts in the utilization as often as it stands in the batch.
+        Each distinct item is encoded once. It counts in the utilization as often as it occurs in the batch.
 
         Args:
-            hidden: the conditioned hidden states of `batch.items`, as `XSMoE.forward` takes them.
-            batch: see `Batch`; its `ids` need a model with IDs.
+            hidden: the conditioned hidden states of `batch.items`, in the form of `XSMoE.forward`.
+            batch: see `Batch`; its `ids` require a model with IDs.
 
         Returns:
             The mean loss, a scalar.
@@ -71,12 +71,12 @@ class Recommender(Pretrained):
         return self.items.condition(modality, levels, present)
 
     def queries(self, embeddings: Tensor, offsets: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
-        """The query of every sequence after its last item.
+        """Return the query of each sequence after its last item.
 
         Args:
-            embeddings: (M, dim) of the sequences' items, laid end to end; no sequence is empty.
+            embeddings: (M, dim), the concatenated item embeddings of the sequences. No sequence is empty.
             offsets: (B + 1,) int64.
-            lengths: as `UserEncoder.forward` takes them.
+            lengths: see `UserEncoder.forward`.
 
         Returns:
             (B, dim).

@@ -1,5 +1,6 @@
-"""The side network of one modality: a ladder of expert banks beside a frozen encoder."""
+"""The side network of one modality: a stack of expert banks that reads a frozen encoder's hidden states."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -15,13 +16,15 @@ Hidden = Tensor | Sequence[Tensor]
 
 
 class SideMoE(Pretrained):
-    """Climbs the chosen levels of a frozen encoder: `x_0 = h_0`, `x_l = bank_l(x_{l-1}, h_l)`, arXiv 2508.05993.
+    """A stack of expert banks over levels of a frozen encoder: `x_0 = h_0`, `x_l = bank_l(x_{l-1}, h_l)`.
+
+    Source: arXiv 2508.05993.
 
     Args:
         dim: width D of the hidden states.
         rank: width of an expert's bottleneck.
-        num_levels: side levels, one fewer than the hidden states that go in (level 0 is the input).
-        num_experts: experts at the start, one number or one for every side level.
+        num_levels: number of side levels, one less than the number of hidden states (level 0 is the input).
+        num_experts: experts at the start: one number for all side levels, or one for each.
         top_k: route each row to its k best experts only; None mixes all (as published).
     """
 
@@ -32,7 +35,7 @@ class SideMoE(Pretrained):
         self.num_levels = num_levels = checks.integer("num_levels", num_levels, 1)
         counts = list(num_experts) if isinstance(num_experts, Iterable) else [num_experts] * num_levels
         if len(counts) != num_levels:
-            raise ValueError(f"num_experts must be one number or {num_levels} of them, one a level, not {counts}")
+            raise ValueError(f"num_experts must be one number or {num_levels} of them, one per level, not {counts}")
         self.banks = nn.ModuleList(ExpertBank(dim, rank, count, top_k) for count in counts)
         first = self.levels()[0]
         self.dim, self.rank, self.top_k = first.dim, first.rank, first.top_k
@@ -41,19 +44,19 @@ class SideMoE(Pretrained):
         return {"dim": self.dim, "rank": self.rank, "num_levels": self.num_levels, "top_k": self.top_k}
 
     def levels(self) -> list[ExpertBank]:
-        """The expert banks, from the lowest level up."""
+        """Return the expert banks, from the lowest level to the highest."""
         return [bank for bank in self.banks if isinstance(bank, ExpertBank)]
 
     @property
     def num_experts(self) -> list[int]:
-        """Experts of every level."""
+        """Number of experts of each level."""
         return [bank.num_experts for bank in self.levels()]
 
     def forward(self, hidden: Hidden, *, row_weight: Tensor | None = None) -> Tensor:
-        """Encodes N items.
+        """Encode N items.
 
         Args:
-            hidden: (N, levels + 1, D), or a sequence of levels, each (N, D) or (1, D) where all items share the row.
+            hidden: (N, levels + 1, D), or a sequence of levels, each (N, D) or (1, D) if all items share the row.
             row_weight: (N,), how often each item counts in the utilization; default once.
 
         Returns:
@@ -62,12 +65,12 @@ class SideMoE(Pretrained):
         Raises:
             TypeError, ValueError: `hidden` has other levels or widths than this network.
         """
-        return climb({"hidden": self}, {"hidden": hidden}, row_weight)["hidden"]
+        return run_side_networks({"hidden": self}, {"hidden": hidden}, row_weight)["hidden"]
 
     def expand(
         self, optimizer: Optimizers = None, *, new_gate: NewGate = "random", generator: torch.Generator | None = None
     ) -> list[Expanded]:
-        """Freezes all experts, adds one to every level (see `ExpertBank.expand`), and returns them as they are."""
+        """Freeze all experts, add one to each level (see `ExpertBank.expand`), and return the new levels."""
         self._require_held(optimizer)
         done = []
         for level, bank in enumerate(self.levels()):
@@ -76,7 +79,7 @@ class SideMoE(Pretrained):
         return done
 
     def prune(self, threshold: float = 0.1, optimizer: Optimizers = None, *, rule: PruneRule = "drop") -> list[Pruned]:
-        """Drops at most one little-used expert from every level (see `ExpertBank.prune`). Returns what was dropped."""
+        """Drop at most one little-used expert of each level (see `ExpertBank.prune`). Return the dropped experts."""
         self._require_held(optimizer)
         for level, bank in enumerate(self.levels()):
             bank.require_counted(f"banks.{level}")
@@ -92,20 +95,20 @@ class SideMoE(Pretrained):
             bank.require_held(optimizer, f"banks.{level}")
 
     @classmethod
-    def from_ladder(cls, state_dict: Mapping[str, Tensor], *, num_frozen: int = 0) -> "SideMoE":
-        """Builds the network from the weights of the published module.
+    def from_published(cls, state_dict: Mapping[str, Tensor], *, num_frozen: int = 0) -> "SideMoE":
+        """Build the network from the weights of the published module.
 
         Args:
             state_dict: `moes.i.experts.j.fc_down.weight` (R, D), `moes.i.experts.j.fc_up.weight` (D, R) and
                 `routers.i.linear.weight` (E + 1, D), the backbone's row first. Other keys are refused.
-            num_frozen: experts of every level that become frozen; the published module does not record it.
+            num_frozen: number of experts of each level that become frozen. The published module does not record it.
 
         Raises:
-            ValueError: a key is missing, unknown or of another shape.
+            ValueError: a key is missing or unknown, or its tensor has another shape.
         """
         remaining = dict(state_dict)
 
-        def take(key: str, *shape: int) -> Tensor:
+        def pop(key: str, *shape: int) -> Tensor:
             if key not in remaining:
                 raise ValueError(f"state_dict lacks {key!r}; it has {', '.join(sorted(state_dict)) or 'no keys'}")
             value = remaining.pop(key)
@@ -117,9 +120,9 @@ class SideMoE(Pretrained):
         dim = rank = 0
         while f"routers.{len(levels)}.linear.weight" in remaining or not levels:
             level = len(levels)
-            router = take(f"routers.{level}.linear.weight")
+            router = pop(f"routers.{level}.linear.weight")
             if not levels:
-                first = take("moes.0.experts.0.fc_down.weight")
+                first = pop("moes.0.experts.0.fc_down.weight")
                 (rank, dim), remaining["moes.0.experts.0.fc_down.weight"] = first.shape, first
             experts = router.shape[0] - 1
             if tuple(router.shape) != (experts + 1, dim) or experts < 1 or not 0 <= num_frozen <= experts:
@@ -128,50 +131,60 @@ class SideMoE(Pretrained):
                     f"least 1 and num_frozen = {num_frozen}"
                 )
             keys = [f"moes.{level}.experts.{expert}" for expert in range(experts)]
-            down = torch.stack([take(f"{key}.fc_down.weight", rank, dim) for key in keys])
-            up = torch.stack([take(f"{key}.fc_up.weight", dim, rank).T for key in keys])
+            down = torch.stack([pop(f"{key}.fc_down.weight", rank, dim) for key in keys])
+            up = torch.stack([pop(f"{key}.fc_up.weight", dim, rank).T for key in keys])
             levels.append((router, down, up))
         if remaining:
-            raise ValueError(f"state_dict has keys that no ladder has: {', '.join(sorted(remaining))}")
+            raise ValueError(f"state_dict has keys that the published module lacks: {', '.join(sorted(remaining))}")
 
         side = cls(dim, rank, len(levels), [router.shape[0] - 1 for router, _, _ in levels])
         for bank, (router, down, up) in zip(side.levels(), levels, strict=True):
             bank.assign(router, down, up, num_frozen)
         return side
 
+    @classmethod
+    def from_ladder(cls, state_dict: Mapping[str, Tensor], *, num_frozen: int = 0) -> "SideMoE":
+        """Call `from_published`. Deprecated."""
+        warnings.warn(
+            "SideMoE.from_ladder is deprecated; call SideMoE.from_published", DeprecationWarning, stacklevel=2
+        )
+        return cls.from_published(state_dict, num_frozen=num_frozen)
 
-def climb(ladders: Mapping[str, SideMoE], hidden: Mapping[str, Hidden], row_weight: Tensor | None) -> dict[str, Tensor]:
-    """Runs several side networks over the same N items, all banks of one depth in one launch.
+
+def run_side_networks(
+    networks: Mapping[str, SideMoE], hidden: Mapping[str, Hidden], row_weight: Tensor | None
+) -> dict[str, Tensor]:
+    """Run several side networks on the same N items. All banks at the same depth run in one launch.
 
     Args:
-        ladders: a side network for every modality.
-        hidden: its hidden states, as `SideMoE.forward` takes them.
+        networks: a side network for each modality.
+        hidden: the modality's hidden states, in the form of `SideMoE.forward`.
         row_weight: (N,) or None.
 
     Returns:
-        The last x, (N, D), of every modality.
+        The last x, (N, D), of each modality.
     """
-    states = {name: _levels(name, hidden[name], ladder) for name, ladder in ladders.items()}
+    states = {name: _levels(name, hidden[name], network) for name, network in networks.items()}
     rows = _rows(hidden, states)
     outputs = {name: levels[0] for name, levels in states.items()}
-    for depth in range(max(ladder.num_levels for ladder in ladders.values())):
-        climbing = [name for name, ladder in ladders.items() if depth < ladder.num_levels]
-        banks = [ladders[name].levels()[depth] for name in climbing]
-        backbones = [states[name][depth + 1].expand(rows, -1) for name in climbing]
-        steps = list(zip(banks, [outputs[name] for name in climbing], backbones, strict=True))
+    for depth in range(max(network.num_levels for network in networks.values())):
+        active = [name for name, network in networks.items() if depth < network.num_levels]
+        banks = [networks[name].levels()[depth] for name in active]
+        backbones = [states[name][depth + 1].expand(rows, -1) for name in active]
+        steps = list(zip(banks, [outputs[name] for name in active], backbones, strict=True))
         if any(bank.top_k is not None for bank in banks):
             results = [bank(x, backbone, row_weight) for bank, x, backbone in steps]
         else:
             mixed = side_moe_group([bank.operands(x, backbone, row_weight) for bank, x, backbone in steps])
             results = [bank.own_columns(result) for bank, result in zip(banks, mixed, strict=True)]
-        outputs.update(zip(climbing, results, strict=True))
+        outputs.update(zip(active, results, strict=True))
     return outputs
 
 
 def _rows(hidden: Mapping[str, Hidden], states: Mapping[str, list[Tensor]]) -> int:
-    """The number of items, where a level of a sequence may be one row that all of them share."""
+    """Return the number of items. A level of a sequence may be a single row that all items share."""
     rows = 1
-    # One comparison after the other: a compiler's symbolic sizes have no hash, and a set of them is one per size.
+    # Compare sizes one by one. A set would not work: torch.compile's symbolic sizes have no hash.
     for levels in states.values():
         for level in levels:
             size = level.shape[0]
@@ -185,14 +198,15 @@ def _rows(hidden: Mapping[str, Hidden], states: Mapping[str, list[Tensor]]) -> i
     for name, value in hidden.items():
         if isinstance(value, Tensor) and value.shape[0] != rows:
             raise ValueError(
-                f"{name} holds 1 item, but another modality holds {rows}; give both the same items. Only a level that "
-                "all items share may be a single row, (1, D) in a sequence of levels"
+                f"{name} holds 1 item, but another modality holds {rows}; pass the same items for both. Only a level "
+                "that all items share may be a single row, (1, D) in a sequence of levels"
             )
     return rows
 
 
-def _levels(name: str, hidden: Hidden, ladder: SideMoE) -> list[Tensor]:
-    count, width = ladder.num_levels + 1, ladder.dim
+def _levels(name: str, hidden: Hidden, network: SideMoE) -> list[Tensor]:
+    """Return the levels of a modality's hidden states, after a check of their number and shapes."""
+    count, width = network.num_levels + 1, network.dim
     wanted = f"{name} must be a Tensor (N, {count}, {width}) or a sequence of {count} levels, each (N or 1, {width})"
     if isinstance(hidden, Tensor):
         if hidden.dim() != 3:

@@ -16,17 +16,17 @@ NORM_EPS = 1e-6
 
 
 class UserEncoder(Pretrained):
-    """Post-norm causal Transformer over sequences laid end to end, arXiv 2508.05993.
+    """Post-norm causal Transformer over concatenated sequences, arXiv 2508.05993.
 
-    Positions are right-aligned: the last item of every sequence stands at position `max_length - 1`.
+    Positions are right-aligned: the last item of every sequence has position `max_length - 1`.
 
     Args:
         dim: width of the item embeddings and of the queries.
         num_blocks: Transformer blocks.
         num_heads: attention heads; must divide `dim`.
         inner_dim: width of the feed-forward layers.
-        dropout: on embeddings, attention weights and the outputs of both sublayers.
-        max_length: the most items of a sequence.
+        dropout: probability for embeddings, attention weights and the outputs of both sublayers.
+        max_length: maximum number of items of a sequence.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class UserEncoder(Pretrained):
         }
 
     def reset_parameters(self) -> None:
-        """Draws the published initial weights: Xavier normal, zero bias."""
+        """Draw the published initial weights: Xavier normal, zero bias."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.xavier_normal_(module.weight)
@@ -70,13 +70,13 @@ class UserEncoder(Pretrained):
                 nn.init.zeros_(module.bias)
 
     def forward(self, items: Tensor, offsets: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
-        """Turns every item into the query for the item that follows it.
+        """Return the query of each item for the item that follows it.
 
         Args:
-            items: (M, dim), the embeddings of all sequences, laid end to end. Rows behind the last one are padding, on
-                which nothing else depends.
-            offsets: (B + 1,) int64; sequence b holds the rows offsets[b]:offsets[b + 1], at most `max_length`.
-            lengths: the sequences' lengths on the host, without which xformers cannot serve attention on CUDA.
+            items: (M, dim), the concatenated item embeddings of all sequences. Rows after the last sequence are
+                padding; the other rows do not depend on them.
+            offsets: (B + 1,) int64; sequence b is the rows offsets[b]:offsets[b + 1], at most `max_length`.
+            lengths: the sequences' lengths on the host. xformers attention on CUDA requires them.
 
         Returns:
             (M, dim).
@@ -84,11 +84,11 @@ class UserEncoder(Pretrained):
         if checks.values_visible(offsets) and not torch.compiler.is_compiling():
             longest = int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
             if longest > self.max_length:
-                raise ValueError(f"offsets give a sequence {longest} items, but max_length is {self.max_length}")
+                raise ValueError(f"offsets define a sequence of {longest} items, but max_length is {self.max_length}")
         row = torch.arange(items.shape[0], device=items.device)
         ends = offsets[1:].contiguous()
         sequence = torch.searchsorted(ends, row, right=True).clamp_(max=ends.shape[0] - 1)
-        # Padding stands behind its sequence's end, where there is no position.
+        # A padding row comes after the end of its sequence, where no position exists: clamp it.
         position = (self.max_length - ends[sequence] + row).clamp_(max=self.max_length - 1)
         x = self.dropout(self.norm(items + self.positions(position)))
         for block in self.blocks:
@@ -97,7 +97,7 @@ class UserEncoder(Pretrained):
 
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each with a residual and a LayerNorm after it."""
+    """Causal self-attention and a feed-forward layer, each followed by a residual addition and a LayerNorm."""
 
     def __init__(self, dim: int, num_heads: int, inner_dim: int, dropout: float) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, offsets: Tensor, max_length: int, lengths: Sequence[int] | None) -> Tensor:
-        """(M, dim) to (M, dim)."""
+        """Transform (M, dim) to (M, dim)."""
         q, k, v = (rows.unflatten(1, (self.num_heads, -1)) for rows in self._projected(x))
         attended = packed_attention(
             q,
@@ -128,9 +128,9 @@ class Block(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.outer(functional.relu(self.inner(x)))))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (M, dim) each."""
+        """Return queries, keys and values, (M, dim) each."""
         layers = self.query, self.key, self.value
-        # In float32 on a CPU one wide product gains nothing, and its gradient has to be put together.
+        # In float32 on a CPU one wide product is not faster, and its gradient would have to be concatenated.
         narrow = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         if narrow and all(map(_is_plain, layers)):
             return functional.linear(x, torch.cat([layer.weight for layer in layers])).chunk(3, dim=1)
@@ -138,5 +138,5 @@ class Block(nn.Module):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and nothing that somebody put there."""
+    """Return whether a layer is a plain `nn.Linear` without hooks."""
     return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks

@@ -1,1 +1,1 @@
-"""Reports of a run: what its metrics say, as tables, plots and one page."""
+"""Reports of a run's metrics: tables, plots and an HTML page."""

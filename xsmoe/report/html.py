@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing but itself."""
+"""The HTML report: one self-contained page."""
 
 import base64
 import html
@@ -35,10 +35,10 @@ class Table:
     """A table of a page.
 
     Attributes:
-        heading: its columns' headings.
-        rows: as many cells each.
-        groups: headings over several columns, as (text, columns), over all of them; none where empty.
-        text: whether cells are text, to the left, not numbers, to the right.
+        heading: the headings of its columns.
+        rows: rows with one cell per column.
+        groups: headings over groups of columns, as (text, number of columns), for all columns; empty for none.
+        text: True for cells of text, which are aligned left; False for numbers, which are aligned right.
     """
 
     heading: Sequence[str]
@@ -49,11 +49,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a title, then paragraphs, a table and pictures, as far as they are given.
+    """A part of a page: a title and optional paragraphs, tables and pictures.
 
     Attributes:
         pictures: files of PNG images with their captions.
-        folded: whether the reader must open it.
+        folded: whether the section is collapsed at first.
     """
 
     title: str
@@ -65,7 +65,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report: title, what it is about, what comes out of it and whether that is clear, and its sections."""
+    """A report: its title, its subject, its verdict and whether that is clear, and its sections."""
 
     title: str
     about: str
@@ -75,7 +75,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML, with its pictures inside: it refers to no other file and to no network."""
+    """Return the page as HTML with embedded pictures. It refers to no other file and to no network address."""
     mark = "verdict" if page.clear else "verdict unclear"
     body = [f"<h1>{html.escape(page.title)}</h1>", f'<p class="quiet">{html.escape(page.about)}</p>']
     body.append(f'<p class="{mark}">{html.escape(page.verdict)}</p>')
@@ -90,7 +90,7 @@ def render(page: Page) -> str:
 
 
 def settings_table(settings: Mapping[str, object]) -> Table:
-    """Names and values."""
+    """Return a table of names and values."""
     return Table(["setting", "value"], [[name, _plain(value)] for name, value in settings.items()], text=True)
 
 

@@ -1,4 +1,4 @@
-"""Plots of a run, drawn without a display and without touching matplotlib's global state."""
+"""Plots of a run. They need no display and do not change matplotlib's global state."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from xsmoe.atomic_files import replace_file
+from xsmoe.extras import extra
 from xsmoe.report.results import POPULARITY, WindowResult, expert_births
 from xsmoe.report.style import BLUE, CYCLE, DPI, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
 from xsmoe.report.verdict import BASELINES
 from xsmoe.stream.evaluation.window_evaluation import JUDGED, MODEL
 
 Series = tuple[str, str, str, str, Sequence[Any]]
-"""A label, a colour, a marker, a kind of line, and a summary for each test."""
+"""A label, a colour, a marker, a line style, and a summary for each test."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: its file's name, what it shows in a sentence, and who draws it (None where there is nothing to draw)."""
+    """A plot: its file name, its caption, and the function that draws it (which returns None without data)."""
 
     name: str
     caption: str
@@ -26,13 +27,14 @@ class Plot:
 
 
 def write_plots(results: Sequence[WindowResult], folder: Path) -> list[tuple[Plot, Path]]:
-    """Writes all plots that the results allow as PNG files, each replaced in one step, and removes the others.
+    """Write all plots for which the results have data as PNG files, atomically, and remove the files of the others.
 
     Args:
         results: a run's windows.
-        folder: made if it is missing.
+        folder: the folder, which is created if it is missing.
     """
-    import matplotlib
+    with extra("train"):
+        import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -50,7 +52,10 @@ def write_plots(results: Sequence[WindowResult], folder: Path) -> list[tuple[Plo
 
 
 def draw_quality(results: Sequence[WindowResult]) -> Any:
-    """HR@10 and NDCG@10 of model and popularity on each next window, with standard errors, and of unseen targets."""
+    """Plot HR@10 and NDCG@10 of model and popularity on each next window, and of the model on untrained targets.
+
+    Error bars are standard errors.
+    """
     tests = [result.test for result in results if result.test is not None]
     if not tests:
         return None
@@ -69,7 +74,7 @@ def draw_quality(results: Sequence[WindowResult]) -> Any:
 
 
 def draw_baselines(results: Sequence[WindowResult]) -> Any:
-    """HR@10 of the model and of every baseline on targets new to the user, by window, under both scorings."""
+    """Plot HR@10 of the model and of every baseline on targets new to the user, by window, with both scorings."""
     tests = [result.test for result in results if result.test is not None and "groups" in result.test]
     if not tests:
         return None
@@ -89,7 +94,7 @@ def draw_baselines(results: Sequence[WindowResult]) -> Any:
 
 
 def _with_errors(panel: Any, tests: Sequence[Any], series: Sequence[Series], metric: str) -> None:
-    """Draw a metric of each series of summaries, one a test, with its standard errors."""
+    """Plot a metric of each series, which has one summary per test, with its standard errors."""
     for place, (label, colour, marker, line, summaries) in enumerate(series):
         known = [
             (test["tested_on"], found[metric], found["se"][metric] or 0.0)
@@ -97,7 +102,7 @@ def _with_errors(panel: Any, tests: Sequence[Any], series: Sequence[Series], met
             if found[metric] is not None
         ]
         if known:
-            # Neighbouring error bars stand beside each other, not on top of each other.
+            # Shift the series horizontally so that their error bars do not overlap.
             shift = 0.05 * (place - (len(series) - 1) / 2)
             panel.errorbar(
                 [x + shift for x, _, _ in known],
@@ -117,7 +122,7 @@ def _with_errors(panel: Any, tests: Sequence[Any], series: Sequence[Series], met
 
 
 def draw_experts(results: Sequence[WindowResult]) -> Any:
-    """How many experts each level of each modality has."""
+    """Plot the number of experts of each level of each modality."""
     done = [result for result in results if result.trained is not None]
     if not done:
         return None
@@ -143,7 +148,7 @@ def draw_experts(results: Sequence[WindowResult]) -> Any:
 
 
 def draw_utilization(results: Sequence[WindowResult]) -> Any:
-    """Each expert's share of its level's utilization; an expert keeps its colour until it is dropped."""
+    """Plot each expert's share of its level's utilization. An expert keeps its colour until it is dropped."""
     births = expert_births(results)
     done = [result for result in results if result.trained is not None]
     if not births:
@@ -179,7 +184,7 @@ def draw_utilization(results: Sequence[WindowResult]) -> Any:
 
 
 def draw_cost(results: Sequence[WindowResult]) -> Any:
-    """Time of each window, time of a training step by epoch, and peak memory."""
+    """Plot the time of each window, the time of a training step by epoch, and peak memory."""
     done = [result for result in results if result.epochs]
     if not done:
         return None
@@ -219,7 +224,7 @@ def draw_cost(results: Sequence[WindowResult]) -> Any:
 
 
 def draw_training(results: Sequence[WindowResult]) -> Any:
-    """Training loss and validation NDCG@10 over the epochs of all windows, laid end to end."""
+    """Plot training loss and validation NDCG@10 over the epochs of all windows."""
     done = [result for result in results if result.epochs]
     if not done:
         return None
@@ -251,9 +256,9 @@ def draw_training(results: Sequence[WindowResult]) -> Any:
 
 
 def _kept(result: WindowResult) -> tuple[int, float] | None:
-    """The epoch after which a window's weights were kept and their validation NDCG@10; None where nobody validated.
+    """Return the epoch whose weights were kept and its validation NDCG@10; None without validation.
 
-    An average over epochs stands at the last one. For a window in training it is the best epoch so far.
+    An average over epochs counts as the last epoch. A window in training returns its best epoch so far.
     """
     trained = result.trained
     if trained is None:
@@ -274,14 +279,15 @@ PLOTS = (
     ),
     Plot(
         "baselines",
-        "Targets that are new to their user: the model and all baselines, with the user's earlier items of the tested "
-        "window masked, on which the verdict is, and without. Bars are standard errors clustered by user.",
+        "Targets that are new to their user: the model and all baselines. Left: the user's earlier items of the tested "
+        "window are masked; the verdict uses this scoring. Right: without the mask. Bars are standard errors clustered "
+        "by user.",
         draw_baselines,
     ),
-    Plot("experts", "Experts at each level: one more a window, and little-used ones dropped.", draw_experts),
+    Plot("experts", "Experts at each level. Each window adds one, and little-used ones are dropped.", draw_experts),
     Plot(
         "utilization",
-        "How much of a level's utilization falls to each of its experts, in the kept epoch of each window.",
+        "Each expert's share of its level's utilization, in the kept epoch of each window.",
         draw_utilization,
     ),
     Plot("cost", "Time and memory.", draw_cost),

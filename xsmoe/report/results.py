@@ -1,4 +1,4 @@
-"""What a run's metrics say: its windows one by one, the comparison with baselines, and the cost."""
+"""Results of a run's metrics: its windows, the comparison with baselines, and the cost."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ class WindowResult:
     """One window of a run.
 
     Attributes:
-        number: its place in the stream.
+        number: its position in the stream.
         trained: its line of kind "window"; None while it is in training.
-        test: the test of its model on the next window; None while that has not come.
+        test: the test of its model on the next window; None before that test.
         epochs: its lines of kind "epoch".
     """
 
@@ -31,7 +31,7 @@ class WindowResult:
 
 
 def window_results(metrics: Iterable[Line]) -> list[WindowResult]:
-    """The lines of metrics.jsonl, gathered by window."""
+    """Group the lines of metrics.jsonl by window."""
     results: dict[int, WindowResult] = {}
     for line in metrics:
         result = results.setdefault(line["window"], WindowResult(line["window"]))
@@ -46,15 +46,15 @@ def window_results(metrics: Iterable[Line]) -> list[WindowResult]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The model against popularity in one metric, over the last targets of all tests, with what was seen left out.
+    """The model and the popularity baselines in one metric, over the last targets of all tests; seen items are masked.
 
     Attributes:
-        metric: its name.
-        users: how many.
-        model, model_se: mean and standard error.
+        metric: name of the metric.
+        users: number of users.
+        model, model_se: the model's mean and standard error.
         baselines: the mean and the standard error of each popularity baseline.
         best: the baseline with the highest mean.
-        lift, lift_se: mean over users of the model's value less the best baseline's, and its standard error.
+        lift, lift_se: mean over users of the model's value minus the best baseline's, and its standard error.
     """
 
     metric: str
@@ -68,7 +68,7 @@ class Comparison:
 
 
 def compare(tests: Sequence[Line], metrics: Sequence[str] = COMPARED) -> list[Comparison]:
-    """The model against popularity over the tests given; nothing where no user was tested."""
+    """Compare the model with popularity over these tests. Return an empty list if no user was tested."""
     model = pool(test["all"] for test in tests)
     if not model["users"]:
         return []
@@ -98,7 +98,7 @@ Groups = dict[str, dict[str, dict[str, Any]]]
 def groups(tests: Sequence[Line]) -> Groups:
     """Pool tests by scoring and group: the number of "targets", and the means of "model" and of each baseline.
 
-    Every target counts alike. Tests that earlier versions recorded have no groups; without any other there are none.
+    Every target has equal weight. Tests of earlier versions have no groups and are left out.
     """
     found = [test["groups"] for test in tests if "groups" in test]
     pooled: Groups = {}
@@ -113,12 +113,12 @@ def groups(tests: Sequence[Line]) -> Groups:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Interactions of windows that were not trained on, beside those of validation splits.
+    """Numbers of interactions that were not trained on, without those of validation splits.
 
     Attributes:
-        interactions: of all windows, each once.
-        k_core: of users with too few interactions in their window.
-        no_sequence: of training splits, in no sequence.
+        interactions: all interactions of the windows.
+        k_core: interactions of users with too few interactions in their window.
+        no_sequence: interactions of training splits that are in no sequence.
     """
 
     interactions: int
@@ -134,7 +134,7 @@ class LeftOut:
 
 
 def left_out(metrics: Iterable[Line]) -> LeftOut | None:
-    """Count what windows left out; None where no window is done, or where earlier versions recorded all."""
+    """Count the interactions that windows left out; None if no finished window has recorded them."""
     done = [line for line in metrics if line["kind"] == "window" and "left_out" in line]
     if not done:
         return None
@@ -147,11 +147,11 @@ class Cost:
     """Time and memory of a run.
 
     Attributes:
-        seconds: spent in epochs and tests, work that was lost to interruptions left out.
+        seconds: time of epochs and tests, without work that interruptions lost.
         step_ms: mean time of a training step.
-        users_a_second: users trained on per second of training.
-        peak_rss_mib: the most memory the process held.
-        cuda_peak_mib: the most GPU memory; None on a CPU.
+        users_a_second: training users per second of training.
+        peak_rss_mib: peak memory of the process.
+        cuda_peak_mib: peak GPU memory; None on a CPU.
     """
 
     seconds: float
@@ -169,7 +169,7 @@ class Cost:
 
 
 def cost(metrics: Sequence[Line]) -> Cost | None:
-    """Time and memory of a run; None before its first window is done."""
+    """Return the time and memory of a run; None before its first window is finished."""
     done = {line["window"]: line["users"] for line in metrics if line["kind"] == "window"}
     epochs = [line for line in metrics if line["kind"] == "epoch" and line["window"] in done]
     if not epochs:
@@ -189,9 +189,9 @@ Births = dict[str, list[list[list[int]]]]
 
 
 def expert_births(results: Sequence[WindowResult]) -> Births:
-    """For each modality and level, window by window, the window in which each of its experts was added.
+    """Return, for each modality, level and window, the window in which each expert was added.
 
-    Experts keep their order when one is dropped, so that their index alone does not tell which one it is.
+    Indices shift when an expert is dropped, so an index alone does not identify an expert.
     """
     births: Births = {}
     current: dict[str, list[list[int]]] = {}

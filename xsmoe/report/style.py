@@ -1,6 +1,6 @@
-"""How pictures look, a run's and the bench's."""
+"""The style of plots, shared by runs and benchmarks."""
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's palette, which is safe for colour-blind readers.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#777777"
 CYCLE = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)

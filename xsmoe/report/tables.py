@@ -1,4 +1,4 @@
-"""The table of windows, for a terminal's lines and for a page."""
+"""The table of windows, for a terminal and for the HTML report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Column:
     Attributes:
         group: heading over several columns; "" for none.
         title: the column's own heading.
-        width: at least so wide.
-        cell: the text for a window.
-        rank: what a narrow terminal leaves out first: the highest.
+        width: minimum width in characters.
+        cell: a function that returns the text for a window.
+        rank: a narrow terminal leaves out the columns with the highest rank first.
     """
 
     group: str
@@ -32,7 +32,7 @@ class Column:
 
 
 def columns(modalities: Sequence[str]) -> list[Column]:
-    """The columns for a run of these modalities. Quality is in percent, on the window after the one trained on."""
+    """Return the columns for a run with these modalities. Quality is in percent, on the window after training."""
     first, second = QUALITY
     return [
         Column("", "window", 6, lambda result: str(result.number)),
@@ -53,14 +53,14 @@ def columns(modalities: Sequence[str]) -> list[Column]:
 
 
 LEGEND = (
-    "quality: on the next window; popular: the items taken most often so far, pop. last: in the last window; "
+    "quality: on the next window; popular: the most frequent items so far, pop. last: in the last window; "
     "cold: targets that were never trained on; experts: at each level; "
     "batch: the most sequences of a step, fewer in small windows"
 )
 
 
 def fit(table: Sequence[Column], width: int) -> list[Column]:
-    """The columns that fit into so many characters, the least needed ones left out."""
+    """Return the columns that fit into this width; columns of the highest rank are left out first."""
     kept = list(table)
     while line_width(kept) > width and any(column.rank for column in kept):
         kept.remove(max(reversed(kept), key=lambda column: column.rank))
@@ -68,12 +68,12 @@ def fit(table: Sequence[Column], width: int) -> list[Column]:
 
 
 def line_width(table: Sequence[Column]) -> int:
-    """Characters of a line."""
+    """Return the width of a line in characters."""
     return sum(_width(column) for column in table) + 2 * (len(table) - 1)
 
 
 def header(table: Sequence[Column]) -> list[str]:
-    """The two lines above the rows."""
+    """Return the two header lines."""
     groups, place = "", 0
     while place < len(table):
         group = table[place].group
@@ -86,19 +86,19 @@ def header(table: Sequence[Column]) -> list[str]:
 
 
 def row(table: Sequence[Column], result: WindowResult) -> str:
-    """A window's line."""
+    """Format a window's line."""
     return "  ".join(f"{column.cell(result):>{_width(column)}}" for column in table)
 
 
 def percent(value: float | None, error: float | None = None) -> str:
-    """A share as a percentage, with its standard error where that is known."""
+    """Format a share as a percentage, with its standard error if it is known."""
     if value is None:
         return NOTHING
     return f"{100 * value:.2f}" if error is None else f"{100 * value:.2f} ± {100 * error:.2f}"
 
 
 def comparison_rows(comparisons: Sequence[Comparison], names: Mapping[str, str] = SHORT) -> list[list[str]]:
-    """The comparison with popularity on last targets, a heading and a row for every metric, in percent."""
+    """Return the comparison with popularity on last targets in percent: a heading, and a row for each metric."""
     rows = [["in %", "model", *names.values(), "model - better"]]
     for found in comparisons:
         baselines = [percent(*found.baselines[name]) for name in names]
@@ -108,14 +108,14 @@ def comparison_rows(comparisons: Sequence[Comparison], names: Mapping[str, str] 
 
 
 GROUPS_LEGEND = (
-    "new: the user has not taken the item before, repeats: the others; cold: never trained on; masked: a user's "
+    "new: the item is new to the user, repeats: the others; cold: never trained on; masked: a user's "
     "earlier items of the test window are no candidates; pop. decayed: older interactions count less; own inputs: the "
     "user's inputs again, latest first"
 )
 
 
 def group_rows(groups: Groups, metric: str = "HR@10", names: Mapping[str, str] = MORE) -> list[list[str]]:
-    """Model and baselines by group and scoring, a heading and a row for each, in percent."""
+    """Return model and baselines in percent: a heading, and a row for each group and scoring."""
     rows = [[f"{metric} %", "targets", "model", *names.values()]]
     for scoring, by_group in groups.items():
         for group, found in by_group.items():
@@ -126,7 +126,7 @@ def group_rows(groups: Groups, metric: str = "HR@10", names: Mapping[str, str] =
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines of equal columns, the first one to the left and the others to the right."""
+    """Format rows as lines with aligned columns: the first column left, the others right."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return [
         "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])

@@ -1,4 +1,4 @@
-"""Whether a model is better than the strongest baseline on items that are new to their user."""
+"""The verdict on a model: a comparison with the strongest baseline on items that are new to their user."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,28 +19,28 @@ BASELINES = {
 }
 ENOUGH_ERRORS = 2
 ENOUGH_USERS = 6
-"""The fewest users for "above": where they all agree, a two-sided sign test has p = 2^-5 < 0.05.
+"""The minimum number of users for "above". If all six agree, a two-sided sign test has p = 2^-5 < 0.05.
 
-A standard error of fewer users is itself too uncertain: of two users, two standard errors are exceeded by chance in
-15 % of cases on either side.
+The standard error of fewer users is too uncertain. With two users, chance exceeds two standard errors in 15 % of cases
+on either side.
 """
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The model against the strongest baseline, over all tests, on targets new to the user, masked.
+    """The model and the strongest baseline, over all tests, on targets new to the user; earlier items are masked.
 
     Attributes:
-        verdict: "above" where the difference is above 0 by more than two standard errors, which are 0 where all users
-            have the same difference, and there are six users; "not_above" where it is not; "unknown" where nothing can
-            be said.
-        metric: what is compared.
-        targets, users: how many there are.
-        baseline: the one with the highest mean, a key of `BASELINES`; None where unknown.
-        model_mean, baseline_mean: of the metric.
-        difference: the model's mean less the baseline's.
-        standard_error: of the difference, paired, clustered by user over all windows.
-        reason: why it is unknown, or what was left out; None where there is nothing to say.
+        verdict: "above" if the difference is more than two standard errors above 0 and there are at least six users.
+            (The standard error is 0 if all users have the same difference.) "not_above" otherwise. "unknown" if the
+            tests allow no statement.
+        metric: the compared metric.
+        targets, users: numbers of targets and users.
+        baseline: the baseline with the highest mean, a key of `BASELINES`; None if unknown.
+        model_mean, baseline_mean: means of the metric.
+        difference: the model's mean minus the baseline's.
+        standard_error: standard error of the difference, paired, clustered by user over all windows.
+        reason: why the verdict is unknown, or which tests were left out; None if neither applies.
     """
 
     verdict: Literal["above", "not_above", "unknown"]
@@ -73,9 +73,9 @@ class Verdict:
 
 
 def judge(tests: Sequence[Line]) -> Verdict:
-    """Compare the model with the strongest baseline over tests, lines of kind "test" of metrics.jsonl.
+    """Compare the model with the strongest baseline over tests, which are lines of kind "test" of metrics.jsonl.
 
-    Lines of earlier versions lack what the verdict needs; they are left out, and the reason says so.
+    Lines of earlier versions lack the necessary fields. They are left out, and `reason` states their number.
     """
     if not tests:
         return Verdict("unknown", reason="no window was tested")

@@ -1,4 +1,4 @@
-"""Training on a stream: windows in, growth and per-window results out."""
+"""Streaming training: a recommender is tested, grown and trained window by window."""
 
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.cuda.out_of_memory import OutOfMemory

@@ -1,4 +1,4 @@
-"""How a stream is cut, trained and tested: every choice of the protocol."""
+"""Settings of a streaming run: how a stream is split, trained on and tested."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -52,12 +52,12 @@ _BY_PROTOCOL: dict[str, tuple[Any, Any]] = {
     "expand": (False, True),
     "prune": (False, True),
 }
-"""What None stands for: under protocol "default" and under "paper"."""
+"""Value that replaces None, for protocol "default" and for protocol "paper"."""
 _RESOLVED: Any = None
-"""The default of fields whose None is replaced, so that no instance has it."""
+"""Default of the fields whose None is replaced. Instances never have None there."""
 SMALLEST_BATCH = 32
-"""Sequences below which no batch shrinks for the sake of `min_steps`."""
-BEFORE: dict[str, Any] = {
+"""Smallest batch size that `min_steps` can cause, in sequences."""
+LEGACY_DEFAULTS: dict[str, Any] = {
     "ties": "file",
     "duplicates": "keep",
     "history": "last",
@@ -68,66 +68,66 @@ BEFORE: dict[str, Any] = {
     "grow": "every",
     "prune_rule": "drop",
 }
-"""What runs did before a setting existed; it holds for runs whose files do not name the setting."""
-MODEL_BEFORE: dict[str, Any] = {"condition": "none", "ids": False}
-"""The same for settings of the item encoder."""
+"""Behaviour before a setting existed. It applies to runs whose files do not have the setting."""
+LEGACY_MODEL_DEFAULTS: dict[str, Any] = {"condition": "none", "ids": False}
+"""Behaviour before a setting of the item encoder existed."""
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Settings of a `StreamingTrainer`; those of arXiv 2508.05993 with `protocol="paper"`.
+    """Settings of a `StreamingTrainer`. With `protocol="paper"` the defaults are those of arXiv 2508.05993.
 
     Attributes:
-        protocol: "paper" repeats the published code: targets that the user met before are sure misses, validation ranks
-            only items of the validation split, counters also grow in evaluation and from padding, the log is used as
-            it is, and a user's last items are all that is trained on. "default" mends these. It decides about settings
-            that are not given, or given as None: an instance holds their values.
-        ties: order of interactions of equal time. "hash" sorts them by a seeded hash of user and item, "file" keeps
-            the file's order. None: "hash"; under "paper" "file".
-        duplicates: "drop" leaves out rows that repeat another's user, item and time, "keep" keeps them. None: "drop";
-            under "paper" "keep".
+        protocol: "paper" repeats the published code: targets that the user has seen before are misses, validation ranks
+            only items of the validation split, counters also increase in evaluation and from padding, the log is used
+            unchanged, and only a user's last items are trained on. "default" corrects these points. The protocol
+            determines the value of settings that are None; an instance has the resolved values.
+        ties: order of interactions with equal time. "hash" sorts them by a seeded hash of user and item, "file" keeps
+            the file's order. None: "hash"; with "paper": "file".
+        duplicates: "drop" removes rows with the same user, item and time as another row, "keep" keeps them. None:
+            "drop"; with "paper": "keep".
         history: "all" trains on a user's whole training split, cut into sequences of `max_inputs + 1` items that
-            overlap by one item; "last" only on the last such sequence. None: "all"; under "paper" "last".
-        batch_size: the most sequences a step.
-        min_steps: least steps of an epoch: batches of small windows shrink to reach it, down to 32 sequences. None: 10;
-            under "paper" 1.
-        epochs: the most epochs a window. None: 12; 100 under "paper" or where the best epoch is kept.
-        warmup_epochs: first epochs without validation.
-        patience: validations without a better NDCG@10 before a window's training stops; 0 never stops it early, and
-            validates the last epoch only. None: 0; 5 under "paper" or where the best epoch is kept.
-        keep: the weights that a window ends with: those of the "last" epoch (also under "paper", where the published
-            code means to keep the best and in effect keeps the last), of the "best" epoch by validation NDCG@10, or
-            "ema", an exponential moving average over the epochs. None: "ema"; under "paper" "last".
-        id_dropout: share of a batch's items whose ID embedding is left out, so that content is trained too.
-        targets: which items of a user's sequence in a test window are ranked: "last" or "all" but the first. None:
-            "all"; under "paper" "last".
-        lr, lr_decay, min_lr: Adam's learning rate, its factor per epoch, and its floor. Adam is rebuilt every window.
-        k_core: interactions that a user needs in a window to be kept there.
-        train_fraction: the share of a window, by count and in time order, that is trained on; the rest validates.
-        max_inputs: a user's last items that are looked at, without the target.
-        expand, prune: whether windows add an expert, and drop little-used ones. None: no, because no stream was found
-            where growth pays (docs/quality.md); under "paper" yes.
-        prune_threshold: the share of an expert's utilization below which it is dropped.
-        grow: which windows change the experts: "every" one, or only those of "novelty", on which the test metric is
-            below the validation metric of the window before by more than the noise (see `xsmoe.stream.growth`).
-        prune_rule: what becomes of a little-used expert: "drop" (published), or "merge" into the nearest one.
-        new_gate: how a new expert and its gate row begin: "random" (published) or "mean" of the others' rows, with the
-            mean of the experts; or "copy", a split of the most used expert, which leaves the function unchanged.
-        repeats: a target that the user met before is ranked ("rank") or a sure miss ("miss"); None follows protocol.
-        validation_candidates: validation ranks all items "known" so far, or those of the "split"; None follows
+            overlap by one item. "last" trains only on the last of these sequences. None: "all"; with "paper": "last".
+        batch_size: largest number of sequences in a step.
+        min_steps: smallest number of steps in an epoch. The batches of small windows shrink to reach it, but not below
+            32 sequences. None: 10; with "paper": 1.
+        epochs: largest number of epochs for a window. None: 12; with "paper" or if the best epoch is kept: 100.
+        warmup_epochs: number of first epochs without validation.
+        patience: number of validations without a better NDCG@10 before training of a window stops. 0 disables early
+            stopping and validates only the last epoch. None: 0; with "paper" or if the best epoch is kept: 5.
+        keep: weights that a window ends with: those of the "last" epoch, of the "best" epoch by validation NDCG@10, or
+            "ema", an exponential moving average over the epochs. None: "ema"; with "paper": "last". The published code
+            is meant to keep the best epoch, but in effect keeps the last one.
+        id_dropout: share of a batch's items whose ID embedding is omitted, so that content is trained too.
+        targets: items of a user's sequence in a test window that are ranked: "last", or "all" except the first. None:
+            "all"; with "paper": "last".
+        lr, lr_decay, min_lr: Adam's learning rate, its factor per epoch, and its minimum. Each window has a new Adam.
+        k_core: number of interactions in a window that a user needs to be kept there.
+        train_fraction: share of a window, by count and in time order, for training. The rest is for validation.
+        max_inputs: largest number of a user's last items that are model inputs, without the target.
+        expand, prune: whether each window adds an expert, and whether little-used experts are removed. None: False,
+            because growth improved results on no stream that was tested (docs/quality.md); with "paper": True.
+        prune_threshold: an expert with a smaller share of the utilization is pruned.
+        grow: windows that change the experts: "every" window, or only windows of "novelty", where the test metric is
+            below the validation metric of the previous window by more than the noise (see `xsmoe.stream.growth`).
+        prune_rule: "drop" (published) removes a little-used expert, "merge" merges it into the nearest expert.
+        new_gate: initial values of a new expert and its gate row. "random" (published), or "mean" of the other rows,
+            both with the mean of the experts; or "copy", a split of the most used expert that keeps the function.
+        repeats: "rank" ranks a target that the user has seen before, "miss" counts it as a miss. None: by protocol.
+        validation_candidates: validation ranks all items "known" so far, or only those of the "split". None: by
             protocol.
-        seed: of new gate rows, batch order and dropout; each epoch draws from a seed of its own, so that a resumed run
-            goes on with the same numbers.
-        device: where the model trains; a run may go on on another GPU.
-        precision: of autocast; weights stay float32. "float16" comes with a loss scaler and needs CUDA. "auto" is
-            float32 on the CPU; on CUDA bfloat16, under protocol "paper" float16 as published. Whether float32
-            products may use TF32 is torch's setting.
-        graph: whether training steps on CUDA are captured as CUDA graphs. They then draw other dropout masks than
-            without, because their batches are padded. Off until a GPU has tried it.
-        store_gib: how much of the device's memory the items' hidden states may take; where they take more, and with 0,
-            every step copies its rows from the host, conditioned ones from a copy on disk. None allows a quarter of
-            what is free on CUDA; on a CPU a quarter of the available memory where the model conditions, else 0.
-            Results do not depend on it, and it may change while a run goes on.
+        seed: seed of new gate rows, batch order and dropout. Each epoch has a separate seed, so a resumed run draws the
+            same random numbers.
+        device: device of the model. A run may be resumed on another GPU.
+        precision: precision of autocast; weights stay float32. "float16" uses a loss scaler and needs CUDA. "auto" is
+            float32 on a CPU and bfloat16 on CUDA; with protocol "paper" float16 on CUDA, as published. torch's settings
+            determine whether float32 products may use TF32.
+        graph: whether training steps on CUDA are captured as CUDA graphs. Their batches are padded, so dropout masks
+            differ from those without graphs. Off by default until it is tested on a GPU.
+        store_gib: memory limit for caching the items' hidden states on the device, in GiB. If they need more, or with
+            0, every step copies its rows from the host (conditioned rows from a copy on disk). None: a quarter of the
+            free memory on CUDA; on a CPU a quarter of the available memory if the model conditions, else 0. Results do
+            not depend on it, and it may change when a run is resumed.
     """
 
     protocol: Protocol = "default"
@@ -175,13 +175,15 @@ class StreamConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if not 0 < self.train_fraction < 1:
-            raise ValueError(f"train_fraction must lie between 0 and 1, not {self.train_fraction}")
+            raise ValueError(f"train_fraction must be between 0 and 1, not {self.train_fraction}")
         if not 0 <= self.prune_threshold <= 1:
             raise ValueError(f"prune_threshold must be a share between 0 and 1, not {self.prune_threshold}")
         if not 0 <= self.id_dropout <= 1:
             raise ValueError(f"id_dropout must be a share between 0 and 1, not {self.id_dropout}")
         if self.keep == "best" and self.patience == 0:
-            raise ValueError("patience must be at least 1 where keep is 'best', since only validation finds the best")
+            raise ValueError(
+                "patience is 0, but must be at least 1 if keep is 'best', because validation selects the best epoch"
+            )
         if not isinstance(self.graph, bool):
             raise ValueError(f"graph must be True or False, not {self.graph!r}")
         if self.store_gib is not None and not 0 <= self.store_gib < float("inf"):
@@ -193,13 +195,13 @@ class StreamConfig:
             )
 
     def _resolve(self, values: Mapping[str, Any]) -> None:
-        """Give settings that are None these values."""
+        """Replace settings that are None by these values."""
         for name, value in values.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
     def split(self, window: Window) -> WindowSplits:
-        """A window's sequences for training, validation and test, by these settings."""
+        """Split a window into sequences for training, validation and test."""
         return split_window(
             window,
             k_core=self.k_core,
@@ -209,37 +211,37 @@ class StreamConfig:
         )
 
     def batch_for(self, sequences: int) -> int:
-        """Sequences a step, for a window of so many: at most `batch_size`, and fewer for the sake of `min_steps`."""
+        """Return the batch size for a window with this number of sequences: `batch_size`, or less for `min_steps`."""
         return min(self.batch_size, max(SMALLEST_BATCH, -(-sequences // self.min_steps)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
+        """Return the settings as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:
-        """Settings from a dict of some of them; an unknown one raises ValueError."""
+        """Return settings from a dict; others have their defaults. An unknown name raises ValueError."""
         if unknown := set(settings) - set(cls.__dataclass_fields__):
-            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}; see StreamConfig for all names")
         return cls(**settings)
 
     @classmethod
     def from_saved(cls, settings: Mapping[str, Any]) -> Self:
-        """Settings that `to_dict` gave, of an earlier version perhaps: what it lacks is as it was then (`BEFORE`)."""
-        return cls.from_dict(BEFORE | dict(settings))
+        """Return settings from `to_dict`, also of an earlier version. Missing ones are from `LEGACY_DEFAULTS`."""
+        return cls.from_dict(LEGACY_DEFAULTS | dict(settings))
 
 
-def saved_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A recommender's `config()`, of an earlier version perhaps, with what it lacks as it was then."""
-    return {**config, "items": MODEL_BEFORE | config["items"]}
+def upgrade_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recommender's `config()` of this or an earlier version. Missing settings keep the earlier behaviour."""
+    return {**config, "items": LEGACY_MODEL_DEFAULTS | config["items"]}
 
 
-MAY_CHANGE = ("device", "store_gib")
-"""Settings that a run may go on with others of, as far as `decisive` allows."""
+CHANGEABLE_ON_RESUME = ("device", "store_gib")
+"""Settings that may change when a run is resumed, as far as `result_settings` is equal."""
 
 
-def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of settings by their names what results depend on: not where hidden states lie, nor which one of several GPUs."""
+def result_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that results depend on: without the cache's memory limit and the GPU's number."""
     kept = {name: value for name, value in settings.items() if name != "store_gib"}
     if "device" in kept:
         kept["device"] = str(kept["device"]).partition(":")[0]

@@ -1,4 +1,4 @@
-"""One epoch over the training sequences of a window."""
+"""One training epoch over the sequences of a window."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,12 +11,11 @@ from torch import Tensor
 from xsmoe.data import Sequences
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import LazyAdam, Recommender
-from xsmoe.stream.batches.builder import StepInput
-from xsmoe.stream.batches.id_dropout import IdDropout
+from xsmoe.stream.batches.builder import IdDropout, StepInput
 from xsmoe.stream.batches.padding import Capacity
-from xsmoe.stream.batches.prefetch import feed
+from xsmoe.stream.batches.prefetch import prefetch
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.cuda.graph_steps import CapturedSteps, wanted
+from xsmoe.stream.cuda.graph_steps import GraphedSteps, graphs_requested
 from xsmoe.stream.growth import count_padding
 from xsmoe.stream.precision import LossScaler, autocast, divergence, hidden_dtype, steps_taken
 from xsmoe.stream.state.seeds import derive, seeded
@@ -24,7 +23,7 @@ from xsmoe_kernels.runtime.profiler_ranges import each, named_range
 
 
 class TrainingDiverged(ValueError):
-    """The loss or the weights are no longer finite; a checkpoint never holds such weights."""
+    """The loss or the weights are not finite. These weights are not saved in a checkpoint."""
 
 
 def train_epoch(
@@ -39,31 +38,31 @@ def train_epoch(
     window: int,
     epoch: int,
     on_batch: Callable[[int, int], None],
-    graphs: CapturedSteps | None = None,
+    graphs: GraphedSteps | None = None,
 ) -> dict[str, Any]:
-    """Trains on every sequence once, in an order drawn from the seed, the window and the epoch.
+    """Train on every sequence once. The order depends on the seed, the window and the epoch.
 
-    On CUDA the host waits for the device once, at the end, where nothing is left to run, and when a graph is captured;
-    with a scaler, before the first step and a few times more at the end.
+    On CUDA the host synchronizes with the device once, at the end, and at each capture of a graph. With a scaler it
+    also synchronizes before the first step and a few times at the end.
 
     Args:
-        model: trained in place; its counters are reset first.
+        model: trained in place. Its counters are reset first.
         features: the items' hidden states.
-        sequences: (B,) of at least 2 items each.
+        sequences: (B,) sequences of at least 2 items each.
         log_share: for every item the log of its share of the training interactions.
-        optimizer: from `make_optimizer`; its learning rate is set for this epoch.
+        optimizer: from `make_optimizer`. Its learning rate is set for this epoch.
         config: learning rate, batch size, precision, protocol.
-        scaler: of a float16 loss; changed in place.
-        window, epoch: where in the stream this is.
-        on_batch: told how many batches are done, and of how many; on CUDA, how many were launched.
-        graphs: of this window; its batches are padded, and its steps are replayed where they can be. None does neither.
+        scaler: loss scaler for float16, changed in place.
+        window, epoch: position in the stream.
+        on_batch: called with the number of finished batches (on CUDA: launched batches) and the number of all batches.
+        graphs: graphs of this window. Batches are padded, and steps are replayed where possible. None does neither.
 
     Returns:
-        "lr", "steps", and the mean "loss" over all positions; with a scaler also "skipped_steps" and the "loss_scale"
-        after the last step, and the mean is that of the finite losses.
+        "lr", "steps", and the mean "loss" over all positions. With a scaler also "skipped_steps" and the "loss_scale"
+        after the last step; the mean then covers the finite losses.
 
     Raises:
-        TrainingDiverged: the loss of some step, or a weight after the last one, is not finite; with a scaler see
+        TrainingDiverged: the loss of a step, or a weight after the last step, is not finite; with a scaler see
             `divergence`.
     """
     device = torch.device(config.device)
@@ -80,39 +79,39 @@ def train_epoch(
     capacity = None
     if graphs is not None:
         capacity = Capacity(min(size, len(sequences)), config.max_inputs)
-        graphs.forget_if_moved()
+        graphs.drop_if_moved()
 
     dropout = IdDropout(config.id_dropout, config.seed, window, epoch)
 
     def build(numbered: tuple[int, np.ndarray]) -> StepInput:
         number, chosen = numbered
         ids = partial(dropout, step=number) if model.items.with_ids else None
-        modalities, taken = model.items.modalities, sequences.take(chosen)
-        return StepInput.build(features, modalities, taken, log_share, dtype, capacity, ids)
+        modalities, batch = model.items.modalities, sequences.take(chosen)
+        return StepInput.build(features, modalities, batch, log_share, dtype, capacity, ids)
 
     def step(given: StepInput) -> Tensor:
-        return train_step(model, given.gathered(features, dtype), optimizer, config, scaler)
+        return train_step(model, given.with_hidden(features, dtype), optimizer, config, scaler)
 
     with seeded(derive(config.seed, window, epoch, "dropout"), device):
-        for place, given in enumerate(each("data", feed(build, enumerate(batches), device))):
+        for place, given in enumerate(each("data", prefetch(build, enumerate(batches), device))):
             losses.append(step(given) if graphs is None else graphs(step, given))
             rows.append(given.num_inputs)
             if config.protocol == "paper":
                 with named_range("counters"):
                     count_padding(model.items, given.num_users * config.max_inputs - given.num_inputs)
             on_batch(place + 1, len(batches))
-    # Looked at once an epoch, because reading makes the host wait for a GPU.
-    sound = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
-    *read, finite_weights = torch.cat([torch.stack(losses).double(), sound[None].double()]).tolist()
+    # Read once per epoch, because reading synchronizes with the GPU.
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    *read, finite_weights = torch.cat([torch.stack(losses).double(), finite[None].double()]).tolist()
     values = np.array(read)
     if (what := divergence(values, bool(finite_weights), scaler)) is not None:
         raise TrainingDiverged(
-            f"window {window}, epoch {epoch}: the {what} of {len(values)}. Everything saved is from before this epoch; "
-            f"start another run with a lower lr than {config.lr}, or with float32 precision"
+            f"window {window}, epoch {epoch}: {what}. All saved files are from before this epoch; start another run "
+            f"with a lower lr than {config.lr}, or with float32 precision"
         )
-    finite = np.isfinite(values)
+    valid = np.isfinite(values)
     trained = {"lr": rate, "steps": len(batches)}
-    trained["loss"] = float(np.average(values[finite], weights=np.array(rows)[finite]))
+    trained["loss"] = float(np.average(values[valid], weights=np.array(rows)[valid]))
     if scaler is not None:
         trained["skipped_steps"] = len(batches) - (steps_taken(optimizer) - before)
         trained["loss_scale"] = scaler.scale()
@@ -120,27 +119,27 @@ def train_epoch(
 
 
 def make_optimizer(model: Recommender, config: StreamConfig) -> torch.optim.Optimizer:
-    """Adam over all that is trained, lazy on the ID table.
+    """Return Adam over all trainable parameters, lazy on the ID table.
 
-    Where steps may be captured, its learning rate lies on the device.
+    If steps may be captured as CUDA graphs, its learning rate is a tensor on the device.
     """
     parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
-    rate = torch.tensor(config.lr, device=config.device) if wanted(config) else config.lr
+    rate = torch.tensor(config.lr, device=config.device) if graphs_requested(config) else config.lr
     return LazyAdam(parameters, lr=rate)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Takes over the moments of a `state_dict`, which may come from a run without graphs, or from another device."""
+    """Load the moments of a `state_dict`. It may be from a run without graphs, or from another device."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, mine in zip(optimizer.param_groups, settings, strict=True):
-        group.update(mine)
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            # A graph reads it where it lies.
+            # Changed in place, because a CUDA graph reads this tensor.
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
@@ -153,17 +152,17 @@ def train_step(
     config: StreamConfig,
     scaler: LossScaler | None = None,
 ) -> Tensor:
-    """One step of the optimizer.
+    """Run one training step: forward, backward and optimizer.
 
     Args:
-        model: trained in place, in the mode it is in.
+        model: trained in place. Its training or evaluation mode is not changed.
         given: the batch and its hidden states, on the model's device.
-        optimizer: over the model's trainable parameters.
+        optimizer: optimizer of the model's trainable parameters.
         config: the precision.
-        scaler: of a float16 loss.
+        scaler: loss scaler for float16.
 
     Returns:
-        The loss before the step, a scalar on the device, which nothing has waited for.
+        The loss before the step, a scalar on the device. The host does not synchronize.
     """
     optimizer.zero_grad(set_to_none=True)
     with autocast(config):

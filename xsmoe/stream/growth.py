@@ -1,4 +1,4 @@
-"""What happens to the experts between two windows: little-used ones are dropped, then each level gets a new one."""
+"""Growth between two windows: little-used experts are pruned, then each level gets a new expert."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +16,20 @@ NOVELTY_ERRORS = 2.0
 
 
 def novelty(tested: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], window: int) -> dict[str, Any]:
-    """Compare a model's test on a new window with its validation on the window that it was trained on.
+    """Compare a model's test on a new window with its validation on the previous window.
 
-    The window is novel where the metric falls by more than `NOVELTY_ERRORS` standard errors of the difference. It is
-    also novel where one of the two is missing, so that nothing shows that the model serves it. The result depends on
-    recorded metrics only, so that a resumed run decides alike.
+    The window is novel if the metric decreases by more than `NOVELTY_ERRORS` standard errors of the difference. It is
+    also novel if one of the two results is missing. The result depends only on recorded metrics, so a resumed run
+    decides in the same way.
 
     Args:
-        tested: the summary of the test on the window (see `summarize`).
-        metrics: the lines of metrics.jsonl so far.
-        window: the window that is about to be trained on.
+        tested: summary of the test on the window (see `summarize`).
+        metrics: lines of metrics.jsonl so far.
+        window: the next window to train on.
 
     Returns:
-        "before" and "now", the metric then and now, "noise", what a fall has to exceed, and "novel".
+        "before" and "now", the metric on the previous and on the new window; "noise", the threshold for a decrease;
+        and "novel".
     """
     validated = [
         line["validation"]
@@ -47,7 +48,7 @@ def novelty(tested: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], win
 
 
 def _with_error(summary: Mapping[str, Any]) -> tuple[float, float] | None:
-    """A summary's metric and its standard error; None where fewer than two users were ranked."""
+    """Return a summary's metric and its standard error; None if fewer than two users were ranked."""
     error = summary["se"][NOVELTY_METRIC]
     return None if error is None else (summary[NOVELTY_METRIC], error)
 
@@ -59,31 +60,31 @@ def grow(
     *,
     trains: bool,
     novel: bool = True,
-    tell: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Prunes and then expands every level, as far as the configuration has them on; a model that was not used stays.
+    """Prune and then expand every level, if the settings enable this. A model without utilization does not change.
 
     Args:
-        items: changed in place; its counters say how much each expert was used. A level whose counters are not finite,
-            as after an overflow in float16, loses none, and they start again.
+        items: changed in place. Its counters hold the utilization of each expert. A level whose counters are not
+            finite, as after an overflow in float16, is not pruned, and its counters are reset.
         config: thresholds and switches.
-        window: the window that is about to be trained on.
-        trains: whether it has anyone to train on.
-        novel: whether experts may change at all in this window.
-        tell: told of such levels.
+        window: the next window to train on.
+        trains: whether the window has training sequences.
+        novel: whether experts may change in this window.
+        warn: called with a message about levels whose counters are not finite.
 
     Returns:
-        "pruned" and "expanded": by modality, what was done at each level, as plain values.
+        "pruned" and "expanded": the changes at each level by modality, as plain values.
     """
     if not trains or not novel or not any(bank.utilization.gate.any() for _, _, bank in items.banks()):
-        # A random gate that is never trained, or another copy of the same mean, would only do harm.
+        # An untrained random gate, or another copy of the same mean, would only reduce quality.
         return {"pruned": {}, "expanded": {}}
     pruned = {}
     if config.prune:
         banks = ((f"{name} {level}", bank) for name, level, bank in items.banks() if bank.num_experts > 1)
         if uncounted := {level: bank for level, bank in banks if not bank.counts_are_finite()}:
             levels = ", ".join(uncounted)
-            tell(f"window {window} prunes nothing of {levels}: rows that were not finite are in the counters")
+            warn(f"window {window} does not prune {levels}: the utilization counters are not finite")
             for bank in uncounted.values():
                 bank.utilization.reset()
         pruned = items.prune(config.prune_threshold, rule=config.prune_rule)
@@ -96,19 +97,19 @@ def grow(
 
 
 def grow_ids(items: XSMoE, num_items: int) -> None:
-    """Give every item a row of the ID table, if the model has one; a table that is longer stays as it is."""
+    """Extend the ID table, if the model has one, to at least `num_items` rows."""
     if items.ids is not None:
         items.grow_ids(max(num_items, items.ids.num_items))
 
 
 def count_padding(items: XSMoE, rows: int) -> None:
-    """Counts rows of padding as the published code does: zeros get a uniform gate, and add nothing to the norms."""
+    """Count padding rows like the published code: zeros have a uniform gate and add nothing to the norms."""
     for _, _, bank in items.banks():
         bank.utilization.gate += rows / (bank.num_experts + 1)
 
 
 def shares(items: XSMoE) -> dict[str, Any]:
-    """Each expert's utilization share and each gate's, by modality and level; None where nothing was counted."""
+    """Return the shares of each expert's utilization and of each gate by modality and level; None without counts."""
     experts: dict[str, list[list[float | None]]] = {name: [] for name in items.modalities}
     gates: dict[str, list[list[float | None]]] = {name: [] for name in items.modalities}
     for modality, _, bank in items.banks():

@@ -1,4 +1,4 @@
-"""A profile of a few training steps: torch's trace, and what each named part of a step takes."""
+"""Profile of a few training steps: torch's trace, and the time of each named part of a step."""
 
 import tempfile
 import time
@@ -15,24 +15,24 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_fun
 from xsmoe_kernels.runtime.profiler_ranges import opening_ranges
 
 WAIT, WARM_UP, STEPS = 5, 3, 10
-"""Steps that are left alone, that warm the profiler up, and that are profiled."""
+"""Numbers of steps: skipped, warm-up of the profiler, and profiled."""
 TRACE = "trace.json.gz"
 
 
 @dataclass
 class Range:
-    """What one named part took, over all profiled steps.
+    """Time of a named part of a step, summed over all profiled steps.
 
     Attributes:
-        name: of the part.
-        inside: the part that it is a part of; None for one of the step itself.
-        calls: how often it ran.
-        cpu_seconds: that it took on the host.
-        cuda_seconds: that its work took on the GPU, from its first to its last moment in the stream; None without one.
+        name: name of the part.
+        parent: name of the enclosing part; None for a part of the step itself.
+        calls: number of calls.
+        cpu_seconds: time on the host.
+        cuda_seconds: time on the GPU, from the start to the end of the part in the stream; None without a GPU.
     """
 
     name: str
-    inside: str | None
+    parent: str | None
     calls: int = 0
     cpu_seconds: float = 0.0
     cuda_seconds: float | None = None
@@ -40,14 +40,14 @@ class Range:
 
 @dataclass
 class StepProfile:
-    """What came of a profile.
+    """Result of a profile.
 
     Attributes:
-        trace: the file with torch's trace.
-        problem: why it could not be written; None if it was.
-        window, epoch: where the last profiled step was.
-        steps: that were profiled.
-        ranges: in the order in which a step goes through them, parts of parts right behind these.
+        trace: file of torch's trace.
+        problem: why the trace could not be written; None if it was written.
+        window, epoch: position of the last profiled step.
+        steps: number of profiled steps.
+        ranges: parts in the order of their execution. The parts of a part follow it directly.
     """
 
     trace: Path
@@ -59,17 +59,17 @@ class StepProfile:
 
 
 class StepProfiler:
-    """Profiles some of the steps that a trainer takes while this is open; a listener of `StreamingTrainer`.
+    """Profiles some training steps while the context is open. It is a listener of `StreamingTrainer`.
 
-    What is trained does not change: the same numbers come out with a profiler and without.
+    Profiling does not change the results of the training.
 
     Args:
-        folder: where the trace goes, see `require_folder`.
-        device: where the steps run.
+        folder: folder of the trace, see `require_writable_folder`.
+        device: device of the steps.
 
     Attributes:
-        result: None until enough steps were taken, or training ended amid the profiled ones.
-        steps: taken while this was open.
+        result: the profile; None until all steps are profiled, or training ends.
+        steps: number of steps since the context was opened.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -80,8 +80,8 @@ class StepProfiler:
         self._place = (0, 0)
         self._recording = False
         self._profiled = 0
-        self._given_up = False
-        self._inside: list[str] = []
+        self._failed = False
+        self._open_parts: list[str] = []
         self._ranges: dict[tuple[str | None, str], Range] = {}
         self._marks: list[tuple[Range, torch.cuda.Event, torch.cuda.Event]] = []
         self._open = ExitStack()
@@ -100,13 +100,13 @@ class StepProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A step that failed is none to be counted, and what it raised must not be hidden by what comes of its profile.
-        self._given_up = kind is not None
+        # The failed step must not be counted, and an error of the profiler must not hide the error of the step.
+        self._failed = kind is not None
         with self._open:
             self._profiler.stop()
 
     def __call__(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Takes an event of the trainer."""
+        """Handle an event of the trainer."""
         if event != "batch" or self.result is not None:
             return
         self.steps += 1
@@ -123,9 +123,9 @@ class StepProfiler:
         if not self._recording:
             yield
             return
-        inside = self._inside[-1] if self._inside else None
-        found = self._ranges.setdefault((inside, name), Range(name, inside))
-        self._inside.append(name)
+        parent = self._open_parts[-1] if self._open_parts else None
+        found = self._ranges.setdefault((parent, name), Range(name, parent))
+        self._open_parts.append(name)
         start = time.perf_counter()
         try:
             with record_function(name):
@@ -137,7 +137,7 @@ class StepProfiler:
             if first is not None and last is not None:
                 self._marks.append((found, first, last))
         finally:
-            self._inside.pop()
+            self._open_parts.pop()
 
     def _mark(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
@@ -147,33 +147,33 @@ class StepProfiler:
         return mark
 
     def _finish(self, profiler: profile) -> None:
-        if self._given_up or not self._profiled:
+        if self._failed or not self._profiled:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         for found, first, last in self._marks:
             found.cuda_seconds = (found.cuda_seconds or 0.0) + first.elapsed_time(last) / 1000
         self._marks.clear()
-        outer = [found for found in self._ranges.values() if found.inside is None]
+        outer = [found for found in self._ranges.values() if found.parent is None]
         ordered = [one for found in outer for one in [found, *self._parts(found.name)]]
         problem = None
         try:
             profiler.export_chrome_trace(str(self._trace))
         except OSError as error:
-            # No reason to end a training that may have taken days.
+            # A missing trace must not stop a training that may have run for days.
             problem = f"cannot write {self._trace}: {error.strerror}"
         self.result = StepProfile(self._trace, problem, *self._place, self._profiled, ordered)
 
     def _parts(self, name: str) -> list[Range]:
-        parts = [found for found in self._ranges.values() if found.inside == name]
+        parts = [found for found in self._ranges.values() if found.parent == name]
         return [one for found in parts for one in [found, *self._parts(found.name)]]
 
 
-def require_folder(folder: Path) -> None:
-    """Makes the folder of a profile where it is missing.
+def require_writable_folder(folder: Path) -> None:
+    """Create the folder of a profile if it does not exist.
 
     Raises:
-        ValueError: it is a file, or nothing can be written there.
+        ValueError: it is a file, or not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--profile: {folder} is a file; give a folder")

@@ -1,4 +1,4 @@
-"""Wall time and peak memory of a stretch of work, and the memory that is available."""
+"""Measurement of wall time and peak memory, and the available host memory."""
 
 import os
 import resource
@@ -12,10 +12,10 @@ MIB = 1 << 20
 
 
 class Stopwatch:
-    """Starts when it is made; `read` gives the seconds since then and the process's peak memory so far.
+    """Measures the time since its creation and the process's peak memory.
 
     Args:
-        device: a CUDA device is waited for before the clock is read, and its allocator's peak is reported.
+        device: if this is a CUDA device, `read` synchronizes it first and also returns its allocator's peak.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,7 +23,7 @@ class Stopwatch:
         self._start = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Seconds, peak resident memory of the process in MiB, and on CUDA the allocator's peak in MiB."""
+        """Return the seconds, the process's peak resident memory in MiB, and on CUDA the allocator's peak in MiB."""
         reading = {}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -34,7 +34,7 @@ class Stopwatch:
 
 
 def available_memory() -> int:
-    """Bytes of the host's memory that new allocations can have without swapping, a control group's limit included."""
+    """Return the host memory available without swapping, in bytes. The limit of the control group is respected."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if meminfo.exists():

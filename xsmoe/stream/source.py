@@ -1,4 +1,4 @@
-"""A stream as the trainer takes it: windows of integer ids, and the items' hidden states."""
+"""Input of the trainer: windows of interactions with integer ids, and the items' hidden states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ Missing = Literal["drop", "zero"]
 
 @dataclass(frozen=True)
 class Dropped:
-    """Interactions that did not enter the stream, by reason."""
+    """Numbers of interactions that are not part of the stream, by reason."""
 
     not_encoded: int = 0
     lacking_modality: int = 0
@@ -27,14 +27,14 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Stream:
-    """Windows in time order, over the items of a feature source.
+    """Windows of interactions in time order, and the hidden states of their items.
 
     Attributes:
         windows: item ids are rows of `features`.
         features: the items' hidden states.
-        user_ids: the user that each integer stands for; empty where users have no names.
-        dropped: what was left out on the way.
-        protocol: "paper" where timestamps were sorted as strings, as the published code does.
+        user_ids: the user name for each integer id; empty if users have no names.
+        dropped: numbers of interactions that were left out.
+        protocol: "paper" if timestamps were sorted as strings, like in the published code.
     """
 
     windows: Sequence[Window]
@@ -62,20 +62,20 @@ class Stream:
         Args:
             interactions: the log.
             store: the items' hidden states.
-            num_windows: at least 2.
-            modalities: those that the model uses; default all of the store's.
-            missing: "drop" leaves out items that lack one of them, "zero" gives them rows of zeros.
-            protocol: "paper" sorts timestamps as strings, as the published code does.
-            ties: "hash" orders interactions of equal time by a seeded hash of user and item, so that neither their
-                order nor the users' numbers depend on the file's order; "file" keeps the log's order. None: "hash";
-                under "paper" "file".
-            duplicates: "drop" leaves out interactions that repeat another's user, item and time. None: "drop"; under
-                "paper" "keep".
-            seed: of the hash.
+            num_windows: number of windows, at least 2.
+            modalities: modalities of the model; None uses all modalities of the store.
+            missing: "drop" leaves out items that lack a modality, "zero" uses rows of zeros for them.
+            protocol: "paper" sorts timestamps as strings, like the published code.
+            ties: "hash" orders interactions with equal time by a seeded hash of user and item. Then neither their order
+                nor the users' numbers depend on the file's order. "file" keeps the log's order. None: "hash"; with
+                "paper": "file".
+            duplicates: "drop" leaves out interactions with the same user, item and time as another one. None: "drop";
+                with "paper": "keep".
+            seed: seed of the hash.
 
         Raises:
-            DataError: nothing is left of the log.
-            ValueError: too few windows, more than interactions, or another value of a setting.
+            DataError: no interaction is left.
+            ValueError: `num_windows` is below 2 or above the number of interactions, or a setting is invalid.
         """
         settings = StreamConfig.from_dict({"protocol": protocol, "ties": ties, "duplicates": duplicates, "seed": seed})
         log = _resolve(interactions, store, modalities, missing, settings, np.empty(0, object))
@@ -99,12 +99,12 @@ class Stream:
         duplicates: Duplicates | None = None,
         seed: int = 0,
     ) -> "Stream":
-        """Make one window of all the interactions, for a run that goes on.
+        """Make one window of all the interactions, for an existing run.
 
         Args:
-            number: the window's place in the stream.
-            user_ids: the users known to the run; new ones are put behind them.
-            interactions, store, modalities, missing, protocol, ties, duplicates, seed: as for `build`.
+            number: position of the window in the stream.
+            user_ids: users of the run so far. New users are appended.
+            interactions, store, modalities, missing, protocol, ties, duplicates, seed: see `build`.
         """
         settings = StreamConfig.from_dict({"protocol": protocol, "ties": ties, "duplicates": duplicates, "seed": seed})
         log = _resolve(interactions, store, modalities, missing, settings, user_ids)
@@ -115,7 +115,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Log:
-    """The interactions that enter a stream, in numbers: (N,) arrays. `ties` are what equal times are ordered by."""
+    """Interactions of a stream as (N,) integer arrays. `ties` are the sort keys of interactions with equal time."""
 
     users: np.ndarray
     items: np.ndarray
@@ -133,7 +133,7 @@ def _resolve(
     settings: StreamConfig,
     user_ids: np.ndarray,
 ) -> _Log:
-    """Leave out what cannot enter, resolve duplicates and ties, and number the users."""
+    """Drop unusable interactions, resolve duplicates and ties, and number the users."""
     rows, keep, dropped = _encode(interactions, store, modalities, missing)
     users, items, times = interactions.users[keep], interactions.items[keep], interactions.timestamps[keep]
     rows = rows[keep].astype(np.int64)
@@ -145,7 +145,7 @@ def _resolve(
     if settings.ties == "hash":
         ties = tie_keys(users, items, settings.seed)
         order = time_order(times, ties=ties)
-        # Users are numbered in this order too, so that their numbers do not depend on the file's.
+        # Users are numbered in this order too, so their numbers do not depend on the file's order.
         users, times, rows, ties = users[order], times[order], rows[order], ties[order]
     numbers, names = _number_users(users, user_ids)
     return _Log(numbers, rows, times, ties, names, dropped)
@@ -154,12 +154,12 @@ def _resolve(
 def _encode(
     interactions: Interactions, store: HiddenStateStore, modalities: Sequence[str] | None, missing: Missing
 ) -> tuple[np.ndarray, np.ndarray, Dropped]:
-    """Each interaction's row of the store, whether it can be used, and how many cannot."""
+    """Return each interaction's row of the store, whether it is usable, and the numbers of unusable ones."""
     if missing not in ("drop", "zero"):
         raise ValueError(f"missing must be 'drop' or 'zero', not {missing!r}")
     used = store.modalities if modalities is None else modalities
     if unknown := set(used) - set(store.modalities):
-        raise DataError(f"the store has no {', '.join(sorted(unknown))}, only {', '.join(store.modalities)}")
+        raise DataError(f"the store has no modality {', '.join(sorted(unknown))}; it has {', '.join(store.modalities)}")
     distinct, codes = factorize(interactions.items)
     rows = store.index_of(distinct)[codes]
     present = np.stack([store.present(name) for name in used])
@@ -170,15 +170,15 @@ def _encode(
     dropped = Dropped(int((~encoded).sum()), int((encoded & ~keep).sum()))
     if not keep.any():
         raise DataError(
-            f"no interaction is left: the items of {dropped.not_encoded} are not in the store, those of "
-            f"{dropped.lacking_modality} lack {' or '.join(used)}; encode the items first (`xsmoe update` takes new "
-            "ones with --items), or start with missing='zero'"
+            f"no interaction is left: the items of {dropped.not_encoded} are not in the store, the items of "
+            f"{dropped.lacking_modality} lack {' or '.join(used)}; encode the items first (use --items with "
+            "`xsmoe update`), or start the run with missing='zero'"
         )
     return rows, keep, dropped
 
 
 def _number_users(users: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each user's number: known ones keep theirs, new ones follow in the order in which they first appear."""
+    """Number the users. Known users keep their numbers; new users follow in the order of their first appearance."""
     distinct, codes = factorize(users)
     numbers = {name: number for number, name in enumerate(known.tolist())}
     fresh = [name for name in distinct if name not in numbers]

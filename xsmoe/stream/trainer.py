@@ -1,4 +1,4 @@
-"""Training over a stream of windows: test on the new one, prune, expand, train, keep weights, checkpoint."""
+"""Training on a stream of windows: test, prune, expand, train, select weights and save a checkpoint for each window."""
 
 import os
 from collections.abc import Callable
@@ -13,29 +13,37 @@ from xsmoe.data import Sequences, Window, WindowSplits, item_share
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
 from xsmoe.stream.config import StreamConfig
-from xsmoe.stream.cuda.graph_steps import WITHOUT, CapturedSteps, refusal, wanted
-from xsmoe.stream.cuda.out_of_memory import ranking_memory, training_memory
-from xsmoe.stream.epoch import train_epoch
+from xsmoe.stream.cuda.graph_steps import NO_GRAPHS, GraphedSteps, graphs_requested, no_graphs_reason
+from xsmoe.stream.cuda.out_of_memory import explain_ranking_oom, explain_training_oom
+from xsmoe.stream.epoch import make_optimizer, train_epoch
 from xsmoe.stream.evaluation.full_ranking import RankingTask, rank_with_model
 from xsmoe.stream.evaluation.metrics import per_user, summarize
-from xsmoe.stream.evaluation.seen_items import StreamMemory
+from xsmoe.stream.evaluation.seen_items import SeenItemHistory
 from xsmoe.stream.evaluation.window_evaluation import evaluate_window
 from xsmoe.stream.growth import grow, grow_ids, novelty, shares
 from xsmoe.stream.hidden_states.conditioned import fit_window
-from xsmoe.stream.hidden_states.device_cache import ResidentFeatures
+from xsmoe.stream.hidden_states.device_cache import DeviceCachedFeatures
 from xsmoe.stream.hidden_states.placement import Placement
 from xsmoe.stream.precision import LossScaler, autocast_dtype, loss_scaler
-from xsmoe.stream.requirements import require_fitting, require_next
 from xsmoe.stream.resources import Stopwatch
 from xsmoe.stream.source import Stream
-from xsmoe.stream.state.best_epoch import restore, snapshot, why_last
 from xsmoe.stream.state.checkpoints import CheckpointError
-from xsmoe.stream.state.compatibility import identity, require_same
-from xsmoe.stream.state.progress import Progress
+from xsmoe.stream.state.compatibility import (
+    compatibility_record,
+    require_compatible_checkpoint,
+    require_compatible_run,
+    require_trainable_window,
+)
+from xsmoe.stream.state.kept_weights import (
+    load_average,
+    no_best_epoch_reason,
+    restore_snapshot,
+    snapshot,
+    update_average,
+)
+from xsmoe.stream.state.progress import Progress, WindowState
 from xsmoe.stream.state.run_folder import RunFolder, window_digest
 from xsmoe.stream.state.saved_conditions import split_state
-from xsmoe.stream.state.weight_average import assign, averaged
-from xsmoe.stream.state.window_state import WindowState
 
 Listener = Callable[[str, dict[str, Any]], None]
 SELECTED_BY = "NDCG@10"
@@ -46,16 +54,16 @@ class StreamingTrainer:
 
     Args:
         model: trained in place.
-        stream: the windows that `fit` goes through, and the items' hidden states.
-        config: every choice of the protocol.
-        folder: where metrics, checkpoints and the exported model go; a run that is found there goes on. None keeps
-            everything in memory.
-        listener: told of every event as (name, fields): "resumed", "warning", "begin", "batch", "epoch", "window" and
-            "test".
+        stream: the windows for `fit`, and the items' hidden states.
+        config: settings of the protocol and the training.
+        folder: folder for metrics, checkpoints and the exported model. If it has a run, that run is resumed. None
+            writes no files.
+        listener: called with every event as (name, fields). Events are "resumed", "warning", "begin", "batch",
+            "epoch", "window" and "test".
 
     Raises:
-        ValueError: the folder holds a run of another configuration, model or store, or is in use; no checkpoint in it
-            is whole; the device has no such precision.
+        ValueError: the folder has a run with another configuration, model or store; it is in use; all its checkpoints
+            are damaged; or the device does not support the precision.
     """
 
     def __init__(
@@ -72,18 +80,18 @@ class StreamingTrainer:
         self.stream = stream
         self.device = torch.device(self.config.device)
         self.model = model.to(self.device)
-        self.memory = StreamMemory()
+        self.seen = SeenItemHistory()
         self.progress = Progress(digests=[])
         self.metrics: list[dict[str, Any]] = []
-        self._tell = listener or (lambda event, fields: None)
+        self._notify = listener or (lambda event, fields: None)
         self._unusable: str | None = None
-        self._without_graphs = refusal(self.config)
+        self._without_graphs = no_graphs_reason(self.config)
         self._placement = Placement(self.config, None if folder is None else Path(folder) / "conditioned")
         self._window = WindowState()
-        require_fitting(model, stream, self.config)
+        require_compatible_run(model, stream, self.config)
         for _, _, bank in model.items.banks():
             bank.count_in_eval = self.config.protocol == "paper"
-        self._identity = identity(self.config, self.model, stream.features)
+        self._compatibility = compatibility_record(self.config, self.model, stream.features)
         self._folder = RunFolder(Path(folder)) if folder is not None else None
         if self._folder is not None:
             try:
@@ -92,7 +100,7 @@ class StreamingTrainer:
                 self._folder.close()
                 raise
         if self.config.graph and self._without_graphs is not None:
-            self._warn(WITHOUT.format(self._without_graphs))
+            self._warn(NO_GRAPHS.format(self._without_graphs))
 
     def __enter__(self) -> Self:
         return self
@@ -101,71 +109,74 @@ class StreamingTrainer:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the run's folder; the trainer takes no more windows."""
-        self._unusable = "it was closed"
+        """Release the run's folder. The trainer cannot be used afterwards."""
+        self._unusable = "it is closed"
         self._placement.close()
         if self._folder is not None:
             self._folder.close()
 
     @property
     def windows_done(self) -> int:
-        """Windows that are trained to the end."""
+        """Number of windows whose training is finished."""
         return self.progress.windows_done
 
     @property
     def features(self) -> ItemFeatures:
-        """The items' hidden states as the model takes them, on the device if they fit there."""
+        """Hidden states in the form that the model expects, on the device if they fit there."""
         placed, message = self._placement.of(self.stream.features, self.model.items)
         if message is not None:
             self._warn(message)
         return placed
 
     def fit(self) -> list[dict[str, Any]]:
-        """Takes all windows of the stream, those that the run has taken before excepted.
+        """Train on all windows of the stream. Windows that the run was trained on before are skipped.
 
         Returns:
             The lines of metrics.jsonl.
 
         Raises:
-            ValueError: the run has taken other windows before.
+            ValueError: the run was trained on other windows before.
             TrainingDiverged: the loss is not finite.
-            OutOfMemory: the device's memory does not suffice.
+            OutOfMemory: the device does not have enough memory.
             CheckpointError: a checkpoint cannot be written.
         """
         for number, window in enumerate(self.stream.windows):
             if number < self.windows_done:
                 if window_digest(window) != self.progress.digests[number]:
-                    raise ValueError(f"window {number} of the stream is not the one that this run was trained on")
+                    raise ValueError(
+                        f"window {number} of the stream is not the one that this run was trained on; use the stream "
+                        "that the run was started with"
+                    )
                 continue
             self.step(window)
         return self.metrics
 
     def step(self, window: Window) -> dict[str, Any]:
-        """Takes the next window: tests the model on it, prunes, expands, and trains on it.
+        """Test the model on the next window, prune, expand, and train on the window.
 
-        The first window is only trained on. A window whose training was cut short goes on where it stopped.
+        On the first window the model is only trained. If training on a window was interrupted, it is resumed.
 
         Args:
-            window: item ids are rows of `stream.features`; its `number` is replaced by its place in the run.
+            window: item ids are rows of `stream.features`. Its `number` is replaced by its position in the run.
 
         Returns:
             The window's line of metrics.jsonl.
 
         Raises:
-            ValueError: users or items out of range, timestamps that do not ascend, a window that the run has taken, or
-                another window's training has been cut short.
-            RuntimeError: the trainer was closed, or an exception cut an earlier window short.
+            ValueError: users or items are out of range; timestamps are not in ascending order; the run was trained on
+                this window before; or training on another window was interrupted.
+            RuntimeError: the trainer is closed, or an exception interrupted an earlier window.
         """
         if self._unusable is not None:
-            raise RuntimeError(f"this trainer takes no more windows: {self._unusable}; make a new one on its folder")
+            raise RuntimeError(f"this trainer cannot be used, because {self._unusable}; create a new one on its folder")
         self.check(window)
         resuming, number = self.progress.epoch is not None, self.windows_done
         window = Window(number, window.users, window.items, window.timestamps)
         digest = window_digest(window)
-        # What follows changes weights and files together: after an exception only the last checkpoint is sound.
-        self._unusable = f"the training of window {number} was cut short"
+        # Weights and files are now changed together. After an exception only the last checkpoint is consistent.
+        self._unusable = f"training of window {number} was interrupted"
         splits = self.config.split(window)
-        self._tell("begin", {"window": number, "of": len(self.stream.windows), "interactions": len(window)})
+        self._notify("begin", {"window": number, "of": len(self.stream.windows), "interactions": len(window)})
         if not resuming:
             if self._folder is not None:
                 self._folder.save_window(window)
@@ -181,47 +192,39 @@ class StreamingTrainer:
         return line
 
     def check(self, window: Window) -> None:
-        """Raises what `step` would raise of a window before it changes anything."""
-        require_next(window, self.progress, self.config, self.stream.features.num_items)
+        """Raise ValueError if `step` would reject a window. Nothing is changed."""
+        require_trainable_window(window, self.progress, self.config, self.stream.features.num_items)
 
     def _test_and_grow(self, number: int, splits: WindowSplits) -> None:
-        """Tests the model of the window before on this one, then prunes and expands."""
+        """Test the model of the previous window on this one, then prune and expand it."""
         watch = Stopwatch(self.device)
-        tested = evaluate_window(self.model, self.features, splits, self.memory, self.config)
+        tested = evaluate_window(self.model, self.features, splits, self.seen, self.config)
         found = {"novelty": novelty(tested["all"], self.metrics, number)} if self.config.grow == "novelty" else {}
         novel = all(one["novel"] for one in found.values())
-        self._record(
-            {
-                "kind": "test",
-                "window": number - 1,
-                "tested_on": number,
-                **tested,
-                **found,
-                **grow(
-                    self.model.items, self.config, number, trains=len(splits.train) > 0, novel=novel, tell=self._warn
-                ),
-                "time": watch.read(),
-            }
-        )
+        trains = len(splits.train) > 0
+        grown = grow(self.model.items, self.config, number, trains=trains, novel=novel, warn=self._warn)
+        line = {"kind": "test", "window": number - 1, "tested_on": number, **tested, **found, **grown}
+        self._record({**line, "time": watch.read()})
 
     def _train(self, number: int, window: Window, splits: WindowSplits) -> dict[str, Any]:
         config, progress, watch = self.config, self.progress, Stopwatch(self.device)
-        self.memory.add_training(splits)
+        self.seen.add_training(splits)
         with np.errstate(divide="ignore"):
             log_share = np.log(item_share(splits.train, self.stream.features.num_items))
         task = self._validation_task(splits)
         scaler = loss_scaler(config)
-        optimizer = self._window.make_optimizer(self.model, config, scaler)
+        optimizer = make_optimizer(self.model, config)
+        self._window.restore(optimizer, scaler)
         graphs = None
-        if wanted(config):
-            graphs = CapturedSteps(self.model, optimizer, scaler, self._warn, reason=self._without_graphs)
-        while progress.epoch is not None and len(splits.train) and not self._trained_out():
+        if graphs_requested(config):
+            graphs = GraphedSteps(self.model, optimizer, scaler, self._warn, reason=self._without_graphs)
+        while progress.epoch is not None and len(splits.train) and not self._training_finished():
             self._epoch(number, progress.epoch, splits.train, log_share, optimizer, scaler, graphs, task)
         if graphs is not None:
             self._without_graphs = graphs.reason
-            graphs.forget()
-        kept = self._keep(number, len(splits.train), task)
-        self.memory.add_rest(splits)
+            graphs.drop()
+        kept = self._load_kept_weights(number, len(splits.train), task)
+        self.seen.add_validation(splits)
         line = {
             "kind": "window",
             "window": number,
@@ -236,7 +239,7 @@ class StreamingTrainer:
             },
             "epochs": progress.epoch,
             **kept,
-            "experts": {name: side.num_experts for name, side in self.model.items.ladders().items()},
+            "experts": {name: side.num_experts for name, side in self.model.items.side_networks().items()},
             **shares(self.model.items),
             "without_graphs": self._without_graphs,
             "parameters": {
@@ -253,17 +256,17 @@ class StreamingTrainer:
         self._checkpoint()
         return line
 
-    def _trained_out(self) -> bool:
-        """Whether the window in training has had all its epochs, or has not become better for too long."""
+    def _training_finished(self) -> bool:
+        """Return whether the window has had all its epochs, or has not improved for `patience` validations."""
         config, progress = self.config, self.progress
         assert progress.epoch is not None
         return progress.epoch >= config.epochs or bool(config.patience and progress.stale >= config.patience)
 
     def _validation_task(self, splits: WindowSplits) -> RankingTask:
-        candidates = self.memory.known
+        candidates = self.seen.known
         if self.config.validation_candidates == "split":
             candidates = np.unique(splits.validation.items)
-        return RankingTask.build(splits.validation, candidates, self.memory.history, self.config.repeats)
+        return RankingTask.build(splits.validation, candidates, self.seen.history, self.config.repeats)
 
     def _epoch(
         self,
@@ -273,15 +276,15 @@ class StreamingTrainer:
         log_share: np.ndarray,
         optimizer: torch.optim.Optimizer,
         scaler: LossScaler | None,
-        graphs: CapturedSteps | None,
+        graphs: GraphedSteps | None,
         task: RankingTask,
     ) -> None:
-        # Ahead of the watch, because what places them on the device is no step's time.
+        # Read before the stopwatch starts, because this may copy the hidden states to the device.
         features = self.features
-        where, resident = f"window {number}, epoch {epoch}", isinstance(features, ResidentFeatures)
+        where, cached = f"window {number}, epoch {epoch}", isinstance(features, DeviceCachedFeatures)
         progress, watch = self.progress, Stopwatch(self.device)
-        sequences_a_step = min(self.config.batch_for(len(sequences)), len(sequences))
-        with training_memory(self.config, where, sequences=sequences_a_step, resident=resident):
+        step_sequences = min(self.config.batch_for(len(sequences)), len(sequences))
+        with explain_training_oom(self.config, where, sequences=step_sequences, cached=cached):
             trained = train_epoch(
                 self.model,
                 features,
@@ -292,7 +295,7 @@ class StreamingTrainer:
                 scaler,
                 window=number,
                 epoch=epoch,
-                on_batch=lambda done, of: self._tell(
+                on_batch=lambda done, of: self._notify(
                     "batch", {"window": number, "epoch": epoch, "done": done, "of": of}
                 ),
                 graphs=graphs,
@@ -308,66 +311,58 @@ class StreamingTrainer:
             else:
                 progress.stale += 1
         if self.config.keep == "ema":
-            self._window.average = averaged(self._window.average, self.model, epoch)
+            self._window.average = update_average(self._window.average, self.model, epoch)
         progress.epoch = epoch + 1
         progress.steps += trained["steps"]
-        self._record(
-            {
-                "kind": "epoch",
-                "window": number,
-                "epoch": epoch,
-                **trained,
-                "validation": validation,
-                "best": progress.best_epoch == epoch,
-                "time": {**watch.read(), "step_ms": step_ms},
-            }
-        )
-        self._window.take(optimizer, scaler)
+        best = progress.best_epoch == epoch
+        line = {"kind": "epoch", "window": number, "epoch": epoch, **trained, "validation": validation, "best": best}
+        self._record({**line, "time": {**watch.read(), "step_ms": step_ms}})
+        self._window.update(optimizer, scaler)
         self._checkpoint()
 
-    def _validate(self, task: RankingTask, where: str, graphs: CapturedSteps | None = None) -> dict[str, Any]:
-        """The model's metrics on a window's validation split."""
+    def _validate(self, task: RankingTask, where: str, graphs: GraphedSteps | None = None) -> dict[str, Any]:
+        """Return the model's metrics on a window's validation split."""
 
         def rank() -> np.ndarray:
             return rank_with_model(self.model, self.features, task, self.device)
 
-        resident = isinstance(self.features, ResidentFeatures)
-        with ranking_memory(self.config, f"{where}: the validation", resident=resident):
-            return summarize(per_user(rank() if graphs is None else graphs.making_room("validation", rank)))
+        cached = isinstance(self.features, DeviceCachedFeatures)
+        with explain_ranking_oom(self.config, f"{where}: the validation", cached=cached):
+            return summarize(per_user(rank() if graphs is None else graphs.retry_without_graphs("validation", rank)))
 
-    def _keep(self, number: int, train_sequences: int, task: RankingTask) -> dict[str, Any]:
-        """Give the model the weights that the window ends with, and say which those are."""
+    def _load_kept_weights(self, number: int, train_sequences: int, task: RankingTask) -> dict[str, Any]:
+        """Load the weights that the window ends with, and return the fields of metrics.jsonl that describe them."""
         if self._window.best is not None:
-            restore(self.model, self._window.best, counters=self.config.protocol != "paper")
+            restore_snapshot(self.model, self._window.best, counters=self.config.protocol != "paper")
             best = self.progress.best_epoch
             return {"kept": "best", "best_epoch": best, "validation": self._validation_of(best)}
         validation = self._validation_of((self.progress.epoch or 0) - 1)
         if self._window.average is not None:
-            assign(self.model, self._window.average)
+            load_average(self.model, self._window.average)
             validation = None
-        # Under "paper" an evaluation counts in the utilization, so that one more would change what is pruned.
+        # With protocol "paper" an evaluation changes the utilization counters. Another one would change the pruning.
         if validation is None and train_sequences and len(task) and self.config.protocol != "paper":
             validation = self._validate(task, f"window {number}")
         if self.config.keep != "best" and train_sequences:
             return {"kept": self.config.keep, "best_epoch": None, "validation": validation}
-        reason = why_last(self.config, train_sequences, len(task))
+        reason = no_best_epoch_reason(self.config, train_sequences, len(task))
         self._warn(f"window {number} keeps its last epoch: {reason}")
         return {"kept": "last", "reason": reason, "best_epoch": None, "validation": validation}
 
     def _validation_of(self, epoch: int | None) -> dict[str, Any] | None:
-        """What an epoch of the window in training had by validation."""
+        """Return the recorded validation metrics of an epoch of the window in training."""
         window = self.windows_done
         lines = (line for line in reversed(self.metrics) if line["kind"] == "epoch" and line["window"] == window)
         return next((line["validation"] for line in lines if line["epoch"] == epoch), None)
 
     def _warn(self, message: str) -> None:
-        self._tell("warning", {"message": message})
+        self._notify("warning", {"message": message})
 
     def _record(self, line: dict[str, Any]) -> None:
         self.metrics.append(line)
         if self._folder is not None:
             self._folder.append(line)
-        self._tell(line["kind"], line)
+        self._notify(line["kind"], line)
 
     def _checkpoint(self) -> None:
         if self._folder is None:
@@ -375,7 +370,7 @@ class StreamingTrainer:
         weights, _ = split_state(self.model)
         self._folder.checkpoints.save(
             {
-                **self._identity,
+                **self._compatibility,
                 "progress": asdict(self.progress),
                 "model": weights,
                 "conditions": self._folder.conditions.save(self.model),
@@ -388,15 +383,17 @@ class StreamingTrainer:
         found = folder.checkpoints.load_newest(self._warn)
         if found is None:
             if folder.metrics_size() > 0:
-                raise CheckpointError(f"{folder.path} has metrics but no checkpoint; restore it or use another folder")
+                raise CheckpointError(
+                    f"{folder.path} has metrics but no checkpoint; restore it from a backup, or use another folder"
+                )
             return
         path, state = found
-        require_same(folder.path, state, self.config, self.model, self.stream.features)
+        require_compatible_checkpoint(folder.path, state, self.config, self.model, self.stream.features)
         self.model.load_state_dict({**state["model"], **folder.conditions.load(state.get("conditions"))})
-        self.progress, self._window = Progress(**state["progress"]), WindowState.of(state)
+        self.progress, self._window = Progress(**state["progress"]), WindowState.from_checkpoint(state)
         self.metrics = folder.rewind(state["metrics_size"])
         for number, digest in enumerate(self.progress.digests[: self.windows_done]):
-            self.memory.add(self.config.split(folder.load_window(number, digest)))
-        self._tell(
+            self.seen.add(self.config.split(folder.load_window(number, digest)))
+        self._notify(
             "resumed", {"checkpoint": str(path), "windows_done": self.windows_done, "epoch": self.progress.epoch}
         )

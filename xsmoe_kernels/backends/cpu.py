@@ -7,12 +7,8 @@
 Both are read when xsmoe_kernels is imported.
 """
 
-import functools
-import importlib.machinery
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +17,6 @@ from xsmoe_kernels.backends import shared_library
 from xsmoe_kernels.runtime import dispatch
 
 LIBRARY = "libxsmoe_cpu.so"
-FACTS = "_build_facts"
 FAILURE = "_build_failure.txt"
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -45,6 +40,7 @@ def load() -> None:
     try:
         torch.ops.load_library(str(path))
         cpu_tier = torch.ops.xsmoe_native.cpu_tier
+        _ = torch.ops.xsmoe_native.supported_tiers, torch.ops.xsmoe_native.cpu_features  # older libraries have neither
     except (OSError, AttributeError) as error:
         raise _load_error(path, f"cannot be loaded: {error.__cause__ or error}") from error
     try:
@@ -68,23 +64,22 @@ def describe() -> dict[str, Any]:
     Returns:
         "library", its file; "tier", the instructions in use, and "tiers", all that run here; "compiled", for each
         compiled tier its flags, and "left_out", the tiers that the build has not; "compiler", "flags" and
-        "torch", what it was built with; "features", those of the processor. All but the first two are None where
-        another Python built the library, for the facts are a module of that one. Without a library: "unavailable", why.
+        "torch", what it was built with; "features", those of the processor. What the build wrote next to the library
+        is None if that file is missing. Without a library: "unavailable", why.
     """
     if library is None:
         return {"unavailable": _missing_reason()}
-    facts = _facts(library)
-    built = _build(facts)
+    built = _built(library)
     return {
         "library": str(library),
         "tier": torch.ops.xsmoe_native.cpu_tier(),
-        "tiers": facts and facts.supported_tiers(),
+        "tiers": torch.ops.xsmoe_native.supported_tiers(),
         "compiled": built.get("tiers"),
         "left_out": built.get("left_out"),
         "compiler": built.get("compiler"),
         "flags": built.get("flags"),
         "torch": built.get("torch"),
-        "features": facts and facts.cpu_features(),
+        "features": torch.ops.xsmoe_native.cpu_features(),
     }
 
 
@@ -94,22 +89,10 @@ def _missing_reason() -> str:
 
 
 def _load_error(path: Path, problem: str) -> ImportError:
-    return shared_library.load_error(path, problem, _build(_facts(path)).get("torch"))
+    return shared_library.load_error(path, problem, _built(path).get("torch"))
 
 
-@functools.cache
-def _facts(path: Path) -> ModuleType | None:
-    """The module of build facts beside a library, if there is one for this Python."""
-    module = path.with_name(FACTS + importlib.machinery.EXTENSION_SUFFIXES[0])
-    if not module.exists():
-        return None
-    spec = importlib.util.spec_from_file_location(f"xsmoe_kernels.{FACTS}", module)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def _build(facts: ModuleType | None) -> dict[str, Any]:
-    return {} if facts is None else json.loads(facts.build())
+def _built(path: Path) -> dict[str, Any]:
+    """Return the facts that the build wrote next to a library; nothing if they are missing."""
+    facts = path.with_suffix(".json")
+    return json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}

@@ -11,7 +11,7 @@ from xsmoe_kernels.backends import cpu as cpu_backend
 from xsmoe_kernels.backends import cuda as cuda_backend
 from xsmoe_kernels.runtime import dispatch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def info() -> dict[str, Any]:

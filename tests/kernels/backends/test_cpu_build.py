@@ -15,9 +15,9 @@ from xsmoe_kernels.backends import shared_library
 from xsmoe_kernels.runtime import dispatch
 
 IMPORT = "import xsmoe_kernels"
-FUNCTIONS = {"cpu_tier", "pack_experts"}
+FUNCTIONS = {"cpu_tier", "supported_tiers", "cpu_features", "pack_experts"}
 """Functions of the library other than operators."""
-SOURCES = ("build_cuda.py", "build_plan.py", "build_facts.cpp", "cpu/features.h", "cpu/features.cpp", "cpu/library.cpp")
+SOURCES = ("build_cuda.py", "build_plan.py", "cpu/features.h", "cpu/features.cpp", "cpu/library.cpp")
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside the package")
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="there is no C++ compiler")
@@ -50,7 +50,7 @@ def plant(tree: Path) -> Path:
     for name in SOURCES:
         (tree / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "csrc" / name, tree / "csrc" / name)
-    ignored = shutil.ignore_patterns("*.so", cpu_backend.FAILURE, "__pycache__")
+    ignored = shutil.ignore_patterns("*.so", "*.json", cpu_backend.FAILURE, "__pycache__")
     shutil.copytree(ROOT / "xsmoe_kernels", tree / "xsmoe_kernels", ignore=ignored)
     return tree
 
@@ -125,7 +125,7 @@ print(xsmoe_kernels.info()["operators"]["side_moe"]["cpu"]["unavailable"]["nativ
 @needs_sources
 @needs_compiler
 def test_a_second_build_does_nothing(built: Path, compiler: Path) -> None:
-    products = [*(built / "xsmoe_kernels").glob("*.so")]
+    products = [*(built / "xsmoe_kernels").glob("libxsmoe_cpu.*")]
     assert len(products) == 2
     assert not (built / "xsmoe_kernels" / cpu_backend.FAILURE).exists()
     before = [product.stat().st_ctime_ns for product in products]
@@ -179,13 +179,13 @@ print(native["left_out"], "amx" in native["compiled"], "baseline" in native["tie
 def test_a_build_names_unknown_instruction_sets(tree: Path) -> None:
     ran = build(tree, XSMOE_BUILD_TIERS="baseline sse9")
     assert ran.returncode != 0
-    assert "XSMOE_BUILD_TIERS names no tiers: sse9; there are baseline, avx2" in ran.stderr
+    assert "XSMOE_BUILD_TIERS names unknown instruction sets: sse9; known are baseline, avx2" in ran.stderr
 
 
 @needs_sources
 @needs_compiler
 def test_an_emulating_build_stays_aside(built: Path) -> None:
-    products = [*(built / "xsmoe_kernels").glob("*.so")]
+    products = [*(built / "xsmoe_kernels").glob("libxsmoe_cpu.*")]
     before = [product.stat().st_ctime_ns for product in products]
     ran = build(built, XSMOE_EMULATE_AMX="1", XSMOE_BUILD_TIERS="baseline")
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -210,15 +210,15 @@ def test_every_kernel_of_the_library_belongs_to_an_operator() -> None:
 @needs_library
 def test_an_instruction_set_that_cannot_run_is_rejected() -> None:
     ran = run(sys.executable, "-c", IMPORT, XSMOE_CPU_TIER="sse9", XSMOE_NATIVE_LIBRARY=str(cpu_backend.library))
-    message = r"ImportError: XSMOE_CPU_TIER must be one of the tiers that can run here (baseline"
+    message = r"ImportError: XSMOE_CPU_TIER must be one of the instruction set levels that can run here (baseline"
     assert message in ran.stderr
-    assert "not 'sse9': it is no tier" in ran.stderr
+    assert "not 'sse9': it is not an instruction set level" in ran.stderr
 
 
 @needs_library
 def test_a_library_that_cannot_be_loaded_is_rejected(tmp_path: Path) -> None:
     assert cpu_backend.library is not None
-    for path in cpu_backend.library.parent.glob("*.so"):
+    for path in cpu_backend.library.parent.glob("libxsmoe_cpu.*"):
         shutil.copy(path, tmp_path)
     damaged = tmp_path / cpu_backend.library.name
     damaged.write_bytes(b"no library" * 1000)

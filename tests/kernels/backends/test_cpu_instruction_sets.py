@@ -100,7 +100,7 @@ int main(int, char** arguments) {
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiles")
     (folder / "tiles.cpp").write_text(PROGRAM)
-    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-DXSMOE_EMULATE_AMX", "-DXSMOE_TIER=amx", "-o", "tiles"]
+    flags = ["-std=c++20", f"-I{ROOT / 'csrc'}", "-DXSMOE_EMULATE_AMX", "-DXSMOE_ISA=amx", "-o", "tiles"]
     subprocess.run(["c++", *flags, "tiles.cpp"], cwd=folder, check=True)
     return folder / "tiles"
 
@@ -113,10 +113,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("none", ""),
         ("b: palette", "the palette must be 1"),
         ("c: reserved byte", "reserved bytes"),
-        ("d: rows without bytes", "a tile without rows has no bytes"),
-        ("e: rows of factor and sums", "sums must have the rows of the left factor"),
-        ("f: inner dimensions", "the right factor must have a row for each left word"),
-        ("g: columns of factor and sums", "sums must have the columns of the right factor"),
+        ("d: rows without bytes", "a tile has either both rows and bytes or neither"),
+        ("e: rows of operand and sums", "sums must have the rows of the left operand"),
+        ("f: inner dimensions", "the right operand must have a row for each word of the left one"),
+        ("g: columns of operand and sums", "sums must have the columns of the right operand"),
         ("h: too many bytes", "at most 16 rows of 64 bytes"),
         ("i: not configured", "tiles must be configured"),
         ("j: no rows", "a tile without rows cannot be used"),

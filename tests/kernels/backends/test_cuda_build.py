@@ -194,7 +194,7 @@ def test_torchs_variable_names_the_gpus(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("Hopper", "TORCH_CUDA_ARCH_LIST names 'Hopper', which is no number like 9.0"),
+        ("Hopper", "TORCH_CUDA_ARCH_LIST names 'Hopper', which is not a version such as 9.0"),
         ("7.0;7.5+PTX", r"TORCH_CUDA_ARCH_LIST names 7.0, 7.5\+PTX; the CUDA kernels need 8.0 or newer"),
         ("9.0;11.5", r"TORCH_CUDA_ARCH_LIST names 11.5, which .*nvcc does not compile for"),
     ],
@@ -211,7 +211,7 @@ def test_a_toolkit_that_does_not_fit_is_named(nvcc: Path, monkeypatch: pytest.Mo
     with pytest.raises(build_cuda.Unavailable, match=r"nvcc is of CUDA 13.0 and torch of CUDA 12.8; name a toolkit"):
         build_cuda.toolkit("12.8")
     pretend(nvcc, "11.8")
-    with pytest.raises(build_cuda.Unavailable, match=r"nvcc 11.8 is too old: it takes 12 or newer"):
+    with pytest.raises(build_cuda.Unavailable, match=r"nvcc 11.8 is too old; name a toolkit of CUDA 12 or newer"):
         build_cuda.toolkit(None)
     (nvcc.parents[1] / "include" / "cuda_runtime.h").unlink()
     pretend(nvcc)

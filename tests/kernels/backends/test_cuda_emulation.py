@@ -83,9 +83,9 @@ def test_copies_arrive_when_they_are_waited_for(program: Path) -> None:
     [
         ("half_a_warp", "thread 0 of block 0 waits at __syncwarp, and thread 16 of block 0 has ended"),
         ("some_of_a_block", "thread 0 of block 0 waits at __syncthreads, and thread 3 of block 0 has ended"),
-        ("other_collectives", "threads that should meet wait at __ballot_sync and at __shfl_sync"),
+        ("other_collectives", "threads of one barrier wait at __ballot_sync and at __shfl_sync"),
         ("grid_alone", "wait_for_grid outside of a cooperative launch"),
-        ("too_large_a_grid", "a cooperative launch has more blocks than there is room for"),
+        ("too_large_a_grid", "a cooperative launch has more blocks than fit on the device"),
         ("half_a_block", "a block has 48 threads, not a multiple of 32"),
     ],
 )
@@ -97,7 +97,7 @@ def test_hangs_and_undefined_behaviour_of_a_gpu_raise_errors(program: Path, name
 
 def test_too_many_blocks_are_an_error(program: Path) -> None:
     ran = run(program, "too_many_blocks")
-    assert "neighbours would take 2147483648 blocks, more than a grid has" in ran.stdout
+    assert "neighbours would need 2147483648 blocks, more than a grid has" in ran.stdout
 
 
 def test_a_sanitizer_sees_the_end_of_shared_memory(program: Path) -> None:

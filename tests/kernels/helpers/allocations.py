@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bench.peak import allocations, cpu_growth
+from bench.core.memory import allocations, cpu_growth
 
 
 def largest_allocation(call: Callable[[], object]) -> int:

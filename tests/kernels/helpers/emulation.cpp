@@ -49,8 +49,8 @@ void grid(int* left, int* results) {
 
 void copies(const int* from, int* results) {
     int* arrived = reinterpret_cast<int*>(shared_memory()) + 4 * threadIdx.x;
-    begin_copy(arrived, from + 4 * threadIdx.x, 8);
-    close_copies();
+    copy_async(arrived, from + 4 * threadIdx.x, 8);
+    commit_copies();
     results[2 * threadIdx.x] = arrived[0];
     wait_for_copies<0>();
     results[2 * threadIdx.x + 1] = arrived[1] + arrived[2];
@@ -98,7 +98,7 @@ int main(int, char** arguments) {
     if (name == "beyond_shared_memory") plain(beyond_shared_memory, 1, 32);
     if (name == "half_a_block") plain(neighbours, 1, 48);
     if (name == "grid") {
-        const int64_t blocks = most_cooperative_blocks(grid, 32, 0);
+        const int64_t blocks = max_cooperative_blocks(grid, 32, 0);
         launch("grid", grid, Shape{blocks, 32, 0, true}, nullptr, left.data(), results.data());
         shown = static_cast<int>(32 * blocks);
     }
@@ -113,7 +113,7 @@ int main(int, char** arguments) {
     }
     if (name == "too_many_blocks") {
         try {
-            launch("neighbours", neighbours, Shape{most_blocks + 1, 32}, nullptr, results.data());
+            launch("neighbours", neighbours, Shape{max_blocks + 1, 32}, nullptr, results.data());
         } catch (const std::runtime_error& error) {
             std::puts(error.what());
             return 0;

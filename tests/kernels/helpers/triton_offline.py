@@ -148,14 +148,19 @@ def specialised(launch: Launch, target: str) -> tuple[dict[str, Any], dict[Any, 
     return signature, constants, attributes, options.__dict__
 
 
-def measure(launch: Launch, target: str) -> Found:
-    """Compile a launch and return its needs, without the precision."""
+def compile_launch(launch: Launch, target: str) -> Any:
+    """Compile a launch for a target, and return Triton's compiled kernel."""
     import triton
     from triton.compiler import ASTSource
 
     signature, constants, attributes, options = specialised(launch, target)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=_triton_target(target), options=options)
+    return triton.compile(source, target=_triton_target(target), options=options)
+
+
+def measure(launch: Launch, target: str) -> Found:
+    """Compile a launch, and read what it needs; the precision stays open."""
+    compiled = compile_launch(launch, target)
     assembly = compiled.asm
     nvidia = TARGETS[target].backend == "cuda"
     needs = nvidia_needs(cuobjdump(assembly["cubin"])) if nvidia else amd_needs(assembly["amdgcn"])

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,6 @@ from xsmoe_kernels.backends import triton as triton_backend
 from xsmoe_kernels.runtime import dispatch
 
 ROOT = Path(xsmoe_kernels.__file__).parents[1]
-
-
-def test_the_version_is_that_of_the_project() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert xsmoe_kernels.__version__ == project["version"]
 
 
 def test_reports_versions_and_devices_as_json() -> None:
@@ -53,7 +47,7 @@ def test_reports_the_build_of_the_native_kernels() -> None:
     told = info()["native"]
     assert "unavailable" not in told
     if told["compiler"] is None:
-        pytest.skip("another Python built the library")
+        pytest.skip("the build left no facts next to the library")
     assert told["tier"] in told["tiers"]
     assert told["tiers"][0] == "baseline"
     assert set(told["tiers"]) <= set(told["compiled"])

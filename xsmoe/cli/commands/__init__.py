@@ -1,1 +1,1 @@
-"""What the commands of `xsmoe` do; `xsmoe.cli` says what they take."""
+"""Implementations of the commands of `xsmoe`. Their options are declared in `xsmoe.cli`."""

@@ -1,4 +1,4 @@
-"""The demonstration: a synthetic catalogue that drifts, from nothing to a report."""
+"""Command `xsmoe demo`: all stages on a synthetic, drifting catalogue."""
 
 import json
 import shutil
@@ -35,13 +35,13 @@ TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demonstration does.
+    """Settings of the demo.
 
     Attributes:
-        windows: of the stream, at least 2.
-        epochs: the most epochs a window.
-        users, items: of the catalogue, see `write_catalogue`.
-        seed: of the catalogue, the encoders and the training.
+        windows: number of windows in the stream, at least 2.
+        epochs: largest number of epochs for a window.
+        users, items: size of the catalogue, see `write_catalogue`.
+        seed: seed of the catalogue, the encoders and the training.
     """
 
     windows: int = 6
@@ -52,33 +52,33 @@ class DemoSettings:
 
 
 def demo(folder: Path, settings: DemoSettings, display: Display, *, fresh: bool = False) -> None:
-    """Makes the catalogue and the encoders, encodes, trains and reports; a stage that is done is not done again.
+    """Create the catalogue and the encoders, encode, train and report. Finished stages are skipped.
 
     Args:
-        folder: everything goes there; it is the run's folder, too.
-        settings: what to do.
-        display: where progress is shown.
-        fresh: start anew, and remove what an earlier demonstration left in the folder.
+        folder: folder for all files; also the run's folder.
+        settings: settings of the demo.
+        display: display of the command.
+        fresh: remove the files of an earlier demo in the folder first.
 
     Raises:
-        ValueError: the folder holds something else, or a demonstration of other settings.
+        ValueError: the folder has other files, or a demo with other settings.
     """
     start = time.monotonic()
-    StreamConfig(epochs=settings.epochs, seed=settings.seed)  # raises before anything is made
+    StreamConfig(epochs=settings.epochs, seed=settings.seed)  # raises before any file is written
     _claim(folder, settings, fresh=fresh)
     if _finished(folder):
         _show_again(folder, display)
         return
-    display.heading("1. The drifting catalogue: synthetic items with images and captions, and a log of who took what")
+    display.heading("1. Drifting catalogue: synthetic items with images and captions, and a log of interactions")
     try:
         _catalogue(folder / "catalogue", settings, display)
     except ValueError:
-        # Settings that no catalogue can be drawn with must not claim the folder.
+        # With invalid settings of the catalogue the folder must not be marked as a demo.
         (folder / MARK).unlink()
         raise
     display.heading("2. Frozen encoders (small, with random weights) and the hidden states of all items")
     _encode(folder, settings, display)
-    display.heading(f"3. Training over {settings.windows} windows, each one tested on the next")
+    display.heading(f"3. Training on {settings.windows} windows; each model is tested on the next window")
     given = {
         "dataset": folder / "catalogue",
         "store": folder / "store",
@@ -86,18 +86,18 @@ def demo(folder: Path, settings: DemoSettings, display: Display, *, fresh: bool 
         "epochs": settings.epochs,
         "seed": settings.seed,
         **TRAINING,
-        # What it shows is how experts are added and dropped.
+        # The demo shows how experts are added and pruned.
         "expand": True,
         "prune": True,
     }
     with _one_thread():
         train(folder, given, display)
-    display.say(f"The demonstration took {time.monotonic() - start:.0f} s. Try: xsmoe recommend {folder} user-00001")
+    display.say(f"The demo took {time.monotonic() - start:.0f} s. Try: xsmoe recommend {folder} user-00001")
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keeps torch to one thread: the demonstration's tensors are so small that more would wait for each other."""
+    """Limit torch to one thread. The tensors of the demo are too small for several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -109,23 +109,23 @@ def _one_thread() -> Iterator[None]:
 def _claim(folder: Path, settings: DemoSettings, *, fresh: bool) -> None:
     mark = folder / MARK
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give another one with --folder")
+        raise ValueError(f"{folder} is not a folder; choose another one with --folder")
     if folder.is_dir() and any(folder.iterdir()):
         if not mark.is_file():
-            raise ValueError(f"{folder} holds something that is no demonstration; give another folder with --folder")
+            raise ValueError(f"{folder} has files that are not from a demo; choose another folder with --folder")
         if fresh:
-            # The mark goes last, so that an interruption leaves a folder that is still known as a demonstration's.
+            # The mark is removed last, so that the folder is still recognized as a demo after an interruption.
             for path in sorted(folder.iterdir(), key=lambda path: path == mark):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         else:
             saved = json.loads(mark.read_text())
-            mine = asdict(settings)
+            wanted = asdict(settings)
             if differences := [
-                f"{name} {saved.get(name)}, not {mine[name]}" for name in mine if saved.get(name) != mine[name]
+                f"{name} {saved.get(name)}, not {wanted[name]}" for name in wanted if saved.get(name) != wanted[name]
             ]:
                 raise ValueError(
-                    f"{folder} holds a demonstration with {'; '.join(differences)}; give the same settings, another "
-                    "folder with --folder, or --fresh to start anew"
+                    f"{folder} has a demo with {'; '.join(differences)}; use the same settings, another folder with "
+                    "--folder, or --fresh to start again"
                 )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, (json.dumps(asdict(settings)) + "\n").encode())
@@ -138,7 +138,7 @@ def _finished(folder: Path) -> bool:
 
 def _show_again(folder: Path, display: Display) -> None:
     metrics = read_metrics(folder)
-    display.say(f"The demonstration in {folder} is finished; --fresh starts anew.")
+    display.say(f"The demo in {folder} is finished; use --fresh to start again.")
     config = RunConfig.read(folder)
     shown = TrainingDisplay(display, config.modalities, config.windows)
     shown.past(metrics, show=True)

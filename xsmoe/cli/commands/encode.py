@@ -1,4 +1,4 @@
-"""Items through frozen encoders into a hidden-state store, and which encoders those were."""
+"""Command `xsmoe encode`: encode items into a hidden-state store, and record the encoders' locations."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,18 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How items are encoded.
+    """Settings of the encoding.
 
     Attributes:
-        text, image: a folder, a name on the Hugging Face hub, or "minilm"; None leaves the modality out.
+        text, image: encoder: a folder, a name on the Hugging Face hub, or "minilm"; None omits the modality.
         pooling: "cls" or "mean".
-        levels: layers to take; None takes 0, L // 2 and L.
-        dtype: what is stored, by name.
-        compute_dtype: what the encoders compute in, by name.
-        max_tokens: texts are cut to so many.
-        image_size: in pixels; None takes the encoder's own.
-        batch_size: values that go through an encoder at once.
-        device: where the encoders compute.
+        levels: layers to store; None selects 0, L // 2 and L.
+        dtype: name of the store's dtype.
+        compute_dtype: name of the dtype of the computation.
+        max_tokens: texts are truncated to this number of tokens.
+        image_size: in pixels; None selects the encoder's size.
+        batch_size: number of texts or images in an encoder batch.
+        device: device of the encoders.
     """
 
     text: str | None = None
@@ -54,9 +54,9 @@ class EncodeSettings:
 
 
 def encode(dataset_folder: Path, store_folder: Path, settings: EncodeSettings, display: Display) -> EncodeReport:
-    """Encodes a dataset's items that the store does not hold yet."""
+    """Encode the items of a dataset that are not in the store yet."""
     if settings.text is None and settings.image is None:
-        raise ValueError("no encoder is given: name one with --text, with --image, or both")
+        raise ValueError("no encoder is given; use --text, --image, or both")
     for name in ("dtype", "compute_dtype"):
         if getattr(settings, name) not in DTYPES:
             raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, not {getattr(settings, name)!r}")
@@ -89,26 +89,26 @@ def encode(dataset_folder: Path, store_folder: Path, settings: EncodeSettings, d
 
 
 def encode_more(items: Items, root: Path, store: HiddenStateStore, given: Mapping[str, str], display: Display) -> None:
-    """Encodes new items with the encoders and settings of a store, and appends them to it.
+    """Encode new items with the encoders and settings of a store, and append them to the store.
 
     Args:
-        items: those that the store holds already are left alone.
-        root: what image paths are relative to.
-        store: open it again afterwards.
-        given: where encoders lie, by modality; the others are found where they were.
-        display: where to say what came of it.
+        items: the items. Items in the store are not encoded again.
+        root: base folder of relative image paths.
+        store: must be opened again afterwards.
+        given: locations of encoders by modality. Others are expected at their recorded location.
+        display: display of the command.
 
     Raises:
-        StoreError: encoders given or found are not those that the store was made with.
-        ValueError: it is not known where an encoder lies.
+        StoreError: an encoder differs from the one that the store was created with.
+        ValueError: the location of an encoder is unknown.
     """
     sources = read_sources(store.folder) | dict(given)
     encoders: dict[str, FrozenEncoder] = {}
     for name, spec in store.specs.items():
         if name not in ("text", "image") or name not in sources:
             raise ValueError(
-                f"store {store.folder} does not say where the encoder {spec.encoder!r} of its modality {name!r} lies; "
-                + (f"name it with --{name}" if name in ("text", "image") else "append the new items to it yourself")
+                f"store {store.folder} has no location of the encoder {spec.encoder!r} of its modality {name!r}; "
+                + (f"give it with --{name}" if name in ("text", "image") else "append the new items to it yourself")
             )
         options = dict(spec.options)
         compute_dtype = DTYPES[options["compute_dtype"]]
@@ -136,7 +136,7 @@ def encode_more(items: Items, root: Path, store: HiddenStateStore, given: Mappin
 
 
 def save_sources(folder: Path, sources: Mapping[str, str]) -> None:
-    """Notes beside a store where its encoders were found."""
+    """Record the locations of a store's encoders in the store's folder."""
     places = {
         name: {"folder": portable(Path(source).resolve(), folder)} if _is_folder(source) else {"name": source}
         for name, source in sources.items()
@@ -145,7 +145,7 @@ def save_sources(folder: Path, sources: Mapping[str, str]) -> None:
 
 
 def read_sources(folder: Path) -> dict[str, str]:
-    """Where a store's encoders were found; nothing where that was not noted."""
+    """Return the recorded locations of a store's encoders; an empty dict if there are none."""
     path = folder / SOURCES
     if not path.is_file():
         return {}
@@ -172,8 +172,8 @@ def _run(
     display.say(f"{store_folder}: {report}")
     for name, count in report.outdated.items():
         display.warn(
-            f"the store holds {count} items without {name}, although the dataset names one for them: it could not be "
-            "read when they were encoded, or is new; encode into a new folder to have it"
+            f"the store has {count} items without {name}, although the dataset has one for them: it could not be read "
+            "when they were encoded, or is new; encode into a new folder to add it"
         )
     for value in report.unreadable[:SHOWN]:
         display.warn(f"item {value.item}: {value.reason}")
@@ -188,5 +188,5 @@ def _is_folder(source: str) -> bool:
 
 def _pooling(name: str) -> Pooling:
     if name not in ("cls", "mean"):
-        raise ValueError(f"the store's pooling is {name!r}, which no encoder here does; append the items yourself")
+        raise ValueError(f"the store's pooling is {name!r}, but must be cls or mean; append the items yourself")
     return "cls" if name == "cls" else "mean"

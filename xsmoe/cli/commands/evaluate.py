@@ -1,4 +1,4 @@
-"""Testing a run's model without training it."""
+"""Command `xsmoe evaluate`: test a run's model without training it."""
 
 from pathlib import Path
 
@@ -16,21 +16,21 @@ from xsmoe.stream.state.run_folder import read_metrics
 def evaluate(
     folder: Path, interactions: Path | None, device: str | None, display: Display, *, targets: str | None = None
 ) -> None:
-    """Tests a run's model on interactions, or shows the tests that training has recorded.
+    """Test a run's model on interactions, or show the tests recorded in training.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         interactions: a .csv or .parquet file with the columns user, item and timestamp; None shows the recorded tests.
-        device: where the model computes; default where it was trained.
-        display: where to say what came of it.
-        targets: which items of a user's sequence are ranked, "all" or "last"; default as the run was started.
+        device: device of the model; None uses the device of the training.
+        display: display of the command.
+        targets: items of a user's sequence that are ranked, "all" or "last"; None uses the run's setting.
 
     Raises:
-        ValueError: no run, nothing to show, targets without interactions, or a mistake in the file.
+        ValueError: there is no run or no recorded test, targets are given without interactions, or the file is invalid.
     """
     if interactions is None:
         if targets is not None:
-            raise ValueError("--targets needs --interactions: what training recorded was ranked with the run's own")
+            raise ValueError("--targets needs --interactions: recorded tests were ranked with the run's setting")
         _show_recorded(folder, display)
         return
     log = read_interactions(interactions)
@@ -51,8 +51,8 @@ def evaluate(
     splits = settings.split(stream.windows[0])
     if not len(splits.test):
         raise ValueError(
-            f"{interactions}: no user has {max(2, run.stream.k_core)} interactions or more that can be used (k_core is "
-            f"{run.stream.k_core}), so that there is nothing to test on"
+            f"{interactions}: no user has at least {max(2, run.stream.k_core)} usable interactions (k_core is "
+            f"{run.stream.k_core}), so there is nothing to test; add interactions"
         )
     few = len(stream.windows[0]) - len(splits.all_pairs[0])
     if few:
@@ -61,7 +61,7 @@ def evaluate(
         )
     display.say(f"The model after window {len(run.windows) - 1}, tested on {len(stream.windows[0])} interactions:")
     with display.working("Ranking all items for every user"):
-        tested = evaluate_window(run.model, run.features(), splits, run.memory(), settings)
+        tested = evaluate_window(run.model, run.features(), splits, run.seen_items(), settings)
     cold = tested["cold"]
     display.say(
         f"{tested['all']['users']} users, {tested['candidates']} candidates; {cold['users']} last items were never "
@@ -75,7 +75,7 @@ def _show_recorded(folder: Path, display: Display) -> None:
     metrics = read_metrics(folder)
     tested = [result for result in results.window_results(metrics) if result.test is not None]
     if not tested:
-        raise ValueError(f"{folder} has recorded no test yet: its second window has not come; go on with `xsmoe train`")
+        raise ValueError(f"{folder} has no recorded test yet, because its second window is missing; use `xsmoe train`")
     columns = tables.fit(tables.columns(config.modalities), display.width)
     for line in tables.header(columns):
         display.heading(line)

@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, backends."""
+"""Command `xsmoe info`: versions, devices and backends."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from xsmoe_kernels import info as kernel_info
 
 
 def info(display: Display, *, as_json: bool) -> None:
-    """Shows versions, devices, and for every operator which backend serves it and why the others do not."""
+    """Show versions, devices, and the backend of each operator, with the reasons why others are unavailable."""
     found = kernel_info()
     if as_json:
         display.say(json.dumps(found, indent=2))
@@ -25,18 +25,18 @@ def info(display: Display, *, as_json: bool) -> None:
     if not found["devices"]["cuda"]:
         lines.append(["cuda", "none"])
     display.lines(_indented(lines))
-    _show_native(found["native"], display)
+    _show_cpu(found["native"], display)
     _show_cuda(found["cuda_kernels"], display)
     for device in ("cpu", "cuda"):
         _show_operators(device, {name: on[device] for name, on in found["operators"].items()}, display)
 
 
-def _show_native(native: dict[str, Any], display: Display) -> None:
-    """What the native CPU kernels were built with and use, or why they are not there."""
+def _show_cpu(native: dict[str, Any], display: Display) -> None:
+    """Show build and instruction set of the C++ kernels for the CPU, or why they are unavailable."""
     if "unavailable" in native:
-        display.heading(f"Native CPU kernels: none, {native['unavailable']}")
+        display.heading(f"CPU kernels: none, {native['unavailable']}")
         return
-    display.heading("Native CPU kernels")
+    display.heading("CPU kernels")
     rows = [["instructions", native["tier"] + (f", of {', '.join(native['tiers'])}" if native["tiers"] else "")]]
     rows += [[name, native[name]] for name in ("compiler", "torch") if native[name]]
     if native["left_out"]:
@@ -46,7 +46,7 @@ def _show_native(native: dict[str, Any], display: Display) -> None:
 
 
 def _show_cuda(cuda: dict[str, Any], display: Display) -> None:
-    """What the CUDA kernels were built with and for, or why they are not there."""
+    """Show build and architectures of the CUDA kernels, or why they are unavailable."""
     if "unavailable" in cuda:
         display.heading(f"CUDA kernels: none, {cuda['unavailable']}")
         return
@@ -57,7 +57,7 @@ def _show_cuda(cuda: dict[str, Any], display: Display) -> None:
 
 
 def _show_operators(device: str, operators: dict[str, Any], display: Display) -> None:
-    """Who serves the operators on a type of device; reasons that operators share are given once."""
+    """Show the backend of each operator on a type of device. Equal reasons of several operators are shown once."""
     reasons: dict[str, list[tuple[str, str]]] = {}
     for operator, service in operators.items():
         for backend, reason in (*service["unavailable"].items(), *service["by_name"].items()):
@@ -66,7 +66,7 @@ def _show_operators(device: str, operators: dict[str, Any], display: Display) ->
     if len(reasons) == 1 and not any(service["backend"] for service in operators.values()):
         display.heading(f"Operators on {device}: none, {next(iter(reasons))}")
         return
-    display.heading(f"Operators on {device}, and the backends that serve them")
+    display.heading(f"Operators on {device} and their backends")
     display.lines(_indented([[name, service["backend"] or "none"] for name, service in operators.items()]))
     for reason, cases in reasons.items():
         backends = dict.fromkeys(backend for _, backend in cases)

@@ -1,4 +1,4 @@
-"""Datasets out of raw files."""
+"""Command `xsmoe prepare`: create datasets from raw files."""
 
 import os
 from pathlib import Path
@@ -22,14 +22,14 @@ from xsmoe.data.times import iso_day
 
 
 def movielens(source: Path, out: Path, display: Display) -> None:
-    """A MovieLens release in CSV form as a dataset."""
+    """Create a dataset from a MovieLens release in CSV format."""
     _describe(prepare_movielens(source, out), display)
 
 
 def catalogue(
     out: Path, display: Display, *, seed: int, windows: int, users: int, items: int, returning: int = 0
 ) -> None:
-    """The drifting catalogue as a dataset, or one of so many regimes that return."""
+    """Create a synthetic dataset: a drifting catalogue, or one with `returning` taste regimes."""
     with display.progress("Drawing the catalogue") as advance:
         dataset = write_catalogue(
             out, seed=seed, num_windows=windows, users=users, items=items, returning=returning, progress=advance
@@ -48,15 +48,15 @@ def table(
     image_column: str | None,
     images_root: Path | None,
 ) -> None:
-    """Two tables as a dataset.
+    """Create a dataset from two tables.
 
     Args:
         out: the dataset's folder.
-        display: where to say what came of it.
+        display: display of the command.
         interactions, items: .csv or .parquet files.
-        columns: what "user", "item" and "timestamp" are called.
-        text_column, image_column: of the items; None takes "text" and "image" where they are there.
-        images_root: what image paths are relative to; default the folder of `items`.
+        columns: names of the columns "user", "item" and "timestamp".
+        text_column, image_column: columns of the items; None selects "text" and "image" if they exist.
+        images_root: base folder of relative image paths; None selects the folder of `items`.
     """
     log = read_interactions(interactions, **columns)
     listed = read_items(
@@ -79,14 +79,14 @@ def read_items(
     image_column: str | None = None,
     images_root: Path | None = None,
 ) -> Items:
-    """Items out of a .csv or .parquet file.
+    """Read items from a .csv or .parquet file.
 
     Args:
         path: the file.
-        folder: the dataset's, which the image paths of the result are relative to. Images stay where they are.
-        item_column: the ids' column.
-        text_column, image_column: None takes "text" and "image" where the file has them.
-        images_root: what the file's image paths are relative to; default the file's folder.
+        folder: the dataset's folder. Image paths of the result are relative to it. Images are not copied.
+        item_column: column of the ids.
+        text_column, image_column: None selects "text" and "image" if the file has them.
+        images_root: base folder of the file's relative image paths; None selects the file's folder.
 
     Raises:
         DataError: the file cannot be read, lacks a column, or has neither texts nor images.
@@ -96,16 +96,16 @@ def read_items(
         "text": text_column or ("text" if "text" in names else None),
         "image": image_column or ("image" if "image" in names else None),
     }
-    wanted = {item_column: "Rename it, or name the right one with --item-column of `xsmoe prepare table`."}
+    wanted = {item_column: "Rename it, or use --item-column of `xsmoe prepare table`."}
     if item_column in names and not any(chosen.values()):
         raise DataError(
-            f"{path}: has neither texts nor images; its columns are {', '.join(names)}. Name one text or image, or "
-            "use --text-column or --image-column of `xsmoe prepare table`"
+            f"{path}: has neither texts nor images; its columns are {', '.join(names)}. Rename a column to text or "
+            "image, or use --text-column or --image-column of `xsmoe prepare table`"
         )
     for kind, name in chosen.items():
         if name is not None:
-            wanted.setdefault(name, f"Name the right one with --{kind}-column.")
-    # A path or an id is no text, whatever else the column is used for.
+            wanted.setdefault(name, f"Use --{kind}-column.")
+    # Columns of paths or ids are not parsed as texts, even if they are also the text column.
     text = {chosen["text"]} - {None, chosen["image"], item_column}
     table = read_table(path, wanted, text={name for name in text if name is not None})
     ids = id_strings(path, item_column, table.columns[item_column])
@@ -135,7 +135,7 @@ def _describe(dataset: Dataset, display: Display) -> None:
 
 
 def log_line(counts: LogSummary) -> str:
-    """What is counted of a log, as one line."""
+    """Return the counts of a log as one line."""
     return (
         f"The log: {counts.rows} rows from {iso_day(counts.first)} to {iso_day(counts.last)}, {counts.users} users, "
         f"{counts.items} items, {counts.duplicates} exact duplicates, {counts.repeats} repeats of a user's item at "

@@ -1,4 +1,4 @@
-"""A profile of training steps, as a person sees it."""
+"""Option `--profile`: profile of training steps as a table."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ from xsmoe.stream.trainer import Listener
 
 @contextmanager
 def profiled(folder: Path | None, device: torch.device, display: Display, listeners: list[Listener]) -> Iterator[None]:
-    """Profiles the first steps that are taken inside the block, and shows the table as soon as it is there.
+    """Profile the first steps inside the block, and show the table when it is complete.
 
     Args:
-        folder: where the trace goes; None profiles nothing.
-        device: where the steps run.
-        display: where the table is shown.
-        listeners: the trainer's, to which one is added inside the block.
+        folder: folder of the trace; None disables the profile.
+        device: device of the steps.
+        display: display of the command.
+        listeners: listeners of the trainer. The profiler is added inside the block.
     """
     if folder is None:
         yield
@@ -44,17 +44,19 @@ def profiled(folder: Path | None, device: torch.device, display: Display, listen
             listeners.remove(listen)
     if profiler.result is None:
         display.warn(
-            f"--profile: nothing was profiled, because this command took {profiler.steps} training steps, and a "
-            f"profile begins after {WAIT + WARM_UP}"
+            f"--profile: nothing was profiled, because this command ran {profiler.steps} training steps, but the "
+            f"profile starts after {WAIT + WARM_UP} steps"
         )
     elif not shown:
         show(profiler.result, display)
 
 
 def show(found: StepProfile, display: Display) -> None:
-    """The table of a step's parts, and how the trace is opened."""
+    """Show the table of a step's parts, and the file of the trace."""
     fewer = "" if found.steps == STEPS else f", fewer than {STEPS} because training ended"
-    display.heading(f"Profile of {found.steps} steps{fewer} (window {found.window}, epoch {found.epoch}): one step")
+    display.heading(
+        f"Profile of {found.steps} steps{fewer} (window {found.window}, epoch {found.epoch}), mean per step"
+    )
     display.lines(tables.aligned(rows(found)))
     if found.problem is not None:
         display.warn(f"--profile: {found.problem}")
@@ -63,8 +65,8 @@ def show(found: StepProfile, display: Display) -> None:
 
 
 def rows(found: StepProfile) -> list[list[str]]:
-    """The table's header, a row for each range, and their sum; parts of a range are indented and not in the sum."""
-    outer = [one for one in found.ranges if one.inside is None]
+    """Return the table: a header, a row for each range, and the sum. Nested ranges are indented and not in the sum."""
+    outer = [one for one in found.ranges if one.parent is None]
     cpu = sum(one.cpu_seconds for one in outer)
     on_cuda = any(one.cuda_seconds is not None for one in outer)
     cuda = sum(one.cuda_seconds or 0.0 for one in outer)
@@ -79,7 +81,7 @@ def rows(found: StepProfile) -> list[list[str]]:
         ["range", "calls", "CPU ms", "share", *(["CUDA ms", "share"] if on_cuda else [])],
         *(
             row(
-                one.name if one.inside is None else f"  {one.name}",
+                one.name if one.parent is None else f"  {one.name}",
                 f"{one.calls / found.steps:g}",
                 one.cpu_seconds,
                 one.cuda_seconds or 0.0,

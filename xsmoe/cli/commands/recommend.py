@@ -1,4 +1,4 @@
-"""What a run recommends to a user."""
+"""Command `xsmoe recommend`: recommendations for a user."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,17 +20,17 @@ LONGEST_TITLE = 100
 
 
 def recommend(folder: Path, user: str, count: int, device: str | None, display: Display) -> None:
-    """Shows what a user took last, and the items that score highest among those that the user has not met.
+    """Show a user's last items, and the items with the highest scores that the user has not seen.
 
     Args:
-        folder: of the run.
-        user: the id, as in the dataset.
-        count: how many items to recommend.
-        device: where the model computes; default where it was trained.
-        display: where to show it.
+        folder: folder of the run.
+        user: the user's id, as in the dataset.
+        count: number of items to recommend.
+        device: device of the model; None uses the device of the training.
+        display: display of the command.
 
     Raises:
-        ValueError: no trained run, a count below 1, or a user that no window of the run has seen.
+        ValueError: there is no trained run, the count is below 1, or the user is in no window of the run.
     """
     if count < 1:
         raise ValueError(f"the number of items (-k) must be at least 1, not {count}")
@@ -39,40 +39,40 @@ def recommend(folder: Path, user: str, count: int, device: str | None, display: 
         np.concatenate([getattr(window, name) for window in run.windows]) for name in ("users", "items", "timestamps")
     )
     found = np.flatnonzero(run.users == user)
-    mine = np.flatnonzero(users == found[0]) if len(found) else found
-    if not len(mine):
+    own = np.flatnonzero(users == found[0]) if len(found) else found
+    if not len(own):
         raise ValueError(f"user {user!r} is in no window of {folder}; {_examples(run, users)}")
-    last = mine[np.argsort(times[mine], kind="stable")][-run.stream.max_inputs :]
+    last = own[np.argsort(times[own], kind="stable")][-run.stream.max_inputs :]
     candidates = np.unique(items)
-    scores, chosen = _best(run, candidates, items[last], np.unique(items[mine]), count)
+    scores, chosen = _best(run, candidates, items[last], np.unique(items[own]), count)
 
     titles = _Titles(run)
-    display.heading(f"User {user}: {len(mine)} items taken, the last of them:")
+    display.heading(f"User {user}: last {len(last)} of {len(own)} interactions:")
     rows = [[_day(times[place]), *titles.of(items[place])] for place in last]
     display.lines(_table(["when", "item", "title"], rows))
     display.say()
-    display.heading(f"Recommended, out of {len(candidates)} items:")
+    display.heading(f"Recommended, from {len(candidates)} items:")
     places = zip(scores, chosen, strict=True)
     rows = [
         [f"{rank}", f"{score:.3f}", *titles.of(candidates[place])]
         for rank, (score, place) in enumerate(places, start=1)
         if place >= 0
     ]
-    display.lines(_table(["rank", "score", "item", "title"], rows) if rows else ["nothing: the user has met them all"])
+    display.lines(_table(["rank", "score", "item", "title"], rows) if rows else ["none: the user has seen all items"])
 
 
 @torch.no_grad()
 def _best(
     run: TrainedRun, candidates: np.ndarray, inputs: np.ndarray, seen: np.ndarray, count: int
 ) -> tuple[list[float], list[int]]:
-    """Scores and places among the candidates of the items that score highest; place -1 where there are too few."""
+    """Return scores and candidate indices of the items with the highest scores; index -1 if there are too few."""
     device = torch.device(run.stream.device)
     embeddings = embed_items(run.model, run.features(), candidates, device)
     places = torch.from_numpy(np.searchsorted(candidates, inputs)).to(device)
-    met = torch.from_numpy(np.searchsorted(candidates, seen)).to(device)
-    bounds = [torch.tensor([0, len(values)], device=device) for values in (places, met)]
+    excluded = torch.from_numpy(np.searchsorted(candidates, seen)).to(device)
+    bounds = [torch.tensor([0, len(values)], device=device) for values in (places, excluded)]
     query = run.model.queries(functional.embedding(places, embeddings), bounds[0])
-    scores, ids = topk_items(query, embeddings, count, (met, bounds[1]))
+    scores, ids = topk_items(query, embeddings, count, (excluded, bounds[1]))
     return scores[0].tolist(), ids[0].tolist()
 
 
@@ -83,7 +83,7 @@ class _Titles:
         self._ids = run.store.item_ids
 
     def of(self, item: int) -> list[str]:
-        """An item's id and its title."""
+        """Return an item's id and its title."""
         name = self._ids[item]
         title = " ".join((self._texts.get(name) or NO_TITLE).split())
         return [name, title if len(title) <= LONGEST_TITLE else f"{title[: LONGEST_TITLE - 3]}..."]
@@ -103,4 +103,4 @@ def _day(seconds: int) -> str:
 
 def _examples(run: TrainedRun, users: np.ndarray) -> str:
     known = run.users[np.unique(users)]
-    return f"it knows {len(known)} users, such as {', '.join(known[:SHOWN_USERS])}"
+    return f"use one of its {len(known)} users, such as {', '.join(known[:SHOWN_USERS])}"

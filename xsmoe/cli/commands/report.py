@@ -1,4 +1,4 @@
-"""Writing a run's report."""
+"""Command `xsmoe report`: the report of a run."""
 
 import json
 import platform
@@ -22,16 +22,16 @@ from xsmoe_kernels import __version__, info
 
 
 def report(folder: Path, display: Display) -> None:
-    """Writes a run's report anew."""
+    """Write a run's report again."""
     RunConfig.read(folder)
     metrics = read_metrics(folder)
     if not metrics:
-        raise ValueError(f"{folder} has no metrics yet: no epoch is done; go on with `xsmoe train`")
+        raise ValueError(f"{folder} has no metrics yet: no epoch is finished; resume it with `xsmoe train`")
     display.say(f"Report: {write_report(folder, metrics)}")
 
 
 def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
-    """Writes report/*.png, report/summary.json and report/report.html, and returns the latter's path."""
+    """Write report/*.png, report/summary.json and report/report.html. Return the path of report.html."""
     config = RunConfig.read(folder)
     windows = results.window_results(metrics)
     tests = [line for line in metrics if line["kind"] == "test"]
@@ -61,7 +61,7 @@ def write_report(folder: Path, metrics: Sequence[dict[str, Any]]) -> Path:
 
 
 def _summary(config: RunConfig, metrics: Sequence[dict[str, Any]], verdict: Verdict) -> bytes:
-    """The run in numbers, with what it ran on, for machines to read."""
+    """Return the results of the run, with versions and devices, as JSON."""
     spent, without = results.cost(metrics), results.left_out(metrics)
     tests = [line for line in metrics if line["kind"] == "test"]
     content = {
@@ -83,14 +83,14 @@ def _about(config: RunConfig, windows: Sequence[results.WindowResult]) -> str:
     done = [result for result in windows if result.trained is not None]
     interactions = sum(result.trained["interactions"] for result in done if result.trained is not None)
     ranked = (
-        "all items but the first of a user's sequence there are"
+        "all items except the first of each user's sequence"
         if config.stream.targets == "all"
-        else "for every user the last item there is"
+        else "the last item of each user"
     )
     return (
         f"{len(done)} windows trained, {interactions} interactions, modalities {', '.join(config.modalities)}, "
-        f"protocol {config.stream.protocol}, seed {config.stream.seed}. A window's model is tested on the next window: "
-        f"{ranked} to be found among all items known so far."
+        f"protocol {config.stream.protocol}, seed {config.stream.seed}. A window's model is tested on the next window. "
+        f"The targets are {ranked}. The candidates are all items known so far."
     )
 
 
@@ -107,10 +107,10 @@ def _comparison(compared: Sequence[results.Comparison]) -> list[html.Section]:
         return []
     heading, *rows = tables.comparison_rows(compared, results.POPULARITY)
     text = (
-        f"The last items of all {compared[0].users} users of all tests, items of earlier windows left out: in percent, "
-        "± one standard error over users."
+        f"Targets are the last items of all {compared[0].users} users of all tests. Items that a user has seen in "
+        "earlier windows are excluded. In percent, ± one standard error over users."
     )
-    return [html.Section("Last items, against popularity", [text], html.Table(heading, rows))]
+    return [html.Section("Last items, compared with popularity", [text], html.Table(heading, rows))]
 
 
 def _windows(
@@ -139,13 +139,13 @@ def _growth(windows: Sequence[results.WindowResult]) -> html.Section:
             ]
             added = [f"level {level['level'] + 1}" for level in result.test["expanded"].get(name, [])]
             rows.append([str(result.number), name, "; ".join(drops) or "none", ", ".join(added) or "none"])
-    table = html.Table(["after window", "modality", "dropped", "one expert added at"], rows, text=True)
+    table = html.Table(["after window", "modality", "pruned", "one expert added at"], rows, text=True)
     return html.Section("Growth", [] if rows else ["Nothing yet."], table if rows else None)
 
 
 def _cost(metrics: Sequence[dict[str, Any]]) -> html.Section:
     spent = results.cost(metrics)
-    return html.Section("Time and memory", [f"{spent}." if spent is not None else "No window is done yet."])
+    return html.Section("Time and memory", [f"{spent}." if spent is not None else "No window is finished yet."])
 
 
 def _users(config: RunConfig) -> dict[str, Any]:

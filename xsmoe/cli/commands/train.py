@@ -1,4 +1,4 @@
-"""Training a run over a dataset's stream, from its beginning or from where it was left."""
+"""Command `xsmoe train`: train a run on a dataset's stream, or resume it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,29 +16,29 @@ from xsmoe.encoders import HiddenStateStore
 from xsmoe.report import results, tables
 from xsmoe.report.verdict import judge
 from xsmoe.stream import Stream, StreamingTrainer
-from xsmoe.stream.config import MAY_CHANGE
+from xsmoe.stream.config import CHANGEABLE_ON_RESUME
 from xsmoe.stream.precision import autocast_dtype
-from xsmoe.stream.profiling import require_folder
+from xsmoe.stream.profiling import require_writable_folder
 from xsmoe.stream.trainer import Listener
 
 
 def train(folder: Path, given: Mapping[str, Any], display: Display, *, profile: Path | None = None) -> None:
-    """Trains until all windows are done, and reports.
+    """Train on all windows, and write the report.
 
     Args:
-        folder: of the run; one that is there goes on.
-        given: the settings that were named, see `RunConfig.new`.
-        display: where progress is shown.
-        profile: the folder of a profile of the first steps; None for none.
+        folder: folder of the run. An existing run is resumed.
+        given: the given settings, see `RunConfig.new`.
+        display: display of the command.
+        profile: folder for a profile of the first steps; None disables it.
 
     Raises:
-        ValueError: a mistake in the settings, or settings that differ from those of the run that is there.
+        ValueError: a setting is invalid, or differs from the setting of the existing run.
     """
-    config = _settle(folder, given)
+    config = _load_or_create_config(folder, given)
     check_device(config.stream.device)
     autocast_dtype(config.stream)
     if profile is not None:
-        require_folder(profile)
+        require_writable_folder(profile)
     dataset, store = Dataset.load(config.dataset), HiddenStateStore.open(config.store)
     stream = Stream.build(
         dataset.interactions,
@@ -71,21 +71,21 @@ def run_trainer(
     show_past: bool = True,
     profile: Path | None = None,
 ) -> None:
-    """Lets a trainer work, shows and records what happens, and writes the report.
+    """Create a trainer and call `work` with it, show and record its events, and write the report.
 
     Args:
-        folder, config: of the run.
-        stream: its windows and features.
-        display: where progress is shown.
-        work: what the trainer does.
-        of: windows there are in all.
-        show_past: whether windows that were done before are shown too.
-        profile: the folder of a profile of the first steps; None for none.
+        folder, config: folder and settings of the run.
+        stream: windows and features of the run.
+        display: display of the command.
+        work: the work of the trainer.
+        of: total number of windows.
+        show_past: whether windows that were finished before are shown too.
+        profile: folder for a profile of the first steps; None disables it.
     """
     shown = TrainingDisplay(display, config.modalities, of)
     listeners: list[Listener] = [shown]
 
-    def tell(event: str, fields: dict[str, Any]) -> None:
+    def notify(event: str, fields: dict[str, Any]) -> None:
         for listen in listeners:
             listen(event, fields)
 
@@ -94,7 +94,7 @@ def run_trainer(
         stream,
         config.stream,
         folder=folder,
-        listener=tell,
+        listener=notify,
     ) as trainer:
         shown.past(trainer.metrics, show=show_past)
         with TensorBoard(folder / "tensorboard", trainer.metrics) as board, shown:
@@ -103,21 +103,21 @@ def run_trainer(
                 work(trainer)
         shown.finish()
         if trainer.progress.epoch is not None:
-            display.warn("a window that came by `xsmoe update` was cut short; run that update again to go on with it")
+            display.warn("training on a window of `xsmoe update` was interrupted; run that update again to resume it")
         metrics = trainer.metrics
     show_comparison(metrics, display)
     display.say(f"Report: {write_report(folder, metrics)}")
 
 
 def show_comparison(metrics: list[dict[str, Any]], display: Display) -> None:
-    """Show what the model is worth beside the baselines, over all tests, and what the run cost."""
+    """Show the results of model and baselines over all tests, and the cost of the run."""
     tests = [line for line in metrics if line["kind"] == "test"]
     compared = results.compare(tests)
     if compared:
         display.say()
         display.heading(
-            f"All tests: {len(tests)} windows, {compared[0].users} users tested; the last item of each, ± one standard "
-            "error over users"
+            f"All tests: {len(tests)} windows, {compared[0].users} users tested; last item of each user, ± one "
+            "standard error over users"
         )
         show_tests(tests, display)
     if (without := results.left_out(metrics)) is not None:
@@ -127,13 +127,13 @@ def show_comparison(metrics: list[dict[str, Any]], display: Display) -> None:
 
 
 def show_tests(tests: Sequence[Mapping[str, Any]], display: Display) -> None:
-    """Show tables of tests and the verdict; the tables only where somebody was tested."""
+    """Show the verdict of tests, and their tables if any user was tested."""
     compared, groups, verdict = results.compare(tests), results.groups(tests), judge(tests)
     if compared:
         display.lines(tables.aligned(tables.comparison_rows(compared)))
     if groups:
         display.say()
-        display.heading("All targets: means by group, under both masks")
+        display.heading("All targets: means by group, for both maskings")
         display.lines(tables.aligned(tables.group_rows(groups)))
         display.say(tables.GROUPS_LEGEND, style="dim", wrap=True)
     style = "bold green" if verdict.verdict == "above" else "bold yellow"
@@ -141,43 +141,43 @@ def show_tests(tests: Sequence[Mapping[str, Any]], display: Display) -> None:
 
 
 def say_dropped(stream: Stream, display: Display) -> None:
-    """Tells of interactions that did not enter the stream."""
+    """Warn about interactions that are not part of the stream."""
     dropped = stream.dropped
     if dropped.not_encoded:
         display.warn(f"{dropped.not_encoded} interactions are left out: their items are not in the store")
     if dropped.lacking_modality:
         display.warn(
-            f"{dropped.lacking_modality} interactions are left out: their items lack a modality (a run that is started "
-            "with --missing zero keeps them)"
+            f"{dropped.lacking_modality} interactions are left out: their items lack a modality (to keep them, start a "
+            "run with --missing zero)"
         )
     if dropped.duplicates:
         display.warn(
-            f"{dropped.duplicates} interactions are left out: they repeat another's user, item and time (a run that is "
-            "started with --duplicates keep keeps them)"
+            f"{dropped.duplicates} interactions are left out: another one has the same user, item and time (to keep "
+            "them, start a run with --duplicates keep)"
         )
 
 
 def say_ties(log: Interactions, config: RunConfig, display: Display) -> None:
-    """Warn where the file's order enters the windows, since a model can learn it."""
+    """Warn if windows depend on the file's order, because a model can learn it."""
     if config.stream.ties != "file":
         return
     share = summarize_log(log).shared_time
     if share:
         display.warn(
-            f"{100 * share:.1f} % of interactions share their time with another of the same user and stand in the "
-            "file's order (ties is file); if the file was sorted, by item for instance, that order can be learned and "
-            "quality looks better than it is: a run that is started with --ties hash does not use it"
+            f"{100 * share:.1f} % of interactions have the same time as another one of the same user and keep the "
+            "file's order (ties is file). If the file is sorted, for example by item, a model can learn this order and "
+            "results are too good. To avoid this, start a run with --ties hash"
         )
 
 
 def say_notes(notes: Sequence[str], display: Display) -> None:
-    """Show what was unusual in a file."""
+    """Show notes on the conversion of a file."""
     for note in notes:
         display.say(note)
 
 
 def cut_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run that `Stream.build` and `Stream.next_window` take beside its modalities."""
+    """Return the settings that `Stream.build` and `Stream.next_window` need in addition to the modalities."""
     stream = config.stream
     return {
         "protocol": stream.protocol,
@@ -187,33 +187,33 @@ def cut_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _settle(folder: Path, given: Mapping[str, Any]) -> RunConfig:
+def _load_or_create_config(folder: Path, given: Mapping[str, Any]) -> RunConfig:
     if (folder / CONFIG).exists():
         before = config = RunConfig.read(folder)
-        # What the run was made of may have been moved since; the trainer checks that the contents are the same.
+        # Dataset and store may have been moved. The trainer checks that their contents are the same.
         if "dataset" in given and not config.dataset.exists():
             config = replace(config, dataset=Path(given["dataset"]).resolve())
         if "store" in given and not config.store.exists():
             config = replace(config, store=Path(given["store"]).resolve())
         config.require(given, folder)
-        changed = {name: given[name] for name in MAY_CHANGE if name in given}
+        changed = {name: given[name] for name in CHANGEABLE_ON_RESUME if name in given}
         config = replace(config, stream=replace(config.stream, **changed))
         if config != before:
             config.write(folder)
         return config
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; a run needs one of its own")
+        raise ValueError(f"{folder} is not a folder; choose a new folder for the run")
     for name in ("dataset", "store"):
         if name not in given:
-            raise ValueError(f"{folder} holds no run yet, and a new one needs --{name}")
+            raise ValueError(f"{folder} is not a run, and a new run needs --{name}; add this option")
     return RunConfig.new(given, HiddenStateStore.open(given["store"]))
 
 
 def _require_same_users(folder: Path, stream: Stream) -> None:
-    """An update adds users behind those of the dataset, which must still be the same."""
+    """Raise ValueError if the dataset's users differ from the first users of the run. Updates append users."""
     known = read_users(folder, ())[: len(stream.user_ids)]
     if known.tolist() != stream.user_ids.tolist():
         raise ValueError(
-            f"the dataset's users are not those in {folder / USERS}: the dataset or the store has changed since "
-            "the run began; restore it, or start another run"
+            f"the dataset's users differ from those in {folder / USERS}: the dataset or the store has changed since "
+            "the run was started; restore it from a backup, or start another run"
         )

@@ -1,4 +1,4 @@
-"""A run goes on with what has arrived: new interactions, and with them new users and new items."""
+"""Command `xsmoe update`: update a run with new interactions, users and items."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from xsmoe.data.repeats import seen_before
 from xsmoe.data.times import differ_in_unit
 from xsmoe.encoders import HiddenStateStore
 from xsmoe.stream import Stream, StreamingTrainer
-from xsmoe.stream.profiling import require_folder
+from xsmoe.stream.profiling import require_writable_folder
 from xsmoe.stream.state.run_folder import read_metrics, read_window, window_digest
 
 SHOWN_ROWS = 5
@@ -32,40 +32,40 @@ def update(
     *,
     profile: Path | None = None,
 ) -> None:
-    """Take new interactions as the run's next window: tests on them, grows and trains.
+    """Use new interactions as the run's next window: test the model on them, grow it and train it.
 
-    New items are encoded and appended to the store and to the dataset first; new users are numbered behind those that
-    are known. Every step is done once, however often the command is given.
+    New items are encoded first and appended to the store and to the dataset. New users are numbered after the known
+    ones. Every step is done once, even if the command is repeated.
 
     Args:
-        folder: of the run, all windows of whose dataset are done.
-        interactions: a .csv or .parquet file with the columns user, item and timestamp. None of its rows may be among
-            those that the run was given before, in whatever unit of time.
-        items: a .csv or .parquet file with the columns item, text and image, of items that may be new.
-        images_root: what image paths are relative to; default the folder of `items`.
-        encoders: where encoders lie, by modality, if not where they were.
-        display: where progress is shown.
-        profile: the folder of a profile of the first steps; None for none.
+        folder: folder of the run. All windows of its dataset must be finished.
+        interactions: a .csv or .parquet file with the columns user, item and timestamp. The run must not have received
+            any of its rows before, in any unit of time.
+        items: a .csv or .parquet file with the columns item, text and image. Known items are skipped.
+        images_root: base folder of relative image paths; None selects the folder of `items`.
+        encoders: locations of encoders by modality, if they differ from the recorded ones.
+        display: display of the command.
+        profile: folder for a profile of the first steps; None disables it.
 
     Raises:
-        ValueError: a mistake in the files, a run that is not ready, or encoders that are not the store's.
+        ValueError: a file is invalid, the run is not ready, or an encoder differs from the store's encoder.
     """
     config = RunConfig.read(folder)
     check_device(config.stream.device)
     if profile is not None:
-        require_folder(profile)
+        require_writable_folder(profile)
     number = sum(line["kind"] == "window" for line in read_metrics(folder))
     if number < config.windows:
         raise ValueError(
-            f"{folder} has trained {number} of its {config.windows} windows; finish `xsmoe train {folder}` first"
+            f"{folder} has finished {number} of its {config.windows} windows; finish `xsmoe train {folder}` first"
         )
     log = read_interactions(interactions)
     store = HiddenStateStore.open(config.store)
     if items is not None:
         _add_items(config, store, items, images_root, encoders, display)
         store = HiddenStateStore.open(config.store)
-    taken = [read_window(folder, window) for window in range(number)]
-    known = read_users(folder, taken)
+    windows = [read_window(folder, window) for window in range(number)]
+    known = read_users(folder, windows)
     stream = Stream.next_window(
         log,
         store,
@@ -80,63 +80,61 @@ def update(
     say_ties(log, config, display)
     window = stream.windows[0]
 
-    def take(trainer: StreamingTrainer) -> None:
+    def train_window(trainer: StreamingTrainer) -> None:
         done = trainer.progress.digests[: trainer.windows_done]
         if window_digest(window) in done:
             display.say(
-                f"Nothing to do: the run has been trained on these interactions, as its window "
+                f"Nothing to do: the run was already trained on these interactions, as its window "
                 f"{done.index(window_digest(window))}."
             )
             return
-        if len(done) != number or read_users(folder, taken).tolist() != known.tolist():
-            raise ValueError(f"{folder} has changed since the command began; give it again")
+        if len(done) != number or read_users(folder, windows).tolist() != known.tolist():
+            raise ValueError(f"{folder} has changed since the command was started; run the command again")
         trainer.check(window)
-        seen = read_seen(folder, config, taken, known, store)
+        seen = read_seen(folder, config, windows, known, store)
         _require_new(interactions, config, log, window, seen, display)
-        # Under the trainer's lock, and only for a window that it takes.
+        # Written only while the trainer holds the lock, and only for a window that it accepts.
         write_seen(folder, number, log)
         write_users(folder, stream.user_ids)
         trainer.step(window)
 
-    run_trainer(folder, config, stream, display, take, of=number + 1, show_past=False, profile=profile)
+    run_trainer(folder, config, stream, display, train_window, of=number + 1, show_past=False, profile=profile)
 
 
 def _require_new(
     path: Path, config: RunConfig, log: Interactions, window: Window, seen: Sequence[Interactions], display: Display
 ) -> None:
-    """Refuse interactions that the run was given before, and those of which none can be trained on.
+    """Raise ValueError if the run has received interactions before, or if none can be used for training.
 
     Args:
-        path: of the file, for messages.
-        config: of the run.
-        log: what the file holds, also what does not enter the window.
-        window: what is to be trained on.
-        seen: what the run was given before.
-        display: where warnings are shown.
+        path: path of the file, for messages.
+        config: settings of the run.
+        log: all interactions of the file, including those that are not part of the window.
+        window: the next window.
+        seen: all logs that the run has received before.
+        display: display of the command.
     """
     latest, newest = max(int(before.timestamps[-1]) for before in seen), int(log.timestamps[-1])
     if differ_in_unit(latest, newest):
         raise ValueError(
-            f"{path}: column 'timestamp' goes up to {newest}, but that of the run's interactions up to {latest}, which "
-            "is another unit; convert the column to the run's"
+            f"{path}: the largest 'timestamp' is {newest}, but {latest} in the run's interactions, which is another "
+            "unit; convert the column to the run's unit"
         )
     again = np.logical_or.reduce([seen_before(log, before) for before in seen])
     if again.any():
         rows = np.sort(log.rows[again])
         shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
         raise ValueError(
-            f"{path}: {len(rows)} of {len(log)} interactions are in the run's windows already; give only new ones. "
-            f"They were given before, perhaps in another unit of time or left out of the windows: data rows {shown}"
+            f"{path}: {len(rows)} of {len(log)} interactions were given to the run before, maybe in another unit of "
+            f"time, or were left out of its windows; remove them and give only new ones: data rows {shown}"
         )
     if not len(config.stream.split(window).train):
         raise ValueError(
-            f"{path}: nobody to train on, since no user has {config.stream.k_core} interactions (the run's k_core) "
-            "with 2 of them in its first part; wait until more have come"
+            f"{path}: no training data, because no user has {config.stream.k_core} interactions (the run's k_core) "
+            "with 2 of them in the training split; add more interactions"
         )
     if older := int((window.timestamps < latest).sum()):
-        display.warn(
-            f"{older} of {len(window)} interactions are older than the latest that the run has been trained on"
-        )
+        display.warn(f"{older} of {len(window)} interactions are older than the latest one that the run was trained on")
 
 
 def _add_items(
@@ -156,8 +154,8 @@ def _add_items(
         row = rows[given.ids[place]]
         if given.texts[place] != dataset.items.texts[row]:
             raise ValueError(
-                f"{path}: item {given.ids[place]!r} is known with another text; an item's contents stay what they were "
-                "when it was encoded, so leave it out or give it a new id"
+                f"{path}: item {given.ids[place]!r} is known with another text; an encoded item cannot change, so "
+                "leave it out or use a new id"
             )
     if (store.index_of(given.ids) < 0).any():
         encode_more(given, config.dataset, store, encoders, display)

@@ -1,18 +1,18 @@
-"""What a synthetic item can be like: half of it is seen in its image, half is read in its caption."""
+"""Attributes of synthetic items. The image shows half of them, and the caption states the other half."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One way in which items differ.
+    """One attribute of items.
 
     Attributes:
-        name: what it is called.
-        values: what it can be.
-        released: how many values exist at the start; the others come one by one, a window each.
-        strength: log of the factor by which an item becomes likelier to be taken when it has the wanted value.
-        move: chance that a user who took an item of one value wants the next value in the order of the time then.
+        name: its name.
+        values: its possible values.
+        released: how many values exist at the start. Each later window adds one of the others.
+        strength: log of the factor by which the wanted value raises the probability that a user chooses an item.
+        move: probability that a user who chose one value wants the next value, in the order that is current then.
     """
 
     name: str

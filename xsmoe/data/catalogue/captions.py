@@ -1,4 +1,4 @@
-"""Captions of synthetic items. They tell what the image does not: category, material and style."""
+"""Captions of synthetic items. They state what the image does not show: category, material and style."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ _SENTENCES = (
 
 
 def caption(category: str, material: str, style: str, rng: np.random.Generator) -> str:
-    """A short description of an item with these attributes; its wording, brand and praise vary from call to call."""
+    """Return a short description of an item with these attributes. Wording, brand and quality word are random."""
     brand, quality, sentence = (words[rng.integers(len(words))] for words in (_BRANDS, _QUALITIES, _SENTENCES))
     text = sentence.format(category=category, material=material, style=style, brand=brand, quality=quality)
     return text[0].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""Pictures of synthetic items: one patterned shape on a light ground."""
+"""Images of synthetic items: one patterned shape on a light background."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,13 @@ _OVERSAMPLING = 2
 
 
 def draw(colour: str, texture: str, shape: str, size: int, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture of `size` x `size` pixels of an item with these attributes.
+    """Return an RGB image of `size` x `size` pixels of an item with these attributes.
 
-    Place, extent, tilt, shade, ground and the pattern's offset vary from call to call.
+    Position, size, rotation, shade, background and the pattern's offset are random.
     """
     wide = size * _OVERSAMPLING
     base = np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 13, 3), 0, 255)
-    # A second tone that stands out from the first, be that dark or light.
+    # The second tone contrasts with the first: it is darker than a light tone and lighter than a dark one.
     tone = base * 0.45 if base.mean() > 140 else base + (255 - base) * 0.7
     ground = rng.integers(225, 251, 3)
     x, y = np.meshgrid(np.arange(wide) / wide, np.arange(wide) / wide)
@@ -61,7 +61,7 @@ _TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "zigzag": _zigzag,
 }
 
-# Distances of the corners from the centre, and the direction of the first one in degrees.
+# For each shape: the distances of its corners from the centre, and the direction of the first corner in degrees.
 _POLYGONS = {
     "square": ([1.0] * 4, 45),
     "triangle": ([1.0] * 3, -90),

@@ -1,4 +1,4 @@
-"""The log of the drifting catalogue: synthetic items, users and what these take, all from one seed."""
+"""The log of the drifting catalogue: synthetic items, users and interactions, all generated from one seed."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from xsmoe.data.interactions import Interactions
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Synthetic items, and what synthetic users took.
+    """Synthetic items, and the interactions of synthetic users with them.
 
     Attributes:
-        attributes: (I, len(ATTRIBUTES)) int64, the place of each item's value among its attribute's values.
-        arrival: (I,) int64, the window that brings the item.
-        retirement: (I,) int64, the first window without it; the number of windows if it stays.
+        attributes: (I, len(ATTRIBUTES)) int64, the index of each item's value among its attribute's values.
+        arrival: (I,) int64, the first window with the item.
+        retirement: (I,) int64, the first window after arrival without the item; the number of windows if it stays.
         users, items: (N,) int64 in time order.
         timestamps: (N,) int64 seconds.
     """
@@ -29,11 +29,11 @@ class Catalogue:
     timestamps: np.ndarray
 
     def item_ids(self) -> np.ndarray:
-        """The items' names, (I,) object array of str."""
+        """Return the items' names, (I,) object array of str."""
         return _names("item", len(self.attributes))
 
     def interactions(self) -> Interactions:
-        """The log, with names for users and items."""
+        """Return the log with names for users and items."""
         users = _names("user", int(self.users.max()) + 1)
         return Interactions(users[self.users], self.item_ids()[self.items], self.timestamps)
 
@@ -47,34 +47,34 @@ def generate(
     new_items: int = 80,
     returning: int = 0,
 ) -> Catalogue:
-    """Draws a catalogue and its log. Everything in it is synthetic.
+    """Generate a catalogue and its log. All of it is synthetic.
 
-    Every user has a taste: a value wanted of each attribute. An item's chance to be taken is its appeal, which varies
-    widely, times a factor for every attribute that has the wanted value. No user takes an item twice. After each item,
-    a user often wants the next colour and the next category after the item's own, in an order that all users share;
-    the wanted texture, shape, material and style stay. So what a user takes next can be told from the contents of what
-    the user took before, and hardly from an item's popularity.
+    Every user has a taste: one wanted value of each attribute. The probability that a user chooses an item is
+    proportional to the item's appeal, which varies widely, times a factor for each attribute that has the wanted value.
+    No user chooses an item twice. After each item, the user often wants the next colour and the next category after the
+    item's own, in an order that all users share. The wanted texture, shape, material and style stay. Therefore the
+    contents of a user's earlier items predict the next item well, and popularity hardly does.
 
-    From window to window the world drifts: new items arrive, some of them with colours, textures, categories and
-    materials that did not exist before; others retire; the shared orders change in places; users change their tastes
-    towards a wandering fashion, leave and arrive; what is seen matters more at first, what is read matters more later,
-    and so on in turn.
+    The distribution drifts from window to window. New items arrive, and some of them have colours, textures, categories
+    and materials that did not exist before. Other items retire. The shared orders change in some positions. Tastes
+    follow a fashion, which is a random walk. Users leave and new ones arrive. The visual attributes have more weight at
+    first and the textual attributes have more weight later; they go on alternating.
 
-    With `returning` regimes the world alternates instead: window w has regime w modulo their number. A regime has
-    users, shared orders, a fashion, and strengths of the attributes of its own. In its next window these are what they
-    were in its last one, except that some of its users leave and as many arrive; in between, the other regimes have
-    their windows. Items are common to all regimes; they arrive and retire as in the drift.
+    With `returning` regimes the distribution alternates instead: window w has regime w modulo their number. A regime
+    has its own users, shared orders, fashion and attribute strengths. They are the same in its next window as in its
+    last one, except that some of its users leave and as many arrive. All regimes share the items, which arrive and
+    retire as in the drift.
 
     Args:
-        seed: at least 0; two calls with the same arguments return the same catalogue.
-        num_windows: windows of 30 days; at least 2. All have equally many interactions.
-        users: active in each window, each with 6 to 15 interactions in it.
-        items: on sale at the start; at least 16 per window, so that no user runs out of new ones.
-        new_items: arrive with each later window; half as many retire, but never more than half of all.
-        returning: regimes that alternate, at least 2 and fewer than the windows; 0 for the drift.
+        seed: at least 0. Two calls with the same arguments return the same catalogue.
+        num_windows: number of windows, at least 2. A window has 30 days. All have equally many interactions.
+        users: number of active users in each window. Each has 6 to 15 interactions in it.
+        items: number of items at the start, at least 16 per window. Otherwise a user could run out of new items.
+        new_items: number of items that arrive with each later window. Half as many retire, but at most half of all.
+        returning: number of regimes that alternate, at least 2 and fewer than the windows; 0 selects the drift.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
     for name, value, least in (
         ("seed", seed, 0),
@@ -87,8 +87,8 @@ def generate(
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if returning != 0 and not 2 <= returning < num_windows:
         raise ValueError(
-            f"returning must be 0, or at least 2 and less than num_windows = {num_windows}, so that a regime returns, "
-            f"not {returning}"
+            f"returning must be 0, or at least 2 and less than num_windows = {num_windows} (otherwise no regime "
+            f"returns), not {returning}"
         )
     rng = np.random.default_rng(seed)
     simulation = (

@@ -1,4 +1,4 @@
-"""A world whose tastes come back: regimes that alternate, and do not change while they are absent."""
+"""A catalogue with alternating regimes of tastes. A regime does not change while it is absent."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ _REGIME_SWING = 0.4
 
 @dataclass
 class Regime:
-    """What a regime keeps while others have their windows.
+    """The state that a regime keeps while it is absent.
 
     Attributes:
-        orders: of each attribute, a permutation of all its values, those to come included.
-        fashion: of each attribute, the log weight of each value in the tastes of users who arrive.
+        orders: for each attribute, a permutation of all its values, including those that later windows add.
+        fashion: for each attribute, the log weight of each value in the tastes of arriving users.
         salience: (attributes,), log of the factor for a wanted value.
         active: (U,) int64, the regime's users.
         tastes: (U, attributes) int64, the value that each user wants first.
-        taken: (U, I) bool, what each user has taken of the items that there were.
+        taken: (U, I) bool, whether each user has chosen each item that existed so far.
     """
 
     orders: list[np.ndarray]
@@ -33,7 +33,7 @@ class Regime:
 
 
 class ReturningSimulation(Simulation):
-    """A world whose regimes alternate, a window each; between its windows a regime does not change."""
+    """A simulation whose regimes alternate, one window each. A regime does not change between its windows."""
 
     def __init__(
         self, rng: np.random.Generator, num_windows: int, users: int, items: int, new_items: int, regimes: int
@@ -44,7 +44,7 @@ class ReturningSimulation(Simulation):
         self._enter(0)
 
     def _regime(self, users: int) -> Regime:
-        """Draw a regime with users of its own."""
+        """Draw a regime with its own users."""
         rng = self.rng
         self.orders = [rng.permutation(attribute.released) for attribute in ATTRIBUTES]
         full = []
@@ -66,7 +66,7 @@ class ReturningSimulation(Simulation):
         )
 
     def _enter(self, window: int) -> None:
-        """Make the regime of a window the present one."""
+        """Make the regime of this window the current one."""
         regime = self.regimes[window % len(self.regimes)]
         self.orders = [order[order < self._released(place, window)] for place, order in enumerate(regime.orders)]
         self.fashion, self.active, self.tastes = regime.fashion, regime.active, regime.tastes
@@ -81,7 +81,7 @@ class ReturningSimulation(Simulation):
         )
 
     def _change_users(self, window: int) -> None:
-        # The users of a regime's first window are those that it was drawn with.
+        # A regime's first window has the users that were drawn with the regime.
         if window < len(self.regimes):
             self._widen_taken()
         else:
@@ -93,5 +93,5 @@ class ReturningSimulation(Simulation):
 
     @staticmethod
     def _released(place: int, window: int) -> int:
-        """Return how many values of an attribute exist in a window: one more a window, as in the drift."""
+        """Return how many values of an attribute exist in a window. Each window adds one, as in the drift."""
         return min(len(ATTRIBUTES[place].values), ATTRIBUTES[place].released + window)

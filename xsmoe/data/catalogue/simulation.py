@@ -1,4 +1,4 @@
-"""The world of the drifting catalogue between windows: items, users, what these want, and how all of it changes."""
+"""The simulation of the drifting catalogue: items, users and their tastes, and how they change between windows."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ STRENGTHS = np.array([attribute.strength for attribute in ATTRIBUTES])
 
 
 class Simulation:
-    """The state of the synthetic world between windows."""
+    """The state of the simulation between windows."""
 
     def __init__(self, rng: np.random.Generator, num_windows: int, users: int, items: int, new_items: int) -> None:
         self.rng = rng
@@ -39,7 +39,7 @@ class Simulation:
         self.taken = np.zeros((users, items), bool)
 
     def advance(self, window: int) -> np.ndarray:
-        """Lets the world drift into this window; returns its log, rows of users, items and timestamps."""
+        """Advance the simulation to this window and return the window's log: rows of users, items and timestamps."""
         if window > 0:
             self._drift(window)
         counts = self._counts(len(self.active))
@@ -54,7 +54,7 @@ class Simulation:
         self._change_users(window)
 
     def _change_orders(self, window: int) -> np.ndarray:
-        """Changes the shared orders and the fashion; returns which attributes get a new value, (attributes,) bool."""
+        """Change the shared orders and the fashion. Return which attributes get a new value, (attributes,) bool."""
         rng = self.rng
         newest = np.zeros(len(ATTRIBUTES), bool)
         for place, attribute in enumerate(ATTRIBUTES):
@@ -81,7 +81,7 @@ class Simulation:
         self.tastes = np.where(changing, self._tastes(len(self.active)), self.tastes)
 
     def _replace_users(self) -> np.ndarray:
-        """Lets some users leave and as many arrive in their places, which are returned."""
+        """Replace some users by new ones and return the indices of the replaced users."""
         leaving = self.rng.permutation(len(self.active))[: round(len(self.active) * _USERS_LEAVING)]
         self.active[leaving] = self.num_users + np.arange(len(leaving))
         self.num_users += len(leaving)
@@ -90,11 +90,11 @@ class Simulation:
         return leaving
 
     def _widen_taken(self) -> None:
-        """Give items that arrived since a column of `taken`."""
+        """Add a column to `taken` for each item that has arrived since the last call."""
         self.taken = np.pad(self.taken, ((0, 0), (0, len(self.attributes) - self.taken.shape[1])))
 
     def _salience(self, window: int) -> np.ndarray:
-        """Return the log factor of a wanted value, (attributes,): visual and textual ones take turns in mattering."""
+        """Return the log factor of a wanted value, (attributes,). Visual and textual attributes dominate in turn."""
         side = np.repeat([1.0, -1.0], len(ATTRIBUTES) // 2)
         return STRENGTHS * (1 + side * _SALIENCE_SWING * np.cos(2 * np.pi * window / _SALIENCE_PERIOD))
 
@@ -118,7 +118,10 @@ class Simulation:
         return np.stack(columns, axis=1)
 
     def _counts(self, users: int) -> np.ndarray:
-        """How many items each user takes: a fixed total, so that windows of equal count are the windows meant here."""
+        """Return how many items each user chooses.
+
+        The total is the same in every window. Therefore a cut into windows of equal count yields the simulated windows.
+        """
         counts = self.rng.integers(LEAST_TAKEN, MOST_TAKEN + 1, size=users)
         excess = int(counts.sum()) - users * (LEAST_TAKEN + MOST_TAKEN) // 2
         while excess:
@@ -129,7 +132,7 @@ class Simulation:
         return counts
 
     def _take(self, window: int, counts: np.ndarray) -> np.ndarray:
-        """What the active users take, (users, MOST_TAKEN) int64: each row in order, 0 past a user's count."""
+        """Return the items that the active users choose, (users, MOST_TAKEN) int64, in order, 0 past a user's count."""
         rng = self.rng
         on_sale = np.flatnonzero(self.retirement > window)
         contents = self.attributes[on_sale]
@@ -147,7 +150,7 @@ class Simulation:
             chances = np.tile(appeal, (len(rows), 1))
             for place, factor in enumerate(factors):
                 chances *= factor[wanted[rows, place]]
-            # The least of exponential variables with these rates is item i with probability chances_i / sum.
+            # The minimum of exponential variables with these rates is at item i with probability chances_i / sum.
             waits = rng.standard_exponential(chances.shape, np.float32) / chances
             waits[self.taken[np.ix_(rows, on_sale)]] = np.inf
             picks = np.argmin(waits, axis=1)
@@ -161,7 +164,10 @@ class Simulation:
         return chosen
 
     def _seconds(self, counts: np.ndarray) -> np.ndarray:
-        """When, within the window, (users, MOST_TAKEN) int64: each user is around for a fifth to three fifths of it."""
+        """Return the seconds within the window, (users, MOST_TAKEN) int64.
+
+        Each user is active for one to three fifths of the window.
+        """
         gaps = np.cumsum(self.rng.standard_exponential((len(counts), MOST_TAKEN + 1)), axis=1)
         within = gaps[:, :-1] / np.take_along_axis(gaps, counts[:, None], axis=1)
         span = self.rng.uniform(0.2, 0.6, (len(counts), 1))
@@ -170,7 +176,7 @@ class Simulation:
 
 
 def _successors(order: np.ndarray) -> np.ndarray:
-    """The value after each value, (V,) int64, in this order of all V values, which closes to a circle."""
+    """Return the value after each value, (V,) int64, in this cyclic order of all V values."""
     following = np.empty_like(order)
     following[order] = np.roll(order, -1)
     return following

@@ -1,4 +1,4 @@
-"""From a generated log to a dataset's folder: draws the images, words the captions, writes the tables."""
+"""The writer of a generated catalogue: it draws the images, generates the captions and writes the tables."""
 
 from collections.abc import Callable
 from os import PathLike
@@ -25,29 +25,31 @@ def write_catalogue(
     image_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Writes the drifting catalogue, a synthetic dataset whose users follow what items look and read like.
+    """Write the drifting catalogue, a synthetic dataset whose users choose items by image and text.
 
-    It shows what streaming on contents gains, not how well a model does on real data. `xsmoe.data.catalogue.generator`
-    describes how users choose and how the catalogue drifts. Cut with `make_windows(..., num_windows)`, the windows are
-    those of the drift. The same arguments give the same bytes with the same versions of numpy, Pillow and pyarrow.
+    It shows the benefit of streaming on contents. It does not show how well a model performs on real data.
+    `xsmoe.data.catalogue.generator` describes how users choose and how the catalogue drifts.
+    `make_windows(..., num_windows)` yields the windows of the drift. The same arguments produce the same bytes with the
+    same versions of numpy, Pillow and pyarrow.
 
     Args:
-        out_folder: gets interactions.parquet, items.parquet and images/*.png.
+        out_folder: the folder for interactions.parquet, items.parquet and images/*.png.
         seed: at least 0.
         num_windows: at least 2.
-        users: active in each window, with 6 to 15 interactions each; 15 % leave after it and as many arrive.
-        items: on sale at the start, at least 16 per window.
-        new_items: arrive with each later window.
-        returning: regimes of tastes that alternate, a window each, so that each comes back after windows of absence; at
-            least 2 and fewer than the windows. 0: none, the world drifts. With it `users` are those of each regime.
+        users: number of active users in each window, each with 6 to 15 interactions. After a window 15 % of them leave
+            and as many arrive. With `returning`, the number of users of each regime.
+        items: number of items at the start, at least 16 per window.
+        new_items: number of items that arrive with each later window.
+        returning: number of regimes of tastes that alternate, one window each; at least 2 and fewer than the windows.
+            A regime returns after some windows of absence. 0 selects no regimes; then the catalogue drifts.
         image_size: width and height in pixels, at least 16.
-        progress: called with the number of images drawn and the number in all, after each one.
+        progress: called after each image with the number of images drawn so far and the total number.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
     if image_size < 16:
-        raise ValueError(f"image_size must be at least 16, for a texture to be seen, not {image_size}")
+        raise ValueError(f"image_size must be at least 16 (smaller images show no texture), not {image_size}")
     catalogue = generate(
         seed=seed, num_windows=num_windows, users=users, items=items, new_items=new_items, returning=returning
     )
@@ -56,7 +58,7 @@ def write_catalogue(
 
     folder = Path(out_folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    # While the images of an older catalogue are being replaced, the folder must not pass for a dataset.
+    # While the images of an older catalogue are replaced, the folder must not be a valid dataset.
     (folder / ITEMS).unlink(missing_ok=True)
     pencil, pen = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
     texts, images = np.empty(len(ids), object), np.empty(len(ids), object)

@@ -1,9 +1,9 @@
-"""Batches of a few fixed shapes, so that one CUDA graph serves many steps: padding that changes no result.
+"""Padding of batches to a few fixed shapes, so that one CUDA graph serves many steps. It does not change results.
 
-What is added is left out by the step's own arithmetic, not by masks behind it. An item of padding has a count of 0: it
-weighs nothing in the utilization and is never drawn as a negative. An input of padding belongs to no sequence, and its
-target is an item of padding whose logit is so large that its softmax is 1 to the bit: a loss of 0, gradients of 0. The
-mean over the inputs, which counts those too, is put right by a factor.
+The arithmetic of the step itself ignores padding; there are no masks. A padding item has a count of 0: it has no weight
+in the utilization and is never drawn as a negative. A padding input belongs to no sequence. Its target is a padding
+item whose logit is so large that its softmax is exactly 1, so its loss and its gradients are 0. The mean over the
+inputs includes padding inputs; a factor corrects it.
 """
 
 from dataclasses import dataclass, replace
@@ -16,32 +16,31 @@ from xsmoe.nn import Batch
 from xsmoe.nn.item_ids import NO_ID
 
 ITEMS = 128
-"""Distinct items are padded to a multiple of this."""
-CERTAIN = -1e30
-"""logQ of an item of padding. Added to its logit it leaves nothing of the sum but itself, in float32 and wider."""
+"""The number of distinct items is padded to a multiple of this."""
+PADDING_LOGQ = -1e30
+"""logQ of a padding item. It dominates the sum with the item's logit in float32 and wider dtypes."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What every batch of a window has room for, the number of distinct items aside.
+    """Size to which all batches of a window are padded, except for the number of distinct items.
 
     Attributes:
-        users: sequences in a batch.
-        inputs: the most inputs of a sequence.
+        users: number of sequences in a batch.
+        inputs: largest number of inputs of a sequence.
     """
 
     users: int
     inputs: int
 
     def pad(self, batch: Batch) -> Batch:
-        """The batch with rows added, in a shape that depends on the number of distinct items alone.
+        """Return the padded batch. Its shape depends only on the number of distinct items.
 
-        Its loss, gradients and counters are those of `batch`, to rounding. At least one item is added, the target of
-        what is added to the inputs; items that are added have the id of the first one, so that their hidden states are
-        there and finite.
+        Loss, gradients and counters equal those of `batch` up to rounding. At least one item is added, as the target
+        of the padding inputs. Padding items have the id of the first item, so their hidden states exist and are finite.
 
         Raises:
-            ValueError: the batch has more sequences, or a longer one, than there is room for.
+            ValueError: the batch has more sequences than `users`, or one that is longer than `inputs`.
         """
         (num_items,), (num_inputs,) = batch.items.shape, batch.inputs.shape
         num_users, width = batch.rejected.shape
@@ -57,7 +56,7 @@ class Capacity:
             batch,
             items=_extended(batch.items, items, first),
             counts=_extended(batch.counts, items, 0),
-            logq=_extended(batch.logq, items, CERTAIN),
+            logq=_extended(batch.logq, items, PADDING_LOGQ),
             inputs=_extended(batch.inputs, inputs, num_items),
             targets=_extended(batch.targets, inputs, num_items),
             users=_extended(batch.users, inputs, 0),
@@ -65,7 +64,7 @@ class Capacity:
             rejected=functional.pad(batch.rejected, (0, self.inputs + 1 - width, 0, users), value=-1),
             ids=None if batch.ids is None else _extended(batch.ids, items, NO_ID),
             factor=torch.tensor(self.users * self.inputs / max(1, num_inputs), dtype=torch.float32),
-            # Sequences no longer cover the inputs, and a graph must not hold what differs from batch to batch.
+            # The sequences do not cover the padding inputs, and lengths on the host would be fixed by a graph.
             lengths=None,
         )
 

@@ -1,4 +1,4 @@
-"""Capturing a step as a CUDA graph."""
+"""Capture of a training step as a CUDA graph."""
 
 import gc
 from collections.abc import Callable
@@ -11,33 +11,33 @@ from torch import Tensor
 from xsmoe.stream.cuda.streams import lease
 
 WARM_UP = 3
-"""Steps ahead of a capture, as torch advises: what is compiled, tuned or made at the first call must not go into it."""
+"""Number of steps before a capture, as torch recommends. One-time compilation, tuning and allocation happen in them."""
 _failed: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture failed, held because torch may go on asking them."""
+"""Graphs whose capture failed. They are kept alive because torch may still access them."""
 
 
 class CannotCapture(RuntimeError):
-    """A step does what no CUDA graph can hold; the message says what."""
+    """A step contains an operation that CUDA graphs do not support. The message names it."""
 
 
 class Capture(Protocol):
-    """Makes graphs that replay one at a time."""
+    """Captures steps as graphs that are replayed one at a time."""
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """From a step to what replays it, and where its loss lies then.
+        """Capture a step; return a function that replays it and the tensor that then holds its loss.
 
         Raises:
-            CannotCapture: the step ran, and could not be captured.
+            CannotCapture: the step ran, but could not be captured.
         """
         ...
 
-    def forget(self) -> None:
-        """Gives back the memory of all graphs so far, none of which is held any more."""
+    def free(self) -> None:
+        """Free the memory of all captured graphs. The caller must have dropped its references to them."""
         ...
 
 
 class CudaCapture:
-    """Captures steps that replay one at a time, and so share their memory.
+    """Captures steps as CUDA graphs. They are replayed one at a time and share their memory.
 
     Args:
         device: the GPU.
@@ -45,18 +45,18 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # With a graph torch frees what cuBLAS works in on the stream that it was captured on, for all other graphs too.
+        # When a graph is freed, torch also frees the cuBLAS workspace of its capture stream, which other graphs use.
         self._stream = lease(self, device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def forget(self) -> None:
-        # torch takes no handle again whose graphs are all gone, and keeps their memory until it is asked.
+    def free(self) -> None:
+        # torch does not accept a pool handle whose graphs are all freed, and keeps their memory until `empty_cache`.
         self._pool = torch.cuda.graph_pool_handle()
         gc.collect()
         torch.cuda.empty_cache()
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Runs the step a few times, then captures it; see `Capture`."""
+        """Run the step `WARM_UP` times, then capture it; see `Capture`."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
@@ -64,28 +64,28 @@ class CudaCapture:
                 for _ in range(WARM_UP):
                     step()
         finally:
-            # What goes on after an error as well: it puts back what these steps write.
+            # Needed after an error too: the caller then restores the tensors that these steps wrote.
             current.wait_stream(self._stream)
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
         generator = torch.cuda.default_generators[index]
         spare, graph = generator.clone_state(), torch.cuda.CUDAGraph()
         try:
-            # A capture that fails leaves its own stream behind as the current one. Other threads may go on with copies.
+            # A failed capture leaves its own stream as the current one. Copies in other threads may continue.
             with (
                 torch.cuda.stream(current),
                 torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
             ):
                 loss = step()
         except torch.OutOfMemoryError:
-            # Such a capture ends as others do, and what it has of the pool comes back with its graph.
+            # This capture ends normally. Resetting the graph returns its part of the pool.
             graph.reset()
             raise
         except RuntimeError as error:
-            # It also leaves generator and allocators in the belief that it goes on, and the latter ask the graph. Up to
-            # torch 2.13 one that did not end keeps its part of the pool, which is why a run tries no second time.
+            # The generator and the allocators still expect the capture to continue, and the allocators access the
+            # graph. Up to torch 2.13 an unfinished graph keeps its part of the pool, so a run does not try again.
             _failed.append(graph)
             generator.graphsafe_set_state(spare)
-            with suppress(RuntimeError):  # it has ended
+            with suppress(RuntimeError):  # raised if the capture has ended
                 torch._C._cuda_endAllocateToPool(index, self._pool)
             graph.reset()
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error

@@ -1,4 +1,4 @@
-"""What to do when a device's memory does not suffice."""
+"""Error messages with remedies for out-of-memory errors in training, evaluation and caching."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,148 +6,151 @@ from typing import NamedTuple
 
 import torch
 
-from xsmoe.out_of_memory import allocated, is_shortage, requested, said
+from xsmoe.out_of_memory import allocated, is_out_of_memory, requested, short_message
 from xsmoe.stream.config import StreamConfig
 
 GIB = 1 << 30
-SPARE = 0.9
-"""The part of the room that an estimate fills."""
+USABLE_FRACTION = 0.9
+"""Fraction of the available memory that an estimate may use."""
 
 
 class OutOfMemory(ValueError):
-    """A device's memory does not suffice; the message says for what, what would fit, and what to change."""
+    """A device ran out of memory. The message says what did not fit, what would fit, and which settings to change."""
 
 
 @contextmanager
-def placing_memory(config: StreamConfig) -> Iterator[None]:
-    """Turns what torch says where hidden states do not fit onto the device into `OutOfMemory`."""
+def explain_placement_oom(config: StreamConfig) -> Iterator[None]:
+    """Convert out-of-memory errors of caching hidden states on the device into `OutOfMemory`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         allowed = "its default" if config.store_gib is None else config.store_gib
         raise OutOfMemory(
-            f"the items' hidden states do not fit into the memory of {config.device} ({said(error)}), although "
-            f"--store-gib (here {allowed}) allows what they take: --store-gib 0 leaves them {_elsewhere(config)}. "
-            f"{_KEPT}"
+            f"the items' hidden states do not fit into the memory of {config.device} ({short_message(error)}), "
+            f"although --store-gib (here {allowed}) allows their size; use --store-gib 0, which keeps them "
+            f"{_uncached_location(config)}. {_RESUME}"
         ) from error
 
 
-class Taken(NamedTuple):
-    """Bytes on a device that ran short.
+class MemoryUse(NamedTuple):
+    """Memory of a device at an out-of-memory error, in bytes.
 
     Attributes:
-        held: before the first step.
-        reached: what the step would have reached at least.
-        room: what there is for this process.
+        held: allocated before the first step.
+        required: minimum that the step needed.
+        available: upper limit for this process.
     """
 
     held: int
-    reached: int
-    room: int
+    required: int
+    available: int
 
 
 @contextmanager
-def training_memory(config: StreamConfig, where: str, *, sequences: int, resident: bool) -> Iterator[None]:
-    """Turns what torch says where a training step does not fit into `OutOfMemory`.
+def explain_training_oom(config: StreamConfig, where: str, *, sequences: int, cached: bool) -> Iterator[None]:
+    """Convert out-of-memory errors of training steps into `OutOfMemory`.
 
     Args:
-        config: of the run.
-        where: the window and the epoch.
-        sequences: of the largest step.
-        resident: whether the items' hidden states lie on the device.
+        config: settings of the run.
+        where: the window and the epoch, for the message.
+        sequences: number of sequences of the largest step.
+        cached: whether the items' hidden states are cached on the device.
     """
     device = torch.device(config.device)
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
-        taken = None
+        use = None
         if device.type == "cuda":
-            # The peak is of the whole run so far, and only asked for if torch does not say what there was.
-            there = allocated(error)
-            there = torch.cuda.max_memory_allocated(device) if there is None else there
-            # What this process has reserved can serve other tensors, what others hold cannot.
-            room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-            taken = Taken(held, there + requested(error), room)
+            # The peak covers the whole run so far. It is used only if torch does not report the allocated memory.
+            in_use = allocated(error)
+            in_use = torch.cuda.max_memory_allocated(device) if in_use is None else in_use
+            # Memory that this process has reserved can be used for other tensors; memory of other processes cannot.
+            available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            use = MemoryUse(held, in_use + requested(error), available)
         raise OutOfMemory(
             f"{where}: a training step of {sequences} sequences does not fit into the memory of {config.device} "
-            f"({said(error)}). {advice(config, taken, sequences=sequences, resident=resident)} {_KEPT}"
+            f"({short_message(error)}). {advice(config, use, sequences=sequences, cached=cached)} {_RESUME}"
         ) from error
 
 
 @contextmanager
-def ranking_memory(config: StreamConfig, what: str, *, resident: bool) -> Iterator[None]:
-    """Turns what torch says where memory is short, in an evaluation, into `OutOfMemory`."""
+def explain_ranking_oom(config: StreamConfig, what: str, *, cached: bool) -> Iterator[None]:
+    """Convert out-of-memory errors of an evaluation into `OutOfMemory`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
-        store = f"use {_store(config)}, " if resident else ""
+        store = f"use {_uncached(config)}, " if cached else ""
         raise OutOfMemory(
-            f"{what} does not fit into the memory of {config.device} ({said(error)}). It takes items and users in "
-            f"chunks of a fixed size, so that neither --batch-size (here {config.batch_size}) nor --precision changes "
-            f"what it needs: {store}make room on {config.device}, or use --device with another one. {_KEPT}"
+            f"{what} does not fit into the memory of {config.device} ({short_message(error)}). It processes items and "
+            f"users in chunks of a fixed size, so neither --batch-size (here {config.batch_size}) nor --precision "
+            f"changes its memory use: {store}free memory on {config.device}, or select another one with --device. "
+            f"{_RESUME}"
         ) from error
 
 
-def _store(config: StreamConfig) -> str:
-    return f"--store-gib 0, which leaves the items' hidden states {_elsewhere(config)}"
+def _uncached(config: StreamConfig) -> str:
+    return f"--store-gib 0, which keeps the items' hidden states {_uncached_location(config)}"
 
 
-def _elsewhere(config: StreamConfig) -> str:
+def _uncached_location(config: StreamConfig) -> str:
     return "on the host" if torch.device(config.device).type == "cuda" else "on disk"
 
 
-_KEPT = (
-    "Everything saved so far is intact: the same command goes on from there once there is room, with another "
-    "--store-gib or on another GPU too. Other settings need a run of their own."
+_RESUME = (
+    "All saved files are intact: the same command resumes from them once there is enough memory, also with another "
+    "--store-gib or on another GPU. Other settings need a new run."
 )
 
 
-def advice(config: StreamConfig, taken: Taken | None, *, sequences: int, resident: bool) -> str:
-    """Which batch size would fit, how that is known, and which switches to turn.
+def advice(config: StreamConfig, use: MemoryUse | None, *, sequences: int, cached: bool) -> str:
+    """Return which batch size would fit, the basis of this estimate, and which settings to change.
 
     Args:
-        config: of the run.
-        taken: None where the device does not tell.
-        sequences: of the largest step, of which a small window has fewer than `batch_size`.
-        resident: whether the items' hidden states lie on the device.
+        config: settings of the run.
+        use: None if the device does not report its memory.
+        sequences: number of sequences of the largest step. It is less than `batch_size` for a small window.
+        cached: whether the items' hidden states are cached on the device.
     """
     others = ""
     if config.precision == "float32" and torch.device(config.device).type == "cuda":
         others += ", or --precision bfloat16, which halves activations"
-    if resident:
-        others += f", or {_store(config)}"
+    if cached:
+        others += f", or {_uncached(config)}"
     if sequences <= 1:
-        return f"No smaller batch is left: use a device with more memory{others}."
-    if taken is None:
+        return f"The batch size cannot be reduced further: use a device with more memory{others}."
+    if use is None:
         fits = sequences // 2
-        return f"Try --batch-size {fits}{others} (half; the device does not tell what it has, so this is no estimate)."
-    fits = fitting_batch(sequences, taken)
-    there = f"{taken.held / GIB:.2f} GiB of {taken.room / GIB:.2f} GiB are taken before the first step"
+        return f"Try --batch-size {fits}{others} (half; no estimate, because the device does not report its memory)."
+    fits = fitting_batch(sequences, use)
+    before = f"{use.held / GIB:.2f} GiB of {use.available / GIB:.2f} GiB are allocated before the first step"
     if fits == 0:
-        return f"Not even one sequence would fit by estimate, since {there}: use a device with more memory{others}."
+        return f"By estimate, not even one sequence fits, because {before}: use a device with more memory{others}."
     return (
-        f"Try --batch-size {fits}{others} (estimated, not tried: {there}, the step needed at least "
-        f"{taken.reached / GIB:.2f} GiB, and what it added is taken to grow in proportion to the sequences; of those "
-        f"the first halving that leaves a tenth of the memory free)."
+        f"Try --batch-size {fits}{others} (estimated, not tested: {before}, and the step needed at least "
+        f"{use.required / GIB:.2f} GiB. The estimate assumes that a step's memory is proportional to its sequences. It "
+        f"is the first halving that leaves a tenth of the memory free)."
     )
 
 
-def fitting_batch(sequences: int, taken: Taken) -> int:
-    """Half the sequences, a quarter, .., the first that fits if all but what was held grows with them; 0 if none does.
+def fitting_batch(sequences: int, use: MemoryUse) -> int:
+    """Return the first of `sequences / 2`, `sequences / 4`, ... that fits by estimate; 0 if none does.
+
+    The estimate assumes that all memory except `use.held` is proportional to the number of sequences.
 
     Args:
-        sequences: of the step that did not fit.
-        taken: what it needed.
+        sequences: number of sequences of the step that did not fit.
+        use: memory of the device at the error.
     """
-    each = max(taken.reached - taken.held, 1) / sequences
+    each = max(use.required - use.held, 1) / sequences
     fits = sequences // 2
-    while fits and taken.held + fits * each > SPARE * taken.room:
+    while fits and use.held + fits * each > USABLE_FRACTION * use.available:
         fits //= 2
     return fits

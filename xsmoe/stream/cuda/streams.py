@@ -1,7 +1,7 @@
-"""CUDA streams beside the one that steps run on, for as long as the process lives.
+"""CUDA streams that are reused for the lifetime of the process.
 
-torch gives out a pool of streams in turn. One asked for anew in every epoch would sooner or later be the one on which a
-step is captured, and memory and workspaces would be kept for each of them.
+torch hands out streams from a fixed pool in rotation. A new stream in every epoch would eventually be the same as the
+capture stream of a graph. It would also keep memory and workspaces allocated for each stream.
 """
 
 import weakref
@@ -9,42 +9,42 @@ import weakref
 import torch
 
 POOL = 32
-"""Streams that torch gives out, before it begins again with the first."""
+"""Number of streams in torch's pool."""
 
 _streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 _leased: dict[torch.device, list[tuple[torch.cuda.Stream, weakref.ref[object]]]] = {}
 
 
 def stream_for(purpose: str, device: torch.device) -> torch.cuda.Stream:
-    """The stream for a purpose, which no other purpose on the device has, nor any owner of a leased one."""
-    device = _numbered(device)
+    """Return the stream for a purpose. No other purpose and no lease on the device uses it."""
+    device = _with_index(device)
     if (purpose, device) not in _streams:
-        _streams[purpose, device] = _another(device)
+        _streams[purpose, device] = _unused_stream(device)
     return _streams[purpose, device]
 
 
 def lease(owner: object, device: torch.device) -> torch.cuda.Stream:
-    """A stream that no other owner has while this one lives, and no purpose."""
-    device = _numbered(device)
+    """Return a stream that no purpose and no other owner uses while `owner` is alive."""
+    device = _with_index(device)
     leased = _leased.setdefault(device, [])
     for place, (stream, of) in enumerate(leased):
         if of() is None:
             leased[place] = stream, weakref.ref(owner)
             return stream
-    leased.append((_another(device), weakref.ref(owner)))
+    leased.append((_unused_stream(device), weakref.ref(owner)))
     return leased[-1][0]
 
 
-def _another(device: torch.device) -> torch.cuda.Stream:
-    taken = {stream.cuda_stream for (_, where), stream in _streams.items() if where == device}
-    taken |= {stream.cuda_stream for stream, _ in _leased.get(device, ())}
+def _unused_stream(device: torch.device) -> torch.cuda.Stream:
+    used = {stream.cuda_stream for (_, where), stream in _streams.items() if where == device}
+    used |= {stream.cuda_stream for stream, _ in _leased.get(device, ())}
     found = torch.cuda.Stream(device)
     for _ in range(POOL):
-        if found.cuda_stream not in taken:
+        if found.cuda_stream not in used:
             break
         found = torch.cuda.Stream(device)
     return found
 
 
-def _numbered(device: torch.device) -> torch.device:
+def _with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device

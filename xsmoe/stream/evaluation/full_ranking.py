@@ -1,4 +1,4 @@
-"""Full ranking of next items: model and popularity baselines answer the same task through the same operator."""
+"""Full ranking of next items: one task and one operator for models and popularity baselines."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,26 +15,25 @@ from xsmoe.data.ragged import Ragged, find
 from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
 from xsmoe.nn.item_ids import NO_ID
-from xsmoe.stream.batches.prefetch import feed
+from xsmoe.stream.batches.prefetch import HiddenStates, prefetch
 from xsmoe.stream.config import Repeats
-from xsmoe.stream.hidden_states.device_cache import ResidentFeatures
-from xsmoe.stream.hidden_states.transfer import HiddenStates
+from xsmoe.stream.hidden_states.device_cache import DeviceCachedFeatures
 from xsmoe_kernels import rank_of_target
 
-ITEMS_A_CHUNK = 4096
-USERS_A_CHUNK = 4096
+ITEMS_PER_CHUNK = 4096
+USERS_PER_CHUNK = 4096
 
 
 @dataclass(frozen=True)
 class RankingTask:
-    """For each of B users: up to ten input items, and the target to find among the candidates that they have not met.
+    """Ranking of one target for each of B users, among the candidates that the user has not seen.
 
     Attributes:
         candidates: (C,) int64 item ids, ascending.
-        inputs: (M,) int64 into candidates, the users' inputs laid end to end.
-        offsets: (B + 1,) int64, where each user's inputs begin.
+        inputs: (M,) int64 into candidates, the users' input items, concatenated.
+        offsets: (B + 1,) int64, start of each user's inputs.
         targets: (B,) int64 into candidates.
-        seen, seen_offsets: the candidates that each user has met, ragged.
+        seen, seen_offsets: the candidates that each user has seen, ragged.
         missed: (B,) bool, targets that count as a miss whatever their rank.
     """
 
@@ -48,17 +47,17 @@ class RankingTask:
 
     @classmethod
     def build(cls, sequences: Sequences, candidates: np.ndarray, history: History, repeats: Repeats) -> Self:
-        """The task of finding each sequence's last item from those before it.
+        """Build the task of predicting each sequence's last item from the items before it.
 
         Args:
-            sequences: of at least two items each, all of them among the candidates.
+            sequences: sequences of at least two items each, all of them among the candidates.
             candidates: ascending item ids.
-            history: what the users met before.
-            repeats: "miss" makes a target that stands in the history a sure miss, "rank" ranks it.
+            history: items that the users have seen before.
+            repeats: "miss" counts a target in the history as a miss, "rank" ranks it.
         """
         codes = find(candidates, sequences.items)
         if (codes < 0).any():
-            raise ValueError(f"candidates lack item {sequences.items[codes < 0][0]}, which a sequence holds")
+            raise ValueError(f"candidates lack item {sequences.items[codes < 0][0]}, which a sequence contains")
         last = np.zeros(len(codes), dtype=bool)
         last[sequences.offsets[1:] - 1] = True
         values, bounds = history.of(sequences.users)
@@ -81,7 +80,7 @@ class RankingTask:
         return len(self.targets)
 
     def chunk(self, start: int, stop: int) -> "RankingTask":
-        """The task of the users start:stop."""
+        """Return the task of the users start:stop."""
         inputs, seen = slice(*self.offsets[[start, stop]]), slice(*self.seen_offsets[[start, stop]])
         return RankingTask(
             candidates=self.candidates,
@@ -96,45 +95,45 @@ class RankingTask:
 
 @torch.no_grad()
 def embed_items(model: Recommender, features: ItemFeatures, items: np.ndarray, device: torch.device) -> Tensor:
-    """The embeddings (C, dim) of items (C,), encoded in chunks; the model is used in the mode it is in.
+    """Return the embeddings (C, dim) of items (C,), encoded in chunks, in the model's current mode.
 
-    An item that the ID table has no row for yet is encoded by its content alone. Hidden states that do not lie on a GPU
-    are copied there while it encodes earlier chunks.
+    An item without a row in the ID table is encoded by its content alone. Hidden states that are not cached on a GPU
+    are copied there while earlier chunks are encoded.
     """
-    chunks = [items[start : start + ITEMS_A_CHUNK] for start in range(0, len(items), ITEMS_A_CHUNK)]
+    chunks = [items[start : start + ITEMS_PER_CHUNK] for start in range(0, len(items), ITEMS_PER_CHUNK)]
     table = model.items.ids
-    # Items that have arrived since the table last grew have no row yet.
+    # Items that are newer than the last growth of the table have no row.
     known = None if table is None else _tensor(np.where(items < table.num_items, items, NO_ID), device)
-    ids = [None] * len(chunks) if known is None else known.split(ITEMS_A_CHUNK)
+    ids = [None] * len(chunks) if known is None else known.split(ITEMS_PER_CHUNK)
 
     def hidden(chunk: np.ndarray) -> HiddenStates:
         return HiddenStates(features.hidden(chunk, model.items.modalities))
 
-    resident = isinstance(features, ResidentFeatures)
-    given = map(hidden, chunks) if resident else feed(hidden, chunks, device)
+    cached = isinstance(features, DeviceCachedFeatures)
+    given = map(hidden, chunks) if cached else prefetch(hidden, chunks, device)
     parts = [model.items(found, ids=rows) for found, rows in zip(given, ids, strict=False)]
     return torch.cat(parts) if parts else torch.empty(0, model.users.dim, device=device)
 
 
 def rank_with_model(model: Recommender, features: ItemFeatures, task: RankingTask, device: torch.device) -> np.ndarray:
-    """Each target's rank, (B,) float64; a sure miss is infinite. The model is put into evaluation mode and back.
+    """Return each target's rank, (B,) float64, infinite for targets that count as a miss.
 
-    The host waits for the device once, at the end. Scores are computed in the model's own dtype, because half precision
-    makes ties of close ones.
+    The model is in evaluation mode during the call. The host synchronizes once, at the end. Scores are computed in the
+    model's own dtype, because half precision would create ties between close scores.
     """
     ranks = []
     with evaluating(model, device):
         embeddings = embed_items(model, features, task.candidates, device)
-        for start in range(0, len(task), USERS_A_CHUNK):
-            part = task.chunk(start, min(start + USERS_A_CHUNK, len(task)))
+        for start in range(0, len(task), USERS_PER_CHUNK):
+            part = task.chunk(start, min(start + USERS_PER_CHUNK, len(task)))
             queries = encode_users(model, embeddings, part, device)
             ranks.append(rank(queries, embeddings, part.targets, (part.seen, part.seen_offsets), device))
-    return _missing_some(torch.cat(ranks), task) if ranks else np.empty(0)
+    return _with_misses(torch.cat(ranks), task) if ranks else np.empty(0)
 
 
 @contextmanager
 def evaluating(model: Recommender, device: torch.device) -> Iterator[None]:
-    """Put the model into evaluation mode, without gradients and autocast, and back into its mode afterwards."""
+    """Set evaluation mode, without gradients and autocast, and restore the model's mode after the block."""
     training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -145,17 +144,17 @@ def evaluating(model: Recommender, device: torch.device) -> Iterator[None]:
 
 
 def encode_users(model: Recommender, embeddings: Tensor, task: RankingTask, device: torch.device) -> Tensor:
-    """Return the queries (B, dim) of a task's users, from the candidates' embeddings (C, dim)."""
+    """Return the queries (B, dim) of a task's users from the candidates' embeddings (C, dim)."""
     inputs = functional.embedding(_tensor(task.inputs, device), embeddings)
     lengths = np.diff(task.offsets).tolist()
     return model.queries(inputs, _tensor(task.offsets, device), lengths=lengths)
 
 
 def rank_with_popularity(popularity: np.ndarray, task: RankingTask) -> np.ndarray:
-    """Each target's rank, (B,) float64, when the same scores (C,) serve every user."""
+    """Return each target's rank, (B,) float64, for scores (C,) that are the same for all users."""
     queries, items = torch.ones(len(task), 1), torch.from_numpy(popularity).float()[:, None]
     ranks = rank(queries, items, task.targets, (task.seen, task.seen_offsets), torch.device("cpu"))
-    return _missing_some(ranks, task)
+    return _with_misses(ranks, task)
 
 
 def rank(queries: Tensor, items: Tensor, targets: np.ndarray, seen: Ragged, device: torch.device) -> Tensor:
@@ -164,8 +163,8 @@ def rank(queries: Tensor, items: Tensor, targets: np.ndarray, seen: Ragged, devi
     return rank_of_target(queries, items, _tensor(targets, device), (_tensor(values, device), _tensor(offsets, device)))
 
 
-def _missing_some(ranks: Tensor, task: RankingTask) -> np.ndarray:
-    """Ranks on the host, infinite for targets that count as a miss."""
+def _with_misses(ranks: Tensor, task: RankingTask) -> np.ndarray:
+    """Copy ranks to the host, and make them infinite for targets that count as a miss."""
     values = ranks.cpu().numpy().astype(np.float64)
     values[task.missed] = np.inf
     return values

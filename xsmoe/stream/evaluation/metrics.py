@@ -9,10 +9,10 @@ CUTOFFS = (10, 20)
 
 
 def per_user(ranks: np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric for every user.
+    """Return every metric for every user.
 
     Args:
-        ranks: (B,) float64, each target's rank from 1 on; infinite = a miss.
+        ranks: (B,) float64, each target's rank, starting at 1; infinite for a miss.
 
     Returns:
         "HR@k", "NDCG@k" for k of 10 and 20, and "MRR", each (B,).
@@ -27,7 +27,7 @@ def per_user(ranks: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def summarize(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Mean and standard error over users of each metric, and the number of users. No users give None."""
+    """Return mean and standard error over users of each metric, and the number of users. No users give None."""
     users = len(next(iter(values.values())))
     return {
         "users": users,
@@ -37,14 +37,15 @@ def summarize(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def summarize_targets(values: Mapping[str, np.ndarray], users: np.ndarray) -> dict[str, Any]:
-    """Mean of each metric over targets, and its standard error clustered by user (`clustered_error`).
+    """Return the mean of each metric over targets, and its standard error clustered by user (`clustered_error`).
 
     Args:
         values: each (T,) float64.
-        users: (T,) int64, whose target it is.
+        users: (T,) int64, the user of each target.
 
     Returns:
-        The numbers of "targets" and "users", the means, and "se"; no targets give None, fewer than 2 users no error.
+        The numbers of "targets" and "users", the means, and "se". Means are None without targets, errors are None for
+        fewer than 2 users.
     """
     distinct, user, counts = np.unique(users, return_inverse=True, return_counts=True)
     sums = {name: np.bincount(user, weights=v, minlength=len(distinct)) for name, v in values.items()}
@@ -57,17 +58,17 @@ def summarize_targets(values: Mapping[str, np.ndarray], users: np.ndarray) -> di
 
 
 def clustered_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Standard error of a mean over targets, clustered by user; None for fewer than 2 users.
+    """Return the standard error of a mean over targets, clustered by user; None for fewer than 2 users.
 
-    With user u's sum s_u over n_u targets, S and N their totals and G users, the error is
-    `sqrt(G / (G - 1) * sum_u (s_u - n_u S / N)^2) / N`; with one target a user it is that of a plain mean. Residuals of
-    whole numbers are 0 exactly where all users have the same mean.
+    With the sum s_u of user u over n_u targets, the totals S and N and G users, the error is
+    `sqrt(G / (G - 1) * sum_u (s_u - n_u S / N)^2) / N`. With one target for each user it is the error of a plain mean.
+    For whole numbers the residuals are exactly 0 if all users have the same mean.
 
     Source: Liang and Zeger, "Longitudinal data analysis using generalized linear models", Biometrika 73 (1986).
 
     Args:
         sums: (G,) each user's sum over its targets.
-        counts: (G,) each user's targets, at least 1.
+        counts: (G,) each user's number of targets, at least 1.
     """
     users = len(sums)
     if users < 2:
@@ -78,13 +79,13 @@ def clustered_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 
 
 def pool(summaries: Iterable[Mapping[str, Any]], weight: str = "users") -> dict[str, Any]:
-    """Summaries of several windows as one, every user of every window with equal weight.
+    """Combine the summaries of several windows. Every user of every window has the same weight.
 
     Windows are independent strata: the standard error is that of the users within them.
 
     Args:
-        summaries: of `summarize`, or of `summarize_targets`.
-        weight: "users", or "targets" where a user has several.
+        summaries: results of `summarize` or `summarize_targets`.
+        weight: "users", or "targets" if users have several targets.
     """
     parts = [s for s in summaries if s[weight]]
     users = sum(s[weight] for s in parts)

@@ -1,4 +1,4 @@
-"""What a stream has shown so far: who met which items, which items exist, were trained on, and are popular."""
+"""Seen-item history of a stream: each user's items, the known items, the trained items, and popularity."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from xsmoe.data.sequences import Pairs
 
 
 class Validation(NamedTuple):
-    """The last window's validation split, for choices that are made on it.
+    """Validation split of the last window.
 
     Attributes:
         pairs: its interactions (users, items), in time order.
-        history: what its users met before it.
-        seconds: how long the window lasted, at least 1.
+        history: items that its users have seen before it.
+        seconds: duration of the window, at least 1.
     """
 
     pairs: Pairs
@@ -23,14 +23,17 @@ class Validation(NamedTuple):
     seconds: int
 
 
-class StreamMemory:
-    """Grows window by window, the training split first and the rest once the window is trained.
+class SeenItemHistory:
+    """Interactions of all windows so far. A window's validation split is added only after training on the window.
 
-    Only interactions that pass the window's k-core filter count. The item and the time of every interaction are kept,
-    16 bytes each, because the half-life of decayed popularity may be another one after every window.
+    Only interactions that pass the window's k-core filter count. The item and the time of every interaction are stored,
+    16 bytes each, because each window may choose another half-life of decayed popularity.
 
     Attributes:
-        validation: the last window's validation split; None before the first window.
+        history: items that each user has seen.
+        known: (K,) int64, all items so far, ascending.
+        trained: (R,) int64, all items that were trained on, ascending.
+        validation: validation split of the last window; None before the first window.
     """
 
     def __init__(self) -> None:
@@ -44,21 +47,21 @@ class StreamMemory:
         self._times: list[np.ndarray] = []
 
     def add(self, splits: WindowSplits) -> None:
-        """Takes in a whole window that was trained on before."""
+        """Add a whole window that the model was trained on."""
         self.add_training(splits)
-        self.add_rest(splits)
+        self.add_validation(splits)
 
     def add_training(self, splits: WindowSplits) -> None:
-        """Takes in a window's training split, before the window is trained on."""
+        """Add a window's training split, before training on the window."""
         self.history.add(*splits.train_pairs)
         self.known = np.union1d(self.known, splits.all_pairs[1])
         self.trained = np.union1d(self.trained, splits.train.items)
 
-    def add_rest(self, splits: WindowSplits) -> None:
-        """Takes in a window's validation split, after the window was trained on."""
+    def add_validation(self, splits: WindowSplits) -> None:
+        """Add a window's validation split, after training on the window."""
         times = splits.all_times
         seconds = max(1, int(times.max() - times.min())) if len(times) else 1
-        self.validation = Validation(splits.validation_pairs, self._met_by_users_of(splits.validation_pairs), seconds)
+        self.validation = Validation(splits.validation_pairs, self._history_of(splits.validation_pairs), seconds)
         self.history.add(*splits.validation_pairs)
         items = splits.all_pairs[1]
         size = max(len(self._all_time), int(items.max(initial=-1)) + 1)
@@ -68,41 +71,41 @@ class StreamMemory:
         self._times.append(times)
 
     def known_with(self, splits: WindowSplits) -> np.ndarray:
-        """All items up to and including a window that is about to be tested on, ascending."""
+        """Return all items up to and including a test window, ascending."""
         return np.union1d(self.known, splits.all_pairs[1])
 
     def popularity(self, items: np.ndarray) -> dict[str, np.ndarray]:
-        """Interactions of each item, float64, over all windows ("all_time") and the last one ("last_window")."""
+        """Count each item's interactions, float64, in all windows ("all_time") and in the last one ("last_window")."""
         return {"all_time": _counts(self._all_time, items), "last_window": _counts(self._last, items)}
 
     def decayed(
         self, items: np.ndarray, half_lives: Sequence[float], *, before_validation: bool = False
     ) -> list[np.ndarray]:
-        """Count interactions with a weight that halves with age, up to the latest interaction.
+        """Sum the weights of each item's interactions. Weights decay exponentially with age.
 
         Args:
-            items: (C,) int64, for which to count.
-            half_lives: in seconds, above 0; infinity gives all the weight 1.
+            items: (C,) int64, the items.
+            half_lives: in seconds, above 0. With infinity all interactions have the weight 1.
             before_validation: whether to leave out the last window's validation split.
 
         Returns:
-            For each half-life the weights (C,) float64.
+            For each half-life the sums (C,) float64.
         """
-        taken = np.concatenate([np.empty(0, np.int64), *self._items])
+        seen = np.concatenate([np.empty(0, np.int64), *self._items])
         times = np.concatenate([np.empty(0, np.int64), *self._times])
         if before_validation and self.validation is not None:
-            kept = len(taken) - len(self.validation.pairs[0])
-            taken, times = taken[:kept], times[:kept]
+            kept = len(seen) - len(self.validation.pairs[0])
+            seen, times = seen[:kept], times[:kept]
         age = (times.max(initial=np.iinfo(np.int64).min) - times).astype(np.float64)
-        return [_counts(np.bincount(taken, weights=np.exp2(-age / half_life)), items) for half_life in half_lives]
+        return [_counts(np.bincount(seen, weights=np.exp2(-age / half_life)), items) for half_life in half_lives]
 
-    def _met_by_users_of(self, pairs: Pairs) -> History:
-        """The part of the history that belongs to users with a sequence among these interactions."""
+    def _history_of(self, pairs: Pairs) -> History:
+        """Return the part of the history of users who have a sequence among these interactions."""
         users = whole_sequences(pairs).users
         values, offsets = self.history.of(users)
-        met = History()
-        met.add(np.repeat(users, np.diff(offsets)), values)
-        return met
+        part = History()
+        part.add(np.repeat(users, np.diff(offsets)), values)
+        return part
 
 
 def _counts(counts: np.ndarray, items: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The targets of a window's test, and their ranks under two masks."""
+"""Targets of a test window, and their ranks with two maskings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from xsmoe.encoders import ItemFeatures
 from xsmoe.nn import Recommender
 from xsmoe.stream.config import StreamConfig
 from xsmoe.stream.evaluation.full_ranking import (
-    USERS_A_CHUNK,
+    USERS_PER_CHUNK,
     RankingTask,
     embed_items,
     encode_users,
@@ -23,47 +23,49 @@ from xsmoe.stream.evaluation.full_ranking import (
 )
 
 SCORINGS = ("seen", "masked")
-"""Items that are no candidates: those "seen" in earlier windows; "masked", also the user's earlier ones of this one."""
-SEEN_A_CHUNK = 1 << 24
-"""The most items left out that a chunk of targets holds, unless one target alone has more."""
+"""Items excluded from the candidates. "seen": the user's items of earlier windows. "masked": these, and the user's
+earlier items of this window."""
+SEEN_PER_CHUNK = 1 << 24
+"""Largest number of excluded items in a chunk of targets. A single target may have more."""
 
 Ranks = dict[str, np.ndarray]
-"""By scoring, the ranks (T,) float64 of targets; a sure miss is infinite."""
+"""Ranks (T,) float64 of targets by scoring; infinite for targets that count as a miss."""
 
 
 class Chunk(NamedTuple):
-    """Some targets with all that ranking them needs.
+    """Some targets with all data for their ranking.
 
     Attributes:
-        task: as a task of one target a user, with what was seen in earlier windows.
-        masked: the same items and the user's earlier ones of this window, ragged; an item may stand there twice.
+        task: task of one target for each user, with the items seen in earlier windows.
+        masked: these items and the user's earlier items of this window, ragged. An item may occur twice.
     """
 
     task: RankingTask
     masked: Ragged
 
-    def left_out(self, scoring: str) -> Ragged:
-        """Return the items, ragged, that are no candidates under a scoring."""
+    def excluded(self, scoring: str) -> Ragged:
+        """Return the items, ragged, that a scoring excludes from the candidates."""
         return self.masked if scoring == "masked" else (self.task.seen, self.task.seen_offsets)
 
 
 @dataclass(frozen=True)
 class RankedTargets:
-    """T targets of B users, the users' last targets first, then the others, users ascending.
+    """T targets of B users: the users' last targets first, then the others, users ascending.
 
-    A target's inputs are what serving would have: up to `max_inputs` items of its user in the window before it.
+    The inputs of a target are those that serving would use: up to `max_inputs` items of its user before the target in
+    the window.
 
     Attributes:
         candidates: (C,) int64 item ids, ascending.
         users: (B,) int64 ids, ascending.
         items: (N,) int64 into candidates: all items of these users in the window, in time order, user by user.
-        row: (T,) int64 into users: whose target it is.
-        first, place: (T,) int64 into items: the first item of its user, and the target.
-        seen: the candidates that each user met in earlier windows, ragged.
-        known: (T,) bool, targets among the user's seen ones.
-        repeated: (T,) bool, targets among the user's seen ones or the user's earlier ones of this window.
+        row: (T,) int64 into users: the user of the target.
+        first, place: (T,) int64 into items: the first item of the user, and the target.
+        seen: the candidates that each user has seen in earlier windows, ragged.
+        known: (T,) bool, targets that the user has seen in earlier windows.
+        repeated: (T,) bool, targets that the user has seen in earlier windows or earlier in this window.
         missed: (T,) bool, targets that count as a miss whatever their rank.
-        max_inputs: the most inputs of a target.
+        max_inputs: largest number of inputs of a target.
     """
 
     candidates: np.ndarray
@@ -83,16 +85,16 @@ class RankedTargets:
         """Find the targets of a window.
 
         Args:
-            pairs: the window's interactions, in time order; all items among the candidates.
+            pairs: the window's interactions, in time order. All items must be candidates.
             candidates: ascending item ids.
-            history: what the users met in earlier windows.
-            config: `targets` says which items of a user's last `max_inputs + 1` are ranked, `repeats` whether a
-                target that the history holds is a sure miss.
+            history: items that the users have seen in earlier windows.
+            config: `targets` selects which of a user's last `max_inputs + 1` items are ranked. `repeats` determines
+                whether a target in the history counts as a miss.
         """
         whole = whole_sequences(pairs)
         items = ragged.find(candidates, whole.items)
         if (items < 0).any():
-            raise ValueError(f"candidates lack item {whole.items[items < 0][0]}, which the window holds")
+            raise ValueError(f"candidates lack item {whole.items[items < 0][0]}, which the window contains")
         starts, last = whole.offsets[:-1], whole.offsets[1:] - 1
         # All but the first and the last item of each user's sequence.
         more = np.minimum(whole.lengths, config.max_inputs + 1) - 2 if config.targets == "all" else 0 * last
@@ -126,17 +128,17 @@ class RankedTargets:
 
     @property
     def items_to_find(self) -> np.ndarray:
-        """(T,) int64 ids of the targets."""
+        """Item ids of the targets, (T,) int64."""
         return self.candidates[self.items[self.place]]
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield all targets in order, in chunks of bounded size; one holds last targets only, or none."""
+        """Yield all targets in order, in chunks of limited size. A chunk has only last targets, or none of them."""
         total = ragged.offsets_of(np.diff(self.seen[1])[self.row] + self.place - self.first)
         last = len(self.users)
         for start, end in ((0, last), (last, len(self))):
             while start < end:
-                bound = int(np.searchsorted(total, total[start] + SEEN_A_CHUNK, side="right")) - 1
-                stop = min(start + USERS_A_CHUNK, end, max(start + 1, bound))
+                bound = int(np.searchsorted(total, total[start] + SEEN_PER_CHUNK, side="right")) - 1
+                stop = min(start + USERS_PER_CHUNK, end, max(start + 1, bound))
                 yield self._chunk(slice(start, stop))
                 start = stop
 
@@ -147,7 +149,7 @@ class RankedTargets:
         values, bounds = self.seen
         starts, counts = bounds[row], np.diff(bounds)[row]
         seen, seen_offsets = ragged.gather(values, starts, counts)
-        # Each target has two stretches of the joined arrays: what its user saw before, and earlier in the window.
+        # Each target has two slices of the concatenated arrays: the user's items of earlier windows and of this one.
         masked, halves = ragged.gather(
             np.concatenate([values, self.items]),
             np.stack([starts, len(values) + first], axis=1).reshape(-1),
@@ -168,14 +170,14 @@ class RankedTargets:
 def rank_targets(model: Recommender, features: ItemFeatures, targets: RankedTargets, device: torch.device) -> Ranks:
     """Rank every target with a model under both scorings.
 
-    Items are embedded once, and every target's inputs are encoded once. The ranks of the last targets are bit for bit
-    those of a task that has no others. The host waits for the device once, at the end.
+    Items are embedded once, and every target's inputs are encoded once. The ranks of the last targets are bitwise equal
+    to those of a task without other targets. The host synchronizes with the device once, at the end.
 
     Args:
-        model: put into evaluation mode, and back.
+        model: in evaluation mode during the call.
         features: the items' hidden states.
-        targets: those to rank.
-        device: where the model is.
+        targets: the targets.
+        device: device of the model.
     """
     ranks: dict[str, list[torch.Tensor]] = {scoring: [] for scoring in SCORINGS}
     with evaluating(model, device):
@@ -183,7 +185,7 @@ def rank_targets(model: Recommender, features: ItemFeatures, targets: RankedTarg
         for chunk in targets.chunks():
             queries = encode_users(model, embeddings, chunk.task, device)
             for scoring, found in ranks.items():
-                found.append(rank(queries, embeddings, chunk.task.targets, chunk.left_out(scoring), device))
+                found.append(rank(queries, embeddings, chunk.task.targets, chunk.excluded(scoring), device))
     return {
         scoring: with_misses(torch.cat(found).cpu().numpy() if found else np.empty(0), targets)
         for scoring, found in ranks.items()

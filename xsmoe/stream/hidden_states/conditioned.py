@@ -1,4 +1,4 @@
-"""Conditioned hidden states: the fit on a window's items, and features whose rows the model has conditioned."""
+"""Conditioned hidden states: the fit on a window's items, and features with conditioned rows."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +13,19 @@ from xsmoe.encoders.features import FeatureView, row_indices, select_modalities
 from xsmoe.nn import XSMoE
 from xsmoe.nn.conditioning import BLOCK, NotFinite, Transform, finish
 
-ITEMS_A_CHUNK = 4096
+ITEMS_PER_CHUNK = 4096
 CPU = torch.device("cpu")
 ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
-"""Dtypes that conditioned rows keep; others become float32, in which they are computed."""
+"""Dtypes that conditioned rows keep. Rows of other dtypes become float32, the dtype of the computation."""
 
 
 def fit_conditions(items: XSMoE, features: ItemFeatures, rows: np.ndarray) -> tuple[str, ...]:
     """Fit the conditioning of every modality that is not fitted yet and that at least two of the items have.
 
     Args:
-        items: changed in place; what is fitted already stays as it is.
+        items: changed in place. Modalities that are already fitted do not change.
         features: the items' hidden states, not conditioned.
-        rows: (N,) integers, the items to fit to; they may repeat, and each counts once.
+        rows: (N,) integers, the items to fit to. Repeated items count once.
 
     Returns:
         The modalities that were fitted.
@@ -50,15 +50,15 @@ def fit_conditions(items: XSMoE, features: ItemFeatures, rows: np.ndarray) -> tu
 def fit_window(
     items: XSMoE, features: ItemFeatures, splits: WindowSplits, window: int, warn: Callable[[str], None]
 ) -> None:
-    """Fit what is not fitted yet to the items of a window's training split, and say what is still not.
+    """Fit the conditioning to the items of a window's training split, and warn about modalities without a fit.
 
-    A window that nobody is trained on fits nothing.
+    If the training split is empty, nothing is fitted.
 
     Args:
-        items, features: as for `fit_conditions`.
-        splits: of the window that is about to be trained on.
-        window: its place in the stream.
-        warn: called with a message where fewer than two of the items have a modality.
+        items, features: see `fit_conditions`.
+        splits: splits of the next window to train on.
+        window: position of the window in the stream.
+        warn: called with a message if fewer than two of the items have a modality.
 
     Raises:
         ValueError: hidden states that are not finite.
@@ -74,25 +74,25 @@ def fit_window(
 
 
 def _chunks(features: ItemFeatures, modality: str, rows: np.ndarray) -> Iterator[tuple[list[Tensor], int]]:
-    for start in range(0, len(rows), ITEMS_A_CHUNK):
-        some = rows[start : start + ITEMS_A_CHUNK]
+    for start in range(0, len(rows), ITEMS_PER_CHUNK):
+        some = rows[start : start + ITEMS_PER_CHUNK]
         yield features.hidden(some, [modality], dtype=features.dtypes[modality])[modality], len(some)
 
 
 def conditioned(features: ItemFeatures, items: XSMoE) -> ItemFeatures:
-    """The features as the item encoder takes them: conditioned as far as it is fitted."""
+    """Return the features that the item encoder expects: conditioned for the modalities that are fitted."""
     return ConditionedFeatures(features, items) if items.conditioned() else features
 
 
 class ConditionedFeatures(FeatureView):
-    """`ItemFeatures` whose rows are conditioned when they are asked for.
+    """`ItemFeatures` whose rows are conditioned when they are read.
 
-    A row has the same bits whichever rows it is asked for with, and on whatever device the model lies: the product is
-    computed on the CPU, in blocks in which every item has a fixed place.
+    A row is bitwise the same whichever other rows are read with it, and whatever the model's device is. The product is
+    computed on the CPU, in blocks in which every item has a fixed position.
 
     Args:
         features: the items' hidden states, not conditioned.
-        items: the item encoder. Fits that come later are not followed.
+        items: the item encoder. Later fits have no effect on this object.
 
     Raises:
         ValueError: the features lack a modality of the encoder, or have another width or number of levels.
@@ -103,7 +103,7 @@ class ConditionedFeatures(FeatureView):
         widths = self.dims
         if widths != items.dims or features.num_levels != items.num_levels + 1:
             raise ValueError(
-                f"features have widths {widths} and {features.num_levels} levels, but the item encoder takes "
+                f"features have widths {widths} and {features.num_levels} levels, but the item encoder needs "
                 f"{items.dims} and {items.num_levels + 1}; use the hidden states that it was built for"
             )
         self._transforms = {
@@ -112,7 +112,7 @@ class ConditionedFeatures(FeatureView):
 
     @property
     def source(self) -> ItemFeatures:
-        """The features that are conditioned."""
+        """The features before conditioning."""
         return self._features
 
     @property
@@ -122,10 +122,12 @@ class ConditionedFeatures(FeatureView):
     def hidden(
         self, items: np.ndarray | Tensor, modalities: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
     ) -> dict[str, list[Tensor]]:
-        """As `ItemFeatures.hidden` says; rounded once to the dtype of the features, then cast to `dtype`.
+        """Return conditioned hidden states, rounded once to the dtype of the features and then cast to `dtype`.
+
+        See `ItemFeatures.hidden`.
 
         Raises:
-            ValueError: also where a conditioned row is not finite; the message names the item and the modality.
+            ValueError: also if a conditioned row is not finite. The message names the item and the modality.
         """
         rows = row_indices(items, self.num_items)
         names = select_modalities(modalities, self._modalities)
@@ -171,7 +173,7 @@ class ConditionedFeatures(FeatureView):
 
 
 def _places(rows: np.ndarray) -> np.ndarray:
-    """Distinct places of rows: item i at a place that is i modulo `BLOCK`, in the first block where it is free."""
+    """Return distinct positions of rows. Item i has position i modulo `BLOCK`, in the first block where it is free."""
     slots = rows % BLOCK
     order = np.argsort(slots, kind="stable")
     sorted_slots = slots[order]

@@ -1,4 +1,4 @@
-"""Conditioned rows on disk: a store beside the one that they come from, with its format and its checksums."""
+"""Store of conditioned hidden states on disk, with the format and the checksums of the original store."""
 
 import re
 import shutil
@@ -16,14 +16,14 @@ from xsmoe.encoders.manifest import MANIFEST
 from xsmoe.stream.hidden_states.conditioned import ConditionedFeatures
 from xsmoe.stream.hidden_states.device_cache import constant_levels
 
-ITEMS_A_CHUNK = 8192
+ITEMS_PER_CHUNK = 8192
 NAME_LENGTH = 16
 
 
-class Companion:
-    """`ItemFeatures` of conditioned rows that are read from a store. Made by `open`.
+class ConditionedStore:
+    """`ItemFeatures` whose conditioned rows are read from a store on disk. Create it with `open`.
 
-    They are the same numbers, to the bit, as those of the conditioned features that they were copied from.
+    All values are bitwise equal to those of the conditioned features that they were copied from.
     """
 
     def __init__(self, store: HiddenStateStore, view: ConditionedFeatures) -> None:
@@ -32,12 +32,12 @@ class Companion:
 
     @classmethod
     def open(cls, folder: Path, view: ConditionedFeatures) -> Self:
-        """Open the companion store in `folder`, after it is built, continued or grown as need be.
+        """Open the store in `folder`. If it is missing or incomplete, write the missing rows first.
 
-        A store of another conditioning, or of other items, is replaced. One process at a time may call this.
+        A store of another conditioning or of other items is replaced. Only one process at a time may call this.
 
         Args:
-            folder: made if need be; holds nothing else.
+            folder: folder for the store and nothing else; created if it does not exist.
             view: the conditioned features.
 
         Raises:
@@ -52,8 +52,8 @@ class Companion:
             return cls(_grown(place, view), view)
         except OSError as error:
             raise StoreError(
-                f"cannot write the conditioned hidden states to {place}: {error.strerror}; make room there, or allow "
-                "them memory with a higher --store-gib, and run the same command again"
+                f"cannot write the conditioned hidden states to {place}: {error.strerror}; free disk space there, or "
+                "keep them in memory with a higher --store-gib, and run the same command again"
             ) from error
 
     @property
@@ -86,7 +86,7 @@ class Companion:
         for name, levels in found.items():
             for place, level in enumerate(levels):
                 if len(level) == 1 and place not in self._constant[name]:
-                    # The store keeps equal rows once, which the features that they came from need not do.
+                    # The store keeps equal rows only once. The features that they were copied from may repeat them.
                     levels[place] = level.expand(len(row_indices(items, self.num_items)), -1)
         return found
 
@@ -95,7 +95,7 @@ class Companion:
 
 
 def _grown(place: Path, view: ConditionedFeatures) -> HiddenStateStore:
-    """The store in `place` with a row for every item of the view."""
+    """Return the store in `place`, after adding the rows of items that it does not have yet."""
     ids = _ids(view.source)
     specs = {
         name: ModalitySpec(
@@ -115,8 +115,8 @@ def _grown(place: Path, view: ConditionedFeatures) -> HiddenStateStore:
     if store is None:
         _remove(place)
         store = HiddenStateStore.create(place, specs)
-    for start in range(store.num_items, view.num_items, ITEMS_A_CHUNK):
-        rows = np.arange(start, min(start + ITEMS_A_CHUNK, view.num_items))
+    for start in range(store.num_items, view.num_items, ITEMS_PER_CHUNK):
+        rows = np.arange(start, min(start + ITEMS_PER_CHUNK, view.num_items))
         hidden = {name: view.hidden(rows, [name], dtype=view.dtypes[name])[name] for name in view.modalities}
         present = {name: view.present(name)[rows] for name in view.modalities}
         store.append(ids[rows], hidden, present, allow_bare=True)
@@ -124,17 +124,17 @@ def _grown(place: Path, view: ConditionedFeatures) -> HiddenStateStore:
 
 
 def _remove(place: Path) -> None:
-    """Remove a store, its manifest first, so that what an interruption leaves is no store."""
+    """Remove a store. Its manifest goes first, so that an interruption does not leave an incomplete store."""
     (place / MANIFEST).unlink(missing_ok=True)
     if place.exists():
         shutil.rmtree(place)
 
 
 def _existing(place: Path) -> HiddenStateStore | None:
-    """The store that is there, verified; None where there is none, or its making was cut short.
+    """Return the store in `place` after verifying it; None if there is none or its creation was interrupted.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: the store is damaged.
     """
     if not (place / MANIFEST).exists():
         return None
@@ -143,14 +143,14 @@ def _existing(place: Path) -> HiddenStateStore | None:
         store.verify()
     except StoreError as error:
         raise StoreError(
-            f"the copy of conditioned hidden states is damaged: {error}. It can be made anew: remove {place}, and run "
-            "the same command again"
+            f"the copy of conditioned hidden states is damaged: {error}. To create it again, remove {place} and run "
+            "the same command"
         ) from error
     return store
 
 
 def _ids(features: ItemFeatures) -> np.ndarray:
-    """The items' ids, or their rows where they have none."""
+    """Return the items' ids, or their row numbers if they have none."""
     if isinstance(features, HiddenStateStore):
         return features.item_ids
     return np.array([str(row) for row in range(features.num_items)], dtype=object)

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment: written aside, synced, renamed; checked by digest when read."""
+"""Checkpoint files: replaced atomically, synced to disk, and checked against a digest when they are read."""
 
 import hashlib
 import io
@@ -13,19 +13,19 @@ from xsmoe.atomic_files import replace_file
 MAGIC = b"XSMOE-CHECKPOINT-1\n"
 DIGEST_SIZE = hashlib.sha256().digest_size
 START = len(MAGIC) + DIGEST_SIZE
-"""Where the payload begins."""
+"""Offset of the payload."""
 KEPT = 2
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or used; the message says why and what to do."""
+    """A checkpoint cannot be written or used. The message gives the reason and a remedy."""
 
 
 class Checkpoints:
-    """The numbered checkpoints of a run; the newest two are kept.
+    """Numbered checkpoints of a run. The newest two are kept.
 
     Args:
-        folder: where they lie; made if it is missing.
+        folder: folder of the checkpoints; created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,13 +33,13 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, payload: dict[str, Any]) -> Path:
-        """Writes the next checkpoint in one step and drops all but the newest two.
+        """Write the next checkpoint atomically, then delete all but the newest two.
 
         Args:
             payload: tensors and plain values, nested in dicts and lists.
 
         Raises:
-            CheckpointError: the disk is full or cannot be written; the checkpoints before it are untouched.
+            CheckpointError: the disk is full or not writable. Earlier checkpoints are unchanged.
         """
         paths = self._paths()
         path = write_payload(payload, self.folder / f"{int(paths[-1].stem) + 1 if paths else 0:06d}.ckpt")
@@ -48,13 +48,13 @@ class Checkpoints:
         return path
 
     def load_newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, or None where there is none at all.
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints.
 
         Args:
-            warn: told of each damaged checkpoint that is passed over.
+            warn: called with a message for each damaged checkpoint that is skipped.
 
         Raises:
-            CheckpointError: there are checkpoints, and all of them are damaged.
+            CheckpointError: all checkpoints are damaged.
         """
         damaged: dict[Path, CheckpointError] = {}
         for path in reversed(self._paths()):
@@ -64,11 +64,11 @@ class Checkpoints:
                 damaged[path] = error
                 continue
             for other, fault in damaged.items():
-                warn(f"{fault}; going on from the checkpoint before it")
+                warn(f"{fault}; resuming from the previous checkpoint")
                 other.rename(other.with_suffix(".damaged"))
             return path, payload
         if damaged:
-            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start the run anew in another folder")
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged; start a new run in another folder")
         return None
 
     def _paths(self) -> list[Path]:
@@ -76,27 +76,27 @@ class Checkpoints:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replaces `path` in one step.
+    """Replace the content of `path` atomically.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written; what stood at `path` still stands there.
+        CheckpointError: the disk is full or not writable. The previous content of `path` is unchanged.
     """
     try:
         replace_file(path, content)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write {path} ({len(content)} bytes): {error.strerror}; what was saved before is untouched, so "
-            "make room and run the same command again"
+            f"cannot write {path} ({len(content)} bytes): {error.strerror}; files saved earlier are unchanged, so free "
+            "disk space and run the same command again"
         ) from error
 
 
 def write_payload(payload: dict[str, Any], path: Path) -> Path:
-    """Write tensors and plain values, nested in dicts and lists, and their digest in one step.
+    """Write tensors and plain values, nested in dicts and lists, and their digest atomically.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written; what stood at `path` still stands there.
+        CheckpointError: the disk is full or not writable. The previous content of `path` is unchanged.
     """
-    # Held once: a table of IDs can make it gigabytes.
+    # The buffer is the only copy, because a table of ID embeddings can have gigabytes.
     buffer = io.BytesIO()
     buffer.write(MAGIC + bytes(DIGEST_SIZE))
     torch.save(payload, buffer)
@@ -107,15 +107,15 @@ def write_payload(payload: dict[str, Any], path: Path) -> Path:
 
 
 def read_payload(path: Path) -> dict[str, Any]:
-    """Read what `write_payload` wrote, checked by its digest.
+    """Return the payload that `write_payload` wrote, after checking its digest.
 
     Raises:
         CheckpointError: the file is damaged.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     content = path.read_bytes()
     if not content.startswith(MAGIC):
-        raise CheckpointError(f"{path} is no checkpoint of this version")
+        raise CheckpointError(f"{path} is not a checkpoint of this version")
     if hashlib.sha256(content[START:]).digest() != content[len(MAGIC) : START]:
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
     payload: dict[str, Any] = torch.load(io.BytesIO(content[START:]), map_location="cpu", weights_only=True)

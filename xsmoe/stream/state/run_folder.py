@@ -1,4 +1,4 @@
-"""The files of a run: metrics line by line, the windows it has taken, its checkpoints, and a lock."""
+"""Files of a run: metrics, the interactions of its windows, checkpoints, and a lock."""
 
 import fcntl
 import hashlib
@@ -20,10 +20,10 @@ WINDOWS = "windows"
 
 
 class RunFolder:
-    """A run's folder, held by one process at a time.
+    """Folder of a run, locked by one process at a time.
 
     Raises:
-        ValueError: another process trains in it.
+        ValueError: another process has locked the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,18 +33,18 @@ class RunFolder:
         self._windows = path / WINDOWS
         self._windows.mkdir(exist_ok=True)
         self._metrics = path / "metrics.jsonl"
-        self._lock: IO[str] | None = _hold(path / ".lock")
+        self._lock: IO[str] | None = _acquire_lock(path / ".lock")
         if not self._metrics.exists():
             write_atomically(self._metrics, b"")
 
     def close(self) -> None:
-        """Lets another process have the folder."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl and syncs it to disk."""
+        """Append a line to metrics.jsonl and sync the file to disk."""
         try:
             with open(self._metrics, "a") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -52,55 +52,55 @@ class RunFolder:
                 os.fsync(file.fileno())
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {self._metrics}: {error.strerror}; make room and run the same command again"
+                f"cannot write {self._metrics}: {error.strerror}; free disk space and run the same command again"
             ) from error
 
     def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl."""
+        """Return the size of metrics.jsonl in bytes."""
         return self._metrics.stat().st_size
 
     def rewind(self, size: int) -> list[dict[str, Any]]:
-        """Cuts metrics.jsonl to what a checkpoint knows of, and returns its lines.
+        """Truncate metrics.jsonl to the size recorded in a checkpoint, and return its lines.
 
         Raises:
-            CheckpointError: the file is shorter than the checkpoint says.
+            CheckpointError: the file is shorter than that.
         """
         if self.metrics_size() < size:
-            raise CheckpointError(f"{self._metrics} has been shortened since the last checkpoint; restore it")
+            raise CheckpointError(f"{self._metrics} is shorter than at the last checkpoint; restore it from a backup")
         if size < self.metrics_size():
             os.truncate(self._metrics, size)
         return read_metrics(self.path)
 
     def export(self, model: Recommender) -> None:
-        """Replaces the exported model, which `Recommender.from_pretrained` loads.
+        """Replace the exported model, which `Recommender.from_pretrained` loads.
 
         Raises:
-            CheckpointError: the disk is full or cannot be written.
+            CheckpointError: the disk is full or not writable.
         """
         folder = self.path / "model"
         try:
             model.save_pretrained(folder)
         except OSError as error:
-            raise CheckpointError(f"cannot write {folder}: {error.strerror}; make room and run again") from error
+            raise CheckpointError(f"cannot write {folder}: {error.strerror}; free disk space and run again") from error
 
     def save_window(self, window: Window) -> None:
-        """Keeps a window's interactions, which later windows need to know what was seen."""
+        """Save a window's interactions. A resumed run reads them to restore the users' seen items."""
         buffer = io.BytesIO()
         np.savez(buffer, users=window.users, items=window.items, timestamps=window.timestamps)
         write_atomically(self._windows / f"{window.number:04d}.npz", buffer.getvalue())
 
     def load_window(self, number: int, digest: str) -> Window:
-        """A window that was saved, checked against its digest."""
+        """Return a saved window, after checking its digest."""
         window = read_window(self.path, number)
         if window_digest(window) != digest:
             raise CheckpointError(
-                f"window {number} in {self._windows} is not the one that the checkpoint was made with; restore it"
+                f"window {number} in {self._windows} differs from the one in the checkpoint; restore it from a backup"
             )
         return window
 
 
 def window_digest(window: Window) -> str:
-    """A digest of a window's interactions."""
+    """Return a digest of a window's interactions."""
     digest = hashlib.sha256()
     for array in (window.users, window.items, window.timestamps):
         digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
@@ -108,31 +108,31 @@ def window_digest(window: Window) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, without one that is half written; none where there is no such file yet."""
+    """Return the complete lines of a run's metrics.jsonl; an empty list if there is no such file."""
     file = path / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     try:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is damaged: {error}; restore it") from error
+        raise CheckpointError(f"{file} is damaged: {error}; restore it from a backup") from error
 
 
 def read_window(path: Path, number: int) -> Window:
-    """A window that a run has taken, by its place in the stream.
+    """Return a saved window by its position in the stream.
 
     Raises:
-        CheckpointError: its file is missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     file = path / WINDOWS / f"{number:04d}.npz"
     try:
         with np.load(file) as arrays:
             return Window(number, arrays["users"], arrays["items"], arrays["timestamps"])
     except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise CheckpointError(f"{file}, which the run needs to go on, cannot be read: {error}") from error
+        raise CheckpointError(f"cannot read {file}, which the run needs to resume: {error}") from error
 
 
-def _hold(path: Path) -> IO[str]:
-    file = open(path, "w")  # noqa: SIM115 - held for as long as the run
+def _acquire_lock(path: Path) -> IO[str]:
+    file = open(path, "w")  # noqa: SIM115 - stays open while the run is active
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The fitted conditioning of a run on disk: a file of its own, because it never changes and checkpoints often do."""
+"""Files of a run's fitted conditioning. It is constant, so it is not stored in every checkpoint."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ PREFIX = "items.conditioning."
 
 
 def split_state(model: Recommender) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model's state dict without the conditioning, and that of the conditioning."""
+    """Return the model's state dict in two parts: without the conditioning, and only the conditioning."""
     state = model.state_dict()
     conditions = {name: value for name, value in state.items() if name.startswith(PREFIX)}
     return {name: value for name, value in state.items() if name not in conditions}, conditions
 
 
 class SavedConditions:
-    """Files of fitted conditioning, each named by its digest and written once.
+    """Files of fitted conditioning. Each file is named after its digest and written once.
 
     Args:
-        folder: where they lie.
+        folder: folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,13 +32,13 @@ class SavedConditions:
         self._saved: tuple[tuple[str, ...], str] | None = None
 
     def save(self, model: Recommender) -> str | None:
-        """Write the conditioning of a model unless it is there.
+        """Write the conditioning of a model if it is not saved yet.
 
         Returns:
             The name of the file; None for a model without conditioning.
 
         Raises:
-            CheckpointError: the disk is full or cannot be written.
+            CheckpointError: the disk is full or not writable.
         """
         fitted = model.items.conditioned()
         if self._saved is None or self._saved[0] != fitted:
@@ -51,7 +51,7 @@ class SavedConditions:
         return self._saved[1]
 
     def load(self, name: str | None) -> dict[str, Tensor]:
-        """The state dict of the conditioning that `save` wrote under a name; empty for None.
+        """Return the state dict of the conditioning in the file `name`; an empty dict for None.
 
         Raises:
             CheckpointError: the file is missing or damaged.
@@ -62,14 +62,14 @@ class SavedConditions:
         try:
             conditions = read_payload(path)
         except OSError as error:
-            raise CheckpointError(f"{path}, which the run needs to go on, cannot be read: {error}") from error
+            raise CheckpointError(f"cannot read {path}, which the run needs to resume: {error}") from error
         if f"{_digest(conditions)}.conditions" != name:
-            raise CheckpointError(f"{path} holds another conditioning than the run's; restore it")
+            raise CheckpointError(f"{path} has another conditioning than the run; restore it from a backup")
         return conditions
 
 
 def _digest(conditions: Mapping[str, Tensor]) -> str:
-    """A digest of tensors and their names."""
+    """Return a digest of tensors and their names."""
     found = hashlib.sha256()
     for name, value in sorted(conditions.items()):
         found.update(repr((name, tuple(value.shape), value.dtype)).encode())

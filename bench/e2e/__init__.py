@@ -1,0 +1,1 @@
+"""End-to-end benchmarks: training steps, their memory, whole streams, and recommendation quality."""

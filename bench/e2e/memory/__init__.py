@@ -1,0 +1,1 @@
+"""Memory of operators and training steps as a function of their sizes."""

@@ -1,0 +1,1 @@
+"""Recommendation quality of model and training choices: variants over seeds on one stream."""

@@ -1,0 +1,1 @@
+"""Build, tests, benchmarks and sanitizers on a machine with a GPU."""

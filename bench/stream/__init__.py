@@ -1,1 +1,0 @@
-"""One stream through the published formulation and through ours: time, memory and quality as experts grow."""
