@@ -119,7 +119,7 @@ sanitize: $(STAMP)
 	$(BIN)/python -m pytest -q --capture=sys -m "not slow" -k "$(ONCE)" $(CUDA_TESTS) >build/sanitize-cuda.log 2>&1 & cuda=$$!; \
 	LD_PRELOAD="$$runtimes" XSMOE_NATIVE_LIBRARY=$(CURDIR)/build/$(SANITIZED)/libxsmoe_cpu.so \
 	$(BIN)/python -m pytest -q --capture=sys -m "not slow" $(NATIVE_TESTS); native=$$?; \
-	echo "waiting for the tests of CUDA kernels, which run beside these"; wait $$cuda; code=$$?; \
+	echo "waiting for the tests of CUDA kernels"; wait $$cuda; code=$$?; \
 	cat build/sanitize-cuda.log; exit $$((native | code))
 
 clean:

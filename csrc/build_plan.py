@@ -31,7 +31,7 @@ EMULATED = "-DXSMOE_EMULATE_AMX"
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
-TIERS = {
+ISA_LEVELS = {
     "baseline": [],
     "avx2": AVX2,
     "avx512": AVX512,
@@ -106,7 +106,7 @@ class Plan(BuildFile):
 
     def __init__(self, tools: Toolchain, folder: Path, aside: list[str]) -> None:
         super().__init__(tools, folder, aside)
-        self.tiers = _tiers(tools.cxx)
+        self.isa_levels = _isa_levels(tools.cxx)
         # GCC warns of the uninitialized values in its own intrinsics.
         self.quiet = [flag for flag in ("-Wno-maybe-uninitialized",) if accepts(tools.cxx, [flag])]
         self.common = [*COMMON, *([EMULATED] if "emulate-amx" in aside else [])]
@@ -118,22 +118,22 @@ class Plan(BuildFile):
             "compiler": self.tools.compiler,
             "flags": shlex.join([*self.flags, *self.extra]),
             "torch": self.tools.torch_version,
-            "tiers": {name: shlex.join(flags) for name, flags in self.tiers.items()},
-            "left_out": [name for name in TIERS if name not in self.tiers],
+            "tiers": {name: shlex.join(flags) for name, flags in self.isa_levels.items()},
+            "left_out": [name for name in ISA_LEVELS if name not in self.isa_levels],
         }
         return json.dumps(facts, indent=2) + "\n"
 
     def ninja(self) -> str:
-        tiers = "XSMOE_ISA_LEVELS(X)=" + " ".join(f"X({name})" for name in self.tiers)
-        flags = [*self.flags, "-D" + tiers, *self.headers]
+        levels = "XSMOE_ISA_LEVELS(X)=" + " ".join(f"X({name})" for name in self.isa_levels)
+        flags = [*self.flags, "-D" + levels, *self.headers]
         objects = [
             self.compile(source, [*flags, *self.extra])
             for source in ("csrc/cpu/features.cpp", "csrc/cpu/library.cpp", *sources("csrc/*/cpu.cpp"))
         ]
         objects += [
-            self.compile(source, [*flags, *self.quiet, *tier_flags, f"-DXSMOE_ISA={tier}", *self.extra], "." + tier)
+            self.compile(source, [*flags, *self.quiet, *level_flags, f"-DXSMOE_ISA={level}", *self.extra], "." + level)
             for source in sources("csrc/*/cpu_kernels.cpp")
-            for tier, tier_flags in self.tiers.items()
+            for level, level_flags in self.isa_levels.items()
         ]
         self.library(LIBRARY, objects, self.flags, [])
         return self.text()
@@ -171,14 +171,14 @@ class CudaPlan(BuildFile):
         return self.text()
 
 
-def _tiers(cxx: list[str]) -> dict[str, list[str]]:
+def _isa_levels(cxx: list[str]) -> dict[str, list[str]]:
     """Return the instruction set levels to compile, and their flags."""
-    named = os.environ.get("XSMOE_BUILD_TIERS", "").split() or [*TIERS]
-    if unknown := sorted(set(named) - set(TIERS)):
+    named = os.environ.get("XSMOE_BUILD_TIERS", "").split() or [*ISA_LEVELS]
+    if unknown := sorted(set(named) - set(ISA_LEVELS)):
         raise CompileError(
-            f"XSMOE_BUILD_TIERS names unknown instruction sets: {', '.join(unknown)}; known are {', '.join(TIERS)}"
+            f"XSMOE_BUILD_TIERS names unknown instruction sets: {', '.join(unknown)}; known are {', '.join(ISA_LEVELS)}"
         )
-    return {name: flags for name, flags in TIERS.items() if name in named and accepts(cxx, flags)}
+    return {name: flags for name, flags in ISA_LEVELS.items() if name in named and accepts(cxx, flags)}
 
 
 def _header(namespace: str, facts: dict[str, object]) -> str:

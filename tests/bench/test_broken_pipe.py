@@ -57,9 +57,9 @@ def test_a_closed_pipe_is_not_a_usage_error(tmp_path: Path, monkeypatch: pytest.
 
 def test_another_broken_pipe_is_an_error() -> None:
     def broken() -> int:
-        raise BrokenPipeError("a process of ours has gone")
+        raise BrokenPipeError("a subprocess ended")
 
-    with pytest.raises(BrokenPipeError, match="a process of ours has gone"):
+    with pytest.raises(BrokenPipeError, match="a subprocess ended"):
         run_and_exit(broken)
 
 

@@ -221,7 +221,7 @@ def test_ranks_are_measured_on_each_backend_that_can_run(monkeypatch: pytest.Mon
     narrow = RankOfTarget(sizes, torch.bfloat16, torch.device("cpu"))
     monkeypatch.setattr(narrow, "device", CUDA)
     for variant in narrow.select(["ours-cuda", "ours-cuda-graph"]):
-        with pytest.raises(Absent, match=r"'cuda' cannot serve rank_of_target on cuda torch\.bfloat16: "):
+        with pytest.raises(Absent, match=r"'cuda' cannot run rank_of_target on cuda torch\.bfloat16: "):
             variant.build()
 
 

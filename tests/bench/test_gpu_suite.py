@@ -291,7 +291,7 @@ def test_every_test_of_the_stream_that_needs_a_gpu_is_in_one_part(suite: Suite) 
     (asked,) = [
         call.partition(" -k ")[2].partition(" --junitxml")[0] for call in suite.called() if " tests/stream " in call
     ]
-    for path in (ROOT / "tests/stream").glob("test_*.py"):
+    for path in (ROOT / "tests/stream").rglob("test_*.py"):
         for name in re.findall(r"@needs_gpu\n(?:@.*\n)*def (\w+)", path.read_text()):
             assert selects(asked, name), name
 

@@ -191,7 +191,7 @@ def test_a_case_whose_inputs_do_not_fit_is_skipped(
     assert "tried to allocate 4503599627370496 bytes" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a peak anew")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can reset the peak")
 def test_a_separate_process_may_run_out_of_memory() -> None:
     # Two side levels of so many rows take more than any machine has.
     sizes = {"N": 1 << 40, "E": 2, "D": 64, "R": 2, "M": 1}

@@ -49,11 +49,11 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_throttle_calls_at_most_once_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    told: list[int] = []
-    tick = Throttle(lambda done, total: told.append(done), seconds=10)
+    ticks: list[int] = []
+    tick = Throttle(lambda done, total: ticks.append(done), seconds=10)
     for now in range(35):
         tick(int(now), 35)
-    assert told == [10, 20, 30]
+    assert ticks == [10, 20, 30]
 
 
 def test_a_table_fits_the_terminal() -> None:

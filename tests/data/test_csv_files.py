@@ -246,7 +246,7 @@ def test_rows_of_items_are_counted_or_refused(
         return
     records = [record for record in csv.reader(io.StringIO(text, newline="")) if record][1:]
     assert [[item, found or ""] for item, found in zip(items.ids, items.texts, strict=True)] == records
-    told = {"newlines": 0, "blank": 0}
+    counted = {"newlines": 0, "blank": 0}
     for number, kind in re.findall(r"(\d+) (newlines|blank)", "".join(items.notes)):
-        told[kind] = int(number)
-    assert len(items) + 1 + sum(told.values()) == len(re.findall(r"\r\n|\n", text))
+        counted[kind] = int(number)
+    assert len(items) + 1 + sum(counted.values()) == len(re.findall(r"\r\n|\n", text))

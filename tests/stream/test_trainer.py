@@ -176,28 +176,28 @@ def test_expansion_and_pruning_can_be_disabled(options: dict, experts: list[int]
 
 
 def test_run_with_nonfinite_counters_continues_and_warns_about_skipped_pruning() -> None:
-    model, told = tiny.model(), []
+    model, messages = tiny.model(), []
 
     def listener(event: str, line: dict) -> None:
         if event == "warning":
-            told.append(line["message"])
+            messages.append(line["message"])
         if event == "window":
             banks = model.items.sides["text"].levels()
             banks[1].utilization.norm[-1] = float("nan")
 
     trainer = StreamingTrainer(model, tiny.stream(), tiny.config(prune_threshold=1.0), listener=listener)
     tests = [line for line in trainer.fit() if line["kind"] == "test"]
-    assert told == ["window 2 does not prune text 1: the utilization counters are not finite"]
+    assert messages == ["window 2 does not prune text 1: the utilization counters are not finite"]
     assert [[level["level"] for level in line["pruned"]["text"]] for line in tests] == [[], [0]]
     assert [bank.num_experts for bank in model.items.sides["text"].levels()] == [2, 3]
     assert [bank.num_experts for bank in model.items.sides["image"].levels()] == [2, 2]
 
 
 def test_warm_up_only_and_an_empty_validation_split_keep_the_last_epoch() -> None:
-    told = []
-    lines, _ = fit(listener=lambda e, f: told.append(f) if e == "warning" else None, warmup_epochs=9)
+    messages = []
+    lines, _ = fit(listener=lambda e, f: messages.append(f) if e == "warning" else None, warmup_epochs=9)
     assert {line["kept"] for line in lines if line["kind"] == "window"} == {"last"}
-    assert "all epochs were warm-up epochs without validation (9)" in told[0]["message"]
+    assert "all epochs were warm-up epochs without validation (9)" in messages[0]["message"]
     lines, _ = fit(train_fraction=0.999)
     reasons = {line.get("reason") for line in lines if line["kind"] == "window"}
     assert reasons == {"the validation split has no user with 2 items"}

@@ -63,7 +63,7 @@ def describe() -> dict[str, Any]:
 
     Returns:
         "library", its file; "tier", the instructions in use, and "tiers", all that run here; "compiled", for each
-        compiled tier its flags, and "left_out", the tiers that the build has not; "compiler", "flags" and
+        compiled level its flags, and "left_out", the levels that the build lacks; "compiler", "flags" and
         "torch", what it was built with; "features", those of the processor. What the build wrote next to the library
         is None if that file is missing. Without a library: "unavailable", why.
     """

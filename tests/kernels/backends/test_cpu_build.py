@@ -16,10 +16,10 @@ from xsmoe_kernels.runtime import dispatch
 
 IMPORT = "import xsmoe_kernels"
 FUNCTIONS = {"cpu_tier", "supported_tiers", "cpu_features", "pack_experts"}
-"""What the library holds beyond operators."""
+"""Functions of the library other than operators."""
 SOURCES = ("build_cuda.py", "build_plan.py", "cpu/features.h", "cpu/features.cpp", "cpu/library.cpp")
 
-needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside the package")
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the package has no source tree")
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="there is no C++ compiler")
 
 

@@ -22,16 +22,16 @@ PROGRAMS = {
     str(TESTS / "native_packed_attention.py"): len(SEQUENCES),
     str(TESTS / "native_in_batch_softmax_loss.py"): len(BATCHES),
 }
-"""Each compares an operator on the tier that it is started with, and tells how many cases agreed."""
-# Starting Python takes as long as an operator's cases.
+"""Programs that compare an operator on one instruction set, and print the number of cases that agreed."""
+# The start of Python needs as much time as an operator's cases.
 ONE_AFTER_THE_OTHER = "import runpy, sys; [runpy.run_path(one, run_name='__main__') for one in sys.argv[1:]]"
 
 
 @needs_library
-@pytest.mark.parametrize("tier", cpu_backend.describe().get("tiers") or ["baseline"])
-def test_every_operator_agrees_with_its_reference(tier: str) -> None:
-    told = run_python("-c", ONE_AFTER_THE_OTHER, *PROGRAMS, XSMOE_CPU_TIER=tier)
-    assert told.splitlines() == [f"{tier} {agreed}" for agreed in PROGRAMS.values()]
+@pytest.mark.parametrize("level", cpu_backend.describe().get("tiers") or ["baseline"])
+def test_every_operator_agrees_with_its_reference(level: str) -> None:
+    printed = run_python("-c", ONE_AFTER_THE_OTHER, *PROGRAMS, XSMOE_CPU_TIER=level)
+    assert printed.splitlines() == [f"{level} {agreed}" for agreed in PROGRAMS.values()]
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def emulation() -> Path:
     """Return a library whose amx code runs here; compiled only if sources have changed."""
     facts = cpu_backend.describe()
     if not (ROOT / "setup.py").exists():
-        pytest.skip("there are no sources beside the package")
+        pytest.skip("the package has no source tree")
     if "amx" in (facts["tiers"] or ()):
-        pytest.skip("the amx tier runs by itself")
+        pytest.skip("the level amx has a run of its own")
     if "avx512_bf16" not in (facts["features"] or ()):
         pytest.skip("the emulation takes a processor with avx512_bf16")
     if "amx" in (facts["left_out"] or ()):
-        pytest.skip("the compiler does not know the amx tier")
+        pytest.skip("the compiler does not support the level amx")
     wanted = {"XSMOE_EMULATE_AMX": "1", "XSMOE_BUILD_TIERS": "amx", "XSMOE_SANITIZE": "0", "LD_PRELOAD": ""}
     run_python(str(ROOT / "setup.py"), "-q", "build_ext", "--inplace", library=None, **wanted)
     return ROOT / "build" / "emulate-amx" / cpu_backend.LIBRARY
@@ -106,7 +106,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
-@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="there are no sources beside the package")
+@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="the package has no source tree")
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [

@@ -59,7 +59,7 @@ def test_calls_from_several_python_threads_do_not_meet(count: int) -> None:
         # A thread of Python's that is new to torch begins with torch's number of threads.
         assert torch.get_num_threads() == count
         item, want = work[place % len(work)], expected[place % len(work)]
-        # `native_results` would take the calls of other threads for its own.
+        # `native_results` would count the calls of other threads.
         found = results(*item, "native", item[0].x.dtype)
         for name, value in found.items():
             assert torch.equal(value, want[name]), name

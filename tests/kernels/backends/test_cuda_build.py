@@ -21,7 +21,7 @@ from xsmoe_kernels.backends import cuda as cuda_backend
 from xsmoe_kernels.backends import shared_library
 
 sys.path.insert(0, str(ROOT / "csrc"))
-build_cuda: ModuleType = pytest.importorskip("build_cuda", reason="there are no sources beside the package")
+build_cuda: ModuleType = pytest.importorskip("build_cuda", reason="the package has no source tree")
 
 
 def _no_toolkit() -> str | None:
@@ -37,7 +37,7 @@ LIBRARY = ROOT / "build" / "cuda" / cuda_backend.LIBRARY
 
 
 SOME = ("8.0", "9.0+PTX")
-"""The oldest GPU, and one that this is for; each takes half a minute of a core, so that others wait for test-all."""
+"""The oldest GPU and the main one. Each compilation needs half a minute of a core; test-all compiles for the others."""
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def assert_nothing_spills(found: list[Found], asked: tuple[str, ...]) -> None:
         by_kernel.setdefault(one.kernel, set()).add(one.architecture.removeprefix("sm_"))
     assert by_kernel
     assert set(map(frozenset, by_kernel.values())) == {frozenset(architectures)}
-    # A stack frame is an array that was indexed at run time: it lies in memory as what is spilled does.
+    # A stack frame is an array with run-time indices: it is in memory, like spilled registers.
     assert not [one for one in found if one.spilled or one.stack or one.registers > 255]
-    # Shared memory is the launchers', whose sizes tests of geometry know.
+    # The launchers choose the size of shared memory, which tests of their geometry check.
     assert not [one for one in found if one.shared]
 
 
@@ -81,7 +81,7 @@ def test_kernels_keep_to_their_budget(found: list[Found]) -> None:
 def assert_within_budget(found: list[Found]) -> None:
     budget = json.loads(BUDGET.read_text())
     asked = cuda_offline.as_budget(found, cuda_offline.nvcc_version())
-    assert set(asked["registers"]) == set(budget["registers"]), "write it anew"
+    assert set(asked["registers"]) == set(budget["registers"]), "write the budget again"
     if asked["nvcc"] != budget["nvcc"]:
         pytest.skip(f"the budget is that of nvcc {budget['nvcc']}")
     beyond = {
@@ -115,12 +115,12 @@ ptxas info    : Used 12 registers
 @pytest.mark.usefixtures("found")
 def test_the_library_loads_without_a_gpu_and_has_the_operators() -> None:
     program = "import json, xsmoe_kernels as x; print(json.dumps(x.info()['cuda_kernels']))"
-    told = json.loads(run_python("-c", program, XSMOE_CUDA_LIBRARY=str(LIBRARY)))
-    assert told["library"] == str(LIBRARY)
-    assert told["emulated"] is False
+    facts = json.loads(run_python("-c", program, XSMOE_CUDA_LIBRARY=str(LIBRARY)))
+    assert facts["library"] == str(LIBRARY)
+    assert facts["emulated"] is False
     # All of them, where a test before this one has built for all.
-    assert {one.removesuffix("+PTX") for one in SOME} <= {one.removesuffix("+PTX") for one in told["architectures"]}
-    assert told["compiler"].startswith("nvcc ")
+    assert {one.removesuffix("+PTX") for one in SOME} <= {one.removesuffix("+PTX") for one in facts["architectures"]}
+    assert facts["compiler"].startswith("nvcc ")
 
 
 @needs_nvcc

@@ -19,7 +19,7 @@ from tests.kernels.helpers.triton_offline import BUDGET, TARGETS, Found, too_old
 triton = pytest.importorskip("triton")
 
 ORDINARY = "sm_90"
-"""The target of ordinary tests: each takes a minute of a core, so that others wait for test-all."""
+"""The target of ordinary tests. Each compilation needs a minute of a core; test-all compiles for the others."""
 
 FEW_ROWS = {"side_moe.gate_kernel"}
 """Kernels whose blocks have fewer than the 64 rows that a warp group multiplies."""

@@ -26,7 +26,7 @@ SIDE_MOE = (
 )
 LOSS = {
     "sums_kernel": 1,
-    "row_kernel": 2,
+    "logit_lse_kernel": 2,
     "mean_kernel": 1,
     "query_gradient_kernel": 2,
     "slice_sum_kernel": 2,
@@ -40,7 +40,7 @@ LAUNCHES = {
     "grouped_mm": {"product_kernel": 2, "weight_gradient_kernel": 1},
     "in_batch_softmax_loss": LOSS,
     "rank_of_target": {"hidden_keys_kernel": 1, "count_kernel": 1, "rank_kernel": 1},
-    "topk_items": {"hidden_keys_kernel": 1, "score_kernel": 1, "best_kernel": 1},
+    "topk_items": {"hidden_keys_kernel": 1, "score_kernel": 1, "topk_merge_kernel": 1},
 }
 """The Triton kernels that a call on 256 rows launches."""
 

@@ -32,7 +32,7 @@ TABLE = Table(
 )
 SECONDS = {16: 3.0, 32: 2.0, 64: 1.0}
 KEY = {"D": 768, "R": 64}
-# On no CPU, so that tuning takes it for a tensor of a GPU.
+# Not on a CPU: tuning treats it as a GPU tensor.
 ROWS = torch.empty(2816, 768, device="meta", dtype=torch.bfloat16)
 
 
@@ -341,7 +341,7 @@ def test_a_compiler_asks_too(monkeypatch: pytest.MonkeyPatch, age: tuple[int, in
         backend = dispatch.select("in_batch_softmax_loss_backward", "auto", torch.device("cuda", 0), torch.float32)
         return x + (1 if backend == chosen else 2)
 
-    # The compiler itself has to know that there is no GPU.
+    # The compiler itself must find no GPU.
     cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda device: age)
     without_hip = SimpleNamespace(hip=None)
     monkeypatch.setattr(tuning, "torch", SimpleNamespace(cuda=cuda, compiler=torch.compiler, version=without_hip))

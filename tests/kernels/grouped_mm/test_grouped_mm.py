@@ -43,7 +43,7 @@ def outputs(function: Any, x: Tensor, weight: Tensor, offsets: Tensor, **options
     return y, *torch.autograd.grad(y, (x, weight), upstream, allow_unused=True, materialize_grads=True)
 
 
-# The reference's two ways through the groups: _masks serves the devices whose offsets it may not read.
+# The reference iterates over groups in two ways; _masks is for devices whose offsets it must not read.
 both_ways = pytest.mark.parametrize("way", ["_groups", "_masks"])
 
 
@@ -216,7 +216,7 @@ def strided(*shape: int, dtype: torch.dtype, layout: str, generator: torch.Gener
 
 
 LAYOUTS = st.sampled_from(["plain", "transposed", "apart"])
-# Around what products and panels of columns take at once, in every tier.
+# Around the block sizes of products and panels of columns, on every instruction set.
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 7, 8, 16, 17, 31, 32, 33, 64, 65, 100, 290])
 
 

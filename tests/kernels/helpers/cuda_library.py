@@ -23,7 +23,7 @@ ON_GPU = DEVICE.type == "cuda"
 def _emulate() -> str | None:
     """Load the emulation; return why it cannot be built, or None."""
     if not (ROOT / "setup.py").exists():
-        return "there are no sources beside the package"
+        return "the package has no source tree"
     if cpu_backend.library is None:
         return str(cpu_backend.describe()["unavailable"])
     built = subprocess.run(

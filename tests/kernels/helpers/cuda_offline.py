@@ -108,7 +108,7 @@ def nvcc_version() -> str:
 def main() -> None:
     """Print the resources, and write the budget if requested."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="the budget anew")
+    parser.add_argument("--write", action="store_true", help="write the budget")
     options = parser.parse_args()
     found = measure()
     for one in found:

@@ -111,7 +111,8 @@ def check(case: Case) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if not name.endswith(" in two calls")}
 
 
-# Past one tile of queries for every tier and one strip of items, and so many items that no tile keeps their logits.
+# Past one tile of queries for every instruction set level and one strip of items, and so
+# many items that no tile keeps their logits.
 SELECTION = [
     Case(*sizes, users=users, logq=logq, counts=counts, dtype=dtype)
     for dtype in DTYPES

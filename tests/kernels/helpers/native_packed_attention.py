@@ -83,7 +83,7 @@ def check(case: Case) -> None:
     assert_draws_within_budget(compare)
 
 
-# Around vectors and tiles of all tiers, and sequences of several tiles.
+# Around vectors and tiles of all instruction set levels, and sequences of several tiles.
 SELECTION = [
     Case(lengths, dim=dim, dropout_p=p, dtype=dtype, before=1, after=2)
     for dtype in DTYPES

@@ -10,7 +10,8 @@ from tests.kernels.helpers.ranking import Case, Served, make_case
 
 NATIVE = Served("native", torch.device("cpu"))
 DTYPES = (torch.float32, torch.bfloat16)
-# Around the panels and tiles of all tiers, and inner dimensions around those that are summed in one go.
+# Around the panels and tiles of all instruction set levels.
+# Also inner dimensions around those that are summed in one go.
 SIZES = ((0, 5, 3), (1, 1, 1), (1, 700, 5), (3, 9, 2), (15, 33, 31), (33, 1100, 33), (47, 513, 64), (9, 520, 600))
 PLACES = (1, 10, 300, 1200)
 

@@ -17,7 +17,7 @@ __all__ = ["EVERYTHING", "SELECTION", "Call", "check", "native_results", "oracle
 check = partial(check_backend, "native")
 native_results = partial(served_results, backend="native")
 
-# Past one tile of rows for every tier (128, 140 and 144 rows), and within the first.
+# Past one tile of rows for every instruction set level (128, 140 and 144 rows), and within the first.
 SELECTION = [
     (make_level(rows, dim, experts, rank, one_row=one_row, dtype=dtype, requires_grad=False), call)
     for dtype in (torch.float32, torch.bfloat16)

@@ -61,7 +61,7 @@ class RankChecks:
         slack = 4 * torch.finfo(torch.float32).eps * case.queries.shape[1]
         ranks = self.served.rank(case)
         assert (ranks > (scores > own + slack).sum(1)).all()
-        # Its copy takes half a place, rounded up.
+        # Its copy adds half a rank, rounded up.
         assert (ranks <= (scores > own - slack).sum(1)).all()
 
     def test_ties_and_seen_items(self) -> None:
@@ -121,7 +121,7 @@ class GpuRankChecks(RankChecks):
         case = on(self.served.device, case)
         far = case._replace(queries=spread(case.queries, (2**31 // 14, 1)))
         assert torch.equal(self.served.rank(far), expected)
-        del far  # which takes gigabytes
+        del far  # it has gigabytes
         far = case._replace(items=spread(case.items, (2**31 // 30, 1)))
         assert torch.equal(self.served.rank(far), expected)
 
@@ -154,7 +154,7 @@ class GpuRankChecks(RankChecks):
     def test_large_sizes(self, num_queries: int, num_items: int, dim: int, dtype: torch.dtype) -> None:
         # Exact in float32, whatever the order: a score is a sum of `dim` numbers of at most 4.
         self.served.check_rank(make_case(num_queries, num_items, dim, dtype, most_seen=300))
-        # Ranks of copies, which sums of other orders would tell apart.
+        # Ranks of copies, which would differ with another order of summation.
         case = self.served.random_case(num_queries, 3, dim, dtype, most_seen=None)
         copies = case.items[:1].expand(num_items, dim).contiguous()
         targets = torch.randint(0, num_items, (num_queries,), device=self.served.device)

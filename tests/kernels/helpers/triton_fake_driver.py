@@ -84,9 +84,9 @@ def fake_driver() -> Iterator[list[str]]:
             mock.patch.dict(dispatch._limits),
         ):
             for operator, launcher in backend.LAUNCHERS.items():
-                refuses = functools.partial(backend._refuses, backend.REFUSES.get(operator))
-                kernel = dispatch.when_needed(launcher)
-                dispatch.register(operator, "triton", kernel, devices=("cpu",), dtypes=backend.DTYPES, refuses=refuses)
+                rejects = functools.partial(backend._rejects, backend.REJECTS.get(operator))
+                kernel = dispatch.lazy_import(launcher)
+                dispatch.register(operator, "triton", kernel, devices=("cpu",), dtypes=backend.DTYPES, rejects=rejects)
             yield launches
     finally:
         driver._active = before

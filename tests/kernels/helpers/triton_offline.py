@@ -208,7 +208,7 @@ def _triton_target(target: str) -> Any:
 
 
 _work: list[tuple[Launch, str, set[str]]] = []
-"""What workers share out, with the precisions for which it is the same; they are forked when it is complete."""
+"""Work for the workers, with the precisions for which it is the same; they are forked after it is complete."""
 
 
 def _measure_one(place: int) -> list[Found]:

@@ -151,7 +151,7 @@ def test_subtracting_logq_estimates_the_full_softmax() -> None:
     # Popular items score high, so that a wrong correction cannot average out.
     probability = (query @ items.T)[0].softmax(0)
     target = torch.tensor([int((probability - 1 / draws).abs().argmin())])
-    # The target stands in the batch once for sure; that is its expectation when its probability is one in the draws.
+    # The target is always in the batch once, which is its expected count for a probability of 1 / draws.
     probability[target] = 0
     probability *= (1 - 1 / draws) / probability.sum()
     probability[target] = 1 / draws

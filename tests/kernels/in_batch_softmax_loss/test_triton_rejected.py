@@ -74,7 +74,7 @@ def test_a_query_without_negatives_costs_nothing(dtype: torch.dtype) -> None:
     everything = torch.arange(40, device=DEVICE)
     for result in outputs(batch | {"rejected": everything.expand(17, 40)}, "triton").values():
         assert (result == 0).all()
-    # And one that has none beside others that have some.
+    # One query without rejected items, next to others with some.
     batch["rejected"] = torch.where(torch.arange(17, device=DEVICE)[:, None] == 4, everything, -1)
     assert (within_budget(batch)["queries"][4] == 0).all()
 

@@ -67,7 +67,7 @@ def catalogues(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Seen]:
     return queries, items, targets, (integers(0, num_items, int(bounds[-1])), bounds[:-1])
 
 
-# The reference's two ways to a query's seen items; the second serves the devices whose offsets it may not read.
+# The reference finds a query's seen items in two ways; the second is for devices whose offsets it must not read.
 both_ways = pytest.mark.parametrize("reads_offsets", [True, False])
 
 

@@ -89,7 +89,7 @@ def test_probabilities_that_underflow_still_rank_and_renormalize(backend: str) -
 
 
 def test_neighbouring_numbers_keep_their_order(backend: str) -> None:
-    # Their softmax does not tell them apart, nor does a key of fewer bits.
+    # Their softmax is equal, and so is a key of fewer bits.
     tiny, next_to_one = 1e-45, 1 + torch.finfo(torch.float32).eps
     logits = torch.tensor(
         [[1, next_to_one, 1], [-1, -next_to_one, -1], [-tiny, 0, tiny], [1e-38, 2e-38, 0]], device=DEVICE

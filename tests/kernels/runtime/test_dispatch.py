@@ -103,7 +103,7 @@ def test_backward_follows_its_forward_through_a_compiler(calls: Counter[tuple[st
     assert calls == {("side_moe", "triton"): 1, ("side_moe_backward", "triton"): 1}
     with use_backend("reference"):
         function(*level)
-    assert calls["side_moe", "reference"] == 1, "the compiled code is made anew for another request"
+    assert calls["side_moe", "reference"] == 1, "another request compiles the code again"
 
 
 @pytest.mark.usefixtures("triton")

@@ -19,12 +19,12 @@ ROOT = Path(xsmoe_kernels.__file__).parents[1]
 
 
 def test_reports_versions_and_devices_as_json() -> None:
-    told = info()
-    assert json.loads(json.dumps(told)) == told
-    assert told["versions"]["torch"] == torch.__version__
-    assert told["versions"]["xsmoe_kernels"] == xsmoe_kernels.__version__
-    assert told["devices"]["cpu"]["threads"] == torch.get_num_threads()
-    assert len(told["devices"]["cuda"]) == torch.cuda.device_count()
+    report = info()
+    assert json.loads(json.dumps(report)) == report
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["xsmoe_kernels"] == xsmoe_kernels.__version__
+    assert report["devices"]["cpu"]["threads"] == torch.get_num_threads()
+    assert len(report["devices"]["cuda"]) == torch.cuda.device_count()
     with use_backend("reference"):
         assert info()["requested"] == "reference"
 
@@ -44,16 +44,16 @@ def test_reports_the_backend_of_each_operator_and_why_not_the_others() -> None:
 
 @pytest.mark.skipif(cpu_backend.library is None, reason=cpu_backend.describe().get("unavailable", ""))
 def test_reports_the_build_of_the_native_kernels() -> None:
-    told = info()["native"]
-    assert "unavailable" not in told
-    if told["compiler"] is None:
+    report = info()["native"]
+    assert "unavailable" not in report
+    if report["compiler"] is None:
         pytest.skip("the build left no facts next to the library")
-    assert told["tier"] in told["tiers"]
-    assert told["tiers"][0] == "baseline"
-    assert set(told["tiers"]) <= set(told["compiled"])
-    assert not set(told["compiled"]) & set(told["left_out"])
-    assert "-std=c++" in told["flags"]
-    assert told["torch"][0].isdigit()
+    assert report["tier"] in report["tiers"]
+    assert report["tiers"][0] == "baseline"
+    assert set(report["tiers"]) <= set(report["compiled"])
+    assert not set(report["compiled"]) & set(report["left_out"])
+    assert "-std=c++" in report["flags"]
+    assert report["torch"][0].isdigit()
 
 
 def test_reports_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_checkpointing_counts_once(use_reentrant: bool, inner: str) -> None:
         return function(Level(*tensors), counters)
 
     def checkpointed(level: Level, counters: Utilization) -> Tensor:
-        # Reentrant checkpoints take no keyword arguments.
+        # Reentrant checkpoints do not support keyword arguments.
         return checkpoint(lambda *tensors: counted(*tensors, counters=counters), *level, use_reentrant=use_reentrant)
 
     if use_reentrant:

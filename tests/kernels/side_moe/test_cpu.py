@@ -27,7 +27,7 @@ def plain_level(*shape: int, dtype: torch.dtype, one_row: bool = False, seed: in
 
 @settings(deadline=None, derandomize=True, max_examples=250)
 @given(
-    # One past a tile of rows, whose height the tier and the dtype decide, and several tiles.
+    # One past a tile of rows, whose height depends on the instruction set level and the dtype, and several tiles.
     rows=st.sampled_from([0, 1, 2, 5, 31, 33, 128, 129, 140, 141, 144, 145, 300, 433]),
     dim=st.sampled_from([0, 1, 3, 7, 17, 33, 48, 64, 100, 768]),
     experts=st.integers(1, 33),

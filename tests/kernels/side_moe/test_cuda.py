@@ -68,7 +68,7 @@ def test_error_budget_of_any_shape(data: st.DataObject) -> None:
 
 
 def test_each_level_of_a_group_has_the_bits_that_it_has_on_its_own() -> None:
-    # All of them take Triton's interpreter half a minute; these are two of one kind, and one that has a row for all.
+    # Triton's interpreter needs half a minute for all of them; these are two of one kind, and one with a single row.
     check_each_level_has_the_bits_that_it_has_on_its_own("cuda", slice(None) if ON_GPU else slice(0, 6, 2))
 
 

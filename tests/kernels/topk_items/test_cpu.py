@@ -46,7 +46,7 @@ def test_error_budget(dtype: torch.dtype) -> None:
     queries, items = torch.randn(50, 128).to(dtype), torch.randn(3000, 128).to(dtype)
     scores, ids = NATIVE.topk(Case(queries, items, torch.zeros(50, dtype=torch.int64), None), 40)
     exact = queries.double() @ items.double().T
-    # Of scores that float32 can hardly tell apart either one may come first.
+    # Of scores that are nearly equal in float32 either one may come first.
     assert (exact.gather(1, ids) - exact.topk(40).values).abs().max() < 4 * torch.finfo(torch.float32).eps * 128
     assert ids.sort().values.diff().min() > 0
     plain = (queries.float() @ items.float().T).gather(1, ids)

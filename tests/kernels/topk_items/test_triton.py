@@ -57,7 +57,7 @@ def test_error_budget(dtype: torch.dtype) -> None:
     case = TRITON.random_case(10, num_items, 128 if ON_GPU else 40, dtype, most_seen=None)
     scores, ids = TRITON.topk(case, 24)
     exact = case.queries.double() @ case.items.double().T
-    # Of scores that float32 can hardly tell apart either one may come first.
+    # Of scores that are nearly equal in float32 either one may come first.
     slack = 4 * torch.finfo(torch.float32).eps * case.queries.shape[1]
     assert (exact.gather(1, ids) - exact.topk(24).values).abs().max() < slack
     assert ids.sort().values.diff().min() > 0

@@ -322,18 +322,18 @@ def test_later_modality_is_fitted_when_two_items_have_it(tmp_path: Path) -> None
     generator = torch.Generator().manual_seed(0)
     hidden = {name: torch.randn(tiny.NUM_ITEMS, 3, dim, generator=generator) for name, dim in tiny.DIMS.items()}
     features = InMemoryFeatures(hidden, {"image": present})
-    told: list[Any] = []
+    messages: list[Any] = []
 
     def listener(event: str, fields: dict[str, Any]) -> None:
         if event == "warning" and "unconditioned" in fields["message"]:
-            told.append(fields["message"])
+            messages.append(fields["message"])
         if event == "window":
-            told.append(model.items.conditioned())
+            messages.append(model.items.conditioned())
 
     model = tiny.model(condition="whiten")
     stream = Stream(tiny.windows(), features)
     lines = tiny.without_time(StreamingTrainer(model, stream, tiny.config(epochs=2), listener=listener).fit())
-    assert told == [
+    assert messages == [
         "window 0 trains on unconditioned hidden states of image: fewer than 2 of its training items have them",
         ("text",),
         ("image", "text"),

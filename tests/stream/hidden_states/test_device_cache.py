@@ -121,17 +121,17 @@ def test_cache_respects_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_results_do_not_depend_on_the_device_cache() -> None:
-    told: list[str] = []
+    messages: list[str] = []
     lines = {}
     for gib in (None, 1.0, 1e-9):
         stream = Stream(tiny.windows(), in_memory(torch.float32))
         run = StreamingTrainer(
-            tiny.model(), stream, tiny.config(store_gib=gib), listener=lambda event, fields: told.append(event)
+            tiny.model(), stream, tiny.config(store_gib=gib), listener=lambda event, fields: messages.append(event)
         )
         lines[gib] = tiny.without_time(run.fit())
         assert isinstance(run.features, DeviceCachedFeatures) == (gib == 1.0)
-        assert told.count("warning") == (gib == 1e-9), "said once"
-        told.clear()
+        assert messages.count("warning") == (gib == 1e-9), "said once"
+        messages.clear()
     assert lines[None] == lines[1.0] == lines[1e-9]
 
 

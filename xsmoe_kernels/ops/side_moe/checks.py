@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from xsmoe_kernels.ops.side_moe import reference
 from xsmoe_kernels.ops.side_moe.utilization import Utilization
 from xsmoe_kernels.runtime import checks
 
@@ -42,6 +43,7 @@ def check_level(
     frozen_up: Tensor | None,
     row_weight: Tensor | None,
     num_frozen: int,
+    activation: str,
 ) -> None:
     """Check dtypes, shapes, devices and numbers after autocast, with the errors that the public functions document."""
     rows, dim = checks.floating("backbone", backbone, "N", "D").shape
@@ -69,6 +71,8 @@ def check_level(
             f"num_frozen must be 0 where frozen is given, not {num_frozen}: frozen holds the frozen experts"
         )
     checks.integer("num_frozen", num_frozen, 0, experts, bound="the number of experts")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
     if row_weight is not None:
         checks.floating("row_weight", row_weight, rows)
     operands = {

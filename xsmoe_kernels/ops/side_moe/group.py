@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xsmoe_kernels.ops.side_moe import op
+from xsmoe_kernels.ops.side_moe.checks import check_level
 from xsmoe_kernels.ops.side_moe.utilization import Utilization
 from xsmoe_kernels.runtime.list_operator import ListOperator
 
@@ -68,7 +69,7 @@ def _prepared(place: int, layer: Mapping[str, Any]) -> tuple[tuple[Any, ...], Ut
         return op.prepare(**{**_DEFAULTS, **layer}), layer.get("utilization")
 
 
-_GROUP = ListOperator(op.OPERATOR, "side_moe_group", fake=op.fake, check=op.check, argument="layers")
+_GROUP = ListOperator(op.OPERATOR, "side_moe_group", fake=op.fake, check=check_level, argument="layers")
 _SIGNATURE = inspect.signature(op.side_moe)
 _REQUIRED = {name for name, one in _SIGNATURE.parameters.items() if one.default is one.empty}
 _DEFAULTS = {name: one.default for name, one in _SIGNATURE.parameters.items() if one.default is not one.empty}

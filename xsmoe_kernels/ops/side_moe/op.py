@@ -130,24 +130,6 @@ def apply(operands: tuple[Any, ...], utilization: Utilization | None) -> Tensor:
     return y
 
 
-def check(
-    x: Tensor,
-    backbone: Tensor,
-    router: Tensor,
-    down: Tensor,
-    up: Tensor,
-    frozen_down: Tensor | None,
-    frozen_up: Tensor | None,
-    row_weight: Tensor | None,
-    num_frozen: int,
-    activation: str,
-) -> None:
-    """Check the operator's arguments, with the errors that `side_moe` documents."""
-    check_level(x, backbone, router, down, up, frozen_down, frozen_up, row_weight, num_frozen)
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
-
-
 def fake(
     x: Tensor, backbone: Tensor, router: Tensor, down: Tensor, recompute: bool, count: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -190,5 +172,5 @@ _operator = registration.define(
     reference=reference.forward,
     reference_backward=reference.backward,
     fake=fake,
-    check=check,
+    check=check_level,
 )

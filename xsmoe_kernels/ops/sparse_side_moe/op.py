@@ -66,7 +66,7 @@ def sparse_side_moe(
         if gate_offset is not None:
             checks.tensor("gate_offset", gate_offset, "E+1")
     x, backbone, router, down, up = registration.autocast(x, backbone, router, down, up)
-    check_level(x, backbone, router, down, up, None, None, row_weight, num_frozen)
+    check_level(x, backbone, router, down, up, None, None, row_weight, num_frozen, "gelu")
     checks.integer("top_k", top_k, 1)
     if gate_offset is not None:
         checks.floating("gate_offset", gate_offset, router.shape[0])
