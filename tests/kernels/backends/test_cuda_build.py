@@ -299,7 +299,7 @@ def test_a_failed_allocation_is_out_of_memory() -> None:
     def fails(said: str) -> None:
         raise RuntimeError(said)
 
-    kernel = cuda_backend._says_memory_is_short("route_topk", fails)
+    kernel = cuda_backend._with_out_of_memory_error("route_topk", fails)
     with pytest.raises(torch.OutOfMemoryError, match="the cuda kernels of route_topk could not allocate"):
         kernel('torch_call_dispatcher( "aten::new_empty", "", stack) API call failed')
     with pytest.raises(RuntimeError, match=r"^route_kernel: too many resources requested$") as other:

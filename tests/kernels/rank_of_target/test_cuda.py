@@ -133,7 +133,7 @@ def test_indices_out_of_range_do_not_spoil_other_ranks() -> None:
 
 def test_other_dtypes_and_more_items_are_left_to_others() -> None:
     case = on(DEVICE, make_case(4, 140, 24, torch.bfloat16))
-    with use_backend("cuda"), pytest.raises(BackendUnavailable, match=r"take torch\.float32, not torch\.bfloat16"):
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match=r"support torch\.float32, not torch\.bfloat16"):
         rank_of_target(*case)
     device, meta = torch.device("cuda"), torch.empty(2, 1, device="meta")
     for more, reason in ((0, ""), (1, "items has 2147482625 rows, but the cuda kernels support at most 2147482624")):

@@ -119,7 +119,7 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (lambda: side_moe(*level), lambda: side_moe_group([level._asdict()])):
         with (
             use_backend("cuda"),
-            pytest.raises(BackendUnavailable, match="its matrix products are Triton's, and triton is not installed"),
+            pytest.raises(BackendUnavailable, match="its matrix products run on Triton, and triton is not installed"),
         ):
             call()
 
