@@ -208,10 +208,10 @@ class Benchmark(ABC):
         return self.select([name])[0]
 
     def require(self, backend: str, *operators: str) -> None:
-        """Check that a backend serves these operators on this device.
+        """Check that a backend supports these operators on this device.
 
         Raises:
-            Absent: it does not serve one of them; the message gives the reason.
+            Absent: it does not support one of them; the message gives the reason.
         """
         try:
             for operator in operators:

@@ -1,5 +1,5 @@
 // The work of side_moe that CUDA kernels do next to Triton's matrix products: gates, counters, and the gradients of
-// logits. A launch serves up to `max_levels` levels. Their operands may differ in everything but the dtype.
+// logits. A launch computes up to `max_levels` levels. Their operands may differ in everything but the dtype.
 #pragma once
 
 #include <cstdint>

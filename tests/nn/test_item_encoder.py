@@ -175,3 +175,9 @@ def test_sizes_of_a_side_network_may_be_those_of_numpy(tmp_path) -> None:
     assert SideMoE.from_pretrained(tmp_path).config() == side.config()
     with pytest.raises(TypeError, match="num_levels must be an int, not float"):
         SideMoE(8, 2, num_levels=2.0)
+
+
+def test_ladders_is_a_deprecated_alias() -> None:
+    model = XSMoE(modalities=("text",), dim=8, num_levels=2, rank=2, out_dim=4)
+    with pytest.warns(DeprecationWarning, match=r"XSMoE\.ladders is deprecated; call XSMoE\.side_networks"):
+        assert model.ladders() == model.side_networks()

@@ -389,7 +389,7 @@ def test_invalid_windows_and_models_are_named() -> None:
         trainer.step(Window(0, first.users, first.items, first.timestamps[::-1].copy()))
     assert trainer.metrics == []
     trainer.step(first)
-    with pytest.raises(ValueError, match="the run was already trained on these interactions, as window 0"):
+    with pytest.raises(ValueError, match="already trained on these interactions, as window 0; pass a new window"):
         trainer.step(first)
     with pytest.raises(ValueError, match=r"protocol 'default', but config\.protocol is 'paper'"):
         StreamingTrainer(tiny.model(), tiny.stream(), tiny.config(protocol="paper"))

@@ -105,7 +105,9 @@ def train(
     patience: Annotated[
         int | None,
         _setting(
-            "0, with --keep best 5", "Validations without improvement before training stops; 0 disables it.", TRAINING
+            "0, with --keep best 5",
+            "Validations without improvement before training stops. 0: no early stopping.",
+            TRAINING,
         ),
     ] = None,
     keep: Annotated[

@@ -1,5 +1,6 @@
 """The item encoder: a side network for each modality, and one projection to the item embedding."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -96,6 +97,11 @@ class XSMoE(Pretrained):
     def side_networks(self) -> dict[str, SideMoE]:
         """Return the side network of each modality."""
         return {name: side for name, side in self.sides.items() if isinstance(side, SideMoE)}
+
+    def ladders(self) -> dict[str, SideMoE]:
+        """Call `side_networks`. Deprecated."""
+        warnings.warn("XSMoE.ladders is deprecated; call XSMoE.side_networks", DeprecationWarning, stacklevel=2)
+        return self.side_networks()
 
     def banks(self) -> Iterable[tuple[str, int, ExpertBank]]:
         """Yield all expert banks, as (modality, level, bank)."""

@@ -148,7 +148,7 @@ def draw_experts(results: Sequence[WindowResult]) -> Any:
 
 
 def draw_utilization(results: Sequence[WindowResult]) -> Any:
-    """Plot each expert's share of its level's utilization. An expert keeps its colour until it is dropped."""
+    """Plot each expert's share of its level's utilization. An expert keeps its colour until it is pruned."""
     births = expert_births(results)
     done = [result for result in results if result.trained is not None]
     if not births:
@@ -284,7 +284,7 @@ PLOTS = (
         "by user.",
         draw_baselines,
     ),
-    Plot("experts", "Experts at each level. Each window adds one, and little-used ones are dropped.", draw_experts),
+    Plot("experts", "Experts at each level. Each window adds one, and little-used ones are pruned.", draw_experts),
     Plot(
         "utilization",
         "Each expert's share of its level's utilization, in the kept epoch of each window.",

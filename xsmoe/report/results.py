@@ -191,7 +191,7 @@ Births = dict[str, list[list[list[int]]]]
 def expert_births(results: Sequence[WindowResult]) -> Births:
     """Return, for each modality, level and window, the window in which each expert was added.
 
-    Indices shift when an expert is dropped, so an index alone does not identify an expert.
+    Indices shift when an expert is pruned, so an index alone does not identify an expert.
     """
     births: Births = {}
     current: dict[str, list[list[int]]] = {}

@@ -80,7 +80,7 @@ class StreamingTrainer:
         self.stream = stream
         self.device = torch.device(self.config.device)
         self.model = model.to(self.device)
-        self.seen = SeenItemHistory()
+        self.seen_items = SeenItemHistory()
         self.progress = Progress(digests=[])
         self.metrics: list[dict[str, Any]] = []
         self._notify = listener or (lambda event, fields: None)
@@ -198,7 +198,7 @@ class StreamingTrainer:
     def _test_and_grow(self, number: int, splits: WindowSplits) -> None:
         """Test the model of the previous window on this one, then prune and expand it."""
         watch = Stopwatch(self.device)
-        tested = evaluate_window(self.model, self.features, splits, self.seen, self.config)
+        tested = evaluate_window(self.model, self.features, splits, self.seen_items, self.config)
         found = {"novelty": novelty(tested["all"], self.metrics, number)} if self.config.grow == "novelty" else {}
         novel = all(one["novel"] for one in found.values())
         trains = len(splits.train) > 0
@@ -208,7 +208,7 @@ class StreamingTrainer:
 
     def _train(self, number: int, window: Window, splits: WindowSplits) -> dict[str, Any]:
         config, progress, watch = self.config, self.progress, Stopwatch(self.device)
-        self.seen.add_training(splits)
+        self.seen_items.add_training(splits)
         with np.errstate(divide="ignore"):
             log_share = np.log(item_share(splits.train, self.stream.features.num_items))
         task = self._validation_task(splits)
@@ -224,7 +224,7 @@ class StreamingTrainer:
             self._without_graphs = graphs.reason
             graphs.drop()
         kept = self._load_kept_weights(number, len(splits.train), task)
-        self.seen.add_validation(splits)
+        self.seen_items.add_validation(splits)
         line = {
             "kind": "window",
             "window": number,
@@ -263,10 +263,10 @@ class StreamingTrainer:
         return progress.epoch >= config.epochs or bool(config.patience and progress.stale >= config.patience)
 
     def _validation_task(self, splits: WindowSplits) -> RankingTask:
-        candidates = self.seen.known
+        candidates = self.seen_items.known
         if self.config.validation_candidates == "split":
             candidates = np.unique(splits.validation.items)
-        return RankingTask.build(splits.validation, candidates, self.seen.history, self.config.repeats)
+        return RankingTask.build(splits.validation, candidates, self.seen_items.history, self.config.repeats)
 
     def _epoch(
         self,
@@ -393,7 +393,7 @@ class StreamingTrainer:
         self.progress, self._window = Progress(**state["progress"]), WindowState.from_checkpoint(state)
         self.metrics = folder.rewind(state["metrics_size"])
         for number, digest in enumerate(self.progress.digests[: self.windows_done]):
-            self.seen.add(self.config.split(folder.load_window(number, digest)))
+            self.seen_items.add(self.config.split(folder.load_window(number, digest)))
         self._notify(
             "resumed", {"checkpoint": str(path), "windows_done": self.windows_done, "epoch": self.progress.epoch}
         )

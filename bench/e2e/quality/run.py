@@ -99,7 +99,7 @@ def train_and_test(job: Job) -> Record:
     with StreamingTrainer(build_model(config, job.variant.kind, job.experts), stream, config.stream) as trainer:
         for number, window in enumerate(stream.windows):
             # The items and the history of the windows before.
-            splits, seen = trainer.config.split(window), trainer.seen
+            splits, seen = trainer.config.split(window), trainer.seen_items
             task = RankingTask.build(splits.test, seen.known_with(splits), seen.history, trainer.config.repeats)
             tasks.append(task)
             if number > 0:

@@ -75,7 +75,9 @@ def _show_recorded(folder: Path, display: Display) -> None:
     metrics = read_metrics(folder)
     tested = [result for result in results.window_results(metrics) if result.test is not None]
     if not tested:
-        raise ValueError(f"{folder} has no recorded test yet, because its second window is missing; use `xsmoe train`")
+        raise ValueError(
+            f"{folder} has no recorded test yet, because its second window is missing; resume it with `xsmoe train`"
+        )
     columns = tables.fit(tables.columns(config.modalities), display.width)
     for line in tables.header(columns):
         display.heading(line)

@@ -1,4 +1,4 @@
-"""Padding of batches to a few fixed shapes, so that one CUDA graph serves many steps. It does not change results.
+"""Padding of batches to a few fixed shapes, so that many steps replay one CUDA graph. It does not change results.
 
 The arithmetic of the step itself ignores padding; there are no masks. A padding item has a count of 0: it has no weight
 in the utilization and is never drawn as a negative. A padding input belongs to no sequence. Its target is a padding

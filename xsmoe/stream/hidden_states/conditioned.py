@@ -87,8 +87,8 @@ def conditioned(features: ItemFeatures, items: XSMoE) -> ItemFeatures:
 class ConditionedFeatures(FeatureView):
     """`ItemFeatures` whose rows are conditioned when they are read.
 
-    A row is bitwise the same whichever other rows are read with it, and whatever the model's device is. The product is
-    computed on the CPU, in blocks in which every item has a fixed position.
+    A row's bits depend neither on the other rows of the request nor on the model's device. The product is computed on
+    the CPU, in blocks in which every item has a fixed position.
 
     Args:
         features: the items' hidden states, not conditioned.

@@ -59,7 +59,8 @@ def require_trainable_window(window: Window, progress: Progress, config: StreamC
         raise ValueError(f"training of window {progress.windows_done} was interrupted; finish that window first")
     if not resuming and digest in progress.digests:
         raise ValueError(
-            f"the run was already trained on these interactions, as window {progress.digests.index(digest)}"
+            f"the run was already trained on these interactions, as window {progress.digests.index(digest)}; "
+            "pass a new window"
         )
 
 
