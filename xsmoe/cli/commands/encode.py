@@ -189,6 +189,7 @@ def _is_folder(source: str) -> bool:
 def _pooling(name: str) -> Pooling:
     if name not in ("cls", "mean"):
         raise ValueError(
-            f"the store's pooling is {name!r}, which no encoder of xsmoe supports (cls, mean); append the new items with HiddenStateStore.append"
+            f"the store's pooling is {name!r}, which no encoder of xsmoe supports (cls, mean); "
+            "append the new items with HiddenStateStore.append"
         )
     return "cls" if name == "cls" else "mean"
