@@ -8,8 +8,8 @@ DEMO ?= runs/demo
 
 # The compiler that setup.py uses. The default of make is another name for it, with which everything would compile again.
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(CXX))
-# What runs under the sanitizers: the tests of native kernels, except those of builds and of memory, which take minutes
-# there and show nothing more. Matrix tiles are emulated, so that the sanitizers see what the kernels read from them.
+# The sanitizers run the tests of the CPU kernels, except those of builds and of memory: these need minutes there and
+# cover no other code. Matrix tiles are emulated, so that the sanitizers see every read of a tile.
 SANITIZED := sanitize-emulate-amx
 SANITIZED_TIERS := baseline avx512 amx
 NATIVE_TESTS := $(filter-out %_build.py %_memory.py,$(wildcard tests/kernels/*/test_cpu*.py)) \
@@ -24,7 +24,7 @@ ONCE := not any_order and not order_of_blocks and not catalogue
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-# What variants of `bench quality` train on MovieLens.
+# The variants that `bench quality` trains on MovieLens.
 LEVERS := growth,condition-none,no-ids,history-last,keep-last,keep-best,linear,condition-standardize,paper
 
 .PHONY: demo test test-all docs wheel native sanitize bench bench-quality bench-quick lint clean
@@ -62,7 +62,7 @@ docs: $(STAMP)
 wheel: $(STAMP)
 	$(BIN)/python tools/build_wheel.py
 
-# What bench/results/ holds of the kernels; about an hour, and nothing else may run meanwhile.
+# Measure the kernels for bench/results/. It needs about an hour on an idle machine.
 bench: native
 	$(BIN)/python -m bench kernels side_moe --sizes N=2816 --seconds 10 --json bench/results/side_moe-cpu-float32.json
 	$(BIN)/python -m bench kernels side_moe --seconds 4 --json bench/results/side_moe-cpu-float32-all-sizes.json
@@ -92,7 +92,7 @@ bench: native
 	$(BIN)/python -m bench.cli.profile mean --device cpu --dtype float32 --out bench/results/step-profile-cpu-float32.txt
 	$(BIN)/python -m bench.report.docs_tables --write
 
-# What docs/quality.md has its tables from; hours. XSMOE_MOVIELENS is the folder of ml-latest-small.
+# Measure the quality for docs/quality.md. It needs hours. XSMOE_MOVIELENS is the folder of ml-latest-small.
 bench-quality: native
 	$(BIN)/xsmoe prepare movielens "$(XSMOE_MOVIELENS)" runs/ml-latest-small
 	$(BIN)/xsmoe encode runs/ml-latest-small runs/ml-latest-small-minilm --text minilm
@@ -107,8 +107,8 @@ bench-quality: native
 bench-quick: native
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# The runtimes have to be there before Python is, and C++'s with them, for its exceptions pass through theirs. Leaks are
-# not looked for, because Python keeps what it has until it ends; pytest must not capture what a report is written to.
+# LD_PRELOAD loads the sanitizers' runtimes before Python. libstdc++ is in the list, because they intercept exceptions.
+# Leak detection is off, because Python frees little before it exits. pytest must not capture the sanitizers' reports.
 sanitize: $(STAMP)
 	XSMOE_SANITIZE=1 XSMOE_EMULATE_AMX=1 XSMOE_BUILD_TIERS="$(SANITIZED_TIERS)" \
 	$(BIN)/python setup.py -q build_ext --inplace

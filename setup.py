@@ -164,6 +164,8 @@ class BuildNative(build_ext):
             _write(ROOT / folder / FACTS, plan.facts())
             for product in (LIBRARY, FACTS):
                 _replace(ROOT / folder / product, target / product)
+        for stale in target.glob("_build_facts.*.so"):
+            stale.unlink()  # of version 0.1, whose facts were a module
         (target / FAILURE).unlink(missing_ok=True)
 
     def _build_cuda(self, tools: Toolchain, target: Path, aside: list[str], again: str) -> None:

@@ -47,7 +47,7 @@ def rebuild() -> str:
 
 def load_error(path: Path, problem: str, built: str | None) -> ImportError:
     """Return the error for a library that cannot be used; `built` is the torch it was built against, if known."""
-    against = f"torch {built}" if built else "an unknown torch, by another Python"
+    against = f"torch {built}" if built else "an unknown torch"
     return ImportError(
         f"{path} {problem}. It was built against {against}; torch {torch.__version__} is running. To build it again, "
         f"{rebuild()}"

@@ -21,11 +21,11 @@ def derive(operator: Operator, backward_operator: Callable[..., Any]) -> tuple[C
     single_output, single_gradient = len(operator.outputs) == 1, len(wanted) == 1
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        # Zeros for the gradients of the other outputs could be large tensors.
-        ctx.set_materialize_grads(False)
         if single_output:
             ctx.save_for_backward(*saved_inputs(inputs))
         else:
+            # Zeros for the gradients of the other outputs could be large tensors.
+            ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[1:])
             ctx.save_for_backward(*saved_inputs(inputs), *saved_outputs(output))
         ctx.settings = settings(inputs)

@@ -360,3 +360,23 @@ GOOD = {"x": torch.zeros(4, 3), "weight": torch.zeros(2, 3, 5), "offsets": torch
 def test_bad_input_is_named(bad: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         grouped_mm(**{**GOOD, **bad})
+
+
+class _Undefined(torch.autograd.Function):
+    """The identity, whose backward returns an undefined gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_an_undefined_gradient_counts_as_zero() -> None:
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3, 5, requires_grad=True)
+    (_Undefined.apply(grouped_mm(x, weight, torch.tensor([0, 2, 4]))) + x.sum()).sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    torch.testing.assert_close(x.grad, torch.full((4, 3), 20.0))
